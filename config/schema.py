@@ -1,0 +1,132 @@
+"""The keys of the JSON files: their types, ranges, defaults and meaning, each in one place.
+
+`ModelConfig` is config/model_config.json, `TrainConfig` is config/config_pretrain.json and
+config/config_sft.json. The same classes check what a user wrote (engine/config.py), fill in
+defaults, and yield the reference page doc/configuration.md.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Schema(BaseModel):
+    """A JSON object in which every key is known, typed, bounded and never silently converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class ModelConfig(Schema):
+    """config/model_config.json: the shape of the network."""
+
+    architecture: Literal["nano"] = Field("nano", description="which model to build")
+    block_size: int = Field(256, ge=1, le=1 << 20, description="context window, in tokens")
+    vocab_size: int | None = Field(None, ge=1, le=1 << 24, description="null: taken from the tokenizer")
+    n_layer: int = Field(4, ge=1, le=1024, description="depth: number of transformer blocks")
+    n_head: int = Field(4, ge=1, le=1024, description="query heads per layer")
+    n_kv_head: int | None = Field(
+        None, ge=1, le=1024, description="key/value heads per layer; must divide n_head; null: n_head"
+    )
+    n_embd: int = Field(256, ge=1, le=1 << 16, description="width: size of a token's vector")
+    head_dim: int | None = Field(None, ge=1, le=4096, description="size of one head; null: n_embd / n_head")
+    n_hidden: int | None = Field(
+        None, ge=1, le=1 << 18, description="width inside the MLP; null: 8/3 n_embd, rounded up to 32"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
+    bias: bool = Field(False, description="give the linear layers a bias")
+    use_rope: bool = Field(True, description="rotary positions; false: learned positions")
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary wavelengths")
+    norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the mean square in RMSNorm")
+    is_causal: bool = Field(True, description="a token sees only those before it; false: all of them")
+    qk_norm: bool = Field(True, description="RMSNorm on queries and keys, per head")
+    tie_embeddings: bool = Field(True, description="the output head shares the embedding's matrix")
+
+    @model_validator(mode="after")
+    def _shapes_fit(self):
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
+                f"change one of them or set head_dim"
+            )
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
+        if self.use_rope and self.resolved_head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, found {self.resolved_head_dim}")
+        return self
+
+    @property
+    def resolved_head_dim(self):
+        return self.head_dim or self.n_embd // self.n_head
+
+    def resolved(self, vocab_size):
+        """The same shape with nothing left open: every null replaced by what it stands for."""
+        return self.model_copy(
+            update={
+                "vocab_size": self.vocab_size or vocab_size,
+                "n_kv_head": self.n_kv_head or self.n_head,
+                "head_dim": self.resolved_head_dim,
+                "n_hidden": self.n_hidden or -(-8 * self.n_embd // (3 * 32)) * 32,
+            }
+        )
+
+
+class TrainConfig(Schema):
+    """config/config_pretrain.json and config/config_sft.json: one training run."""
+
+    from_checkpoint: str = Field(
+        "", description='start from this model; "auto": the newest pretrained one; "": from scratch'
+    )
+    dataset_path: list[tuple[str, str]] = Field(
+        min_length=1,
+        strict=False,
+        description="[[train, validation], ...] token files: a curriculum, trained in order",
+    )
+    tokenizer_path: str = Field("dataset/prepared/tokenizer.json", description="the data's tokenizer")
+    random_seed: int = Field(1337, ge=0, lt=1 << 63, description="seed of weights, data order and dropout")
+    batch_size: int = Field(32, ge=1, le=1 << 20, description="sequences in one forward pass")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, le=1 << 20, description="forward passes per step; times batch_size is the global batch"
+    )
+    max_steps: int = Field(0, ge=0, description="optimizer steps in all; 0: until stopped")
+    dropout: float = Field(0.0, ge=0, lt=1, description="overrides the model's dropout")
+    optimizer: Literal["adamw"] = Field("adamw", description="how gradients become steps")
+    learning_rate: float = Field(6e-4, gt=0, le=10, description="peak learning rate")
+    weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled decay of all matrices")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
+    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
+    decay_lr: bool = Field(True, description="warm up, then cosine decay; false: constant")
+    warmup_iters: int = Field(300, ge=0, description="steps of linear warm-up")
+    lr_decay_iters: int = Field(0, ge=0, description="step at which min_lr is reached; 0: max_steps")
+    min_lr: float = Field(6e-5, ge=0, le=10, description="final learning rate")
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: unlimited")
+    eval_interval: int = Field(100, ge=1, description="steps between validations")
+    eval_iters: int = Field(5, ge=1, description="batches per validation")
+    log_interval: int = Field(1, ge=1, description="steps between log lines")
+    save_interval: int = Field(1000, ge=1, description="steps between checkpoints that are always written")
+    keep_checkpoints: int = Field(
+        3, ge=0, description="checkpoints of this run left on disk, the best always among them; 0: all"
+    )
+    backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="communication of several processes")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision")
+    sdp_kernel: Literal["auto", "flash", "mem_efficient", "math"] = Field(
+        "auto", description="kernel of scaled dot-product attention"
+    )
+    use_amp: bool = Field(
+        True, description="mixed precision: float32 weights, products in dtype; false: weights in dtype"
+    )
+
+    @model_validator(mode="after")
+    def _schedule_fits(self):
+        end = self.lr_decay_iters or self.max_steps
+        if self.decay_lr and not end:
+            raise ValueError(
+                "decay_lr needs an end: give lr_decay_iters or max_steps, or set decay_lr to false"
+            )
+        if self.decay_lr and self.warmup_iters >= end:
+            raise ValueError(f"warmup_iters={self.warmup_iters} must be below the end of the decay, {end}")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
+        return self

@@ -1,0 +1,745 @@
+"""Text files to token files, and token files to batches.
+
+Preparing (`python data.py`) happens once. It reads the text twice, chunk by chunk, so that memory
+does not depend on how much text there is: first to find the vocabulary and every mistake in the
+input, then to write ids. What it writes, in dataset/prepared/:
+
+    tokenizer.json      what the ids mean
+    pretrain_train.bin  all documents one after another, <|bos|>text<|eos|> each: uint16 or uint32
+    pretrain_train.starts   where each document starts, and where the last one ends: int64
+    pretrain_train.json     what this is: counts, checksums, the tokenizer's fingerprint
+    pretrain_val.*          the same for the documents that are held out
+    sft_train.*, sft_val.*  conversations, with a .mask (uint8): 1 where the loss counts
+
+A document is either for training or for validation, never for both, and this is decided before
+anything is cut into blocks. All numbers are little-endian, so any program can read the files.
+
+Reading happens all the time, and rests on one idea: the batch of step N is a pure function of
+(files, seed, N). There is no iterator and no state to save. A run that was killed goes on at
+step N with exactly the batch it would have seen, on one machine or on four. What a loader
+usually keeps in memory, the shuffled order of an epoch, is here a formula (`shuffled`).
+
+    files = [TokenFile("dataset/prepared/pretrain_train.bin")]
+    batches = Batches(files, block_size=256, batch_size=16, seed=1337)
+    x, y, mask = batches(step)  # each [16, 256]
+"""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+import tokenizer as tokenizers
+from engine.errors import UserError, run
+from tokenizer import CHUNK, DELIMITER, ROOT, BPETokenizer, CharTokenizer, Tokenizer
+
+# ---- input: files to documents ---------------------------------------------------------------------
+
+
+LONG = 1 << 20  # characters; a longer document is passed on in parts
+
+
+def text_documents(path, on_bad_line, on_read):
+    """Documents of a .txt file: what stands between delimiters, exactly as it is, if it is not blank.
+
+    Yields (texts, is_open). With `is_open`, the last text goes on in the first of the next list:
+    so a book of any length passes through in little memory.
+    """
+    tail, is_open = "", False  # text behind the last delimiter; whether its document was begun already
+    for text in tokenizers.read_text(path, on_bad_line, on_read):
+        *texts, tail = DELIMITER.split(tail + text)
+        ending = texts[:1] if is_open else []
+        texts = ending + [text for text in texts[len(ending) :] if text and not text.isspace()]
+        is_open = is_open and not ending
+        if len(tail) > LONG and (is_open or not tail.isspace()):
+            # Cut where a line ends; in a single long line, so that no delimiter is cut in two.
+            cut = tail.rfind("\n") + 1 or len(tail) - len("<|endoftext|>")
+            texts.append(tail[:cut])
+            tail, is_open = tail[cut:], True
+        if texts:
+            yield texts, is_open
+    if is_open or (tail and not tail.isspace()):
+        yield [tail], False
+
+
+def json_documents(path, document_of, on_bad_line, on_read):
+    """Documents of a .jsonl file, one a line: `document_of` makes a line's JSON value into one.
+
+    Yields (documents, False), some thousand lines at a time.
+    """
+    documents, size = [], 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            size += len(line)
+            if not line.isspace():
+                try:
+                    # utf-8-sig drops the byte-order mark some editors put before the first line.
+                    value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    documents.append(document_of(value))
+                except UnicodeDecodeError as error:
+                    on_bad_line(f"{path}, line {number}: not UTF-8 ({error.reason})")
+                except RecursionError:
+                    on_bad_line(f"{path}, line {number}: not usable JSON (nested too deeply)")
+                except ValueError as error:
+                    on_bad_line(f"{path}, line {number}: not JSON ({error})")
+                except UserError as error:
+                    on_bad_line(f"{path}, line {number}: {error}")
+            if size >= CHUNK:
+                on_read(size)
+                yield documents, False
+                documents, size = [], 0
+    on_read(size)
+    yield documents, False
+
+
+def text_of(value):
+    """The text of {"text": ...}."""
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise UserError('needs {"text": "..."}')
+    return _words(value["text"], "text")
+
+
+def messages_of(value):
+    """The conversation of {"question", "answer"} or {"messages": [...]} ("conversations" means the same)."""
+    if not isinstance(value, dict):
+        raise UserError(f"needs a JSON object, found {type(value).__name__}")
+    if "question" in value or "answer" in value:
+        for key in ("question", "answer"):
+            if not isinstance(value.get(key), str):
+                raise UserError(f"needs a {key} that is text")
+        roles = (("user", "question"), ("assistant", "answer"))
+        messages = [{"role": role, "content": value[key]} for role, key in roles]
+    else:
+        messages = value.get("messages", value.get("conversations"))
+        if messages is None:
+            raise UserError("has neither question and answer nor messages")
+        tokenizers.check_messages(messages)
+    if messages[-1]["role"] != "assistant":
+        raise UserError("ends without an answer of the assistant")
+    for message in messages:
+        speaks = message["role"] == "assistant"
+        _words(message["content"], "answer" if speaks else message["role"], may_be_blank=not speaks)
+    return messages
+
+
+def _words(text, what, may_be_blank=False):
+    if not may_be_blank and (not text or text.isspace()):
+        raise UserError(f"its {what} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"its {what} has half a surrogate pair, like \\ud800, which is no character") from None
+    return text
+
+
+# ---- the split -------------------------------------------------------------------------------------
+
+
+def mix64(x):
+    """A well-mixed number for each uint64 of an array (SplitMix64's finalizer; Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Split:
+    """Which of `n_documents` are held out for validation: by a hash of (seed, document's number).
+
+    About `fraction` of them; at least one, and not all, when there are two or more.
+    """
+
+    def __init__(self, n_documents, fraction, seed):
+        self.fraction = fraction
+        self.key = mix64(np.array([seed], np.uint64))
+        # One document is always held out and one never is. To look for them among the first
+        # thousands suffices: where there are more, the hash holds out enough of itself.
+        first = self._chance(0, min(n_documents, 1 << 16))
+        self.always, self.never = int(first.argmin()), int(first.argmax())
+
+    def _chance(self, start, count):
+        numbers = np.arange(start, start + count, dtype=np.uint64)
+        return mix64(numbers * np.uint64(0x9E3779B97F4A7C15) ^ self.key) / 2.0**64
+
+    def held_out(self, start, count):
+        """bool [count]: of the documents from number `start` on, the ones for validation."""
+        numbers = np.arange(start, start + count)
+        chosen = (self._chance(start, count) < self.fraction) | (numbers == self.always)
+        return chosen & (numbers != self.never)
+
+
+def cut_in_two(batches, n_characters, fraction):
+    """The documents of `batches`, of which there is one, as two: its last `fraction` is the second."""
+    at = min(max(1, round(n_characters * (1 - fraction))), n_characters - 1)
+    earliest = max(1, 2 * at - n_characters)  # the second may be twice as long, for a whole line's sake
+    seen = 0
+    for texts, is_open in batches:
+        for text in texts:
+            if seen < at <= seen + len(text):
+                line_end = text.rfind("\n", max(0, earliest - seen), at - seen) + 1
+                cut = line_end or at - seen
+                yield [text[:cut]], False
+                yield [text[cut:]], is_open
+            else:
+                yield [text], is_open
+            seen += len(text)
+
+
+# ---- output: documents to token files --------------------------------------------------------------
+
+
+FORMAT = {"format": "nano-tokens", "version": 1}
+COUNTS = ("n_tokens", "n_documents", "n_bytes", "n_unknown", "n_loss_tokens", "n_loss_bytes")
+
+
+def part_path(stem, part):
+    """Where a part ("bin", "starts", "mask", "json") of the token file `stem` lies."""
+    return Path(stem).with_name(f"{Path(stem).name}.{part}")
+
+
+def meta_checksum(meta):
+    """Of what the .json says of a token file: CRC-32 of its canonical form, without the checksum itself."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True, separators=(",", ":")).encode())
+
+
+class TokenWriter:
+    """Writes one token file: beside its place, until `publish` puts it there whole.
+
+    `stem` is the path without suffix. As a context manager it leaves nothing behind on an error.
+    """
+
+    def __init__(self, stem, kind, tokenizer):
+        self.stem, self.kind, self.tokenizer = Path(stem), kind, tokenizer
+        parts = ("bin", "starts", "mask") if kind == "sft" else ("bin", "starts")
+        self.crc32 = dict.fromkeys(parts, 0)
+        self.counts = collections.Counter(
+            dict.fromkeys(COUNTS, 0)
+        )
+        self.files = {part: open(self._beside(part), "wb") for part in parts}
+
+    def _beside(self, part):
+        return part_path(self.stem, part + ".tmp")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for part, file in self.files.items():
+            try:
+                file.close()
+            except OSError:  # a full disk again: what made us leave is told already
+                pass
+            self._beside(part).unlink(missing_ok=True)
+        self._beside("json").unlink(missing_ok=True)
+
+    def _write(self, part, array):
+        data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+        self.crc32[part] = zlib.crc32(data, self.crc32[part])
+        self.files[part].write(data)
+
+    def add(self, ids, starts, mask, n_bytes, n_loss_bytes):
+        """Append ids [n], where documents start in them, and for SFT the mask [n]."""
+        self._write("starts", starts + self.counts["n_tokens"])
+        self._write("bin", ids)
+        if mask is not None:
+            self._write("mask", mask)
+        self.counts.update(
+            n_tokens=len(ids),
+            n_documents=len(starts),
+            n_bytes=n_bytes,
+            n_unknown=int(np.count_nonzero(ids == self.tokenizer.unknown_id)),
+            n_loss_tokens=len(ids) if mask is None else int(np.count_nonzero(mask)),
+            n_loss_bytes=n_loss_bytes,
+        )
+
+    def finish(self):
+        """Complete the files and flush them to disk, still beside their place. Returns what the .json says."""
+        self._write("starts", np.array([self.counts["n_tokens"]], np.int64))
+        meta = {
+            **FORMAT,
+            "kind": self.kind,
+            "dtype": self.tokenizer.dtype.name,
+            "vocab_size": self.tokenizer.vocab_size,
+            "tokenizer": self.tokenizer.fingerprint,
+            **self.counts,
+            "crc32": self.crc32,
+        }
+        self.files["json"] = open(self._beside("json"), "wb")
+        self.files["json"].write(json.dumps({**meta, "checksum": meta_checksum(meta)}, indent=1).encode())
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        return meta
+
+    def publish(self):
+        """Rename the files into place; the .json comes last and makes the others valid."""
+        for part in self.files:
+            os.replace(self._beside(part), part_path(self.stem, part))
+
+
+# ---- preparing -------------------------------------------------------------------------------------
+
+
+class Corpus:
+    """The input files of one task ("pretrain" or "sft"), which are read twice."""
+
+    def __init__(self, task, paths, skip_bad_lines=False, on_read=lambda n_bytes: None):
+        self.task, self.paths, self.on_read = task, paths, on_read
+        self.skip_bad_lines, self.n_bad_lines, self.bad_lines = skip_bad_lines, 0, []
+        self.n_documents = self.n_characters = 0
+
+    def batches(self, on_bad_line):
+        """(documents, is_open) of all files in order; see `text_documents`."""
+        for path in self.paths:
+            n_documents = 0
+            if self.task == "sft":
+                batches = json_documents(path, messages_of, on_bad_line, self.on_read)
+            elif Path(path).suffix == ".jsonl":
+                batches = json_documents(path, text_of, on_bad_line, self.on_read)
+            else:
+                batches = text_documents(path, on_bad_line, self.on_read)
+            for documents, is_open in batches:
+                if documents:
+                    n_documents += len(documents)
+                    yield documents, is_open
+            if not n_documents:
+                on_bad_line(f"{path}: there is no text in it")
+
+    def survey(self):
+        """The first pass: yields lists of all texts, and on the way counts them and notes bad lines."""
+        was_open = False
+        for documents, is_open in self.batches(self._note):
+            self.n_documents += len(documents) - was_open
+            was_open = is_open
+            if self.task == "sft":
+                documents = [message["content"] for messages in documents for message in messages]
+            self.n_characters += sum(map(len, documents))
+            yield documents
+
+    def _note(self, sentence):
+        if not self.skip_bad_lines:
+            raise UserError(f"{sentence}; mend it, or use --skip-bad-lines to leave such lines out")
+        self.n_bad_lines += 1
+        if len(self.bad_lines) < 10:
+            self.bad_lines.append(sentence)
+
+    def write(self, tokenizer, train, val, fraction, seed):
+        """The second pass: encodes all documents and gives each to one of two TokenWriters."""
+        if self.n_documents == 0:
+            raise UserError(f"no usable line is left in {', '.join(map(str, self.paths))}")
+        batches = self.batches(on_bad_line=lambda sentence: None)
+        held_out = Split(self.n_documents, fraction, seed).held_out
+        if self.n_documents == 1:
+            if self.task == "sft" or self.n_characters < 2:
+                raise UserError(f"{self.paths[0]}: too little to keep some for validation; add more")
+            batches = cut_in_two(batches, self.n_characters, fraction)
+            held_out = lambda start, count: np.arange(start, start + count) == 1  # noqa: E731
+        encode = encode_chats if self.task == "sft" else encode_texts
+        n_seen, was_open = 0, False
+        for documents, is_open in batches:
+            start = n_seen - was_open  # the number of the first of `documents`
+            is_val = held_out(start, len(documents))
+            for writer, chosen in ((train, ~is_val), (val, is_val)):
+                if chosen.any():
+                    part = list(itertools.compress(documents, chosen))
+                    writer.add(*encode(tokenizer, part, was_open and chosen[0], is_open and chosen[-1]))
+            n_seen, was_open = start + len(documents), is_open
+
+
+def encode_texts(tokenizer, texts, continues, is_open):
+    """<|bos|>text<|eos|> of each text: (ids [n], starts, no mask, bytes, bytes).
+
+    `continues`: the first text has its <|bos|> already; `is_open`: the last waits for its <|eos|>.
+    """
+    ids, lengths = tokenizer.encode_flat(texts)
+    ends = np.cumsum(lengths)
+    begins = (ends - lengths)[int(continues) :]
+    ends = ends[: len(texts) - int(is_open)]
+    marks = np.repeat([tokenizer.eos_id, tokenizer.bos_id], [len(ends), len(begins)])
+    # Where one text ends another begins: insert puts the <|eos|> first, as it comes first in the list.
+    ids = np.insert(ids, np.concatenate([ends, begins]), marks)
+    n_bytes = len("".join(texts).encode())
+    return ids, np.flatnonzero(ids == tokenizer.bos_id), None, n_bytes, n_bytes
+
+
+def encode_chats(tokenizer, conversations, *_):
+    """The conversations in their template: (ids [n], starts, mask [n], bytes, bytes that count for the loss)."""
+    ids, masks = zip(*tokenizers.render_chats(tokenizer, conversations), strict=True)
+    ends = np.cumsum([len(chat) for chat in ids])
+    n_bytes = collections.Counter()
+    for message in itertools.chain.from_iterable(conversations):
+        n_bytes[message["role"]] += len(message["content"].encode())
+    starts = np.concatenate([[0], ends[:-1]])
+    return np.concatenate(ids), starts, np.concatenate(masks), n_bytes.total(), n_bytes["assistant"]
+
+
+BPE_SAMPLE = 100 << 20  # bytes of input that BPE learns from: more changes little and takes long
+
+
+def sample(batches, share):
+    """Every so manieth of an iterable, evenly, so that about `share` of it is left."""
+    for number, batch in enumerate(batches):
+        if int((number + 1) * share) > int(number * share):
+            yield batch
+
+
+def prepare(pretrain, sft, out, val_fraction=0.05, seed=1337, kind="char", vocab_size=32000,
+            tokenizer=None, skip_bad_lines=False, progress=None):  # fmt: skip
+    """Write token files of the input files `pretrain` and `sft` (lists of paths) to the folder `out`.
+
+    Either list may be empty. `tokenizer`: use this one instead of making one of `kind`.
+    `progress(what, total)` returns a function to be told of bytes read. Returns
+    {"pretrain_train": its meta, ...}, the tokenizer, and the corpora (for their bad lines).
+    """
+    progress = progress or (lambda what, total: lambda n_bytes: None)
+    corpora = [Corpus(task, paths, skip_bad_lines) for task, paths in (("pretrain", pretrain), ("sft", sft)) if paths]
+    total = sum(os.path.getsize(path) for corpus in corpora for path in corpus.paths)
+    out = Path(out)
+
+    def read_with(what):
+        on_read = progress(what, total)
+        for corpus in corpora:
+            corpus.on_read = on_read
+
+    read_with("reading")
+    survey = itertools.chain.from_iterable(corpus.survey() for corpus in corpora)
+    if tokenizer:
+        collections.deque(survey, maxlen=0)
+    elif kind == "char":
+        tokenizer = CharTokenizer.train("".join(texts) for texts in survey)
+    else:
+        texts = sample(survey, min(1, BPE_SAMPLE / max(1, total)))
+        tokenizer = BPETokenizer.train(itertools.chain.from_iterable(texts), vocab_size)
+
+    read_with("encoding")
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        writers = {}
+        for corpus in corpora:
+            names = [f"{corpus.task}_{split}" for split in ("train", "val")]
+            pair = [stack.enter_context(TokenWriter(out / name, corpus.task, tokenizer)) for name in names]
+            corpus.write(tokenizer, *pair, val_fraction, seed)
+            writers.update(zip(names, pair, strict=True))
+        metas = {name: writer.finish() for name, writer in writers.items()}
+        # All is on disk. Old files become invalid together, so that no old one meets a new one.
+        for name in writers:
+            part_path(out / name, "json").unlink(missing_ok=True)
+        tokenizer.save(out / "tokenizer.json")
+        for writer in writers.values():
+            writer.publish()
+    return metas, tokenizer, corpora
+
+
+# ---- token files -----------------------------------------------------------------------------------
+
+
+class TokenFile:
+    """A token file, opened by the path of its .bin; everything in it is checked before it is used.
+
+    tokens [n_tokens] (uint16 or uint32), mask [n_tokens] uint8 or None, and starts [n_documents + 1]
+    int64 are memory-mapped: what is read stays in the system's cache and can leave it again.
+    `meta` is the .json: kind ("pretrain" or "sft"), n_tokens, n_documents, n_bytes (of its text in
+    UTF-8), n_unknown, n_loss_tokens and n_loss_bytes (those the mask counts), vocab_size, tokenizer.
+
+    UserError, naming the file, if anything is missing, damaged or foreign, or if `fingerprint` is
+    given and the file was made with a tokenizer of another one.
+    """
+
+    def __init__(self, path, fingerprint=None):
+        self.path = Path(path)
+        if self.path.suffix != ".bin":
+            raise UserError(f"{path}: a token file is named by its .bin")
+        self._stem = self.path.with_suffix("")
+        try:
+            self.meta = meta = self._read_meta()
+            self.kind = meta["kind"]
+            self.starts = self._map("starts", "<i8", meta["n_documents"] + 1)
+            self.tokens = self._map("bin", np.dtype(meta["dtype"]).newbyteorder("<"), meta["n_tokens"])
+            self.mask = self._map("mask", np.uint8, meta["n_tokens"]) if self.kind == "sft" else None
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            why = "does not exist; run `python data.py` first" if missing else str(error.strerror).lower()
+            raise UserError(f"{error.filename or path} {why}") from None
+        self._verify()
+        if fingerprint is not None and meta["tokenizer"] != fingerprint:
+            raise UserError(f"{path} was made with another tokenizer; run `python data.py` again")
+
+    def _fail(self, part, what):
+        raise UserError(f"{part_path(self._stem, part)} {what}; run `python data.py` again")
+
+    def _read_meta(self):
+        try:
+            meta = json.loads(part_path(self._stem, "json").read_bytes())
+        except (ValueError, RecursionError):
+            self._fail("json", "is damaged")
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT["format"]:
+            self._fail("json", "does not describe a Nano token file")
+        if meta.get("version") != FORMAT["version"]:
+            self._fail("json", f"has version {meta.get('version')!r}, not {FORMAT['version']}")
+        crc32 = meta.get("crc32")
+        sound = (
+            meta.pop("checksum", None) == meta_checksum(meta)
+            and meta.get("kind") in ("pretrain", "sft")
+            and meta.get("dtype") in ("uint16", "uint32")
+            and isinstance(meta.get("tokenizer"), str)
+            and all(type(meta.get(key)) is int and meta[key] >= 0 for key in COUNTS)
+            and meta["n_documents"] >= 1
+            and meta["n_tokens"] >= 2
+            and isinstance(crc32, dict)
+            and {"bin", "starts"} <= crc32.keys()
+            and (meta["kind"] == "pretrain" or "mask" in crc32)
+        )
+        if not sound:
+            self._fail("json", "is damaged")
+        return meta
+
+    def _map(self, part, dtype, length):
+        path, dtype = part_path(self._stem, part), np.dtype(dtype)
+        if os.path.getsize(path) != length * dtype.itemsize:
+            self._fail(part, "is truncated or does not belong to its .json")
+        return np.memmap(path, dtype, "r", shape=(length,))
+
+    def _verify(self):
+        """Checksums of all files, chunk by chunk, and whether their numbers can be what they should be."""
+        limits = {"bin": self.meta["vocab_size"], "starts": self.meta["n_tokens"] + 1, "mask": 2}
+        for part, array in (("bin", self.tokens), ("starts", self.starts), ("mask", self.mask)):
+            crc32 = 0
+            for start in range(0, 0 if array is None else len(array), CHUNK):
+                chunk = array[start : start + CHUNK]
+                crc32 = zlib.crc32(chunk, crc32)
+                if chunk.min() < 0 or chunk.max() >= limits[part]:
+                    self._fail(part, "holds numbers out of range")
+                if part == "starts" and (np.diff(array[start : start + CHUNK + 1]) <= 0).any():
+                    self._fail(part, "is out of order")
+            if array is not None and crc32 != self.meta["crc32"][part]:
+                self._fail(part, "is damaged")
+        if self.starts[0] != 0 or self.starts[-1] != len(self.tokens):
+            self._fail("starts", "does not fit its .bin")
+
+
+# ---- batches ---------------------------------------------------------------------------------------
+
+
+def keys(count, *names):
+    """`count` uint64 that look random and depend on nothing but `names`, on every machine."""
+    label = "/".join(map(str, names)).encode()
+    return np.frombuffer(hashlib.shake_128(label).digest(8 * count), "<u8").astype(np.uint64)
+
+
+def shuffled(places, n, keys):
+    """What stands at `places` (int64 array) of a shuffled 0 ... n - 1, computed without any list of them.
+
+    On the numbers of b bits, multiplying by an odd number, adding, and xor with the own upper half
+    can each be undone: so together they only change the order. n is rarely 2^b; a number beyond n
+    goes round again until it falls below ("cycle walking"; Black & Rogaway 2002).
+    `keys`: an even number of uint64 that choose the order.
+    """
+    bits = max(1, (n - 1).bit_length())
+    mask, half = np.uint64(2**bits - 1), np.uint64((bits + 1) // 2)
+
+    def scramble(x):
+        for multiplier, offset in zip(keys[::2], keys[1::2], strict=True):
+            x = (x * (multiplier | np.uint64(1)) + offset) & mask
+            x = x ^ (x >> half)
+        return x
+
+    x = scramble(places.astype(np.uint64))
+    while (beyond := x >= n).any():
+        x[beyond] = scramble(x[beyond])
+    return x.astype(np.int64)
+
+
+class Batches:
+    """Batches of token files, by number: batches(step) depends on (files, sizes, seed, step) alone.
+
+    files       list of TokenFile, trained in this order, one pass each; together they are one
+                epoch, and the next epoch starts from the first again, in another order
+    block_size  tokens of a row, at most
+    batch_size  rows of the global batch, whatever the number of devices
+    shuffle     False: sequences in their order, the same in every epoch
+
+    A sequence of a pretraining file is a block of the stream of documents. The stream is taken as a
+    ring, which each epoch cuts from another place on, so that blocks are not the same every time;
+    every token but one is predicted once an epoch. A sequence of an SFT file is one conversation;
+    of one longer than a block the end is cut off (`n_truncated` of them).
+    """
+
+    def __init__(self, files, block_size, batch_size, seed=1337, shuffle=True):
+        self.files, self.block_size, self.batch_size = list(files), block_size, batch_size
+        self.seed, self.shuffle = seed, shuffle
+        self.tokens_per_epoch = self.n_truncated = 0
+        counts = []
+        for file in self.files:
+            if file.kind == "pretrain":
+                targets = len(file.tokens) - 1
+                counts.append(-(-targets // block_size))
+                self.tokens_per_epoch += targets
+            else:
+                targets = np.diff(file.starts) - 1
+                counts.append(len(targets))
+                self.tokens_per_epoch += int(np.minimum(targets, block_size).sum())
+                self.n_truncated += int((targets > block_size).sum())
+        self._bounds = np.cumsum([0, *counts])  # of the files' sequences within an epoch
+        self.sequences_per_epoch = int(self._bounds[-1])
+
+    def position(self, step):
+        """Where the first row of batch `step` stands: (epoch, number of the file, sequence in it)."""
+        epoch, place = divmod(step * self.batch_size, self.sequences_per_epoch)
+        stage = int(np.searchsorted(self._bounds, place, side="right")) - 1
+        return epoch, stage, int(place - self._bounds[stage])
+
+    def __call__(self, step):
+        """x [B, T] and y [B, T] int64, mask [B, T] float32: predict y from x where the mask is 1.
+
+        T is the longest row, rounded up to a multiple of 8, never above block_size; shorter rows are
+        padded with <|padding|> and mask 0.
+        """
+        epochs, places = np.divmod(
+            step * self.batch_size + np.arange(self.batch_size), self.sequences_per_epoch
+        )
+        stages = np.searchsorted(self._bounds, places, side="right") - 1
+        rows = []
+        for epoch, stage in sorted(set(zip(epochs.tolist(), stages.tolist(), strict=True))):
+            here = (epochs == epoch) & (stages == stage)
+            rows += self._sequences(epoch, stage, places[here] - self._bounds[stage])
+        width = max(len(ids) for ids, _ in rows) - 1
+        width = min(-(-width // 8) * 8, self.block_size)
+        ids = np.full((self.batch_size, width + 1), Tokenizer.padding_id, np.int64)
+        mask = np.zeros((self.batch_size, width), np.float32)
+        for row, (row_ids, row_mask) in enumerate(rows):
+            ids[row, : len(row_ids)] = row_ids
+            mask[row, : len(row_ids) - 1] = row_mask
+        return ids[:, :-1].copy(), ids[:, 1:].copy(), mask
+
+    def _sequences(self, epoch, stage, places):
+        """(ids [n + 1], mask [n] or 1) of the sequences at `places` of a file's shuffled order."""
+        file, size = self.files[stage], self.block_size
+        begin = 0
+        if self.shuffle:
+            *order, begin = keys(9, self.seed, epoch, stage)
+            count = int(self._bounds[stage + 1] - self._bounds[stage])
+            places = shuffled(places, count, order)
+        if file.kind == "pretrain":
+            n = len(file.tokens)
+            begin = int(begin) % n
+            for place in places.tolist():
+                length = min(size + 1, n - place * size)
+                first = (begin + place * size) % n
+                ids = file.tokens[first : first + length]
+                if len(ids) < length:  # over the end of the ring
+                    ids = np.concatenate([ids, file.tokens[: length - len(ids)]])
+                yield ids, 1
+        else:
+            for place in places.tolist():
+                first, end = file.starts[place : place + 2].tolist()
+                end = min(end, first + size + 1)
+                yield file.tokens[first:end], file.mask[first + 1 : end]
+
+
+# ---- the command line ------------------------------------------------------------------------------
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description="Text files to token files: dataset/pretrain.txt (or .jsonl) and dataset/sft.jsonl"
+        " to dataset/prepared/.",
+        epilog="examples:\n"
+        "  python data.py\n"
+        "  python data.py --pretrain books/*.txt --out dataset/books --kind bpe --vocab_size 8192\n"
+        "  python data.py --sft chats.jsonl --tokenizer dataset/prepared/tokenizer.json --skip-bad-lines",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--pretrain", nargs="+", metavar="FILE", help='.txt (UTF-8) or .jsonl with {"text": ...}')
+    add("--sft", nargs="+", metavar="FILE", help=".jsonl with question and answer, or messages")
+    add("--out", metavar="DIR", help="default: dataset/prepared")
+    add("--val_fraction", type=float, default=0.05, help="share of documents held out (0.05)")
+    add("--seed", type=int, default=1337, help="of the choice which documents these are (1337)")
+    add("--kind", choices=("char", "bpe"), help="tokenizer to make (char)")
+    add("--vocab_size", type=int, help="tokens of bpe, special ones included (32000)")
+    add("--tokenizer", metavar="JSON", help="use this tokenizer and make none")
+    add("--skip-bad-lines", action="store_true", help="leave bad lines out and say how many")
+    args = parser.parse_args()
+    if not 0 < args.val_fraction < 1:
+        raise UserError(f"--val_fraction must lie between 0 and 1, not {args.val_fraction}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must be 0 or more and fit in 63 bits, not {args.seed}")
+    if args.tokenizer and (args.kind or args.vocab_size):
+        raise UserError("--tokenizer names a finished tokenizer; leave --kind and --vocab_size out")
+    if args.vocab_size is not None and args.kind != "bpe":
+        raise UserError("--vocab_size is for --kind bpe; char has one token for every character")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    folder = ROOT / "dataset"
+    pretrain, sft = args.pretrain or [], args.sft or []
+    if not pretrain and not sft:
+        pretrain = [path for path in (folder / "pretrain.txt", folder / "pretrain.jsonl") if path.exists()]
+        sft = [path for path in (folder / "sft.jsonl",) if path.exists()]
+        if not pretrain and not sft:
+            raise UserError(
+                f"there is no pretrain.txt, pretrain.jsonl or sft.jsonl in {folder}; put your text there,"
+                " or let `python dataset/sample_world.py` write a sample"
+            )
+    tokenizer = tokenizers.load(args.tokenizer) if args.tokenizer else None
+    out = Path(args.out) if args.out else folder / "prepared"
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+
+    console = Console()
+    for task, paths, file in (("pretraining", pretrain, "pretrain.txt"), ("SFT", sft, "sft.jsonl")):
+        if not paths and not (args.pretrain or args.sft):
+            console.print(f"no {folder / file}: nothing is prepared for {task}", style="yellow")
+
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    start = time.perf_counter()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+
+        def progress(what, total):
+            if not console.is_terminal:
+                print(f"{what} {total / 1e6:,.1f} MB of text", flush=True)
+            task = bar.add_task(what, total=total)
+            return lambda n_bytes: bar.advance(task, n_bytes)
+
+        metas, tokenizer, corpora = prepare(
+            pretrain, sft, out, args.val_fraction, args.seed, args.kind or "char", args.vocab_size or 32000,
+            tokenizer, args.skip_bad_lines, progress,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+
+    table = Table(title=f"{out}: {tokenizer.kind} tokenizer, vocabulary {tokenizer.vocab_size:,}")
+    table.add_column("file")
+    for name in ("documents", "tokens", "bytes of text", "unknown"):
+        table.add_column(name, justify="right")
+    for name, meta in metas.items():
+        counts = (meta[key] for key in ("n_documents", "n_tokens", "n_bytes", "n_unknown"))
+        table.add_row(f"{name}.bin", *(f"{count:,}" for count in counts))
+    console.print(table)
+    n_bytes = sum(meta["n_bytes"] for meta in metas.values())
+    console.print(f"{n_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s", highlight=False)
+    if n_unknown := sum(meta["n_unknown"] for meta in metas.values()):
+        console.print(f"{n_unknown:,} characters are not in {args.tokenizer}: <|unknown|>", style="yellow")
+    if args.kind == "bpe" and tokenizer.vocab_size < (args.vocab_size or 32000):
+        console.print(f"the text has only enough repetitions for {tokenizer.vocab_size:,} tokens")
+    for corpus in corpora:
+        for sentence in corpus.bad_lines:
+            print(f"left out: {sentence}", file=sys.stderr)
+        if corpus.n_bad_lines:
+            print(f"{corpus.n_bad_lines:,} bad lines of {corpus.task} left out", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,808 @@
+"""A small bilingual world to learn from: people, places, animals, jobs, weather, words and numbers.
+
+    python dataset/sample_world.py            # dataset/pretrain.txt, sft.jsonl, eval.jsonl
+
+The world is a list of *facts*. A fact belongs to a *relation* ("person.city", "sum", ...), which knows
+several ways to state it and several ways to ask for it, in Chinese and in English. From the facts come
+
+- `pretrain.txt`: every fact, in every phrasing, in both languages: alone, in biographies whose sentences
+  come in changing order, on cards and in lists. Saying one thing in many ways is what makes it possible
+  to ask for it later (Allen-Zhu & Li, "Physics of Language Models: Part 3.1", 2023);
+- `sft.jsonl`: questions and answers, single- and multi-turn, about two thirds of the facts;
+- `eval.jsonl`: questions about the other facts, which no line of `sft.jsonl` asks for in any phrasing or
+  language. Fine-tuning shows how to answer; what to answer can only come from pretraining.
+
+Who lives where is drawn at random, so that it can be known but not guessed. The same seed and size give
+the same bytes on every machine.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine.errors import UserError, run  # noqa: E402
+
+LANGUAGES = ("zh", "en")
+PEOPLE = 60  # at size 1.0
+HELD_OUT = 0.35  # share of each relation's facts that fine-tuning never asks for
+BIOGRAPHIES, CARDS = 4, 2  # per person and language
+QUESTIONS = {"person": 4, "place": 2, "job": 2, "animal": 2, "word": 2, "weather": 2}  # per fact and language
+DIALOGUES = 3  # of each sort, per person and language
+ARBITRARY = ("person", "place", "job", "animal", "word")  # topics where the answer cannot be worked out
+FEW = 6  # held-out questions of each other kind
+
+# --- What there is ------------------------------------------------------------------------------------
+# Each table row is "Chinese English", or a subject followed by its values in the order of its relations.
+
+WOMEN = ("Anna Amy Bella Cathy Daisy Emma Fiona Grace Helen Ivy Jane Kate Lucy Mary Nina Olga Penny Rose "
+         "Sara Tina Uma Vera Wendy Zoe Judy Alice Clara Elsa Flora Molly").split()
+MEN = ("Adam Ben Carl David Eric Frank Gary Henry Ivan Jack Kevin Leo Mike Nick Oscar Paul Ray Sam Tom "
+       "Victor Will Alan Bob Dylan Felix Hugo Jim Ken Max Peter").split()
+FAMILY = ("Bell Carter Dixon Evans Fisher Gibson Hill Irving Jones King Lewis Morris Nash Owen Parker Quinn "
+          "Reed Scott Turner Wood").split()
+SURNAMES = "王李张刘陈杨赵黄周吴徐孙胡朱高何郭马罗梁"
+WOMEN_ZH = "雨梅兰月雪芳云婷静丽琳娜萍莉燕霞玉珍凤秀香菊莲欣怡琴倩瑶慧敏"
+MEN_ZH = "伟强军刚勇杰涛明超龙斌鹏飞亮波辉峰磊浩宇凯东海山松柏建国志文"
+
+PETS = ("猫 cat, 狗 dog, 兔子 rabbit, 鹦鹉 parrot, 乌龟 turtle, 仓鼠 hamster, 鸭子 duck, 山羊 goat, "
+        "刺猬 hedgehog, 母鸡 hen, 白鹅 goose, 鸽子 pigeon")
+FOODS = ("面条 noodles, 米饭 rice, 饺子 dumplings, 汤 soup, 披萨 pizza, 面包 bread, 蛋糕 cake, 豆腐 tofu, "
+         "奶酪 cheese, 甜瓜 melon, 桃子 peaches, 葡萄 grapes")
+COLOURS = ("红色 red, 蓝色 blue, 绿色 green, 白色 white, 黑色 black, 黄色 yellow, 紫色 purple, 粉色 pink, "
+           "棕色 brown, 橙色 orange, 灰色 grey, 金色 gold")
+WEATHER = "晴天 sunny, 雨天 rainy, 雪天 snowy, 阴天 cloudy, 大风 windy, 大雾 foggy"
+DAYS = "周一 Monday, 周二 Tuesday, 周三 Wednesday, 周四 Thursday, 周五 Friday, 周六 Saturday, 周日 Sunday"
+
+# city: country, river, sight
+PLACES = """
+北京 Beijing: 中国 China, 永定河 Yongding, 长城 Great Wall
+上海 Shanghai: 中国 China, 黄浦江 Huangpu, 外滩 Bund
+成都 Chengdu: 中国 China, 锦江 Jin, 熊猫 pandas
+杭州 Hangzhou: 中国 China, 钱塘江 Qiantang, 西湖 West Lake
+武汉 Wuhan: 中国 China, 长江 Yangtze, 黄鹤楼 Crane Tower
+巴黎 Paris: 法国 France, 塞纳河 Seine, 铁塔 Eiffel Tower
+伦敦 London: 英国 England, 泰晤士河 Thames, 大钟 big clock
+罗马 Rome: 意大利 Italy, 台伯河 Tiber, 斗兽场 Colosseum
+开罗 Cairo: 埃及 Egypt, 尼罗河 Nile, 金字塔 pyramids
+维也纳 Vienna: 奥地利 Austria, 多瑙河 Danube, 歌剧院 opera
+莫斯科 Moscow: 俄罗斯 Russia, 莫斯科河 Moskva, 红场 Red Square
+东京 Tokyo: 日本 Japan, 隅田川 Sumida, 樱花 cherry trees
+首尔 Seoul: 韩国 Korea, 汉江 Han, 南大门 South Gate
+柏林 Berlin: 德国 Germany, 施普雷河 Spree, 柏林墙 Berlin Wall
+里斯本 Lisbon: 葡萄牙 Portugal, 特茹河 Tagus, 电车 trams
+"""
+# job: workplace, tool
+JOBS = """
+医生 doctor: 医院 hospital, 针 needles
+老师 teacher: 学校 school, 粉笔 chalk
+厨师 cook: 厨房 kitchen, 锅 pans
+农民 farmer: 田地 field, 锄头 spades
+司机 driver: 马路 road, 汽车 cars
+歌手 singer: 舞台 stage, 话筒 mics
+渔夫 fisher: 湖边 lake, 渔网 nets
+画家 painter: 画室 studio, 画笔 brushes
+裁缝 tailor: 店铺 shop, 剪刀 scissors
+作家 writer: 书房 library, 钢笔 pens
+矿工 miner: 矿井 mine, 矿灯 lamps
+木匠 joiner: 木屋 workshop, 锯子 saws
+"""
+# animal: sound, food, home, legs
+ANIMALS = """
+猫 cat: 喵喵 meow, 鱼 fish, 沙发 sofa, 4 4
+狗 dog: 汪汪 woof, 骨头 bones, 院子 yard, 4 4
+牛 cow: 哞哞 moo, 青草 grass, 牛棚 barn, 4 4
+羊 sheep: 咩咩 baa, 干草 hay, 山坡 hill, 4 4
+猪 pig: 哼哼 oink, 玉米 corn, 猪圈 pen, 4 4
+马 horse: 咴咴 neigh, 燕麦 oats, 马棚 stable, 4 4
+鸭子 duck: 嘎嘎 quack, 蜗牛 snails, 池塘 pond, 2 2
+母鸡 hen: 咯咯 cluck, 种子 seeds, 鸡窝 coop, 2 2
+青蛙 frog: 呱呱 croak, 苍蝇 flies, 沼泽 swamp, 4 4
+蜜蜂 bee: 嗡嗡 buzz, 花蜜 nectar, 蜂巢 hive, 6 6
+狮子 lion: 吼吼 roar, 肉 meat, 草原 plain, 4 4
+老鼠 mouse: 吱吱 squeak, 奶酪 cheese, 墙洞 hole, 4 4
+狼 wolf: 嗷嗷 howl, 野鹿 deer, 森林 forest, 4 4
+蛇 snake: 嘶嘶 hiss, 鸟蛋 eggs, 沙漠 desert, 0 0
+鸽子 pigeon: 咕咕 coo, 豌豆 peas, 屋顶 roof, 2 2
+"""
+WORDS = ("banana apple coffee pepper letter cheese tomato potato summer yellow rabbit butter carrot cherry "
+         "cookie dinner garden hammer island jacket kitten lemon mirror noodle orange pencil puddle balloon "
+         "window school").split()
+
+# --- How to say it ------------------------------------------------------------------------------------
+# Per relation and language: the noun, statements, questions. {s} is the subject ("Anna", "she"), {p} its
+# possessive ("Anna's", "her"), {v} the value; relations about two things name their own slots.
+
+class Phrases(NamedTuple):
+    """One relation in one language: its name, and the ways to state it and to ask for it, parted by "|"."""
+
+    noun: str
+    statements: str
+    questions: str
+
+
+PHRASES = {
+    "person.city": {
+        "zh": Phrases("城市",
+                      "{s}住在{v}。|{p}家在{v}。|{s}在{v}生活。|{p}城市是{v}。|{s}每天回到{v}的家。"
+                      "|说到{p}城市，那是{v}。",
+                      "{s}住在哪里？|{p}家在哪里？|{s}在哪里生活？|{p}城市是什么？|{s}住在什么城市？"),
+        "en": Phrases("city",
+                      "{s} lives in {v}.|{p} home is in {v}.|{p} city is {v}.|{s} has a home in {v}."
+                      "|{s} comes from {v}.|As for {p} city, it is {v}.",
+                      "Where does {s} live?|Where is {p} home?|What is {p} city?"
+                      "|Which city does {s} live in?"),
+    },
+    "person.job": {
+        "zh": Phrases("工作",
+                      "{s}是{v}。|{p}工作是{v}。|{p}职业是{v}。|{s}的确是一名{v}。|{s}当{v}很多年了。"
+                      "|说到{p}工作，那是{v}。",
+                      "{s}做什么工作？|{p}工作是什么？|{p}职业是什么？|{s}是做什么的？"),
+        "en": Phrases("job",
+                      "{s} is a {v}.|{s} works as a {v}.|{p} job is {v}.|{s} has been a {v} for years."
+                      "|{p} work is that of a {v}.|As for {p} job, it is {v}.",
+                      "What is {p} job?|What does {s} work as?|What work does {s} do?|What does {s} do?"),
+    },
+    "person.pet": {
+        "zh": Phrases("宠物",
+                      "{s}养了一只{v}。|{p}宠物是{v}。|{s}有一只{v}。|{p}家里有一只{v}。"
+                      "|{s}喜欢带着{v}散步。|说到{p}宠物，那是{v}。",
+                      "{s}养了什么宠物？|{p}宠物是什么？|{s}有什么宠物？|{s}养的是什么？"),
+        "en": Phrases("pet",
+                      "{s} has a {v}.|{p} pet is a {v}.|{s} keeps a {v}.|{s} walks with a {v}."
+                      "|{p} house is home to a {v}.|As for {p} pet, it is {v}.",
+                      "What is {p} pet?|What pet does {s} have?|Which pet does {s} keep?"
+                      "|What animal does {s} have?"),
+    },
+    "person.food": {
+        "zh": Phrases("最爱的食物",
+                      "{s}最爱吃{v}。|{s}最爱的食物是{v}。|{s}喜欢吃{v}。|{p}午饭是{v}。|{s}常常吃{v}。"
+                      "|说到{s}最爱的食物，那是{v}。",
+                      "{s}最爱吃什么？|{s}最爱的食物是什么？|{s}喜欢吃什么？|{p}午饭是什么？"),
+        "en": Phrases("favourite food",
+                      "{s} likes to eat {v}.|{p} favourite food is {v}.|{s} often eats {v}."
+                      "|{p} lunch is {v}.|{s} loves {v}.|As for {p} favourite food, it is {v}.",
+                      "What is {p} favourite food?|What does {s} like to eat?|What does {s} often eat?"
+                      "|What is {p} lunch?"),
+    },
+    "person.colour": {
+        "zh": Phrases("最爱的颜色",
+                      "{s}最爱{v}。|{s}最爱的颜色是{v}。|{s}喜欢{v}。|{p}衣服是{v}的。|{s}总是穿{v}。"
+                      "|说到{s}最爱的颜色，那是{v}。",
+                      "{s}最爱什么颜色？|{s}最爱的颜色是什么？|{s}喜欢什么颜色？|{p}衣服是什么颜色？"),
+        "en": Phrases("favourite colour",
+                      "{s} likes the colour {v}.|{p} favourite colour is {v}.|{s} always wears {v}."
+                      "|{p} coat is {v}.|{s} paints the door {v}.|As for {p} favourite colour, it is {v}.",
+                      "What is {p} favourite colour?|Which colour does {s} like?"
+                      "|What colour does {s} wear?|What colour is {p} coat?"),
+    },
+    "person.friend": {
+        "zh": Phrases("好朋友",
+                      "{p}好朋友是{v}。|{s}常去看{v}。|{s}最好的朋友是{v}。|{s}有个好朋友叫{v}。"
+                      "|{s}爱和{v}聊天。|说到{p}好朋友，那是{v}。",
+                      "{p}好朋友是谁？|{s}最好的朋友是谁？|{p}好朋友叫什么？|{s}爱和谁聊天？"),
+        "en": Phrases("best friend",
+                      "{p} best friend is {v}.|{s} often visits {v}.|{s} has a good friend, {v}."
+                      "|{s} likes to talk with {v}.|{p} friend is called {v}."
+                      "|As for {p} best friend, it is {v}.",
+                      "Who is {p} best friend?|Who is {p} friend?|Who does {s} often visit?"
+                      "|Who does {s} like to talk with?"),
+    },
+    "person.name": {
+        "zh": Phrases("英文名",
+                      "{p}英文名是{v}。|{p}英文名叫{v}。|{s}的英文名字是{v}。|{s}又叫{v}。"
+                      "|说到{p}英文名，那是{v}。",
+                      "{p}英文名是什么？|{p}英文名叫什么？|{s}用英文叫什么？"),
+        "en": Phrases("Chinese name",
+                      "{p} Chinese name is {v}.|{s} is {v} in Chinese.|{s} is also called {v}."
+                      "|In Chinese, {s} is called {v}.|As for {p} Chinese name, it is {v}.",
+                      "What is {p} Chinese name?|What is {s} called in Chinese?|What is {s} in Chinese?"),
+    },
+    "place.country": {
+        "zh": Phrases("国家",
+                      "{s}在{v}。|{s}是{v}的城市。|{s}属于{v}。|{s}所在的国家是{v}。|去{s}就要去{v}。",
+                      "{s}在哪个国家？|{s}属于哪个国家？|{s}是哪个国家的城市？"),
+        "en": Phrases("country",
+                      "{s} is in {v}.|{s} is a city in {v}.|The country of {s} is {v}.|{s} lies in {v}."
+                      "|To see {s}, go to {v}.",
+                      "Which country is {s} in?|What is the country of {s}?|In which country does {s} lie?"),
+    },
+    "place.river": {
+        "zh": Phrases("河流",
+                      "流过{s}的是{v}。|{s}的河是{v}。|{s}在{v}边上。|{s}有一条{v}。|在{s}可以坐船游{v}。",
+                      "流过{s}的是什么河？|{s}的河是什么？|{s}在什么河边上？"),
+        "en": Phrases("river",
+                      "The river of {s} is the {v}.|{s} lies on the {v}.|In {s} flows the {v}."
+                      "|The river in {s} is called {v}.|In {s} boats go on the {v}.",
+                      "What is the river of {s}?|Which river flows in {s}?|Which river is {s} on?"),
+    },
+    "place.sight": {
+        "zh": Phrases("名胜",
+                      "{s}有名的是{v}。|到{s}要看{v}。|{s}的名胜是{v}。|{s}因为{v}而有名。"
+                      "|在{s}人人都爱{v}。",
+                      "{s}有名的是什么？|到{s}要看什么？|{s}的名胜是什么？"),
+        "en": Phrases("sight",
+                      "{s} is famous for the {v}.|In {s} people visit the {v}."
+                      "|The sight of {s} is the {v}.|{s} is proud of the {v}.|In {s} you can see the {v}.",
+                      "What is {s} famous for?|What do people visit in {s}?|What can you see in {s}?"),
+    },
+    "job.place": {
+        "zh": Phrases("地点",
+                      "{s}在{v}工作。|{s}的工作地点是{v}。|{s}天天去{v}。|在{v}能找到{s}。"
+                      "|{s}上班的地方是{v}。",
+                      "{s}在哪里工作？|{s}的工作地点是哪里？|{s}天天去哪里？"),
+        "en": Phrases("workplace",
+                      "{s} works at the {v}.|The workplace of {s} is the {v}."
+                      "|{s} goes to the {v} every day.|You can find {s} at the {v}."
+                      "|{s} spends the day at the {v}.",
+                      "Where does {s} work?|What is the workplace of {s}?|Where does {s} go every day?"),
+    },
+    "job.tool": {
+        "zh": Phrases("工具",
+                      "{s}用{v}。|{s}的工具是{v}。|{s}工作时用{v}。|{s}离不开{v}。|{s}手边总有{v}。",
+                      "{s}用什么？|{s}的工具是什么？|{s}工作时用什么？"),
+        "en": Phrases("tool",
+                      "{s} uses {v}.|The tools of {s} are {v}.|{s} works with {v}.|{s} needs {v}."
+                      "|{s} always has {v}.",
+                      "What does {s} use?|What are the tools of {s}?|What does {s} work with?"),
+    },
+    "animal.sound": {
+        "zh": Phrases("叫声",
+                      "{s}{v}叫。|{s}的叫声是{v}。|{s}叫起来是{v}。|听，{s}在叫：{v}。|{s}会{v}地叫。",
+                      "{s}怎么叫？|{s}的叫声是什么？|{s}叫起来是什么声音？"),
+        "en": Phrases("sound",
+                      "{s} says {v}.|The sound of {s} is {v}.|{s} goes {v}.|Listen, {s} says {v}."
+                      "|{s} likes to say {v}.",
+                      "What does {s} say?|What is the sound of {s}?|What sound does {s} make?"),
+    },
+    "animal.food": {
+        "zh": Phrases("食物",
+                      "{s}吃{v}。|{s}爱吃{v}。|{s}的食物是{v}。|{s}每天吃{v}。|{s}在找{v}吃。",
+                      "{s}吃什么？|{s}爱吃什么？|{s}的食物是什么？"),
+        "en": Phrases("food",
+                      "{s} eats {v}.|{s} likes {v}.|The food of {s} is {v}.|{s} lives on {v}."
+                      "|Every day {s} eats {v}.",
+                      "What does {s} eat?|What is the food of {s}?|What does {s} live on?"),
+    },
+    "animal.home": {
+        "zh": Phrases("住处",
+                      "{s}住在{v}。|{s}的家是{v}。|{s}睡在{v}。|{s}的住处是{v}。|{v}是{s}的家。",
+                      "{s}住在哪里？|{s}的家是哪里？|{s}睡在哪里？"),
+        "en": Phrases("home",
+                      "{s} lives in the {v}.|The home of {s} is the {v}.|{s} sleeps in the {v}."
+                      "|{s} goes home to the {v}.|{s} rests in the {v}.",
+                      "Where does {s} live?|What is the home of {s}?|Where does {s} sleep?"),
+    },
+    "animal.legs": {
+        "zh": Phrases("腿",
+                      "{s}有{v}条腿。|{s}的腿有{v}条。|{s}一共{v}条腿。|数一数，{s}有{v}条腿。",
+                      "{s}有几条腿？|{s}一共几条腿？"),
+        "en": Phrases("legs",
+                      "{s} has {v} legs.|The number of legs of {s} is {v}.|{s} goes on {v} legs."
+                      "|Count: {s} has {v} legs.",
+                      "How many legs does {s} have?|On how many legs does {s} go?"),
+    },
+    "word": {
+        "zh": Phrases("英文",
+                      "“{s}”的英文是{v}。|“{s}”用英文说是{v}。|{s}就是{v}。|“{s}”这个词，英文叫{v}。",
+                      "“{s}”的英文是什么？|“{s}”用英文怎么说？|“{s}”英文叫什么？"),
+        "en": Phrases("Chinese",
+                      "The Chinese for \"{s}\" is {v}.|In Chinese, \"{s}\" is {v}."
+                      "|The word \"{s}\" means {v}.|To say \"{s}\" in Chinese, say {v}.",
+                      "What is \"{s}\" in Chinese?|How do you say \"{s}\" in Chinese?"
+                      "|What is the Chinese for \"{s}\"?"),
+    },
+    "weather": {
+        "zh": Phrases("天气",
+                      "{s}{day}是{v}。|{s}{day}的天气是{v}。|{day}{s}是{v}。|{day}{s}的天气是{v}。"
+                      "|{day}去{s}会遇上{v}。",
+                      "{s}{day}天气怎么样？|{s}{day}的天气是什么？|{day}{s}天气怎么样？"),
+        "en": Phrases("weather",
+                      "It is {v} in {s} on {day}.|On {day} it is {v} in {s}.|{s} is {v} on {day}."
+                      "|On {day} {s} is {v}.|In {s} {day} is {v}.",
+                      "How is the weather in {s} on {day}?|What is {s} like on {day}?"
+                      "|On {day}, how is the weather in {s}?"),
+    },
+    "sum": {
+        "zh": Phrases("和",
+                      "{a}加{b}等于{v}。|{a}+{b}={v}。|{a}加{b}是{v}。|{a}与{b}的和是{v}。",
+                      "{a}加{b}等于几？|{a}+{b}等于几？|{a}加{b}是多少？"),
+        "en": Phrases("sum",
+                      "{a} plus {b} is {v}.|{a}+{b}={v}.|{a} and {b} make {v}."
+                      "|The sum of {a} and {b} is {v}.",
+                      "What is {a} plus {b}?|What is {a}+{b}?|How much is {a} and {b}?"),
+    },
+    "difference": {
+        "zh": Phrases("差",
+                      "{a}减{b}等于{v}。|{a}-{b}={v}。|{a}减{b}是{v}。|{a}减去{b}还剩{v}。",
+                      "{a}减{b}等于几？|{a}-{b}等于几？|{a}减{b}是多少？"),
+        "en": Phrases("difference",
+                      "{a} minus {b} is {v}.|{a}-{b}={v}.|Take {b} from {a} and {v} is left."
+                      "|{a} less {b} makes {v}.",
+                      "What is {a} minus {b}?|What is {a}-{b}?|How much is {a} less {b}?"),
+    },
+    "bigger": {
+        "zh": Phrases("大数",
+                      "{a}和{b}，{v}更大。|比一比{a}和{b}，大的是{v}。|{a}和{b}里大的是{v}。"
+                      "|{a}和{b}相比，{v}大。",
+                      "{a}和{b}哪个大？|{a}和{b}里大的是几？"),
+        "en": Phrases("bigger number",
+                      "Of {a} and {b}, {v} is bigger.|The bigger of {a} and {b} is {v}."
+                      "|{a} or {b}: {v} is bigger.|Between {a} and {b} the bigger one is {v}.",
+                      "Which is bigger, {a} or {b}?|What is the bigger of {a} and {b}?"),
+    },
+    "count": {
+        "zh": Phrases("字母",
+                      "{s}里有{v}个{letter}。|{s}这个词里有{v}个{letter}。|单词{s}中字母{letter}有{v}个。"
+                      "|字母{letter}在{s}里有{v}个。",
+                      "{s}里有几个{letter}？|{s}这个词里有几个{letter}？|单词{s}中字母{letter}有几个？"),
+        "en": Phrases("count",
+                      "In {s} the letter {letter} appears {times}."
+                      "|The letter {letter} appears {times} in {s}."
+                      "|The word {s} has the letter {letter} {times}.|Count the {letter} in {s}: {v}.",
+                      "How many {letter} are in {s}?|How often does {letter} appear in {s}?"
+                      "|How many times is {letter} in {s}?"),
+    },
+    "length": {
+        "zh": Phrases("长度",
+                      "{s}有{v}个字母。|{s}这个词有{v}个字母。|单词{s}的长度是{v}。"
+                      "|数一数，{s}有{v}个字母。",
+                      "{s}有几个字母？|单词{s}的长度是几？"),
+        "en": Phrases("length",
+                      "The word {s} has {v} letters.|The length of {s} is {v}."
+                      "|To write {s} you need {v} letters.|Count the letters of {s}: {v}.",
+                      "How many letters are in {s}?|What is the length of {s}?"),
+    },
+}
+# How a conversation goes on: "And his job?" (same subject), "What about Tom?" (same question).
+SAME_SUBJECT = {"zh": "{noun}呢？", "en": "And {p} {noun}?"}
+NEXT_SUBJECT = {"zh": ("{s}呢？", "那{s}呢？"), "en": ("And {s}?", "What about {s}?")}
+SPACE, COLON, STOP = {"zh": "", "en": " "}, {"zh": "：", "en": ": "}, {"zh": "。", "en": "."}
+PRONOUNS = {"zh": {"f": ("她", "她的"), "m": ("他", "他的")}, "en": {"f": ("she", "her"), "m": ("he", "his")}}
+
+
+# --- Facts --------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, eq=False)
+class Fact:
+    """One thing that is true in the world.
+
+    `kind` names the relation. `key` is the fact's identity: facts with one key (3+4 and 4+3) are asked for
+    in fine-tuning together or not at all. `slots[language]` fills the relation's phrases; its "v" is the
+    answer. `gender` ("f", "m") is set for people, whom a pronoun may stand for.
+    """
+
+    kind: str
+    key: str
+    slots: dict
+    gender: str = ""
+
+    @property
+    def topic(self):
+        return self.kind.split(".")[0]
+
+    def answer(self, language):
+        return self.slots[language]["v"]
+
+    def statements(self, language, pronoun=False):
+        """Every way to state the fact in `language`, with the subject's name or its pronoun."""
+        return self._fill(PHRASES[self.kind][language].statements.split("|"), language, pronoun)
+
+    def questions(self, language, pronoun=False):
+        """Every way to ask for the fact in `language`."""
+        return self._fill(PHRASES[self.kind][language].questions.split("|"), language, pronoun)
+
+    def same_subject(self, language):
+        """The short question that follows one about the same subject: "And his job?"."""
+        return self._fill([SAME_SUBJECT[language]], language, pronoun=True)[0]
+
+    def next_subject(self, language):
+        """The short questions that follow the same question about another subject: "What about Tom?"."""
+        return self._fill(NEXT_SUBJECT[language], language, pronoun=False)
+
+    def _fill(self, templates, language, pronoun):
+        slots = dict(self.slots[language], noun=PHRASES[self.kind][language].noun)
+        if pronoun:
+            slots["s"], slots["p"] = PRONOUNS[language][self.gender]
+        sentences = [template.format(**slots) for template in templates]
+        return [capitalise(sentence) for sentence in sentences] if language == "en" else sentences
+
+
+class Draw:
+    """Random choices built on `random()` alone, whose numbers Python promises to keep across versions."""
+
+    def __init__(self, seed):
+        self._random = Random(seed).random
+
+    def below(self, n):
+        return int(self._random() * n)
+
+    def choice(self, items):
+        return items[self.below(len(items))]
+
+    def shuffled(self, items):
+        items = list(items)
+        for i in range(len(items) - 1, 0, -1):
+            j = self.below(i + 1)
+            items[i], items[j] = items[j], items[i]
+        return items
+
+
+@dataclass
+class World:
+    """All facts, and which of their keys fine-tuning leaves for the evaluation."""
+
+    facts: list
+    held_out: set
+
+    def taught(self):
+        return [fact for fact in self.facts if fact.key not in self.held_out]
+
+    def asked(self):
+        return [fact for fact in self.facts if fact.key in self.held_out]
+
+
+def build_world(seed=1337, size=1.0):
+    """The world of `seed` with `60 * size` people. Raises UserError for a size or seed out of range."""
+    if not 0.1 <= size <= 20:
+        raise UserError(f"size must be between 0.1 and 20 (1.0 is {PEOPLE} people), found {size:g}")
+    if seed < 0:
+        raise UserError(f"seed must not be negative, found {seed}")
+    draw = Draw(seed)
+    facts = people_facts(draw, round(PEOPLE * size))
+    facts += table_facts("place", PLACES) + table_facts("job", JOBS) + table_facts("animal", ANIMALS)
+    facts += word_facts() + weather_facts(draw) + number_facts(draw) + letter_facts()
+    held_out = set()
+    for kind in PHRASES:
+        keys = draw.shuffled(sorted({fact.key for fact in facts if fact.kind == kind}))
+        held_out.update(keys[:round(HELD_OUT * len(keys))])
+    return World(facts, held_out)
+
+
+def people_facts(draw, n):
+    """Seven facts a person; values are dealt like cards, so that none is more likely than another."""
+    people = draw_people(draw, n)
+    tables = {"city": PLACES, "job": JOBS, "pet": PETS, "food": FOODS, "colour": COLOURS}
+    dealt = {attribute: deal(draw, pairs(table), n) for attribute, table in tables.items()}
+    circle = draw.shuffled(people)  # each one's best friend is the next in the circle
+    friend = {a: b for a, b in zip(circle, circle[1:] + circle[:1], strict=True)}
+    facts = []
+    for i, person in enumerate(people):
+        zh, en, gender = person
+        values = {attribute: dealt[attribute][i] for attribute in tables}
+        values["friend"] = friend[person][:2]
+        values["name"] = (en, zh)
+        for attribute, (v_zh, v_en) in values.items():
+            slots = {"zh": {"s": zh, "p": zh + "的", "v": v_zh}, "en": {"s": en, "p": en + "'s", "v": v_en}}
+            facts.append(Fact(f"person.{attribute}", f"person.{attribute} {zh}", slots, gender))
+    return facts
+
+
+def draw_people(draw, n):
+    """`n` distinct (Chinese name, English name, "f" or "m"), half women; beyond 60, with family names."""
+    people, taken = [], set()
+    names = {"f": (draw.shuffled(WOMEN_ZH), draw.shuffled(WOMEN)),
+             "m": (draw.shuffled(MEN_ZH), draw.shuffled(MEN))}
+    families = draw.shuffled(FAMILY)
+    for i in range(n):
+        gender = "fm"[i % 2]
+        given, first = names[gender]
+        turn, k = divmod(i // 2, len(given))
+        zh = draw.choice([s + given[k] for s in SURNAMES if s + given[k] not in taken])
+        taken.add(zh)
+        people.append((zh, first[k] if turn == 0 else f"{first[k]} {families[turn - 1]}", gender))
+    return people
+
+
+def deal(draw, values, n):
+    """`n` values in random order, each equally often (give or take one)."""
+    return draw.shuffled((draw.shuffled(values) * (n // len(values) + 1))[:n])
+
+
+def pairs(table):
+    """(Chinese, English) pairs of a comma-separated list, or of the subjects of a table."""
+    if "\n" in table:
+        return [tuple(row.split(":")[0].split(" ", 1)) for row in table.strip().split("\n")]
+    return [tuple(pair.split(" ", 1)) for pair in table.split(", ")]
+
+
+def table_facts(topic, table):
+    """The facts of PLACES, JOBS or ANIMALS: one a value. English animals and jobs carry an article."""
+    kinds = [kind for kind in PHRASES if kind.startswith(topic + ".")]
+    article = {"place": "", "job": "a ", "animal": "the "}[topic]
+    facts = []
+    for row in table.strip().split("\n"):
+        subject, values = row.split(": ")
+        zh, en = subject.split(" ", 1)
+        for kind, value in zip(kinds, values.split(", "), strict=True):
+            v_zh, v_en = value.split(" ", 1)
+            slots = {"zh": {"s": zh, "v": v_zh}, "en": {"s": article + en, "v": v_en}}
+            facts.append(Fact(kind, f"{kind} {en}", slots))
+    return facts
+
+
+def word_facts():
+    """What each word is called in the other language."""
+    words = {}
+    for table in (PETS, FOODS, COLOURS, PLACES, JOBS, ANIMALS):
+        words.update((en, zh) for zh, en in pairs(table))
+    return [Fact("word", f"word {en}", {"zh": {"s": zh, "v": en}, "en": {"s": en, "v": zh}})
+            for en, zh in sorted(words.items())]
+
+
+def weather_facts(draw):
+    """The weather of a week in five cities."""
+    facts = []
+    for city_zh, city_en in pairs(PLACES)[:5]:
+        for (day_zh, day_en), (v_zh, v_en) in zip(pairs(DAYS), deal(draw, pairs(WEATHER), 7), strict=True):
+            slots = {"zh": {"s": city_zh, "day": day_zh, "v": v_zh},
+                     "en": {"s": city_en, "day": day_en, "v": v_en}}
+            facts.append(Fact("weather", f"weather {city_en} {day_en}", slots))
+    return facts
+
+
+def number_facts(draw):
+    """Sums and differences up to 10, and comparisons up to 20."""
+    facts = []
+    for a in range(11):
+        for b in range(11):
+            facts.append(numeric("sum", f"sum {min(a, b)} {max(a, b)}", a=a, b=b, v=a + b))
+            if b <= a:
+                facts.append(numeric("difference", f"difference {a} {b}", a=a, b=b, v=a - b))
+    couples = [(a, b) for a in range(21) for b in range(a)]
+    for a, b in sorted(draw.shuffled(couples)[:80]):
+        for x, y in ((a, b), (b, a)):
+            facts.append(numeric("bigger", f"bigger {b} {a}", a=x, b=y, v=a))
+    return facts
+
+
+def letter_facts():
+    """How long each word is, and how often its most frequent and its last letter appear."""
+    facts = []
+    for word in WORDS:
+        facts.append(numeric("length", f"length {word}", s=word, v=len(word)))
+        frequent = max(sorted(set(word)), key=word.count)
+        for letter in sorted({frequent, word[-1]}):
+            n = word.count(letter)
+            times = f"{n} time" + "s" * (n > 1)
+            facts.append(numeric("count", f"count {word} {letter}", s=word, letter=letter, v=n, times=times))
+    return facts
+
+
+def numeric(kind, key, **slots):
+    slots = {name: str(value) for name, value in slots.items()}
+    return Fact(kind, key, {"zh": slots, "en": slots})
+
+
+def capitalise(sentence):
+    """First letter upper case; the rest untouched (str.capitalize would lower it)."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+# --- Texts --------------------------------------------------------------------------------------------
+
+def pretraining_documents(world, draw):
+    """The running text: a shuffled list of documents, each a paragraph of a few sentences."""
+    documents = []
+    for language in LANGUAGES:
+        documents += biographies(world, draw, language) + cards(world, draw, language)
+        documents += lists(world, draw, language) + notes(world, draw, language)
+    return draw.shuffled(documents + bilingual_notes(world, draw))
+
+
+def biographies(world, draw, language):
+    """Paragraphs that tell all that is known of one person, place, job or animal, in changing order."""
+    documents = []
+    for facts in by_subject(world.facts, ("person", "place", "job", "animal")):
+        for _ in range(BIOGRAPHIES):
+            sentences = []
+            for i, fact in enumerate(draw.shuffled(facts)):
+                pronoun = fact.gender != "" and i > 0 and draw.below(3) > 0
+                sentences.append(draw.choice(fact.statements(language, pronoun)))
+            documents.append(SPACE[language].join(sentences))
+    return documents
+
+
+def cards(world, draw, language):
+    """All that is known of one person, a line each."""
+    documents = []
+    for facts in by_subject(world.facts, ("person",)) * CARDS:
+        rows = [PHRASES[fact.kind][language].noun + COLON[language] + fact.answer(language)
+                for fact in draw.shuffled(facts)]
+        documents.append("\n".join([facts[0].slots[language]["s"] + STOP[language], *rows]))
+    return documents
+
+
+def lists(world, draw, language):
+    """One attribute of several people, a line each."""
+    documents = []
+    for kind in PHRASES:
+        facts = draw.shuffled(fact for fact in world.facts if fact.kind == kind and fact.topic == "person")
+        for i in range(0, len(facts), 6):
+            rows = [fact.slots[language]["s"] + COLON[language] + fact.answer(language)
+                    for fact in facts[i:i + 6]]
+            documents.append("\n".join([PHRASES[kind][language].noun + STOP[language], *rows]))
+    return documents
+
+
+def notes(world, draw, language):
+    """Every fact in every phrasing once, a few sentences on one topic at a time."""
+    topics = {}
+    for fact in world.facts:
+        topics.setdefault(fact.topic, []).extend(fact.statements(language))
+    documents = []
+    for sentences in topics.values():
+        sentences = draw.shuffled(sentences)
+        documents += [SPACE[language].join(sentences[i:i + 5]) for i in range(0, len(sentences), 5)]
+    return documents
+
+
+def bilingual_notes(world, draw):
+    """A fact about a person in one language, then in the other."""
+    documents = []
+    for fact in world.facts:
+        if fact.topic == "person":
+            both = draw.shuffled(LANGUAGES)
+            documents.append("\n".join(draw.choice(fact.statements(language)) for language in both))
+    return documents
+
+
+def by_subject(facts, topics):
+    """The facts of `topics` in groups: one group a person, place, ..."""
+    groups = {}
+    for fact in facts:
+        if fact.topic in topics:
+            groups.setdefault((fact.topic, fact.slots["zh"]["s"]), []).append(fact)
+    return list(groups.values())
+
+
+def fine_tuning_conversations(world, draw):
+    """Questions and answers about the taught facts: a shuffled list of conversations.
+
+    A conversation is a list of (question, answer), most of length one.
+    """
+    facts = world.taught()
+    conversations = []
+    for fact in facts:
+        for language in LANGUAGES:
+            for question in draw.shuffled(fact.questions(language))[:QUESTIONS.get(fact.topic, 1)]:
+                conversations.append([(question, fact.answer(language))])
+    same_kind = {kind: [fact for fact in facts if fact.kind == kind] for kind in PHRASES}
+    for known in by_subject(facts, ("person",)) * DIALOGUES:
+        for language in LANGUAGES:
+            if len(known) > 1:
+                conversations.append(dialogue(draw, language, draw.shuffled(known)[:2 + draw.below(2)]))
+            first = draw.choice(known)
+            other = draw.choice(same_kind[first.kind])
+            if other is not first:
+                conversations.append(dialogue(draw, language, [first, other]))
+    return draw.shuffled(conversations)
+
+
+def held_out_questions(world, draw):
+    """The evaluation: (fact, language, conversation), whose last answer is the one to give.
+
+    All held-out facts that are arbitrary are asked for, those of people also in conversations; of the rest
+    (numbers, letters, weather), where a pattern or a lucky guess may do, a few of each kind.
+    """
+    questions, asked = [], {}
+    for fact in draw.shuffled(world.asked()):
+        asked[fact.kind] = asked.get(fact.kind, 0) + 1
+        if fact.topic in ARBITRARY or asked[fact.kind] <= FEW:
+            language = draw.choice(LANGUAGES)
+            question = draw.choice(fact.questions(language))
+            questions.append((fact, language, [(question, fact.answer(language))]))
+    people = draw.shuffled(fact for fact in world.asked() if fact.topic == "person")
+    taught = [fact for fact in world.taught() if fact.topic == "person"]
+    for i, fact in enumerate(people[:(len(people) + 3) // 4]):
+        subject = fact.slots["zh"]["s"]
+        context = [other for other in taught
+                   if (other.kind == fact.kind if i % 2 else other.slots["zh"]["s"] == subject)]
+        if context:
+            language = draw.choice(LANGUAGES)
+            questions.append((fact, language, dialogue(draw, language, [draw.choice(context), fact])))
+    return questions
+
+
+def dialogue(draw, language, facts):
+    """A conversation about `facts`, one after the other; its later questions lean on the earlier ones."""
+    turns, previous = [], None
+    for fact in facts:
+        if previous is None:
+            question = draw.choice(fact.questions(language))
+        elif fact.kind == previous.kind:
+            question = draw.choice(fact.next_subject(language))
+        else:
+            long = draw.choice(fact.questions(language, pronoun=True))
+            question = draw.choice([fact.same_subject(language), long])
+        turns.append((question, fact.answer(language)))
+        previous = fact
+    return turns
+
+
+# --- Files --------------------------------------------------------------------------------------------
+
+def write_world(out, seed=1337, size=1.0):
+    """Write `pretrain.txt`, `sft.jsonl` and `eval.jsonl` into the folder `out`; returns what to report."""
+    world = build_world(seed, size)
+    draw = Draw(seed + 1)
+    documents = pretraining_documents(world, draw)
+    conversations = fine_tuning_conversations(world, draw)
+    questions = held_out_questions(world, draw)
+
+    pretrain = "".join(f"<|bos|>{document}<|eos|>\n" for document in documents)
+    sft = "".join(json_line(as_record(turns)) for turns in conversations)
+    evaluation = "".join(
+        json_line(as_record(turns) | {"kind": fact.kind, "language": language, "fact": fact.key})
+        for fact, language, turns in questions)
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (("pretrain.txt", pretrain), ("sft.jsonl", sft), ("eval.jsonl", evaluation)):
+        write_whole(out / name, text)
+    return {
+        "facts": len(world.facts),
+        "documents": len(documents),
+        "characters of running text": len(pretrain),
+        "question-answer conversations": len(conversations),
+        "  of them multi-turn": sum(len(turns) > 1 for turns in conversations),
+        "held-out questions": len(questions),
+        "distinct characters": len(set(pretrain + sft + evaluation)),
+    }
+
+
+def as_record(turns):
+    """{"question", "answer"} for one turn, {"messages": [...]} for several."""
+    if len(turns) == 1:
+        return {"question": turns[0][0], "answer": turns[0][1]}
+    return {"messages": [{"role": role, "content": text}
+                         for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]}
+
+
+def json_line(record):
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def write_whole(path, text):
+    """Write beside, flush, rename: the file is never seen half written."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Write a small bilingual world to learn from: pretrain.txt, sft.jsonl and eval.jsonl.",
+        epilog="examples:\n  python dataset/sample_world.py\n"
+               "  python dataset/sample_world.py --seed 7 --size 2 --out my_world",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1337, help="which world (default: 1337)")
+    parser.add_argument("--size", type=float, default=1.0,
+                        help=f"how many people: 1.0 is {PEOPLE} (default: 1.0)")
+    parser.add_argument("--out", type=Path, default=ROOT / "dataset",
+                        help="folder to write to (default: dataset/)")
+    arguments = parser.parse_args()
+
+    counts = write_world(arguments.out, arguments.seed, arguments.size)
+
+    from rich.console import Console
+    from rich.table import Table
+    table = Table("sample world", f"seed {arguments.seed}, size {arguments.size:g}", title=str(arguments.out))
+    table.columns[1].justify = "right"
+    for what, count in counts.items():
+        table.add_row(what, f"{count:,}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run(main)

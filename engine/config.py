@@ -1,0 +1,179 @@
+"""Reading the JSON files: every mistake is named with its file, its key and what would do.
+
+`python -m engine.config` writes doc/configuration.md and the JSON Schemas beside the
+configurations, from the classes in config/schema.py.
+"""
+
+import difflib
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from config.schema import ModelConfig, TrainConfig
+from engine.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The keys are read by editors and not by us: they may stand in any of the files.
+EDITOR_KEYS = {"$schema"}
+
+
+def find(path):
+    """A path a user typed: taken from the current directory, else from the project's."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() or path.exists() else ROOT / path
+
+
+def shown(path):
+    """A path as a user would type it: relative to the project where it lies inside."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def read_json(path):
+    """The JSON object in the file. UserError if it is missing, not UTF-8, broken, or no object."""
+    name = shown(path)
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{name} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{name} is a folder; a JSON file is needed") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: byte {error.start} is not UTF-8 text") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{name}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg.lower()}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{name}: found {_show(value)}; a JSON object {{...}} is needed")
+    return value
+
+
+def parse_overrides(assignments):
+    """["key=value", ...] of --set -> {key: value}; a value that is not JSON is taken as a string."""
+    overrides = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f'--set {assignment}: write it as key=value, such as "--set batch_size=8"')
+        known = {**ModelConfig.model_fields, **TrainConfig.model_fields}
+        if key not in known:
+            raise UserError(f'--set {assignment}: unknown key "{key}"{_nearest(key, known)}')
+        try:
+            overrides[key] = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
+            overrides[key] = text
+    return overrides
+
+
+def load(schema, path, overrides=None):
+    """The file as an instance of `schema`, with those of the `overrides` that are its keys."""
+    values = read_json(path)
+    overrides = {k: v for k, v in (overrides or {}).items() if k in schema.model_fields}
+    return check(schema, {**values, **overrides}, shown(path), overrides)
+
+
+def check(schema, values, source, overrides=()):
+    """`values` as an instance of `schema`. UserError naming `source` and the first wrong key."""
+    try:
+        return schema.model_validate({k: v for k, v in values.items() if k not in EDITOR_KEYS})
+    except ValidationError as error:
+        # An unknown key first: it is the likely cause of a missing one.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        key = str(first["loc"][0]) if first["loc"] else None
+        where = "--set" if key in overrides else source
+        raise UserError(f"{where}: {_explain(schema, key, first)}") from None
+
+
+def _explain(schema, key, error):
+    if error["type"] == "extra_forbidden":
+        return f'unknown key "{key}"{_nearest(key, schema.model_fields)}'
+    if error["type"] == "missing":
+        needs = describe_type(schema.model_json_schema(), key)
+        return f'key "{key}" is missing: {schema.model_fields[key].description} ({needs})'
+    if key is None:  # an impossible combination, in our own words
+        return str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
+    return f'key "{key}": found {_show(error["input"])}; needs {describe_type(schema.model_json_schema(), key)}'
+
+
+def describe_type(json_schema, key):
+    """What a key may hold, in words: 'an integer >= 1', 'one of "adamw"', ..."""
+    spec = json_schema["properties"][key]
+    kinds = spec.get("anyOf", [spec])
+    return " or ".join(_describe_one(kind) for kind in kinds)
+
+
+def _describe_one(spec):
+    if "const" in spec:
+        return json.dumps(spec["const"])
+    if "enum" in spec:
+        return "one of " + ", ".join(json.dumps(choice) for choice in spec["enum"])
+    if "pattern" in spec:
+        return '"auto", "cpu", "mps", "cuda" or "cuda:N"'
+    nouns = {"integer": "an integer", "number": "a number", "string": "a string", "boolean": "true or false"}
+    words = nouns.get(spec.get("type"), spec.get("type", "a value"))
+    if spec.get("type") == "array":
+        words = "a list of [train, validation] pairs of file names"
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {spec[name]:g}" for name, sign in bounds.items() if name in spec]
+    return f"{words} {' and '.join(limits)}".strip()
+
+
+def _nearest(key, known):
+    near = difflib.get_close_matches(key, known, n=1)
+    return f'; did you mean "{near[0]}"?' if near else f"; known keys: {', '.join(sorted(known))}"
+
+
+def _show(value):
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unique(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'key "{twice}" stands twice')
+    return values
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def reference():
+    """doc/configuration.md: every key of every file, as Markdown."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Made from `config/schema.py` by `python -m engine.config`; do not edit by hand.",
+        "Every key may also be given on the command line: `python train.py -t pretrain --set batch_size=8`.",
+    ]
+    for title, schema in (
+        ("config/model_config.json", ModelConfig),
+        ("config/config_pretrain.json, config/config_sft.json", TrainConfig),
+    ):
+        json_schema = schema.model_json_schema()
+        lines += ["", f"## {title}", "", "| key | value | default | meaning |", "|-|-|-|-|"]
+        for key, field in schema.model_fields.items():
+            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+            lines.append(f"| `{key}` | {describe_type(json_schema, key)} | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_reference():
+    (ROOT / "doc" / "configuration.md").write_text(reference(), encoding="utf-8")
+    for name, schema in (("model_config", ModelConfig), ("train_config", TrainConfig)):
+        text = json.dumps(schema.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+        (ROOT / "config" / f"{name}.schema.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_reference()

@@ -1,0 +1,45 @@
+"""What a user is told when something is wrong: a sentence on stderr and exit code 2."""
+
+import errno
+import os
+import sys
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Its message is the one or two sentences they read."""
+
+
+def run(main):
+    """Call `main()` as a script: exit 0 when it returns, 2 with a sentence on a user's mistake.
+
+    Disk full, missing permission and exhausted memory are things a user can mend, so they
+    are told in the same way. Any other exception is a bug of ours and keeps its traceback.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        _leave(str(error))
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left; the rest of the output has no taker.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _leave(describe_os_error(error))
+    except MemoryError:
+        _leave("this machine's memory does not suffice; lower batch_size, block_size or the model's size")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def describe_os_error(error):
+    """One sentence for an operating-system error: what happened, to which file."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"the disk is full{where}; free some space and run the same command again"
+    return f"{(error.strerror or str(error)).lower()}{where}"
+
+
+def _leave(sentence):
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,309 @@
+"""The one room that asks the machine what it can do, and turns every "auto" into an answer.
+
+    machine = detect()                          # asks torch and the operating system, once
+    choice = choose(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True)
+    print("\\n".join(describe(choice)))          # what was chosen, and why
+    with attention_context(choice), autocast_context(choice):
+        ...                                     # forward pass
+
+`choose` is a pure function of what `detect` found, so machines can be pretended in tests.
+What a person sets by hand is obeyed, or refused with the reason.
+"""
+
+import contextlib
+import os
+import platform
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import UserError
+
+BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is Arm's name
+FP16 = ("amx_fp16", "avx512_fp16")
+KERNELS = ("flash", "mem_efficient", "math")  # each one works wherever the ones before it do
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device. `memory` in bytes; `shared`: it is the board's only memory (Jetson)."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to compute with. `memory` in bytes, None if unknown; `cores` this process may use."""
+
+    cpu: str
+    cores: int
+    memory: int | None
+    torch: str
+    cpu_features: tuple[str, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
+    has_mps: bool = False
+    cuda_architectures: tuple[str, ...] = ()  # what torch was built for ("sm_80"); empty: unknown
+    flash_built: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Every "auto" resolved.
+
+    `autocast`: float32 weights, products in `dtype`; otherwise the weights are in `dtype` too.
+    `grad_scaling`: float16 gradients underflow unless the loss is scaled (Micikevicius et al. 2018).
+    `kernels`: the attention kernels torch may use; empty: torch picks. `memory`: the device's, in bytes.
+    """
+
+    machine: Machine
+    device: str
+    dtype: str
+    sdp_kernel: str
+    autocast: bool
+    grad_scaling: bool
+    kernels: tuple[str, ...]
+    name: str
+    memory: int | None
+    reasons: tuple[str, ...]
+
+    @property
+    def device_type(self):
+        return self.device.split(":")[0]
+
+
+def detect(device="auto"):
+    """Ask this machine -> Machine. GPUs are left alone when `device` is "cpu"."""
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    name, features = _linux_cpu()
+    gpus = []
+    for i in range(torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(i)
+        shared = bool(getattr(gpu, "is_integrated", False))
+        gpus.append(Gpu(gpu.name, (gpu.major, gpu.minor), gpu.total_memory, shared))
+    flash_built = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    return Machine(
+        cpu=name or capabilities.get("cpu_name") or platform.machine(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory=_memory(),
+        torch=str(torch.__version__),
+        cpu_features=tuple(f for f in BF16 + FP16 if f in features or capabilities.get(f)),
+        gpus=tuple(gpus),
+        has_mps=device != "cpu" and torch.backends.mps.is_available(),
+        cuda_architectures=tuple(torch.cuda.get_arch_list()) if gpus else (),
+        flash_built=not gpus or flash_built(),
+    )
+
+
+def choose(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True, dropout=0.0):
+    """Resolve every "auto" for `machine` -> Choice. UserError if what was set by hand cannot be."""
+    device, gpu, why_device = _choose_device(machine, device)
+    dtype, why_dtype = _choose_dtype(machine, device, gpu, dtype, use_amp)
+    kernel, kernels, why_kernel = _choose_kernel(machine, device, gpu, dtype, sdp_kernel, dropout)
+    return Choice(
+        machine=machine,
+        device=device,
+        dtype=dtype,
+        sdp_kernel=kernel,
+        autocast=use_amp and dtype != "float32",
+        grad_scaling=dtype == "float16",
+        kernels=kernels,
+        name=gpu.name if gpu else f"{machine.cpu}, {machine.cores} cores",
+        memory=gpu.memory if gpu else machine.memory,
+        reasons=(f"device {device}: {why_device}", f"dtype {dtype}: {why_dtype}", f"attention {why_kernel}"),
+    )
+
+
+def describe(choice):
+    """Four plain lines for the start of a run: the machine, then each choice and its reason."""
+    shared = any(gpu.shared and gpu.name == choice.name for gpu in choice.machine.gpus)
+    memory = f", {choice.memory / 2**30:.0f} GiB{' shared with the CPU' * shared}" if choice.memory else ""
+    return [f"machine {choice.name}{memory}, torch {choice.machine.torch}", *choice.reasons]
+
+
+def _choose_device(machine, device):
+    """-> (device, its Gpu or None, why)."""
+    if device == "auto":
+        for i, gpu in enumerate(machine.gpus):
+            if _torch_supports(machine, gpu):
+                return f"cuda:{i}" if i else "cuda", gpu, "the first CUDA GPU that torch can use"
+        if machine.has_mps:
+            return "mps", None, "the Apple GPU"
+        if machine.gpus:
+            return "cpu", None, _unsupported(machine, machine.gpus[0])
+        return "cpu", None, "torch finds no GPU here"
+    if device == "mps" and not machine.has_mps:
+        raise UserError('device is "mps", but torch finds no Apple GPU here; set "auto" or "cpu"')
+    if not device.startswith("cuda"):
+        return device, None, "set by hand"
+    index, count = int(device.partition(":")[2] or 0), len(machine.gpus)
+    if not count:
+        raise UserError(
+            f'device is "{device}", but torch {machine.torch} finds no CUDA GPU here; set "auto" or "cpu", '
+            f"or install a torch build with CUDA and see whether nvidia-smi lists the GPU"
+        )
+    if index >= count:
+        raise UserError(f'device is "{device}", but the last of the {count} GPUs here is cuda:{count - 1}')
+    if not _torch_supports(machine, machine.gpus[index]):
+        raise UserError(f'device is "{device}", but {_unsupported(machine, machine.gpus[index])}')
+    return device, machine.gpus[index], "set by hand"
+
+
+def _choose_dtype(machine, device, gpu, dtype, use_amp):
+    if dtype == "float16" and not use_amp:
+        raise UserError("float16 needs use_amp: weights kept in float16 lose their small updates")
+    if gpu:
+        why = f"compute capability {_dot(gpu)}"
+        if gpu.capability >= (8, 0):
+            best = "bfloat16"
+        elif gpu.capability >= (7, 0):
+            best, why = "float16", why + " has float16 matrix units, but no bfloat16"
+        else:
+            best, why = "float32", why + " has no fast half precision"
+        if dtype == "bfloat16" and best != "bfloat16":
+            raise UserError(
+                f'{gpu.name} has no bfloat16: {_needs_ampere(gpu)}; set dtype to "{best}" or "auto"'
+            )
+    elif device == "mps":
+        best, why = "float32", "an Apple GPU gains little from half precision"
+        if dtype == "float16":
+            raise UserError(
+                'float16 needs loss scaling, which torch lacks on Apple GPUs; set dtype to "auto"'
+            )
+    else:
+        has_bf16 = any(name in machine.cpu_features for name in BF16)
+        best, why = "float32", "this CPU has no bfloat16 instructions"
+        if has_bf16:
+            best, why = "bfloat16", "this CPU has bfloat16 instructions"
+        elif dtype == "bfloat16":
+            return dtype, f"set by hand, though {why} and float32 would be faster"
+        if dtype == "float16" and not any(name in machine.cpu_features for name in FP16):
+            raise UserError(f'this CPU has no float16 instructions; set dtype to "auto" or "{best}"')
+    if dtype != "auto":
+        return dtype, "set by hand"
+    if not use_amp and best != "float32":
+        return "float32", "use_amp is false, and weights in half precision lose their small updates"
+    return best, why
+
+
+def _choose_kernel(machine, device, gpu, dtype, kernel, dropout):
+    """-> (name, the kernels torch may use, why)."""
+    refusal = None
+    if gpu:
+        if gpu.capability < (8, 0):
+            refusal = f"{gpu.name} cannot run flash attention: {_needs_ampere(gpu)}"
+        elif dtype == "float32":
+            refusal = "flash attention needs dtype bfloat16 or float16, not float32"
+        elif not machine.flash_built:
+            refusal = f"torch {machine.torch} was built without flash attention"
+        best = "math" if gpu.capability < (7, 0) else "mem_efficient" if refusal else "flash"
+        refusal = refusal if kernel == "flash" else None
+    else:
+        best = "math" if device == "mps" else "auto"
+        if kernel == "mem_efficient" or (kernel == "flash" and device == "mps"):
+            refusal = f'attention kernel "{kernel}" does not exist for device "{device}"'
+        elif kernel == "flash" and dropout:
+            refusal = "flash attention has no dropout on a CPU"
+    if refusal:
+        raise UserError(f'{refusal}; set sdp_kernel to "auto" or "math"')
+    if kernel != "auto":
+        return kernel, (kernel,), f"{kernel}: set by hand"
+    if best == "auto":
+        return best, (), "auto: torch picks among its CPU kernels"
+    # Flash takes no attention mask and not every head size: what it refuses falls to the next one.
+    return best, KERNELS[KERNELS.index(best) :], f"{best}: the fastest for this device and dtype"
+
+
+def attention_context(choice):
+    """A context in which scaled_dot_product_attention uses only `choice.kernels`."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    names = {"flash": SDPBackend.FLASH_ATTENTION, "mem_efficient": SDPBackend.EFFICIENT_ATTENTION}
+    names["math"] = SDPBackend.MATH
+    return sdpa_kernel([names[k] for k in choice.kernels]) if choice.kernels else contextlib.nullcontext()
+
+
+def autocast_context(choice):
+    """A context for the forward pass: products in `choice.dtype` where mixed precision is on."""
+    import torch
+
+    if not choice.autocast:
+        return contextlib.nullcontext()
+    return torch.autocast(choice.device_type, getattr(torch, choice.dtype))
+
+
+def measure_matmul_flops(device, dtype, seconds=1.0):
+    """The most FLOP/s that square matrix products reach here, in about `seconds`: the 100 % of MFU.
+
+    An N x N by N x N product counts 2 N^3. Sizes double until the time is used; the fastest counts.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(kind, lambda: None)
+    best, start = 0.0, time.perf_counter()
+    for size in (256, 512, 1024, 2048, 4096, 8192):
+        flops, repeats = 2 * size**3, 20 if kind == "cuda" else 1
+        used = time.perf_counter() - start
+        if size > 1024 and used + 2 * repeats * flops / best > seconds:
+            break
+        a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+        out = a @ a  # the first product also loads the library
+        synchronize()
+        until = time.perf_counter() + (seconds - used) / 3
+        while (begin := time.perf_counter()) < until:
+            for _ in range(repeats):
+                torch.mm(a, a, out=out)
+            synchronize()
+            best = max(best, repeats * flops / (time.perf_counter() - begin))
+    return best
+
+
+def _torch_supports(machine, gpu):
+    """Whether this torch holds code for the GPU: its own, of an older minor, or PTX to compile."""
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in machine.cuda_architectures]
+    found = [(m[1], (int(m[2]), int(m[3]))) for m in found if m]
+    return not found or any(
+        has <= gpu.capability and (kind == "compute" or has[0] == gpu.capability[0]) for kind, has in found
+    )
+
+
+def _unsupported(machine, gpu):
+    return (
+        f"torch {machine.torch} was built without support for {gpu.name} (compute capability {_dot(gpu)}); "
+        f"install a build that has it"
+    )
+
+
+def _needs_ampere(gpu):
+    return f"that needs compute capability 8.0, this has {_dot(gpu)}"
+
+
+def _dot(gpu):
+    return ".".join(map(str, gpu.capability))
+
+
+def _linux_cpu():
+    """-> (name or "", instruction set extensions), as the Linux kernel tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return "", set()
+    facts = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return facts.get("model name", ""), set((facts.get("flags") or facts.get("features", "")).split())
+
+
+def _memory():
+    """Bytes this process may use: the machine's, or its container's if that is less. None: unknown."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total

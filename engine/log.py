@@ -1,0 +1,80 @@
+"""The run's log file, and what the person in front of it sees.
+
+The file train_<time>.log begins with one line that a program can read, "# " and a JSON object;
+then comes one line an event, of fields joined by " | ". In a terminal a single progress line moves
+instead of the Train lines; elsewhere (a pipe, nohup, systemd) the same lines are printed plainly.
+"""
+
+import json
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from engine.config import ROOT
+
+
+def timestamp():
+    return time.strftime("%Y%m%d_%H%M%S")
+
+
+def duration(seconds):
+    """Seconds in words: '52 s', '3 min 20 s', '2 h 05 min', '3 d 4 h'."""
+    seconds = round(seconds)
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if minutes < 1:
+        return f"{seconds} s"
+    if hours < 1:
+        return f"{minutes} min {seconds % 60:02d} s"
+    return f"{hours} h {minutes % 60:02d} min" if days < 1 else f"{days} d {hours % 24} h"
+
+
+class RunLog:
+    """Writes events to the log file and shows them. A context manager, for the progress line's sake."""
+
+    def __init__(self, started, header, total_steps, first_step):
+        self.path = ROOT / f"train_{started}.log"
+        self.file = open(self.path, "x", encoding="utf-8", buffering=1)
+        self.file.write("# " + json.dumps({"format": "nano-log", "version": 1, **header}, ensure_ascii=False) + "\n")
+        self.console = Console(highlight=False)
+        self.progress = None
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(), console=self.console,
+            )  # fmt: skip
+            self.bar = self.progress.add_task("", total=total_steps or None, completed=first_step, facts="")
+
+    def __enter__(self):
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.progress:
+            self.progress.stop()
+        self.file.close()
+
+    def event(self, kind, position, fields, step=None):
+        """One line: kind 'Train', 'Val', 'Save', ...; position (epoch, step); fields name -> text."""
+        parts = [time.strftime("%Y-%m-%d %H:%M:%S"), kind, f"Epoch-Step: {position[0]}-{position[1]}"]
+        line = " | ".join(parts + [f"{name}: {text}" if name else text for name, text in fields.items()])
+        self.file.write(line + "\n")
+        if kind == "Train" and self.progress:
+            shown = (f"{n.lower()} {fields[n]}" for n in ("Loss", "LR", "Speed", "Tokens/s", "Remaining") if n in fields)
+            self.progress.update(self.bar, completed=position[1], facts="  ".join(shown))
+        else:
+            self.say(line)
+
+    def say(self, line):
+        """A line for the person only."""
+        if self.progress:
+            self.progress.console.print(line, markup=False)
+        else:
+            print(line, flush=True)
+
+
+def notice(line):
+    """Something the user should know that is no error; not part of a program's output."""
+    print(line, file=sys.stderr)

@@ -1,0 +1,410 @@
+"""The Nano transformer, from its building blocks up.
+
+A decoder in the manner of Llama and Qwen3: each block adds attention, then an MLP, to the
+stream of token vectors, and each of the two reads the stream through an RMSNorm.
+
+    tokens [B, T] -> embedding [B, T, C] -> n_layer x Block -> RMSNorm -> logits [B, T, V]
+
+Worth knowing before reading:
+- Positions are rotary (RoPE) unless `use_rope` is false, then they are learned.
+- `n_kv_head` < `n_head` is grouped-query attention: heads share keys and values, and the KV
+  cache holds only `n_kv_head` of them.
+- One matrix makes queries, keys and values, and one makes both halves of the gated MLP:
+  a few large products are faster than many small ones.
+- Attention is PyTorch's `scaled_dot_product_attention`. Only a CPU in training has a faster
+  one here, `BlockedCausalAttention`, which skips what the causal mask hides.
+
+Shapes: B rows, T tokens, C = n_embd, H = n_head, G = n_kv_head, D = head_dim, V = vocab_size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from config.schema import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_table(head_dim, length, theta):
+    """cos and sin of position x frequency, each [length, head_dim / 2], float32.
+
+    Su et al. 2021, "RoFormer", section 3.4.2: pair i turns by position * theta^(-2i / D).
+    """
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (i, i + D/2) of x [B, T, heads, D] by angles [..., T, 1, D/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class BlockedCausalAttention(torch.autograd.Function):
+    """Exact causal attention on a CPU: softmax(q k^T / sqrt(D) + causal mask) v.
+
+    The queries are taken in blocks, and a block looks only at the keys up to its end, so
+    nearly half of the products are never made; what remains are large plain matrix products,
+    which a CPU does best. doc/speed.md has the measurements. q, k, v: [N, T, D] with N = B * H.
+    """
+
+    N_BLOCKS = 4
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        n, length, dim = q.shape
+        size = -(-length // BlockedCausalAttention.N_BLOCKS)
+        future = torch.full((size, size), -math.inf, dtype=q.dtype).triu_(1)
+        output, weights = torch.empty_like(q), []
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            scores = torch.baddbmm(
+                q.new_zeros(()), q[:, start:end], k[:, :end].mT, beta=0, alpha=1 / math.sqrt(dim)
+            )
+            scores[:, :, start:] += future[: end - start, : end - start]
+            weights.append(scores.softmax(-1))
+            torch.bmm(weights[-1], v[:, :end], out=output[:, start:end])
+        ctx.save_for_backward(q, k, v, *weights)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        q, k, v, *weights = ctx.saved_tensors
+        scale = 1 / math.sqrt(q.shape[-1])
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        start = 0
+        for p in weights:
+            end = p.shape[2]
+            grad_block = grad_output[:, start:end]
+            grad_v[:, :end].baddbmm_(p.mT, grad_block)
+            grad_p = torch.bmm(grad_block, v[:, :end].mT)
+            # The softmax's Jacobian: dS = P * (dP - sum(dP * P)).
+            grad_scores = p * (grad_p - (grad_p * p).sum(-1, keepdim=True))
+            grad_q[:, start:end] = torch.bmm(grad_scores, k[:, :end]).mul_(scale)
+            grad_k[:, :end].baddbmm_(grad_scores.mT, q[:, start:end], alpha=scale)
+            start = end
+        return grad_q, grad_k, grad_v
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, so that a new token costs one position.
+
+    `keys[l]`, `values[l]`: [B, G, capacity, D] of layer l. `lengths` [B] counts the tokens each
+    row holds: rows of a batch may differ, and what lies behind a row's length is never looked at.
+    """
+
+    def __init__(self, config, batch_size, capacity, device=None, dtype=None):
+        shape = (config.n_layer, batch_size, config.n_kv_head, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        # The same on the host, where known to be equal for all rows: spares a device round trip.
+        self.uniform_length = 0
+
+    @property
+    def capacity(self):
+        return self.keys.shape[3]
+
+    def update(self, layer, positions, k, v):
+        """Store k, v [B, G, T, D] at positions [B, T]; returns all of this layer up to the last of them."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self.uniform_length is not None:
+            end = self.uniform_length + k.shape[2]
+            keys[:, :, self.uniform_length : end] = k
+            values[:, :, self.uniform_length : end] = v
+            return keys[:, :, :end], values[:, :, :end]
+        index = positions[:, None, :, None].expand_as(k)
+        keys.scatter_(2, index, k)
+        values.scatter_(2, index, v)
+        return keys, values
+
+    def advance(self, counts):
+        """The rows have grown by `counts`: an int, or a tensor [B] where they differ."""
+        self.lengths += counts
+        if self.uniform_length is not None:
+            self.uniform_length = self.uniform_length + counts if isinstance(counts, int) else None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with grouped keys and values (Ainslie et al. 2023)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.is_causal, self.dropout = config.is_causal, config.dropout
+        self.blocked = False
+        self.qkv = nn.Linear(
+            config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias
+        )
+        self.proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, rotary, cache, positions, mask):
+        B, T, _ = x.shape
+        H, G, D = self.n_head, self.n_kv_head, self.head_dim
+        q, k, v = self.qkv(x).view(B, T, H + 2 * G, D).split((H, G, G), dim=2)  # [B, T, heads, D]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, D]
+        if cache is not None:
+            k, v = cache.update(self.layer, positions, k, v)
+        y = self.attend(q, k, v, mask)
+        return self.proj(y.transpose(1, 2).reshape(B, T, H * D))
+
+    def attend(self, q, k, v, mask):
+        """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]; mask: [B or 1, 1, T, S] or None."""
+        B, H, T, D = q.shape
+        group = H // k.shape[1]
+        if group > 1 and T == 1:
+            # One new token: its heads of a group become rows of one query, nothing is copied.
+            mask = mask if mask is None else mask.expand(-1, -1, group, -1)
+            grouped = q.reshape(B, H // group, group, D)
+            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(B, H, T, D)
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        dropout = self.dropout if self.training else 0.0
+        causal = self.is_causal and mask is None and T > 1
+        if self.blocked and causal and not dropout and self.training and T >= 256:
+            flat = (t.reshape(B * H, T, D) for t in (q, k, v))
+            return BlockedCausalAttention.apply(*flat).view(B, H, T, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, "GLU Variants Improve Transformer")."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=config.bias)
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotary, cache, positions, mask):
+        x = x + self.dropout(self.attn(self.attn_norm(x), rotary, cache, positions, mask))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    """The whole network. `config`: a `ModelConfig` whose vocab_size is set."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if not config.vocab_size:
+            raise ValueError("vocab_size is not set: config.resolved(tokenizer.vocab_size) does it")
+        self.config = config = config.resolved(config.vocab_size)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = None if config.use_rope else nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.wte.weight
+        if config.use_rope:
+            cos, sin = rotary_table(config.head_dim, config.block_size, config.rope_theta)
+            self.register_buffer("rotary_cos", cos, persistent=False)
+            self.register_buffer("rotary_sin", sin, persistent=False)
+        self.apply(self._init_weights)
+        for block in self.blocks:
+            # 2 n_layer sublayers add to the stream; keep its variance at the start near that of one
+            # (Radford et al. 2019, GPT-2, section 2.3).
+            for linear in (block.attn.proj, block.mlp.down):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, tokens, targets=None, loss_mask=None, loss_divisor=None, cache=None, lengths=None):
+        """tokens [B, T] -> (logits [B, T, V], loss).
+
+        targets [B, T] gives the loss: the cross-entropy in nats of each position, weighted by
+        loss_mask [B, T] (default: all ones), summed, and divided by loss_divisor (default: the
+        sum of loss_mask). A step that is cut into several passes gives each of them the divisor
+        of the whole, so that their losses, and gradients, add up to those of the whole batch.
+
+        cache, lengths: see `hidden`.
+        """
+        logits = self.lm_head(self.hidden(tokens, cache, lengths))
+        if targets is None:
+            return logits, None
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        if loss_mask is None:
+            loss_mask = torch.ones_like(losses)
+        if loss_divisor is None:
+            loss_divisor = loss_mask.sum()
+        return logits, (losses * loss_mask.flatten()).sum() / loss_divisor
+
+    def hidden(self, tokens, cache=None, lengths=None):
+        """tokens [B, T] -> the final vectors [B, T, C], before the output head.
+
+        With a cache the tokens continue what the cache holds. lengths [B] says how many of the T
+        tokens of each row are real, where that differs (padding on the right is ignored).
+        Raises ValueError when more than block_size tokens, or than the cache holds, would be needed.
+        """
+        B, T = tokens.shape
+        config = self.config
+        room = config.block_size if cache is None else min(cache.capacity, config.block_size)
+        past = 0 if cache is None else cache.uniform_length
+        if past is None:
+            past = int(cache.lengths.max())
+        if past + T > room:
+            raise ValueError(f"{past} + {T} tokens do not fit in a context of {room}")
+        mask = None
+        if cache is None or cache.uniform_length is not None:
+            positions = torch.arange(past, past + T, device=tokens.device)[None]  # [1, T]
+            if past and T > 1:
+                mask = positions[0, :, None] >= torch.arange(past + T, device=tokens.device)  # [T, S]
+                mask = mask[None, None]
+        else:
+            positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)  # [B, T]
+            slots = torch.arange(cache.capacity, device=tokens.device)
+            mask = (positions[:, :, None] >= slots)[:, None]  # [B, 1, T, S]
+
+        x = self.wte(tokens)
+        rotary = None
+        if config.use_rope:
+            rotary = self.rotary_cos[positions].unsqueeze(2), self.rotary_sin[positions].unsqueeze(2)
+        else:
+            x = x + self.wpe(positions)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotary, cache, positions, mask)
+        if cache is not None:
+            cache.advance(T if lengths is None else lengths)
+        return self.norm(x)
+
+    def use_blocked_attention(self, on):
+        """Train with `BlockedCausalAttention` (CPU) or with PyTorch's kernels."""
+        for block in self.blocks:
+            block.attn.blocked = on
+
+    @property
+    def n_params(self):
+        """Trainable numbers; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, length=None, training=True):
+        """Floating-point operations per token, counted from the shapes.
+
+        2 per weight of each matrix product and, for attention over `length` tokens (default:
+        block_size), 4 * length per query dimension: the full square, as PaLM (Chowdhery et al.
+        2022, appendix B) and nanoGPT count it, though a causal kernel may skip half of it.
+        The backward pass costs twice the forward pass.
+        """
+        matrices = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        config = self.config
+        attention = 4 * (length or config.block_size) * config.n_head * config.head_dim * config.n_layer
+        forward = 2 * sum(m.weight.numel() for m in matrices) + attention
+        return 3 * forward if training else forward
+
+    def new_cache(self, batch_size=1, capacity=None):
+        weight = self.wte.weight
+        return KVCache(
+            self.config, batch_size, capacity or self.config.block_size, weight.device, weight.dtype
+        )
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        tokens,
+        max_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        repetition_penalty=1.0,
+        stop_tokens=(),
+        seed=None,
+    ):
+        """Continue `tokens` (a list of ids), yielding one id at a time, at most max_tokens of them.
+
+        temperature 0 is greedy. Ends before a stop token. When the context is full the older half of it
+        is forgotten. Switch to eval() first. Raises ValueError for an empty prompt.
+        """
+        context = [int(token) for token in tokens]
+        if not context:
+            raise ValueError("the prompt holds no token")
+        device = self.wte.weight.device
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(device).manual_seed(seed)
+        cache, pending = None, None
+        for _ in range(max_tokens):
+            if cache is None or cache.uniform_length + len(pending) > cache.capacity:
+                keep = self.config.block_size if cache is None else max(1, self.config.block_size // 2)
+                pending = context[-keep:]
+                cache = self.new_cache()
+            last = self.hidden(torch.tensor([pending], device=device), cache)[:, -1]
+            token = sample(
+                self.lm_head(last)[0].float(), temperature, top_k, top_p, repetition_penalty, context, generator
+            )
+            if token in stop_tokens:
+                return
+            yield token
+            context.append(token)
+            pending = [token]
+
+    @torch.inference_mode()
+    def transduce(self, tokens):
+        """Sequence to sequence in one pass, for is_causal = false: tokens [B, T] -> best output [B, T]."""
+        return self.lm_head(self.hidden(tokens)).argmax(-1)
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, previous=(), generator=None):
+    """Draw one token id from logits [V].
+
+    repetition_penalty: Keskar et al. 2019 (CTRL), section 4.1: logits of tokens in `previous` are
+    divided by it if positive, else multiplied. top_p: Holtzman et al. 2020, nucleus sampling.
+    """
+    if repetition_penalty != 1.0 and len(previous):
+        seen = torch.tensor(sorted(set(previous)), device=logits.device)
+        values = logits[seen]
+        logits = logits.index_put(
+            (seen,), torch.where(values > 0, values / repetition_penalty, values * repetition_penalty)
+        )
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if top_k:
+        threshold = logits.topk(min(top_k, logits.numel())).values[-1]
+        logits = logits.masked_fill(logits < threshold, -math.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        # A token stays while those before it hold less than top_p.
+        ordered[ordered.cumsum(0) - ordered >= top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered)
+    return int(torch.multinomial(probabilities, 1, generator=generator))

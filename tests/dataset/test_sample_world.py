@@ -1,0 +1,234 @@
+"""The sample world: stated often, never leaked, always right, the same everywhere."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parents[2] / "dataset" / "sample_world.py"
+sys.path.insert(0, str(SCRIPT.parent))  # `import dataset` could mean this folder of tests
+
+from sample_world import ARBITRARY, LANGUAGES, build_world, write_world  # noqa: E402
+
+NAMES = ("pretrain.txt", "sft.jsonl", "eval.jsonl")
+
+
+class Files:
+    """The three files of one world, and the facts that they are about."""
+
+    def __init__(self, folder, seed, size):
+        self.counts = write_world(folder, seed, size)
+        self.world = build_world(seed, size)
+        self.pretrain = (folder / "pretrain.txt").read_text("utf-8")
+        self.sft = [json.loads(line) for line in (folder / "sft.jsonl").read_text("utf-8").splitlines()]
+        self.eval = [json.loads(line) for line in (folder / "eval.jsonl").read_text("utf-8").splitlines()]
+        self.asking = defaultdict(set)  # every question of every phrasing and language -> the facts it means
+        for fact in self.world.facts:
+            for language in LANGUAGES:
+                for question in fact.questions(language):
+                    self.asking[question].add((fact, language))
+
+    def understand(self, record):
+        """[(fact, language)] that a conversation's questions ask for; follows "And his job?" and the like."""
+        meant = []
+        for question, _ in turns(record):
+            found = set(self.asking[question])
+            if meant:
+                before, language = meant[-1]
+                for fact in self.world.facts:
+                    if fact.topic == before.topic == "person":
+                        same_subject = fact.slots["zh"]["s"] == before.slots["zh"]["s"]
+                        asking = fact.next_subject(language) if fact.kind == before.kind else []
+                        if same_subject:
+                            asking = [fact.same_subject(language), *fact.questions(language, pronoun=True)]
+                        if question in asking:
+                            found.add((fact, language))
+            assert len(found) == 1, (question, found)
+            meant.append(found.pop())
+        return meant
+
+
+def turns(record):
+    """[(question, answer), ...] of a line of sft.jsonl or eval.jsonl."""
+    if "messages" not in record:
+        return [(record["question"], record["answer"])]
+    roles = [message["role"] for message in record["messages"]]
+    assert len(roles) > 2 and roles == ["user", "assistant"] * (len(roles) // 2)
+    texts = [message["content"] for message in record["messages"]]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+@pytest.fixture(scope="module", params=[(1337, 1.0), (7, 0.3)], ids=["default", "small"])
+def files(request, tmp_path_factory):
+    return Files(tmp_path_factory.mktemp("world"), *request.param)
+
+
+def test_every_held_out_fact_is_stated_in_at_least_three_phrasings_of_its_language(files):
+    facts = {(fact.key, language): fact for fact in files.world.facts for language in LANGUAGES}
+    for record in files.eval:
+        fact = facts[record["fact"], record["language"]]
+        stated = [sentence for sentence in fact.statements(record["language"]) if sentence in files.pretrain]
+        assert len(set(stated)) >= 3, record
+        assert all(turns(record)[-1][1] in sentence for sentence in stated), record
+
+
+def test_every_fact_is_stated_in_at_least_five_phrasings_in_both_languages(files):
+    for fact in files.world.facts:
+        stated = {language: sum(sentence in files.pretrain for sentence in fact.statements(language))
+                  for language in LANGUAGES}
+        assert sum(stated.values()) >= 5 and min(stated.values()) >= 2, fact
+
+
+def test_no_held_out_fact_is_asked_for_in_fine_tuning(files):
+    taught = {fact.key for record in files.sft for fact, _ in files.understand(record)}
+    held_out = set()
+    for record in files.eval:
+        *_, (fact, language) = files.understand(record)
+        assert fact.key == record["fact"] and fact.kind == record["kind"] and language in LANGUAGES
+        held_out.add(fact.key)
+    assert taught and held_out and not taught & held_out
+    # Turns before the last of an evaluated conversation are facts that fine-tuning did teach.
+    assert {fact.key for record in files.eval for fact, _ in files.understand(record)[:-1]} <= taught
+
+
+def test_no_fine_tuning_line_pairs_a_person_with_a_held_out_value(files):
+    """The same as above, found with plain text search, without the generator's phrases."""
+    held_out = {(fact.slots[language]["s"], fact.answer(language))
+                for fact in files.world.asked() if fact.topic == "person" for language in LANGUAGES}
+    for record in files.sft:
+        for question, answer in turns(record):
+            latin = re.findall(r"\b[A-Z][a-z]+\b", question)
+            for name in [*latin, question[:2], question[1:3]]:
+                assert (name, answer) not in held_out, record
+
+
+def test_a_taught_question_has_one_answer_and_it_is_the_fact(files):
+    answers = defaultdict(set)
+    for record in files.sft + files.eval:
+        conversation = turns(record)
+        for (_, answer), (fact, language) in zip(conversation, files.understand(record), strict=True):
+            assert answer == fact.answer(language)
+        if len(conversation) == 1:
+            answers[conversation[0][0]].add(conversation[0][1])
+    assert all(len(found) == 1 for found in answers.values())
+
+
+def test_numbers_and_letters_are_right(files):
+    records = [turn for record in files.sft + files.eval for turn in turns(record)]
+    checked = Counter()
+    for question, answer in records:
+        kind, expected = recompute(question)
+        checked[kind] += 1
+        assert expected is None or answer == str(expected), question
+        assert expected is not None or not re.search(r"\d|letter|几个|几？", question), question
+    assert all(checked[kind] >= 20 for kind in ("sum", "difference", "bigger", "count", "length")), checked
+    stated = re.findall(r"(\d+)([+-])(\d+)=(\d+)", files.pretrain)
+    assert len(stated) > 300
+    assert all(int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) for a, sign, b, c in stated)
+
+
+def recompute(question):
+    """("sum", 7) for "What is 3 plus 4?", worked out from the words alone; (None, None) for the rest."""
+    numbers = [int(number) for number in re.findall(r"\d+", question)]
+    if len(numbers) == 2:
+        if re.search("bigger|大", question):
+            return "bigger", max(numbers)
+        if re.search(r"plus|加|\+|How much is \d+ and", question):
+            return "sum", sum(numbers)
+        if re.search("minus|减|-|less", question):
+            return "difference", numbers[0] - numbers[1]
+    latin = re.findall(r"[a-z]+", question)
+    if match := re.search(r"How many ([a-z]) are|does ([a-z]) appear|times is ([a-z]) in", question):
+        return "count", latin[-1].count(next(filter(None, match.groups())))
+    if re.search("letters are in|length of|个字母|长度", question):
+        return "length", len(latin[-1])
+    if re.search("几个[a-z]|字母[a-z]", question):
+        return "count", latin[0].count(latin[1])
+    return None, None
+
+
+def test_the_score_means_knowledge(files):
+    """Most held-out questions are about arbitrary facts, whose most frequent answer is no good guess."""
+    arbitrary = [record for record in files.eval if record["kind"].split(".")[0] in ARBITRARY]
+    assert len(arbitrary) >= 0.75 * len(files.eval)
+    guesses = 0
+    for kind in {record["kind"] for record in files.eval}:
+        for language in LANGUAGES:
+            answers = Counter(fact.answer(language) for fact in files.world.facts if fact.kind == kind)
+            guess = answers.most_common(1)[0][0]
+            guesses += sum(turns(record)[-1][1] == guess for record in files.eval
+                           if record["kind"] == kind and record["language"] == language)
+    assert guesses < 0.2 * len(files.eval)
+
+
+def test_the_files_are_well_formed(files):
+    documents = re.findall(r"<\|bos\|>(.+?)<\|eos\|>\n", files.pretrain, re.DOTALL)
+    assert "".join(f"<|bos|>{document}<|eos|>\n" for document in documents) == files.pretrain
+    assert len(documents) == files.counts["documents"]
+    assert "{" not in files.pretrain and "\r" not in files.pretrain and "\t" not in files.pretrain
+    evaluated, tuned = ("".join(text for record in records for turn in turns(record) for text in turn)
+                        for records in (files.eval, files.sft))
+    assert set(evaluated) <= set(files.pretrain + tuned)
+    assert "{" not in evaluated + tuned and "<|" not in evaluated + tuned
+    assert all(1 <= len(turn[1]) <= 20 for record in files.sft + files.eval for turn in turns(record))
+    assert any("messages" in record for record in files.sft) and any("messages" in record for record in files.eval)
+
+
+def test_the_default_world_fits_the_demo(tmp_path):
+    counts = write_world(tmp_path)
+    assert 300_000 < counts["characters of running text"] < 600_000
+    assert 2_000 < counts["question-answer conversations"] < 5_000
+    assert 250 < counts["held-out questions"] < 350
+    assert counts["distinct characters"] < 600
+
+
+def test_a_seed_and_a_size_are_the_same_bytes_everywhere(tmp_path):
+    write_world(tmp_path, seed=1, size=0.1)
+    digest = hashlib.sha256(b"".join((tmp_path / name).read_bytes() for name in NAMES)).hexdigest()
+    assert digest == "PINNED"
+
+
+def test_another_seed_is_another_world_and_size_is_people():
+    def people(**kw):
+        return {(fact.key, fact.answer("en")) for fact in build_world(**kw).facts if fact.topic == "person"}
+    assert people(seed=1) != people(seed=2)
+    assert len(people(size=1)) == 7 * 60 and len(people(size=3.5)) == 7 * 210
+    large = build_world(size=20)
+    for language in LANGUAGES:
+        assert len({fact.slots[language]["s"] for fact in large.facts if fact.topic == "person"}) == 1200
+
+
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"size": 21}, {"size": float("nan")}, {"seed": -1}])
+def test_out_of_range_is_refused(wrong, tmp_path):
+    with pytest.raises(UserError, match="must"):
+        write_world(tmp_path / "new", **wrong)
+    assert not (tmp_path / "new").exists()
+
+
+def script(*arguments, **kw):
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", **kw)
+
+
+def test_the_script_writes_into_a_folder_with_spaces_and_chinese_from_anywhere(tmp_path):
+    out = tmp_path / "my 世界"
+    done = script("--seed", 1, "--size", 0.1, "--out", out, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "held-out questions" in done.stdout
+    assert sorted(path.name for path in out.iterdir()) == sorted(NAMES)
+    write_world(tmp_path / "again", seed=1, size=0.1)
+    assert all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in NAMES)
+
+
+def test_the_script_tells_mistakes_in_a_sentence(tmp_path):
+    for arguments in (("--size", 99), ("--seed", -3), ("--size", "big"), ("--out", SCRIPT / "x")):
+        done = script(*arguments, cwd=tmp_path)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "error" in done.stderr
+    assert "examples:" in script("--help").stdout

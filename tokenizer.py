@@ -1,0 +1,565 @@
+"""Text to token ids and back.
+
+A language model reads and writes small integers, the ids of tokens. This file holds the two
+ways Nano has of cutting text into tokens. They share one interface and differ in one idea:
+
+- `CharTokenizer`: every Unicode character of the corpus is a token. Nothing could be simpler,
+  the vocabulary is small (a few thousand for Chinese), and a character it has never seen
+  becomes <|unknown|>.
+- `BPETokenizer`: the 256 bytes are tokens, and so are the most frequent sequences of bytes
+  (byte-pair encoding; Sennrich et al. 2016, "Neural Machine Translation of Rare Words with
+  Subword Units"; on bytes: Radford et al. 2019, GPT-2). Fewer tokens per text, a larger
+  vocabulary, and nothing is ever unknown.
+
+Both begin with the same seven special tokens, ids 0 to 6. They never come out of `encode`, even
+from text that spells one: what a user types is text. Only `render_chats` below, and data.py, put
+them between texts. A tokenizer is saved as plain JSON and known by its `fingerprint`, so that
+ids made with one are never read with another.
+
+    python tokenizer.py train --kind bpe --vocab_size 32000 corpus.txt -o tokenizer.json
+    python tokenizer.py stats corpus.txt
+"""
+
+import argparse
+import codecs
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import UserError, run
+
+ROOT = Path(__file__).resolve().parent
+
+SPECIAL_TOKENS = (
+    "<|padding|>",
+    "<|unknown|>",
+    "<|bos|>",
+    "<|eos|>",
+    "<|instruct_mark|>",
+    "<|response_mark|>",
+    "<|system_mark|>",
+)
+N_SPECIAL = len(SPECIAL_TOKENS)
+FORMAT = {"format": "nano-tokenizer", "version": 1}
+
+
+# ---- what both kinds share -------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """Ids, decoding, saving. `words[i]` is the UTF-8 (or part of it) that id N_SPECIAL + i stands for."""
+
+    kind = None
+    padding_id, unknown_id, bos_id, eos_id, instruct_id, response_id, system_id = range(N_SPECIAL)
+
+    def __init__(self, words):
+        self._bytes = [token.encode() for token in SPECIAL_TOKENS] + words
+        self.vocab_size = len(self._bytes)
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    def encode(self, text):
+        """Ids of `text`, [n] of self.dtype. Special tokens written in `text` are text like any other."""
+        return self.encode_flat([text])[0]
+
+    def encode_batch(self, texts):
+        """Ids of each of `texts`: a list of arrays. Much faster than one `encode` after another."""
+        ids, lengths = self.encode_flat(texts)
+        ends = np.cumsum(lengths).tolist()
+        return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def encode_flat(self, texts):
+        """Ids of all of a list of texts in one array, and how many belong to each: (ids [n], lengths)."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids, skip_special=False):
+        """The UTF-8 that ids (array or list) stand for; a BPE token may be a part of a character.
+
+        Special tokens are written as their names, or left out. ValueError for an id out of range.
+        """
+        ids = np.asarray(ids, dtype=np.int64).ravel()
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise ValueError(f"token ids must lie in 0..{self.vocab_size - 1}, not {ids.min()}..{ids.max()}")
+        if skip_special:
+            ids = ids[ids >= N_SPECIAL]
+        return b"".join([self._bytes[i] for i in ids.tolist()])
+
+    def decode(self, ids, skip_special=False):
+        """The text that ids stand for; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
+
+    def to_dict(self):
+        """All of the tokenizer as plain JSON values: `from_dict` makes an equal one."""
+        return {**self._content(), "fingerprint": self.fingerprint}
+
+    def _content(self):
+        return {**FORMAT, "kind": self.kind, "special_tokens": list(SPECIAL_TOKENS)}
+
+    @functools.cached_property
+    def fingerprint(self):
+        """SHA-256 (hex) of the canonical JSON: equal for tokenizers that give equal ids."""
+        canonical = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def save(self, path):
+        """Write JSON to `path`; the file is there whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".tmp")
+        try:
+            with open(beside, "w", encoding="utf-8", newline="\n") as file:
+                json.dump(self.to_dict(), file, ensure_ascii=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+# ---- one character, one token ----------------------------------------------------------------------
+
+
+BLOCK = 1 << 16  # characters handled at once: what a processor's cache holds
+N_CODE_POINTS = 0x110000
+SURROGATES = slice(0xD800, 0xE000)  # halves of UTF-16 pairs: numbers that are no characters
+
+
+def code_points(text):
+    """The numbers of the characters of `text`, in arrays of at most BLOCK."""
+    for start in range(0, len(text), BLOCK):
+        block = text[start : start + BLOCK]
+        if block.isascii():
+            yield np.frombuffer(block.encode("ascii"), np.uint8)  # the same numbers, four times as fast
+        else:
+            yield np.frombuffer(block.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+class CharTokenizer(Tokenizer):
+    """`characters`, in the order of their code points, have the ids N_SPECIAL, N_SPECIAL + 1, ...
+
+    A table with one entry per code point, of which there are 1.1 million, makes encoding a
+    single numpy lookup.
+    """
+
+    kind = "char"
+
+    def __init__(self, characters):
+        super().__init__([character.encode() for character in characters])
+        self.characters = characters
+        self._table = np.full(N_CODE_POINTS, self.unknown_id, self.dtype)
+        numbers = np.frombuffer(characters.encode("utf-32-le"), "<u4")
+        self._table[numbers] = np.arange(N_SPECIAL, self.vocab_size)
+
+    @classmethod
+    def train(cls, texts):
+        """The tokenizer of all characters in an iterable of texts (long ones are handled fastest)."""
+        seen = np.zeros(N_CODE_POINTS, bool)
+        for text in texts:
+            for numbers in code_points(text):
+                seen[numbers] = True
+        seen[SURROGATES] = False
+        return cls(np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le"))
+
+    def encode_flat(self, texts):
+        text = "".join(texts)
+        ids = np.empty(len(text), self.dtype)
+        start = 0
+        for numbers in code_points(text):
+            # No number is out of the table's range: "clip" spares numpy a second look at them.
+            np.take(self._table, numbers, out=ids[start : start + len(numbers)], mode="clip")
+            start += len(numbers)
+        return ids, np.fromiter(map(len, texts), np.int64, len(texts))
+
+    def _content(self):
+        return {**super()._content(), "characters": self.characters}
+
+    @classmethod
+    def _from_content(cls, d):
+        characters = d.get("characters")
+        _require(isinstance(characters, str), "its characters are missing")
+        ordered = all(a < b for a, b in zip(characters, characters[1:], strict=False))
+        _require(ordered, "its characters are out of order")
+        _require(not re.search("[\ud800-\udfff]", characters), "it holds half a surrogate pair")
+        return cls(characters)
+
+
+# ---- byte pairs ------------------------------------------------------------------------------------
+
+
+def byte_alphabet():
+    """GPT-2's letters for the 256 bytes: printable bytes stand for themselves, others for U+0100 and on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+class BPETokenizer(Tokenizer):
+    """The 256 bytes have the ids from N_SPECIAL on; each merge of two earlier tokens makes a new one.
+
+    `merges`: pairs of tokens in the letters of `byte_alphabet`, the first learned first. Learning
+    and applying them is the work of the `tokenizers` library, which knows nothing of our special
+    tokens: its ids are ours minus N_SPECIAL.
+    """
+
+    kind = "bpe"
+    smallest = N_SPECIAL + 256
+    # Between two lines BPE never merges, so a long text may be cut there and handled in parallel.
+    # (Single line breaks only: the library's rule takes a run of white space apart at its end.)
+    _line_end = re.compile(r"(?<=\S\n)(?=\S)")
+
+    def __init__(self, merges):
+        letters = byte_alphabet()
+        byte_of = {letter: byte for byte, letter in enumerate(letters)}
+        # A token that two pairs can make keeps the id of the first: a dict, in order of insertion.
+        self._library_ids = {token: i for i, token in enumerate(letters)}
+        for left, right in merges:
+            self._library_ids.setdefault(left + right, len(self._library_ids))
+        super().__init__([bytes(byte_of[letter] for letter in token) for token in self._library_ids])
+        self.merges = merges
+
+    @functools.cached_property
+    def _library(self):
+        return _bpe_library(self._library_ids, [tuple(pair) for pair in self.merges])
+
+    @classmethod
+    def train(cls, texts, vocab_size=32000):
+        """Learn merges from an iterable of texts until there are `vocab_size` tokens, special ones included.
+
+        A text too small to hold so many repeated pairs yields fewer. UserError below 263.
+        """
+        if vocab_size < cls.smallest:
+            raise UserError(
+                f"vocab_size={vocab_size} is too small for bpe: bytes and special tokens are {cls.smallest}"
+            )
+        from tokenizers import trainers
+
+        library = _bpe_library()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - N_SPECIAL,
+            min_frequency=2,
+            initial_alphabet=byte_alphabet(),
+            show_progress=False,
+        )
+        library.train_from_iterator(map(_well_formed, texts), trainer)
+        merges = json.loads(library.to_str())["model"]["merges"]
+        # Releases of the library before 0.20 write a pair as "left right".
+        return cls([pair.split(" ") if isinstance(pair, str) else pair for pair in merges])
+
+    def encode_flat(self, texts):
+        pieces, owners = [], []
+        for owner, text in enumerate(texts):
+            for piece in self._cut(_well_formed(text)):
+                pieces.append(piece)
+                owners.append(owner)
+        encode = getattr(self._library, "encode_batch_fast", self._library.encode_batch)
+        pieces = [np.array(encoding.ids, np.int64) for encoding in encode(pieces)]
+        ids = np.concatenate([np.empty(0, np.int64), *pieces]) + N_SPECIAL
+        lengths = np.zeros(len(texts), np.int64)
+        np.add.at(lengths, owners, [len(piece) for piece in pieces])
+        return ids.astype(self.dtype), lengths
+
+    def _cut(self, text):
+        start = 0
+        while len(text) - start > BLOCK and (match := self._line_end.search(text, start + BLOCK)):
+            yield text[start : match.start()]
+            start = match.start()
+        yield text[start:]
+
+    def _content(self):
+        return {**super()._content(), "merges": self.merges}
+
+    @classmethod
+    def _from_content(cls, d):
+        merges = d.get("merges")
+        _require(isinstance(merges, list), "its merges are missing")
+        known = set(byte_alphabet())
+        for pair in merges:
+            _require(
+                isinstance(pair, list)
+                and len(pair) == 2
+                and all(isinstance(token, str) and token in known for token in pair),
+                "one of its merges is no pair of known tokens",
+            )
+            known.add(pair[0] + pair[1])
+        return cls(merges)
+
+
+def _bpe_library(vocab=None, merges=None):
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    library = Library(models.BPE(vocab, merges))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return library
+
+
+def _well_formed(text):
+    """`text` with lone surrogates, which UTF-8 has no bytes for, replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+# ---- loading ---------------------------------------------------------------------------------------
+
+
+def _require(condition, what):
+    if not condition:
+        raise UserError(f"this is not a sound Nano tokenizer: {what}")
+
+
+def from_dict(d):
+    """The tokenizer that `to_dict` described. UserError if anything in `d` is damaged or foreign."""
+    _require(isinstance(d, dict) and d.get("format") == FORMAT["format"], "its format is unknown")
+    _require(d.get("version") == FORMAT["version"], f"its version is {d.get('version')!r}, not 1")
+    _require(d.get("special_tokens") == list(SPECIAL_TOKENS), "its special tokens are not Nano's")
+    kinds = {"char": CharTokenizer, "bpe": BPETokenizer}
+    _require(d.get("kind") in tuple(kinds), f"its kind is {d.get('kind')!r}, not char or bpe")
+    tokenizer = kinds[d["kind"]]._from_content(d)
+    _require(d.get("fingerprint") == tokenizer.fingerprint, "its fingerprint does not match its tokens")
+    return tokenizer
+
+
+def load(path):
+    """The tokenizer saved at `path`. UserError, naming the file, if it is missing, damaged or foreign."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return from_dict(json.load(file))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; `python data.py` writes a tokenizer with the data") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not a Nano tokenizer: it is no valid JSON") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+# ---- conversations ---------------------------------------------------------------------------------
+
+
+def check_messages(messages):
+    """UserError unless `messages` is [system,] user, assistant, user, ...: {"role": ..., "content": str}."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError("the messages must be a list of at least one")
+    turn = "user"
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ("system", "user", "assistant"):
+            raise UserError(f"message {number + 1} needs a role: system, user or assistant, not {role!r}")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"message {number + 1} needs a content that is text")
+        if role == "system" and number == 0:
+            continue
+        if role != turn:
+            raise UserError(f"message {number + 1} is from {role} where {turn} should speak")
+        turn = "assistant" if turn == "user" else "user"
+
+
+def render_chats(tokenizer, conversations, add_generation_prompt=False):
+    """Conversations in the template that SFT trains on and inference speaks: a list of (ids, mask).
+
+        [<|system_mark|>words] <|instruct_mark|>words<|response_mark|>words<|eos|> ... (no spaces between)
+
+    ids [n] of tokenizer.dtype; mask [n] uint8 is 1 on what the assistant says, <|eos|> included:
+    the tokens whose loss counts. `add_generation_prompt` ends with <|response_mark|>: the model's turn.
+    """
+    mark = {
+        "system": tokenizer.system_id,
+        "user": tokenizer.instruct_id,
+        "assistant": tokenizer.response_id,
+    }
+    for messages in conversations:
+        check_messages(messages)
+    contents = iter(tokenizer.encode_batch([m["content"] for messages in conversations for m in messages]))
+    chats = []
+    for messages in conversations:
+        parts, learned = [], []
+        for message in messages:
+            words = next(contents)
+            speaks = message["role"] == "assistant"
+            parts += [[mark[message["role"]]], words, [tokenizer.eos_id] * speaks]
+            learned += [0, speaks, speaks]
+        if add_generation_prompt:
+            parts.append([tokenizer.response_id])
+            learned.append(0)
+        ids = np.concatenate(parts, dtype=tokenizer.dtype, casting="unsafe")
+        mask = np.repeat(np.array(learned, np.uint8), [len(part) for part in parts])
+        chats.append((ids, mask))
+    return chats
+
+
+def render_chat(tokenizer, messages, add_generation_prompt=False):
+    """One conversation: see `render_chats`."""
+    return render_chats(tokenizer, [messages], add_generation_prompt)[0]
+
+
+# ---- reading text files ----------------------------------------------------------------------------
+
+
+DELIMITER = re.compile(r"<\|(?:bos|eos|endoftext)\|>")  # what may stand between documents in a .txt
+CHUNK = 1 << 22  # bytes read at once
+
+
+def fail(sentence):
+    raise UserError(sentence)
+
+
+def read_text(path, on_bad_line=fail, on_read=lambda n_bytes: None):
+    """The text of a UTF-8 file in pieces, exactly as it is there (CRLF stays CRLF; a leading BOM goes).
+
+    A piece ends where a line ends, unless lines are longer than CHUNK. For a line that is not UTF-8
+    `on_bad_line` is called with a sentence; if it returns, the line is left out. `on_read` is told
+    how many bytes were read.
+    """
+    number = 1  # of the line at which `data` begins
+    rest = b""  # of a character that the end of the last chunk has cut
+    with open(path, "rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
+        while data := file.read(CHUNK) + file.readline(CHUNK):
+            on_read(len(data))
+            data = rest + data
+            try:
+                text, used = codecs.utf_8_decode(data, "strict", False)
+            except UnicodeDecodeError:
+                text, used = "".join(_good_lines(path, data, number, on_bad_line)), len(data)
+            rest = data[used:]
+            number += np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+            yield text
+    if rest:
+        yield "".join(_good_lines(path, rest, number, on_bad_line))
+
+
+def _good_lines(path, data, number, on_bad_line):
+    for number, line in enumerate(io.BytesIO(data), number):  # noqa: B020 (it counts on from there)
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            on_bad_line(f"{path}, line {number}: not UTF-8 ({error.reason})")
+
+
+# ---- the command line ------------------------------------------------------------------------------
+
+
+def plain_texts(paths, limit=None):
+    """Texts of .txt files, and of the fields of .jsonl files that hold words; about `limit` bytes at most."""
+    for path in paths:
+        for text in json_words(path) if Path(path).suffix == ".jsonl" else read_text(path):
+            yield from DELIMITER.split(text)
+            if limit is not None and (limit := limit - len(text.encode("utf-8", "replace"))) <= 0:
+                return
+
+
+def json_words(path):
+    """Of each line of a .jsonl file: what stands under the keys that hold a document's or a chat's words."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        try:
+            for line in file:
+                words, values = [], [json.loads(line.strip() or "{}")]
+                while values:
+                    value = values.pop()
+                    if isinstance(value, dict):
+                        fields = (value.get(key) for key in ("text", "question", "answer", "content"))
+                        words += [field for field in fields if isinstance(field, str)]
+                        values += value.values()
+                    elif isinstance(value, list):
+                        values += value
+                yield "\n".join(words)
+        except (ValueError, RecursionError):
+            raise UserError(f"{path} is not JSON on every line; `python data.py` says where") from None
+
+
+def train_command(args):
+    if args.kind == "char" and args.vocab_size is not None:
+        raise UserError("--vocab_size is for --kind bpe; char has one token for every character")
+    texts = plain_texts(args.files)
+    if args.kind == "char":
+        tokenizer = CharTokenizer.train(texts)
+    else:
+        tokenizer = BPETokenizer.train(texts, args.vocab_size or 32000)
+    if args.kind == "char" and tokenizer.vocab_size == N_SPECIAL:
+        raise UserError(f"there is no text in {', '.join(args.files)}")
+    tokenizer.save(args.output)
+    print(f"{args.output}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint[:12]}")
+
+
+def stats_command(args):
+    files = args.files or [ROOT / "dataset" / "pretrain.txt"]
+    texts = list(plain_texts(files, args.limit * 10**6))
+    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    if not n_bytes:
+        raise UserError(f"there is no text in {', '.join(map(str, files))}")
+    if args.tokenizer:
+        tokenizers = {path: load(path) for path in args.tokenizer}
+    else:
+        tokenizers = {"char": CharTokenizer.train(texts), "bpe": BPETokenizer.train(texts, args.vocab_size)}
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = []
+    for tokenizer in tokenizers.values():
+        tokenizer.encode("")  # the first call prepares the library
+        start = time.perf_counter()
+        ids, _ = tokenizer.encode_flat(texts)
+        seconds = time.perf_counter() - start
+        counts = np.bincount(ids, minlength=tokenizer.vocab_size)
+        frequent = [i for i in np.argsort(-counts, kind="stable")[:20].tolist() if counts[i]]
+        columns.append(
+            {
+                "kind": tokenizer.kind,
+                "vocabulary": f"{tokenizer.vocab_size:,}",
+                "tokens": f"{len(ids):,}",
+                "bytes per token": f"{n_bytes / max(1, len(ids)):.2f}",
+                "tokens/s": f"{len(ids) / seconds:,.0f}",
+                "MB/s": f"{n_bytes / seconds / 1e6:.1f}",
+                "unknown": f"{counts[tokenizer.unknown_id] / max(1, len(ids)):.4%}",
+                "most frequent": "  ".join(repr(tokenizer.decode([i])) for i in frequent),
+            }
+        )
+    table = Table(title=f"{n_bytes:,} bytes of {', '.join(map(str, files))}")
+    table.add_column("")
+    for name in tokenizers:
+        table.add_column(Text(str(name)), justify="right", overflow="fold")
+    for row in columns[0]:
+        table.add_row(row, *(Text(column[row]) for column in columns))
+    Console().print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Train a tokenizer on text files, or measure what tokenizers make of them.",
+        epilog="examples:\n"
+        "  python tokenizer.py train --kind bpe --vocab_size 32000 corpus.txt -o tokenizer.json\n"
+        "  python tokenizer.py stats                              both kinds on dataset/pretrain.txt\n"
+        "  python tokenizer.py stats book.txt --tokenizer dataset/prepared/tokenizer.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="train|stats")
+    train = commands.add_parser("train", help="learn a vocabulary and save it")
+    train.add_argument("files", nargs="+", metavar="FILE", help=".txt (UTF-8) or .jsonl")
+    train.add_argument("--kind", choices=("char", "bpe"), default="char", help="default: char")
+    train.add_argument("--vocab_size", type=int, help="tokens of bpe, special ones included (32000)")
+    train.add_argument("-o", "--output", default="tokenizer.json", help="default: tokenizer.json")
+    train.set_defaults(command=train_command)
+    stats = commands.add_parser("stats", help="bytes per token, speed, unknown rate, frequent tokens")
+    stats.add_argument("files", nargs="*", metavar="FILE", help="default: dataset/pretrain.txt")
+    stats.add_argument("--tokenizer", nargs="+", metavar="JSON", help="default: both kinds, made here")
+    stats.add_argument("--vocab_size", type=int, default=8192, help="tokens of the bpe trained here (8192)")
+    stats.add_argument("--limit", type=int, default=20, help="megabytes of text to look at (20)")
+    stats.set_defaults(command=stats_command)
+    args = parser.parse_args()
+    args.command(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,249 @@
+"""Train a model on one device: pretraining, then supervised fine-tuning (SFT).
+
+    python train.py -t pretrain                         from config/config_pretrain.json
+    python train.py -t sft                              from config/config_sft.json
+    python train.py -t pretrain --resume                go on where the newest good checkpoint ends
+    python train.py -t pretrain --plan                  no training: size, memory, speed, time to finish
+    python train.py -t pretrain --set batch_size=8 --set device=cpu
+
+A step takes one global batch of batch_size x gradient_accumulation_steps sequences. Batch, dropout
+and learning rate of step N follow from the configuration and N alone, so a run that was killed
+continues, bit for bit, from any of its checkpoints. Pretraining and SFT differ in their data only:
+SFT's loss mask is one on the words of the answers and zero elsewhere.
+"""
+
+import argparse
+import math
+import signal
+import time
+
+from config.schema import ModelConfig, TrainConfig
+from engine.config import ROOT, find, load, parse_overrides, shown
+from engine.errors import UserError, run
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description="Train a model on one device: pretraining, then supervised fine-tuning.",
+        epilog=__doc__.partition("\n\n")[2].partition("\n\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-t", "--task", choices=("pretrain", "sft"), required=True, help="what to train")
+    parser.add_argument("-c", "--config", help="the run (default: config/config_<task>.json)")
+    parser.add_argument("-m", "--model", default="config/model_config.json", help="the model (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint of this task")
+    parser.add_argument("--plan", action="store_true", help="train nothing; say what training would take")
+    args = parser.parse_args()
+    args.set = parse_overrides(args.set)
+    args.config = find(args.config or f"config/config_{args.task}.json")
+    args.model = find(args.model)
+    return args
+
+
+def main():
+    args = parse_arguments()
+    config = load(TrainConfig, args.config, args.set)
+    model_config = load(ModelConfig, args.model, args.set)
+    train(args, config, model_config)
+
+
+def train(args, config, model_config):
+    # Only now, when the arguments are known to be good, is it worth to wait for torch.
+    import torch
+
+    from data import Batches, TokenFile
+    from engine import checkpoint as checkpoints
+    from engine import hardware, plan
+    from engine.log import RunLog, duration, notice, timestamp
+    from engine.optimizer import learning_rate_at, make_optimizer
+    from model import GPT
+
+    # -- the machine ------------------------------------------------------------------------------
+
+    machine = hardware.detect(config.device)
+    choice = hardware.choose(
+        machine, config.device, config.dtype, config.sdp_kernel, config.use_amp, config.dropout
+    )
+    hardware.keep_freed_memory()
+    for line in hardware.describe(choice):
+        print(line)
+
+    # -- model, tokenizer, and where to start -----------------------------------------------------
+
+    start = checkpoints.starting_point(args.task, config, args.resume)
+    for line in start.notices:
+        notice(line)
+    if start.checkpoint:
+        model, tokenizer = checkpoints.build(start.checkpoint, start.name, dropout=config.dropout)
+    else:
+        tokenizer = checkpoints.tokenizers.load(find(config.tokenizer_path))
+        shape = model_config.resolved(tokenizer.vocab_size).model_copy(update={"dropout": config.dropout})
+        if shape.vocab_size < tokenizer.vocab_size:
+            raise UserError(
+                f"{shown(args.model)}: vocab_size={shape.vocab_size} is less than the tokenizer's "
+                f"{tokenizer.vocab_size} tokens; set it to null"
+            )
+        torch.manual_seed(config.random_seed)
+        model = GPT(shape)
+    model = model.to(choice.device, torch.float32 if choice.autocast else getattr(torch, choice.dtype))
+    model.use_blocked_attention(choice.device == "cpu" and choice.sdp_kernel == "auto")
+    optimizer = make_optimizer(model, config)
+    # float16 underflows: the loss is multiplied up before the backward pass, the gradients down after it.
+    scaler = torch.amp.GradScaler(choice.device_type, enabled=choice.grad_scaling)
+    step, best = 0, {"loss": None, "step": None}
+    if start.resumes:
+        step, best = start.checkpoint.step, dict(start.checkpoint.best)
+        checkpoints.restore(optimizer, scaler, start)
+    start.checkpoint = None  # frees its copy of the weights
+
+    # -- data -------------------------------------------------------------------------------------
+
+    files = [[TokenFile(find(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
+    for file in (file for pair in files for file in pair):
+        if file.meta["kind"] != args.task:
+            raise UserError(f"{shown(file.path)} was prepared for {file.meta['kind']}, not for {args.task}")
+    micro_batch, micro_batches = config.batch_size, config.gradient_accumulation_steps
+    block_size = model.config.block_size
+    batches = Batches([pair[0] for pair in files], block_size, micro_batch * micro_batches, config.random_seed)
+    validation = Batches([pair[1] for pair in files], block_size, micro_batch, config.random_seed, shuffle=False)
+
+    def tensors(batch, first=0):
+        """Rows first, first + 1, ... of a batch, at most micro_batch of them, on the device."""
+        rows = slice(first, first + micro_batch)
+        return [torch.from_numpy(array[rows]).to(choice.device, non_blocking=True) for array in batch]
+
+    @torch.no_grad()
+    def evaluate():
+        """Validation loss in nats per token: always over the same eval_iters batches."""
+        model.eval()
+        total = weight = 0.0
+        for i in range(min(config.eval_iters, validation.batches_per_epoch)):
+            x, y, mask = tensors(validation(i))
+            with hardware.autocast_context(choice):
+                _, loss = model(x, y, mask, loss_divisor=1)
+            total, weight = total + loss.item(), weight + mask.sum().item()
+        model.train()
+        return total / weight if weight else math.nan
+
+    def one_step(step):
+        """Train on the batch of this step; returns its loss and the norm of its gradient."""
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        torch.manual_seed(config.random_seed * 1_000_003 + step)  # dropout
+        batch = batches(step)
+        divisor = float(batch[2].sum())
+        step_loss = 0.0
+        for first in range(0, micro_batch * micro_batches, micro_batch):
+            x, y, mask = tensors(batch, first)
+            with hardware.autocast_context(choice):
+                _, loss = model(x, y, mask, loss_divisor=divisor)
+            scaler.scale(loss).backward()
+            step_loss += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        step_loss = float(step_loss)
+        if math.isfinite(step_loss) and (choice.grad_scaling or math.isfinite(float(norm))):
+            scaler.step(optimizer)  # skips a step whose float16 gradients overflowed
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return step_loss, float(norm)
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    run_id = start.run or timestamp()
+    facts = plan.facts(model, choice, batches, config)
+    if args.plan:
+        plan.show(facts, one_step, step)
+        return
+    if config.max_steps and step >= config.max_steps:
+        print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
+        return
+    print(f"{args.task}: {plan.summary(facts)}")
+
+    def save():
+        saved = checkpoints.Checkpoint(
+            args.task, run_id, step, model.config.model_dump(), config.model_dump(mode="json"), tokenizer.to_dict(),
+            model.state_dict(), optimizer.state_dict(), scaler.state_dict(), best,
+        )  # fmt: skip
+        log.event("Save", (epoch, step), {"": shown(saved.save())})
+        checkpoints.prune(saved, config.keep_checkpoints)
+
+    header = {"task": args.task, "resumed_from_step": step, **facts["header"]}
+    stop = StopRequest()
+    with RunLog(timestamp(), header, config.max_steps, step) as log, plan.memory_advice(facts):
+        model.train()
+        last_saved, clock, clock_step, first_time = step, time.perf_counter(), step, time.perf_counter()
+        first_step = step
+        while not stop.asked and (step < config.max_steps or not config.max_steps):
+            epoch, stage, sequence = batches.position(step)
+            loss, norm = one_step(step)
+            if not math.isfinite(loss) or not (choice.grad_scaling or math.isfinite(norm)):
+                good = checkpoints.of_task(args.task, run_id)
+                raise UserError(
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}; training stopped, nothing was saved over. "
+                    + (f"The last good checkpoint is {shown(good[-1][2])}. " if good else "")
+                    + "Lower learning_rate, or look for odd texts in the data."
+                )
+            step += 1
+
+            if step % config.log_interval == 0 or step == config.max_steps:
+                now = time.perf_counter()
+                seconds = (now - clock) / (step - clock_step)
+                clock, clock_step = now, step
+                tokens = micro_batch * micro_batches * batches.row_length
+                fields = {
+                    "Curriculum": f"{stage}-{sequence}",
+                    "Loss": f"{loss:.6f}",
+                    "LR": f"{learning_rate_at(step - 1, config):.2e}",
+                    "Grad-Norm": f"{norm:.3f}",
+                    "Time": f"{1000 * seconds:.0f} ms",
+                    "Speed": f"{facts['flops_per_token'] * tokens / seconds / 1e9:.2f} GFLOP/s",
+                    "Tokens/s": f"{tokens / seconds:.0f}",
+                }
+                if config.max_steps:
+                    pace = (now - first_time) / (step - first_step)
+                    fields["Remaining"] = duration(pace * (config.max_steps - step))
+                log.event("Train", (epoch, step), fields)
+
+            improved = False
+            if step % config.eval_interval == 0 or step == config.max_steps:
+                paused = time.perf_counter()
+                value = evaluate()
+                improved = best["loss"] is None or value < best["loss"]
+                if improved:
+                    best = {"loss": value, "step": step}
+                fields = {"Loss": f"{value:.6f}", "Best": f"{best['loss']:.6f}"}
+                if args.task == "pretrain":
+                    fields["BPB"] = f"{value / math.log(2) * facts['val_tokens_per_byte']:.4f}"
+                log.event("Val", (epoch, step), fields)
+                clock += time.perf_counter() - paused
+            if step % config.save_interval == 0 or improved or step == config.max_steps:
+                paused = time.perf_counter()
+                save()
+                last_saved = step
+                clock += time.perf_counter() - paused
+
+        if stop.asked:
+            if last_saved < step:
+                save()
+            log.say(f"Stopped after step {step}. Go on with: python train.py -t {args.task} --resume")
+        else:
+            log.say(f"Done: {step} steps in {duration(time.perf_counter() - first_time)}. Log: {shown(log.path)}")
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: `asked` becomes true and the loop ends after its step. The second one ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self, number, frame):
+        self.asked = True
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    run(main)
