@@ -10,7 +10,6 @@ in which the runs of that task lie over each other.
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -38,9 +37,14 @@ TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 TRAIN_LOSS = re.compile(r"(?:\bLoss:?|Train loss =) *" + NUMBER)
 VAL_LOSS = re.compile(r"(?:Val[_ ]loss:?|\| Val \|.*\| Loss:) *" + NUMBER)
 LEARNING_RATE = re.compile(r"\| LR: *" + NUMBER)
-SPEED = re.compile(r"([\d.]+) ([GT])FLOP(?:/s|S)")
+SPEED = re.compile(NUMBER + r" ([GT])FLOP(?:/s|S)")
 BLUE, ORANGE, INK, GREY = "#2563eb", "#e8590c", "#1f2933", "#7b8794"
 PALETTE = (BLUE, ORANGE, "#0f9d72", "#9333ea", "#d6336c", "#8a6d3b", "#0891b2", "#64748b")
+
+
+def is_number(loss):
+    """False for NaN, infinity and what is about to become infinite."""
+    return abs(loss) < 1e30
 
 
 class Log:
@@ -74,6 +78,7 @@ class Log:
         return self.offset > before
 
     def take(self, line):
+        """Take in one line: the header, a training step, a validation, or nothing of interest."""
         if line.startswith("# {"):
             try:
                 self.header = dict(json.loads(line[2:]))
@@ -98,13 +103,17 @@ class Log:
 
     def check(self):
         """UserError unless there is something to draw."""
-        if any(math.isfinite(loss) for _, loss in self.train):
+        if self.drawable:
             return
         if self.train:
             raise UserError(f"{self.path}: every loss is NaN or infinite, there is nothing to draw")
         if self.waiting:
             raise UserError(f"{self.path} holds no training step yet; --follow waits for the first one")
         raise UserError(f"{self.path} is not a training log: no line in it is a training step")
+
+    @property
+    def drawable(self):
+        return any(is_number(loss) for _, loss in self.train)
 
     @property
     def waiting(self):
@@ -119,7 +128,7 @@ class Log:
     def facts(self):
         """The line under the title: file, size of the model, steps, duration."""
         facts = [self.path.name]
-        if isinstance(n := self.header.get("n_params"), int):
+        if isinstance(n := self.header.get("n_params"), int) and 0 < n < 1e15:
             facts.append(f"{n / 1e6:.3g} M parameters" if n >= 1e6 else f"{n:,} parameters")
         facts.append(f"{max(step for step, _ in self.train):,} steps")
         try:
@@ -133,11 +142,11 @@ class Log:
 
 def duration(seconds):
     """170 -> "2 min 50 s", the two largest units."""
-    minutes, seconds = divmod(int(seconds), 60)
+    minutes, seconds = divmod(max(0, int(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-    )
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def finite(points):
@@ -145,7 +154,7 @@ def finite(points):
     import numpy as np
 
     points = np.array(points, dtype=float).reshape(-1, 2)
-    points = points[np.isfinite(points).all(axis=1)]
+    points = points[is_number(points).all(axis=1)]
     points = points[np.argsort(points[:, 0], kind="stable")]
     return points[:, 0], points[:, 1]
 
@@ -232,7 +241,7 @@ def draw_loss(panel, group):
         else:
             name = log.path.stem.lstrip("_")
             keys.append((line, f"{name}: training {number(mean[-1])}" + f", {val_label}" * bool(val_label)))
-        lost = [step for step, loss in log.train if not math.isfinite(loss)]
+        lost = [step for step, loss in log.train if not is_number(loss)]
         red = {"color": "#c92a2a", "linewidth": 0.9, "linestyle": "--"}
         for step in lost[:50]:
             panel.axvline(step, zorder=1, **red)
@@ -391,7 +400,7 @@ def main():
         log.read()
         if not (arguments.follow and log.waiting):
             log.check()
-        if lost := sum(not math.isfinite(loss) for _, loss in log.train):
+        if lost := sum(not is_number(loss) for _, loss in log.train):
             print(
                 f"warning: {log.path}: {lost:,} of {len(log.train):,} losses NaN or infinite", file=sys.stderr
             )
@@ -421,7 +430,7 @@ def main():
 def to_file(logs, output, follow, seconds=5):
     drawn = False
     while True:
-        ready = [log for log in logs if log.train]
+        ready = [log for log in logs if log.drawable]
         if ready:
             save(ready, output)
             if not drawn:
@@ -438,7 +447,7 @@ def to_window(logs, pyplot, follow, seconds=2):
     figure = pyplot.figure()
     changed = True
     while True:
-        ready = [log for log in logs if log.train]
+        ready = [log for log in logs if log.drawable]
         if changed and ready:
             figure.clear()
             draw(figure, ready)

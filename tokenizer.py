@@ -404,7 +404,9 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
 # ---- reading text files ----------------------------------------------------------------------------
 
 
-DELIMITER = re.compile(r"<\|(?:bos|eos|endoftext)\|>")  # what may stand between documents in a .txt
+# What stands between documents in a .txt: one or more of these, and white space between them.
+_MARK = r"<\|(?:bos|eos|endoftext)\|>"
+DELIMITER = re.compile(rf"{_MARK}(?:\s*{_MARK})*")
 CHUNK = 1 << 22  # bytes read at once
 
 

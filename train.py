@@ -92,7 +92,7 @@ def train(args, config, model_config):
     # float16 underflows: the loss is multiplied up before the backward pass, the gradients down after it.
     scaler = torch.amp.GradScaler(choice.device_type, enabled=choice.grad_scaling)
     step, best = 0, {"loss": None, "step": None}
-    if start.resumes:
+    if start.run:
         step, best = start.checkpoint.step, dict(start.checkpoint.best)
         checkpoints.restore(optimizer, scaler, start)
     start.checkpoint = None  # frees its copy of the weights
@@ -118,7 +118,7 @@ def train(args, config, model_config):
         """Validation loss in nats per token: always over the same eval_iters batches."""
         model.eval()
         total = weight = 0.0
-        for i in range(min(config.eval_iters, validation.batches_per_epoch)):
+        for i in range(min(config.eval_iters, -(-validation.sequences_per_epoch // micro_batch))):
             x, y, mask = tensors(validation(i))
             with hardware.autocast_context(choice):
                 _, loss = model(x, y, mask, loss_divisor=1)
@@ -132,6 +132,7 @@ def train(args, config, model_config):
             group["lr"] = learning_rate_at(step, config)
         torch.manual_seed(config.random_seed * 1_000_003 + step)  # dropout
         batch = batches(step)
+        speed.add(batch[0].shape)
         divisor = float(batch[2].sum())
         step_loss = 0.0
         for first in range(0, micro_batch * micro_batches, micro_batch):
@@ -151,15 +152,16 @@ def train(args, config, model_config):
 
     # -- the loop ---------------------------------------------------------------------------------
 
-    run_id = start.run or timestamp()
-    facts = plan.facts(model, choice, batches, config)
-    if args.plan:
-        plan.show(facts, one_step, step)
-        return
-    if config.max_steps and step >= config.max_steps:
+    if config.max_steps and step >= config.max_steps and not args.plan:
         print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
         return
-    print(f"{args.task}: {plan.summary(facts)}")
+    speed = Speedometer(model)
+    facts = plan.Facts(args.task, model, choice, batches, validation, config)
+    if args.plan:
+        plan.show(facts, speed, lambda: one_step(step))
+        return
+    print(facts.summary())
+    run_id = start.run or timestamp()
 
     def save():
         saved = checkpoints.Checkpoint(
@@ -169,67 +171,89 @@ def train(args, config, model_config):
         log.event("Save", (epoch, step), {"": shown(saved.save())})
         checkpoints.prune(saved, config.keep_checkpoints)
 
-    header = {"task": args.task, "resumed_from_step": step, **facts["header"]}
     stop = StopRequest()
-    with RunLog(timestamp(), header, config.max_steps, step) as log, plan.memory_advice(facts):
+    header = {**facts.header(), "resumed_from_step": step}
+    with RunLog(timestamp(), header, config.max_steps, step) as log, facts.advice_when_out_of_memory():
         model.train()
-        last_saved, clock, clock_step, first_time = step, time.perf_counter(), step, time.perf_counter()
-        first_step = step
+        last_saved = first_step = step
         while not stop.asked and (step < config.max_steps or not config.max_steps):
             epoch, stage, sequence = batches.position(step)
             loss, norm = one_step(step)
             if not math.isfinite(loss) or not (choice.grad_scaling or math.isfinite(norm)):
                 good = checkpoints.of_task(args.task, run_id)
                 raise UserError(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}; training stopped, nothing was saved over. "
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}; training stopped and nothing was saved over. "
                     + (f"The last good checkpoint is {shown(good[-1][2])}. " if good else "")
                     + "Lower learning_rate, or look for odd texts in the data."
                 )
             step += 1
+            last = step == config.max_steps
 
-            if step % config.log_interval == 0 or step == config.max_steps:
-                now = time.perf_counter()
-                seconds = (now - clock) / (step - clock_step)
-                clock, clock_step = now, step
-                tokens = micro_batch * micro_batches * batches.row_length
+            if step % config.log_interval == 0 or last:
                 fields = {
                     "Curriculum": f"{stage}-{sequence}",
                     "Loss": f"{loss:.6f}",
                     "LR": f"{learning_rate_at(step - 1, config):.2e}",
                     "Grad-Norm": f"{norm:.3f}",
-                    "Time": f"{1000 * seconds:.0f} ms",
-                    "Speed": f"{facts['flops_per_token'] * tokens / seconds / 1e9:.2f} GFLOP/s",
-                    "Tokens/s": f"{tokens / seconds:.0f}",
+                    **speed.read(),
                 }
                 if config.max_steps:
-                    pace = (now - first_time) / (step - first_step)
-                    fields["Remaining"] = duration(pace * (config.max_steps - step))
+                    fields["Remaining"] = duration(speed.seconds_per_step * (config.max_steps - step))
                 log.event("Train", (epoch, step), fields)
 
             improved = False
-            if step % config.eval_interval == 0 or step == config.max_steps:
-                paused = time.perf_counter()
+            if step % config.eval_interval == 0 or last:
                 value = evaluate()
                 improved = best["loss"] is None or value < best["loss"]
                 if improved:
                     best = {"loss": value, "step": step}
                 fields = {"Loss": f"{value:.6f}", "Best": f"{best['loss']:.6f}"}
                 if args.task == "pretrain":
-                    fields["BPB"] = f"{value / math.log(2) * facts['val_tokens_per_byte']:.4f}"
+                    fields["BPB"] = f"{facts.bits_per_byte(value):.4f}"
                 log.event("Val", (epoch, step), fields)
-                clock += time.perf_counter() - paused
-            if step % config.save_interval == 0 or improved or step == config.max_steps:
-                paused = time.perf_counter()
+            if step % config.save_interval == 0 or improved or last:
                 save()
                 last_saved = step
-                clock += time.perf_counter() - paused
+            if last_saved == step or step % config.eval_interval == 0:
+                speed.restart()
 
-        if stop.asked:
-            if last_saved < step:
-                save()
-            log.say(f"Stopped after step {step}. Go on with: python train.py -t {args.task} --resume")
+        if stop.asked and last_saved < step:
+            save()
+        if stop.asked and step != config.max_steps:
+            log.say(f"Stopped after step {step}. Go on with: {facts.resume_command(args)}")
         else:
-            log.say(f"Done: {step} steps in {duration(time.perf_counter() - first_time)}. Log: {shown(log.path)}")
+            log.say(f"Done: step {step}, {step - first_step} of them now. Loss chart: python plot_loss.py -n {shown(log.path)}")
+
+
+class Speedometer:
+    """Counts tokens and their FLOPs between two readings; `restart` leaves out what was not training."""
+
+    def __init__(self, model):
+        self.model, self.seconds_per_step = model, 0.0
+        self.restart()
+
+    def restart(self):
+        self.since, self.steps, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
+
+    def add(self, shape):
+        """A batch of this shape [B, T] is about to be trained on."""
+        rows, length = shape
+        self.steps, self.tokens = self.steps + 1, self.tokens + rows * length
+        self.flops += rows * length * self.model.flops_per_token(length)
+
+    def read(self):
+        """Since the last reading: {"Time": per step, "Speed": ..., "Tokens/s": ...}, as text."""
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        now = seconds / max(self.steps, 1)
+        # The time that remains should not jump with every single step.
+        self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * now if self.seconds_per_step else now
+        fields = {
+            "Time": f"{1000 * now:.0f} ms",
+            "Speed": f"{self.flops / seconds / 1e9:.2f} GFLOP/s",
+            "Tokens/s": f"{self.tokens / seconds:.0f}",
+        }
+        self.restart()
+        return fields
 
 
 class StopRequest:

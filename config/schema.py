@@ -78,7 +78,6 @@ class TrainConfig(Schema):
     )
     dataset_path: list[tuple[str, str]] = Field(
         min_length=1,
-        strict=False,
         description="[[train, validation], ...] token files: a curriculum, trained in order",
     )
     tokenizer_path: str = Field("dataset/prepared/tokenizer.json", description="the data's tokenizer")

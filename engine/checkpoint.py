@@ -25,7 +25,7 @@ import torch
 
 import tokenizer as tokenizers
 from config.schema import ModelConfig
-from engine.config import ROOT, check, shown
+from engine.config import ROOT, check, find, shown
 from engine.errors import UserError
 from model import GPT
 
@@ -108,10 +108,10 @@ def load(path):
     return Checkpoint(**state)
 
 
-def build(checkpoint, source):
+def build(checkpoint, source, dropout=0.0):
     """(model, tokenizer) of a checkpoint, on the CPU, in eval mode. `source`: its name, for errors."""
     tokenizer = tokenizers.from_dict(checkpoint.tokenizer)
-    config = check(ModelConfig, checkpoint.model_config, f"{source}: model_config")
+    config = check(ModelConfig, {**checkpoint.model_config, "dropout": dropout}, f"{source}: model_config")
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     found = {name: getattr(tensor, "shape", None) for name, tensor in checkpoint.model.items()}
@@ -120,6 +120,70 @@ def build(checkpoint, source):
     model = GPT(config)
     model.load_state_dict(checkpoint.model)
     return model.eval(), tokenizer
+
+
+@dataclass
+class Start:
+    """Where a run begins: `checkpoint` None is from scratch; `run` is set if it goes on with one."""
+
+    checkpoint: Checkpoint | None = None
+    name: str = ""
+    run: str | None = None
+    notices: tuple = ()
+
+
+def starting_point(task, config, resume):
+    """What the run starts from, by --resume and the key from_checkpoint.
+
+    A checkpoint of the same task and the same data is gone on with: its step, optimizer and data
+    order. Of any other, only model and tokenizer are taken.
+    """
+    if resume:
+        if found := newest(task):
+            checkpoint, path, notices = found
+            return _continued(checkpoint, path, config, notices)
+    notices = [f"there is no {task} checkpoint to resume from: starting a new run"] if resume else []
+    path = config.from_checkpoint
+    if path == "auto":
+        if not (found := newest("pretrain")):
+            raise UserError(
+                "from_checkpoint is \"auto\", but checkpoint/ holds no pretrained model; run "
+                '`python train.py -t pretrain` first, or set from_checkpoint to "" to start from nothing'
+            )
+        checkpoint, path, more = found
+        notices += more
+    elif path:
+        path = find(path)
+        checkpoint = load(path)
+    else:
+        return Start(notices=notices)
+    same_data = [list(p) for p in config.dataset_path] == checkpoint.train_config.get("dataset_path")
+    if checkpoint.task == task and same_data:
+        return _continued(checkpoint, path, config, notices)
+    return Start(checkpoint, shown(path), None, [*notices, f"starting from the weights of {shown(path)}"])
+
+
+def _continued(checkpoint, path, config, notices):
+    """Go on with the run of a checkpoint; say where the configuration has changed meanwhile."""
+    now = config.model_dump(mode="json")
+    changes = [f"{key}: {checkpoint.train_config.get(key)} -> {now[key]}" for key in now
+               if key != "from_checkpoint" and checkpoint.train_config.get(key) != now[key]]  # fmt: skip
+    notices = [*notices, f"going on with {shown(path)} at step {checkpoint.step}"]
+    if changes:
+        notices.append("changed since then: " + ", ".join(changes))
+    return Start(checkpoint, shown(path), checkpoint.run, notices)
+
+
+def restore(optimizer, scaler, start):
+    """Put the optimizer's moments, and float16's loss scale, back."""
+    try:
+        optimizer.load_state_dict(start.checkpoint.optimizer)
+        scaler.load_state_dict(start.checkpoint.scaler or scaler.state_dict())
+    except (ValueError, KeyError, RuntimeError, TypeError):
+        raise UserError(
+            f"{start.name}: its optimizer state does not fit this optimizer; "
+            "set from_checkpoint to it in a new run to take its weights alone"
+        ) from None
 
 
 def of_task(task, run=None):

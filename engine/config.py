@@ -82,7 +82,8 @@ def load(schema, path, overrides=None):
 def check(schema, values, source, overrides=()):
     """`values` as an instance of `schema`. UserError naming `source` and the first wrong key."""
     try:
-        return schema.model_validate({k: v for k, v in values.items() if k not in EDITOR_KEYS})
+        # By way of JSON, whose arrays pydantic takes for tuples without loosening any other type.
+        return schema.model_validate_json(json.dumps({k: v for k, v in values.items() if k not in EDITOR_KEYS}))
     except ValidationError as error:
         # An unknown key first: it is the likely cause of a missing one.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")

@@ -63,7 +63,7 @@ ORIGINAL_TRAIN = {
 }
 ORIGINAL_VALIDATION = [
     "2024-10-01 12:00:00 | Validation | Step: 10 | Val_loss: 3.101 | Best_val_loss: 3.2000",
-    "2024-09-01 12:00:00 | Phase: Validation | Step: 10 | Train_loss: 3.3 | Val_loss: 3.101 | Best_val_loss: 3.2",
+    "2024-09-01 12:00:00 | Phase: Validation | Step: 10 | Val_loss: 3.101 | Best_val_loss: 3.2",
     "[2024-04-01 12:00:00] Eval @ iteration #10 | Train loss 3.3 | Val loss 3.101 | Best val loss 3.2",
     "Iteration #10: Train loss 3.3000, Val loss 3.1010, Best val loss 3.2000",
 ]
@@ -181,8 +181,9 @@ def test_nan_is_told_and_the_rest_drawn(tmp_path):
     log = write_log(tmp_path / "train_x.log")
     with open(log, "a") as file:
         file.write(TRAIN.format(1, 21, "nan") + TRAIN.format(1, 22, "inf"))
+        file.write(TRAIN.format(1, 23, "1e305") + TRAIN.format(1, 24, "-5").replace("91.20", "1.2.3"))
     done = plot("-n", str(log), "-o", str(tmp_path / "x.svg"))
-    assert done.returncode == 0 and "2 of 22 losses NaN or infinite" in done.stderr
+    assert done.returncode == 0 and "3 of 24 losses NaN or infinite" in done.stderr
     assert (tmp_path / "x.svg").exists()
 
 

@@ -1,0 +1,147 @@
+"""What a run takes, before it starts: size, memory, speed and time (`train.py --plan`)."""
+
+import contextlib
+import math
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from engine import hardware
+from engine.errors import UserError
+from engine.log import duration
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Facts:
+    """The numbers of a run that follow from its configuration, its data and its machine."""
+
+    def __init__(self, task, model, choice, batches, validation, config):
+        self.task, self.model, self.choice, self.config = task, model, choice, config
+        self.batches, self.validation = batches, validation
+        self.flops_per_token = model.flops_per_token()
+        self.steps_per_epoch = batches.sequences_per_epoch / batches.batch_size
+
+    def header(self):
+        """The log's first line: the configuration and the machine."""
+        machine = {"name": self.choice.name, "torch": self.choice.machine.torch, "device": self.choice.device,
+                   "dtype": self.choice.dtype, "sdp_kernel": self.choice.sdp_kernel}  # fmt: skip
+        return {
+            "task": self.task,
+            "model_config": self.model.config.model_dump(),
+            "train_config": self.config.model_dump(mode="json"),
+            "machine": machine,
+            "n_params": self.model.n_params,
+            "flops_per_token": self.flops_per_token,
+        }
+
+    def summary(self):
+        """Two lines for the start of a run."""
+        steps = f"{self.config.max_steps} steps" if self.config.max_steps else "until stopped"
+        epochs = f" = {self.config.max_steps / self.steps_per_epoch:.1f} epochs" if self.config.max_steps else ""
+        cut = self.batches.n_truncated
+        lines = [
+            f"{self.task} {self.model.n_params / 1e6:.2f} M parameters, {self.flops_per_token / 1e6:.1f} MFLOP a token",
+            f"data {self.batches.tokens_per_epoch:,} tokens an epoch; {steps}{epochs}",
+        ]
+        if cut:
+            lines.append(f"data {cut:,} conversations are longer than block_size and lose their end")
+        return "\n".join(lines)
+
+    def bits_per_byte(self, nats_per_token):
+        """Loss in a unit that does not depend on the tokenizer."""
+        metas = [file.meta for file in self.validation.files]
+        tokens_per_byte = sum(m["n_tokens"] for m in metas) / max(1, sum(m["n_bytes"] for m in metas))
+        return nats_per_token / math.log(2) * tokens_per_byte
+
+    def memory(self, batch_size=None):
+        """{part: bytes} on the device while training with this batch_size (default: the run's).
+
+        Weights, gradients and AdamW's two moments per parameter; activations are what the backward
+        pass needs again, counted from the shapes (an estimate: kernels keep copies of their own).
+        """
+        c = self.model.config
+        parameters = self.model.n_params
+        weight = 4 if self.choice.autocast else BYTES[self.choice.dtype]
+        tokens = (batch_size or self.config.batch_size) * c.block_size
+        heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim
+        layer = 6 * c.n_embd + 3 * heads + c.n_head * c.head_dim + 4 * c.n_hidden
+        if self.model.blocks[0].attn.blocked or self.choice.sdp_kernel == "math":
+            layer += c.n_head * c.block_size  # the attention weights are kept
+        per_token = c.n_layer * layer * BYTES[self.choice.dtype] + 3 * 4 * c.vocab_size + 2 * 4 * c.n_embd
+        return {
+            "weights": parameters * weight,
+            "gradients": parameters * weight,
+            "optimizer": 2 * parameters * weight,
+            "activations": tokens * per_token,
+        }
+
+    def largest_batch(self):
+        """The largest batch_size whose estimate leaves a tenth of the device's memory free; 0: none."""
+        if not self.choice.memory:
+            return None
+        fixed = sum(self.memory(1).values()) - self.memory(1)["activations"]
+        return max(0, int((0.9 * self.choice.memory - fixed) // self.memory(1)["activations"]))
+
+    @contextlib.contextmanager
+    def advice_when_out_of_memory(self):
+        """Turns running out of memory into a sentence that says what to lower."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+                raise
+            fits = self.largest_batch()
+            would = f" By estimate batch_size {fits} fits." if fits and fits < self.config.batch_size else ""
+            raise UserError(
+                f"out of memory with batch_size {self.config.batch_size} and block_size "
+                f"{self.model.config.block_size}.{would} Lower batch_size and raise "
+                "gradient_accumulation_steps by the same factor: the result stays the same."
+            ) from None
+
+    def resume_command(self, args):
+        extra = "".join(f" --set {key}={value}" for key, value in args.set.items())
+        return f"python train.py -t {self.task} --resume{extra}"
+
+
+def show(facts, speed, one_step):
+    """Print the plan: everything above, and this machine's speed, measured on a few real steps."""
+    config, model, choice = facts.config, facts.model, facts.choice
+    console = Console(highlight=False)
+    with console.status("measuring ..."), facts.advice_when_out_of_memory():
+        peak = hardware.measure_matmul_flops(choice.device, choice.dtype)
+        model.train()
+        one_step()  # the first step also loads libraries
+        speed.restart()
+        began = time.perf_counter()
+        while speed.steps < 3 or (speed.steps < 50 and time.perf_counter() - began < 3):
+            one_step()
+        seconds = (time.perf_counter() - began) / speed.steps
+        flops, tokens = speed.flops / speed.steps / seconds, speed.tokens / speed.steps / seconds
+    memory = facts.memory()
+    table = Table(title=f"plan: {facts.task}", show_header=False)
+    shape = model.config
+    rows = [
+        ("model", f"{shape.n_layer} layers, width {shape.n_embd}, {shape.n_head} heads ({shape.n_kv_head} key/value), "
+                  f"context {shape.block_size}, vocabulary {shape.vocab_size}"),
+        ("parameters", f"{model.n_params:,}"),
+        ("FLOPs per token", f"{facts.flops_per_token:,} (training)"),
+        ("chosen", "\n".join(choice.reasons)),
+        ("memory, estimated", "\n".join(f"{gib(v)} {k}" for k, v in memory.items()) + f"\n{gib(sum(memory.values()))} in all"
+                   + (f" of {gib(choice.memory)}; batch_size up to {facts.largest_batch()} fits" if choice.memory else "")),
+        ("data", f"{facts.batches.tokens_per_epoch:,} tokens an epoch = {facts.steps_per_epoch:,.1f} steps"),
+        ("speed, measured", f"{1000 * seconds:.0f} ms a step, {tokens:,.0f} tokens/s\n{flops / 1e9:,.1f} GFLOP/s = "
+                  f"{flops / peak:.0%} of this machine's matrix product ({peak / 1e9:,.0f} GFLOP/s in {choice.dtype})"),
+        ("time for an epoch", duration(facts.steps_per_epoch * seconds)),
+    ]  # fmt: skip
+    if config.max_steps:
+        rows.append((f"time for {config.max_steps} steps", duration(config.max_steps * seconds)))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def gib(n_bytes):
+    return f"{n_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,497 @@
+"""Talk with a trained model in the terminal.
+
+A language model does one thing: it continues a list of tokens. There are two ways to use that:
+
+- completion: the model reads <|bos|>text and goes on with the text;
+- instruction (-i): it reads the template it was fine-tuned on,
+  <|instruct_mark|>question<|response_mark|>, and what follows, up to <|eos|>, is its answer.
+  A conversation is several of these one after the other.
+
+    python inference.py -i                                   # talk with the newest fine-tuned model
+    python inference.py --prompt "Once upon a time" -t 0.8   # complete one text
+    python inference.py --eval dataset/eval.jsonl            # how many questions are answered exactly?
+
+In Python it takes no more than:
+
+    from engine.checkpoint import build, load
+    model, tokenizer = build(load("checkpoint/x.pt"), "x.pt")
+    for token in model.generate(tokenizer.encode("Once upon"), max_tokens=100, temperature=0.8):
+        print(tokenizer.decode([token]), end="")
+"""
+
+import argparse
+import codecs
+import collections
+import math
+import re
+import sys
+import time
+
+from engine.errors import UserError, run
+
+# ---- the command line ------------------------------------------------------------------------------
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        usage="python inference.py [-i] [-m checkpoint/x.pt] [options]",
+        description="Complete text and answer questions in the terminal. Without --prompt it talks: Ctrl-C\n"
+        "stops an answer, Ctrl-D leaves. Lines piped in are answered one by one.",
+        epilog="examples:\n"
+        "  python inference.py -i                              talk with the newest fine-tuned model\n"
+        "  python inference.py -m checkpoint/x.pt -t 0.8       complete texts with a certain model\n"
+        '  python inference.py -i --prompt "Who are you?" -t 0 -r 1\n'
+        "  python inference.py -i < questions.txt > answers.txt\n"
+        "  python inference.py --eval dataset/eval.jsonl       score on questions with known answers",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("-m", "--model", metavar="FILE", help="checkpoint (default: the newest; with -i, the newest of SFT)")
+    add("-i", "--instruct", action="store_true", help="wrap what you type in the instruction template")
+    add("-l", "--max_length", type=int, metavar="N",
+        help="most tokens of prompt and answer together (the context window)")  # fmt: skip
+    add("-t", "--temperature", type=float, default=1.0, metavar="T",
+        help="higher is more random, 0 always takes the likeliest token (1.0)")  # fmt: skip
+    add("-k", "--top_k", type=int, default=5, metavar="K",
+        help="draw from the K likeliest tokens, 0: from all (5)")  # fmt: skip
+    add("-p", "--top_p", type=float, default=1.0, metavar="P",
+        help="draw from the likeliest tokens that together have this probability (1.0)")  # fmt: skip
+    add("-r", "--repetition_penalty", type=float, default=1.2, metavar="R",
+        help="higher makes tokens that were there before less likely, 1: off (1.2)")  # fmt: skip
+    add("-s", "--seed", type=int, metavar="N", help="the same answer to the same prompt (random)")
+    add("--profile", action="store_true", help="tell the time to the first token, and tokens/s")
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (auto)")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    one.add_argument(
+        "--eval", metavar="FILE", help="count the questions of a .jsonl that are answered exactly"
+    )
+    args = parser.parse_args()
+    for name, is_valid, needs in (
+        ("max_length", lambda n: n is None or n >= 2, "2 or more"),
+        ("temperature", lambda t: 0 <= t < math.inf, "0 or more"),
+        ("top_k", lambda k: k >= 0, "0 or more"),
+        ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
+        ("repetition_penalty", lambda r: 0 < r < math.inf, "above 0"),
+        ("seed", lambda s: s is None or 0 <= s < 2**63, "0 or more and fit in 63 bits"),
+        ("device", lambda d: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", d), "auto, cpu, mps, cuda or cuda:N"),
+        ("prompt", lambda text: text is None or text.strip() or not args.instruct, "a question"),
+    ):
+        value = getattr(args, name)
+        if not is_valid(value):
+            raise UserError(f"--{name} must be {needs}, not {value!r}")
+    return args
+
+
+# ---- the terminal ----------------------------------------------------------------------------------
+
+# Characters that would move the cursor or worse, should a model have learned them.
+CONTROL = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)]) | {ord("\n"): "\n", ord("\t"): "\t"}
+
+
+def notice(text):
+    """A remark to the user, on stderr: stdout holds answers only."""
+    from rich.console import Console
+
+    Console(stderr=True).print(f"({text})", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def prompt_sign():
+    """What stands before the user's words. Imports readline, where there is one: history and editing."""
+    from rich.console import Console
+
+    console = Console()
+    try:
+        import readline  # noqa: F401
+    except ImportError:
+        return "> "
+    if console.no_color or not console.color_system:
+        return "> "
+    return "\001\033[1;36m\002>\001\033[0m\002 "  # \001 and \002 tell readline what takes no space
+
+
+def facts(checkpoint, name, speaker, device):
+    """The model in one line."""
+    loss = checkpoint.best.get("loss")
+    parts = [
+        name,
+        f"{speaker.model.n_params / 1e6:.2f} M parameters",
+        f"context {speaker.model.config.block_size:,}",
+        f"{checkpoint.task} step {checkpoint.step:,}",
+        f"validation loss {loss:.3f}" if isinstance(loss, float) else "not validated",
+        device,
+    ]
+    return " · ".join(parts)
+
+
+# ---- text in, text out -----------------------------------------------------------------------------
+
+
+class Speaker:
+    """A model with its tokenizer and the options of decoding: a prompt in, pieces of text out.
+
+    `options`: those of `GPT.generate`. `max_length`: tokens of prompt and answer together.
+    """
+
+    def __init__(self, model, tokenizer, max_length=None, **options):
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.context = model.config.block_size
+        self.max_length = max_length or self.context
+        # A mark the model writes itself ends its answer; only <|unknown|> is a part of the text.
+        self.stop_tokens = (
+            tokenizer.eos_id, tokenizer.bos_id, tokenizer.padding_id,
+            tokenizer.instruct_id, tokenizer.response_id, tokenizer.system_id,
+        )  # fmt: skip
+
+    def completion_prompt(self, text):
+        return self.fit([self.tokenizer.bos_id, *self.tokenizer.encode(text).tolist()])
+
+    def chat_prompt(self, messages):
+        """The conversation as far as it fits: turns that do not are removed from `messages`, oldest first."""
+        from tokenizer import render_chat
+
+        limit = self.room - self.room // 4
+        while True:
+            ids, _ = render_chat(self.tokenizer, messages, add_generation_prompt=True)
+            if len(ids) <= limit or len(messages) <= 1:
+                return self.fit(ids.tolist())
+            del messages[:2]
+            limit = self.room // 2  # a good deal at once, so that it is not needed again at every turn
+
+    @property
+    def room(self):
+        """The longest prompt that leaves a token to be said, or the context if that is less."""
+        return min(self.max_length - 1, self.context)
+
+    def fit(self, ids):
+        """A prompt that is too long loses its oldest tokens; a quarter of the room is left to the answer."""
+        if len(ids) <= self.room:
+            return ids
+        keep = self.room - self.room // 4
+        notice(f"the prompt of {len(ids):,} tokens is too long: its oldest {len(ids) - keep:,} are left out")
+        return [ids[0], *ids[len(ids) - keep + 1 :]]  # the first one is the mark that says what this is
+
+    def notice_unknown(self, text):
+        count = int((self.tokenizer.encode(text) == self.tokenizer.unknown_id).sum())
+        if count:
+            are = "character is" if count == 1 else "characters are"
+            notice(f"{count:,} {are} unknown to this model: <|unknown|>")
+
+    def speak(self, ids):
+        """Yield what follows `ids`, token by token, as text; "" where a character is not whole yet."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.n_prompt, self.n_tokens, self.first_seconds = len(ids), 0, None
+        start = time.perf_counter()
+        max_tokens = self.max_length - len(ids)
+        for token in self.model.generate(ids, max_tokens, stop_tokens=self.stop_tokens, **self.options):
+            self.n_tokens += 1
+            self.seconds = time.perf_counter() - start
+            self.first_seconds = self.first_seconds or self.seconds
+            if token >= self.tokenizer.vocab_size:  # a model may have more rows than there are tokens
+                token = self.tokenizer.unknown_id
+            yield decoder.decode(self.tokenizer.decode_bytes([token]))
+        yield decoder.decode(b"", final=True)
+
+    def profile(self):
+        """What the last answer cost, in words."""
+        if not self.n_tokens:
+            return f"prompt {self.n_prompt} tokens, no answer"
+        rest = self.seconds - self.first_seconds
+        speed = f", {(self.n_tokens - 1) / rest:,.0f} tokens/s" if self.n_tokens > 1 else ""
+        return (
+            f"prompt {self.n_prompt} tokens, answer {self.n_tokens}; "
+            f"first token after {1000 * self.first_seconds:.1f} ms{speed}"
+        )
+
+
+def say(speaker, ids, profile=False):
+    """Write the answer to the prompt `ids` to stdout as it comes; returns it. Ctrl-C passes through."""
+    said, is_terminal = [], sys.stdout.isatty()
+    try:
+        for piece in speaker.speak(ids):
+            said.append(piece)
+            sys.stdout.write(piece.translate(CONTROL) if is_terminal else piece)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    if profile:
+        notice(speaker.profile())
+    return "".join(said)
+
+
+def answer_once(speaker, text, instruct, profile):
+    """A prompt on its own, without a conversation around it."""
+    speaker.notice_unknown(text)
+    if instruct:
+        ids = speaker.chat_prompt([{"role": "user", "content": text}])
+    else:
+        ids = speaker.completion_prompt(text)
+    say(speaker, ids, profile)
+
+
+def answer_lines(speaker, lines, instruct, profile):
+    """Every line (bytes) is a prompt. An empty line parts completions: these may have many lines."""
+    is_first = True
+    for line_number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if line_number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input, line {line_number}: not UTF-8 ({error.reason})") from None
+        if not text.strip():
+            continue
+        if not instruct and not is_first:
+            print()
+        answer_once(speaker, text, instruct, profile)
+        is_first = False
+
+
+def converse(speaker, messages, text, profile):
+    """One more turn of the conversation `messages`, which grows only if the answer is not stopped."""
+    speaker.notice_unknown(text)
+    turns = [*messages, {"role": "user", "content": text}]
+    ids = speaker.chat_prompt(turns)
+    if forgotten := (len(messages) + 1 - len(turns)) // 2:
+        notice(f"the context is full: turns forgotten, the oldest first: {forgotten}")
+    answer = say(speaker, ids, profile)
+    if len(ids) + speaker.n_tokens >= speaker.max_length:
+        notice(f"cut off: prompt and answer have reached {speaker.max_length:,} tokens")
+    messages[:] = [*turns, {"role": "assistant", "content": answer}]
+
+
+def read(sign):
+    """What the user types; None when they leave."""
+    while True:
+        try:
+            return input(sign)
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print()
+            notice("Ctrl-D leaves")
+
+
+def talk(speaker, instruct, profile):
+    """Read and answer until Ctrl-D."""
+    sign, messages = prompt_sign(), []
+    while (text := read(sign)) is not None:
+        if not text.strip():
+            continue
+        if instruct and text.strip() == "/new":
+            messages = []
+            notice("a new conversation")
+            continue
+        try:
+            if instruct:
+                converse(speaker, messages, text, profile)
+            else:
+                answer_once(speaker, text, instruct, profile)
+        except KeyboardInterrupt:
+            notice("stopped")
+        print()
+
+
+# ---- questions with known answers ------------------------------------------------------------------
+
+
+def read_questions(path):
+    """[(messages, kind)] of a .jsonl file: what `python data.py` takes for SFT; "kind" may be added."""
+    from data import json_documents, messages_of
+
+    def refuse(sentence):
+        raise UserError(sentence)
+
+    def question_of(value):
+        messages = messages_of(value)
+        return messages, str(value.get("kind", "question"))
+
+    batches = json_documents(path, question_of, refuse, lambda n_bytes: None)
+    questions = [question for questions, _ in batches for question in questions]
+    if not questions:
+        raise UserError(f"{path} holds no question")
+    return questions
+
+
+def answer_greedily(model, prompts, max_tokens, stop_tokens, on_answers=lambda count: None):
+    """The likeliest continuation of each of `prompts` (lists of ids): a list of (ids, whether it stopped).
+
+    `max_tokens[i]` bounds the i-th, its stop token included. Prompts of equal length go through the
+    model together, so there is no padding, and all rows of the KV cache keep in step.
+    """
+    import torch
+
+    device = model.wte.weight.device
+    stops = torch.tensor(stop_tokens, device=device)
+    by_length = collections.defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        by_length[len(prompt)].append(i)
+    groups = [rows[k : k + 64] for rows in by_length.values() for k in range(0, len(rows), 64)]
+    answers = [None] * len(prompts)
+    for rows in groups:
+        length = len(prompts[rows[0]])
+        steps = min(max(max_tokens[i] for i in rows), model.config.block_size - length + 1)
+        cache = model.new_cache(len(rows), length + steps - 1)
+        tokens = torch.tensor([prompts[i] for i in rows], device=device)
+        drawn, is_done = [], torch.zeros(len(rows), dtype=torch.bool, device=device)
+        with torch.inference_mode():
+            while len(drawn) < steps and not is_done.all():
+                last = model.hidden(tokens, cache)[:, -1]
+                tokens = model.lm_head(last).argmax(-1, keepdim=True)  # [rows, 1]
+                is_done |= torch.isin(tokens[:, 0], stops)
+                drawn.append(tokens)
+        for i, ids in zip(rows, torch.cat(drawn, dim=1).tolist(), strict=True):
+            end = next((n for n, token in enumerate(ids) if token in stop_tokens), None)
+            answers[i] = ids[:end], end is not None
+        on_answers(len(rows))
+    return answers
+
+
+def evaluate(speaker, questions, name):
+    """Ask all, greedily and without repetition penalty; print some answers and the score of every kind."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+    from rich.text import Text
+
+    tokenizer, console = speaker.tokenizer, Console(highlight=False)
+    prompts = [speaker.chat_prompt(messages[:-1]) for messages, _ in questions]
+    expected = [messages[-1]["content"].strip() for messages, _ in questions]
+    # An answer that is longer than the right one is wrong already: no need to hear the end of it.
+    max_tokens = [len(ids) + 1 for ids in tokenizer.encode_batch(expected)]
+    columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    start = time.perf_counter()
+    progress_console = Console(stderr=True)
+    with Progress(
+        *columns, console=progress_console, transient=True, disable=not progress_console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=len(questions))
+        answers = answer_greedily(
+            speaker.model, prompts, max_tokens, speaker.stop_tokens, lambda count: bar.advance(task, count)
+        )
+    seconds = time.perf_counter() - start
+
+    given, is_right, scores = [], [], {}
+    for (ids, has_stopped), (_, kind), answer in zip(answers, questions, expected, strict=True):
+        ids = [i if i < tokenizer.vocab_size else tokenizer.unknown_id for i in ids]
+        text = tokenizer.decode(ids).strip()
+        given.append(text if has_stopped else text + " …")
+        is_right.append(has_stopped and text == answer)
+        scores.setdefault(kind, []).append(is_right[-1])
+
+    samples = Table("question", "the model's answer", "", title=f"{name} is asked", show_lines=True)
+    by_kind = sorted(range(len(questions)), key=lambda i: questions[i][1])
+    n_samples = min(10, len(questions))
+    for i in (by_kind[k * len(by_kind) // n_samples] for k in range(n_samples)):
+        words = [message["content"] for message in questions[i][0][:-1]]
+        shown = Text("\n".join(words), style="dim")
+        shown.stylize("not dim", len(shown) - len(words[-1]))
+        answer, mark = Text(given[i]), Text("✓", style="green")
+        if not is_right[i]:
+            answer.append(f"\nnot: {expected[i]}", style="dim")
+            mark = Text("✗", style="red")
+        samples.add_row(shown, answer, mark)
+    console.print(samples)
+
+    table = Table(title="exact answers", show_footer=True)
+    total = sum(is_right)
+    table.add_column("kind", "total")
+    table.add_column("right", f"{total:,}", justify="right")
+    table.add_column("of", f"{len(questions):,}", justify="right")
+    table.add_column("%", f"{100 * total / len(questions):.1f}", justify="right")
+    for kind, rights in sorted(scores.items()):
+        share = f"{100 * sum(rights) / len(rights):.1f}"
+        table.add_row(Text(kind), f"{sum(rights):,}", f"{len(rights):,}", share)
+    console.print(table)
+    console.print(
+        f"exact match: {total:,} of {len(questions):,} = {100 * total / len(questions):.1f} %"
+        f" in {seconds:.1f} s"
+    )
+
+
+# ---- the model -------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path, instruct):
+    """(checkpoint, its name): of the file, or if `path` is None the newest there is."""
+    from engine import checkpoint as checkpoints
+    from engine.config import find, shown
+
+    if path is not None:
+        path = find(path)
+        return checkpoints.load(path), shown(path)
+    tasks = ["sft", "pretrain"]
+    if not instruct:
+        tasks.sort(key=lambda task: checkpoints.of_task(task)[-1:], reverse=True)  # begins with the time
+    for task in tasks:
+        if found := checkpoints.newest(task):
+            checkpoint, path, notices = found
+            for text in notices:
+                notice(text)
+            return checkpoint, shown(path)
+    raise UserError("there is no model in checkpoint/ yet; `python train.py -t pretrain` makes one")
+
+
+def load_speaker(args, instruct):
+    """(the Speaker that the arguments ask for, what it is in one line, the context to run it in)."""
+    from engine import hardware
+    from engine.checkpoint import build
+
+    checkpoint, name = load_checkpoint(args.model, instruct)
+    # Small models gain nothing from half precision when they write one token at a time.
+    choice = hardware.choose(hardware.detect(args.device), args.device, dtype="float32")
+    model, tokenizer = build(checkpoint, name)
+    if not model.config.is_causal:
+        raise UserError(f"{name} sees all tokens at once (is_causal is false): it cannot continue a text")
+    if not all(weights.isfinite().all() for weights in model.parameters()):
+        raise UserError(f"{name} holds weights that are not finite numbers: its training had diverged")
+    if instruct and checkpoint.task != "sft":
+        notice(f"{name} was not fine-tuned: it continues texts, and never learned to answer")
+    if not instruct and checkpoint.task == "sft":
+        notice(f"{name} was fine-tuned to answer: use -i to ask it")
+    speaker = Speaker(
+        model.to(choice.device),
+        tokenizer,
+        args.max_length,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+    return speaker, facts(checkpoint, name, speaker, choice.device), hardware.attention_context(choice)
+
+
+def main():
+    args = parse_arguments()
+    from engine.config import find, shown
+
+    if args.model is not None and not find(args.model).is_file():
+        raise UserError(f"there is no file {shown(find(args.model))}; without -m the newest model is taken")
+    questions = read_questions(find(args.eval)) if args.eval is not None else None
+    for stream in (sys.stdout, sys.stderr):
+        # Through a pipe goes UTF-8; a terminal that lacks a character shows a question mark.
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+
+    instruct = args.instruct or questions is not None
+    speaker, about, attention = load_speaker(args, instruct)
+    with attention:
+        if questions is not None:
+            evaluate(speaker, questions, about)
+        elif args.prompt is not None:
+            answer_once(speaker, args.prompt, instruct, args.profile)
+        elif sys.stdin.isatty() and sys.stdout.isatty():
+            sys.stdin.reconfigure(errors="replace")
+            print(about)
+            print(
+                "Ask; it remembers the conversation, /new starts another." if instruct
+                else "Begin a text; the model goes on with it.",
+                "Ctrl-C stops an answer, Ctrl-D leaves.\n",
+            )  # fmt: skip
+            talk(speaker, instruct, args.profile)
+        else:
+            answer_lines(speaker, sys.stdin.buffer, instruct, args.profile)
+
+
+if __name__ == "__main__":
+    run(main)
