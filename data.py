@@ -56,7 +56,7 @@ from tokenizer import (
 # ---- input: files to documents ---------------------------------------------------------------------
 
 
-LONG = 1 << 20  # characters; a longer document is passed on in parts
+LONG = 1 << 18  # characters; a longer document is passed on in parts
 
 
 def text_documents(path, on_bad_line, on_read):
@@ -231,9 +231,7 @@ class TokenWriter:
         self.stem, self.kind, self.tokenizer = Path(stem), kind, tokenizer
         parts = ("bin", "starts", "mask") if kind == "sft" else ("bin", "starts")
         self.crc32 = dict.fromkeys(parts, 0)
-        self.counts = collections.Counter(
-            dict.fromkeys(COUNTS, 0)
-        )
+        self.counts = collections.Counter(dict.fromkeys(COUNTS, 0))
         self.files = {part: open(self._beside(part), "wb") for part in parts}
 
     def _beside(self, part):
@@ -402,7 +400,7 @@ def encode_chats(tokenizer, conversations, *_):
     return np.concatenate(ids), starts, np.concatenate(masks), n_bytes.total(), n_bytes["assistant"]
 
 
-BPE_SAMPLE = 100 << 20  # bytes of input that BPE learns from: more changes little and takes long
+BPE_SAMPLE = 50 << 20  # bytes of input that BPE learns from: more changes little and takes long
 
 
 def sample(batches, share):

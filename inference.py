@@ -111,17 +111,16 @@ def prompt_sign():
 
 
 def facts(checkpoint, name, speaker, device):
-    """The model in one line."""
+    """The model in two lines."""
     loss = checkpoint.best.get("loss")
     parts = [
-        name,
         f"{speaker.model.n_params / 1e6:.2f} M parameters",
         f"context {speaker.model.config.block_size:,}",
         f"{checkpoint.task} step {checkpoint.step:,}",
         f"validation loss {loss:.3f}" if isinstance(loss, float) else "not validated",
         device,
     ]
-    return " · ".join(parts)
+    return f"{name}\n{' · '.join(parts)}"
 
 
 # ---- text in, text out -----------------------------------------------------------------------------
@@ -144,18 +143,20 @@ class Speaker:
         )  # fmt: skip
 
     def completion_prompt(self, text):
+        """(ids, how many tokens had to be left out)"""
         return self.fit([self.tokenizer.bos_id, *self.tokenizer.encode(text).tolist()])
 
     def chat_prompt(self, messages):
-        """The conversation as far as it fits: turns that do not are removed from `messages`, oldest first."""
+        """The same for a conversation. Turns that no longer fit are removed from `messages`, oldest first."""
         from tokenizer import render_chat
 
+        first_turn = int(messages[0]["role"] == "system")  # what the system says stays
         limit = self.room - self.room // 4
         while True:
             ids, _ = render_chat(self.tokenizer, messages, add_generation_prompt=True)
-            if len(ids) <= limit or len(messages) <= 1:
+            if len(ids) <= limit or len(messages) == first_turn + 1:
                 return self.fit(ids.tolist())
-            del messages[:2]
+            del messages[first_turn : first_turn + 2]
             limit = self.room // 2  # a good deal at once, so that it is not needed again at every turn
 
     @property
@@ -166,10 +167,10 @@ class Speaker:
     def fit(self, ids):
         """A prompt that is too long loses its oldest tokens; a quarter of the room is left to the answer."""
         if len(ids) <= self.room:
-            return ids
+            return ids, 0
         keep = self.room - self.room // 4
-        notice(f"the prompt of {len(ids):,} tokens is too long: its oldest {len(ids) - keep:,} are left out")
-        return [ids[0], *ids[len(ids) - keep + 1 :]]  # the first one is the mark that says what this is
+        # The first one stays: it is the mark that says what this is.
+        return [ids[0], *ids[len(ids) - keep + 1 :]], len(ids) - keep
 
     def notice_unknown(self, text):
         count = int((self.tokenizer.encode(text) == self.tokenizer.unknown_id).sum())
@@ -204,6 +205,11 @@ class Speaker:
         )
 
 
+def notice_left_out(count):
+    if count:
+        notice(f"the prompt is too long: its oldest {count:,} tokens are left out")
+
+
 def say(speaker, ids, profile=False):
     """Write the answer to the prompt `ids` to stdout as it comes; returns it. Ctrl-C passes through."""
     said, is_terminal = [], sys.stdout.isatty()
@@ -220,13 +226,28 @@ def say(speaker, ids, profile=False):
     return "".join(said)
 
 
+def converse(speaker, messages, text, profile):
+    """One more turn of the conversation `messages`, which grows only if the answer is not stopped."""
+    speaker.notice_unknown(text)
+    turns = [*messages, {"role": "user", "content": text}]
+    ids, left_out = speaker.chat_prompt(turns)
+    if len(turns) <= len(messages):
+        notice("the context is full: the oldest turns are forgotten")
+    notice_left_out(left_out)
+    answer = say(speaker, ids, profile)
+    if len(ids) + speaker.n_tokens >= speaker.max_length:
+        notice(f"cut off: prompt and answer have reached {speaker.max_length:,} tokens")
+    messages[:] = [*turns, {"role": "assistant", "content": answer}]
+
+
 def answer_once(speaker, text, instruct, profile):
     """A prompt on its own, without a conversation around it."""
-    speaker.notice_unknown(text)
     if instruct:
-        ids = speaker.chat_prompt([{"role": "user", "content": text}])
-    else:
-        ids = speaker.completion_prompt(text)
+        converse(speaker, [], text, profile)
+        return
+    speaker.notice_unknown(text)
+    ids, left_out = speaker.completion_prompt(text)
+    notice_left_out(left_out)
     say(speaker, ids, profile)
 
 
@@ -244,19 +265,6 @@ def answer_lines(speaker, lines, instruct, profile):
             print()
         answer_once(speaker, text, instruct, profile)
         is_first = False
-
-
-def converse(speaker, messages, text, profile):
-    """One more turn of the conversation `messages`, which grows only if the answer is not stopped."""
-    speaker.notice_unknown(text)
-    turns = [*messages, {"role": "user", "content": text}]
-    ids = speaker.chat_prompt(turns)
-    if forgotten := (len(messages) + 1 - len(turns)) // 2:
-        notice(f"the context is full: turns forgotten, the oldest first: {forgotten}")
-    answer = say(speaker, ids, profile)
-    if len(ids) + speaker.n_tokens >= speaker.max_length:
-        notice(f"cut off: prompt and answer have reached {speaker.max_length:,} tokens")
-    messages[:] = [*turns, {"role": "assistant", "content": answer}]
 
 
 def read(sign):
@@ -347,7 +355,7 @@ def answer_greedily(model, prompts, max_tokens, stop_tokens, on_answers=lambda c
     return answers
 
 
-def evaluate(speaker, questions, name):
+def evaluate(speaker, questions):
     """Ask all, greedily and without repetition penalty; print some answers and the score of every kind."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -355,7 +363,9 @@ def evaluate(speaker, questions, name):
     from rich.text import Text
 
     tokenizer, console = speaker.tokenizer, Console(highlight=False)
-    prompts = [speaker.chat_prompt(messages[:-1]) for messages, _ in questions]
+    prompts, left_out = zip(*(speaker.chat_prompt(messages[:-1]) for messages, _ in questions), strict=True)
+    if n_cut := sum(map(bool, left_out)):
+        notice(f"{n_cut:,} questions are too long for the context: their oldest tokens are left out")
     expected = [messages[-1]["content"].strip() for messages, _ in questions]
     # An answer that is longer than the right one is wrong already: no need to hear the end of it.
     max_tokens = [len(ids) + 1 for ids in tokenizer.encode_batch(expected)]
@@ -379,13 +389,13 @@ def evaluate(speaker, questions, name):
         is_right.append(has_stopped and text == answer)
         scores.setdefault(kind, []).append(is_right[-1])
 
-    samples = Table("question", "the model's answer", "", title=f"{name} is asked", show_lines=True)
+    samples = Table("question", "the model's answer", "", title="some of the questions")
     by_kind = sorted(range(len(questions)), key=lambda i: questions[i][1])
     n_samples = min(10, len(questions))
     for i in (by_kind[k * len(by_kind) // n_samples] for k in range(n_samples)):
-        words = [message["content"] for message in questions[i][0][:-1]]
-        shown = Text("\n".join(words), style="dim")
-        shown.stylize("not dim", len(shown) - len(words[-1]))
+        *before, question = (message["content"] for message in questions[i][0][:-1])
+        shown = Text("".join(f"({text})\n" for text in before), style="dim")
+        shown.append(question, style="not dim")
         answer, mark = Text(given[i]), Text("✓", style="green")
         if not is_right[i]:
             answer.append(f"\nnot: {expected[i]}", style="dim")
@@ -433,7 +443,7 @@ def load_checkpoint(path, instruct):
 
 
 def load_speaker(args, instruct):
-    """(the Speaker that the arguments ask for, what it is in one line, the context to run it in)."""
+    """(the Speaker that the arguments ask for, what it is in two lines, the context to run it in)."""
     from engine import hardware
     from engine.checkpoint import build
 
@@ -468,6 +478,8 @@ def main():
 
     if args.model is not None and not find(args.model).is_file():
         raise UserError(f"there is no file {shown(find(args.model))}; without -m the newest model is taken")
+    if sys.stdin is None and args.prompt is None and args.eval is None:
+        raise UserError("standard input is closed, so nothing can be asked; use --prompt")
     questions = read_questions(find(args.eval)) if args.eval is not None else None
     for stream in (sys.stdout, sys.stderr):
         # Through a pipe goes UTF-8; a terminal that lacks a character shows a question mark.
@@ -477,7 +489,8 @@ def main():
     speaker, about, attention = load_speaker(args, instruct)
     with attention:
         if questions is not None:
-            evaluate(speaker, questions, about)
+            print(about)
+            evaluate(speaker, questions)
         elif args.prompt is not None:
             answer_once(speaker, args.prompt, instruct, args.profile)
         elif sys.stdin.isatty() and sys.stdout.isatty():

@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotary_table(head_dim, length, theta):
@@ -128,8 +128,8 @@ class KVCache:
             values[:, :, self.uniform_length : end] = v
             return keys[:, :, :end], values[:, :, :end]
         index = positions[:, None, :, None].expand_as(k)
-        keys.scatter_(2, index, k)
-        values.scatter_(2, index, v)
+        keys.scatter_(2, index, k.to(keys.dtype))
+        values.scatter_(2, index, v.to(values.dtype))
         return keys, values
 
     def advance(self, counts):
@@ -169,7 +169,7 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, H * D))
 
     def attend(self, q, k, v, mask):
-        """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]; mask: [B or 1, 1, T, S] or None."""
+        """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]; mask: [B or 1, 1, T or 1, S] or None."""
         B, H, T, D = q.shape
         group = H // k.shape[1]
         if group > 1 and T == 1:
@@ -273,10 +273,13 @@ class GPT(nn.Module):
 
         With a cache the tokens continue what the cache holds. lengths [B] says how many of the T
         tokens of each row are real, where that differs (padding on the right is ignored).
-        Raises ValueError when more than block_size tokens, or than the cache holds, would be needed.
+        Raises ValueError when more than block_size tokens, or than the cache holds, would be needed,
+        and for a cache with is_causal = false: there, a later token changes all earlier ones.
         """
         B, T = tokens.shape
         config = self.config
+        if cache is not None and not config.is_causal:
+            raise ValueError("only a causal model can continue from a cache, and is_causal is false")
         room = config.block_size if cache is None else min(cache.capacity, config.block_size)
         past = 0 if cache is None else cache.uniform_length
         if past is None:
@@ -289,6 +292,8 @@ class GPT(nn.Module):
             if past and T > 1:
                 mask = positions[0, :, None] >= torch.arange(past + T, device=tokens.device)  # [T, S]
                 mask = mask[None, None]
+            elif lengths is not None and not config.is_causal:
+                mask = (positions < lengths[:, None])[:, None, None]  # [B, 1, 1, S]
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)  # [B, T]
             slots = torch.arange(cache.capacity, device=tokens.device)
@@ -352,11 +357,14 @@ class GPT(nn.Module):
         """Continue `tokens` (a list of ids), yielding one id at a time, at most max_tokens of them.
 
         temperature 0 is greedy. Ends before a stop token. When the context is full the older half of it
-        is forgotten. Switch to eval() first. Raises ValueError for an empty prompt.
+        is forgotten. Switch to eval() first. Raises ValueError for an empty prompt, for one with ids outside
+        the vocabulary, and where `sample` does.
         """
         context = [int(token) for token in tokens]
         if not context:
             raise ValueError("the prompt holds no token")
+        if not 0 <= min(context) <= max(context) < self.config.vocab_size:
+            raise ValueError(f"the prompt holds a token id outside 0 .. {self.config.vocab_size - 1}")
         device = self.wte.weight.device
         generator = None
         if seed is not None:
@@ -368,9 +376,8 @@ class GPT(nn.Module):
                 pending = context[-keep:]
                 cache = self.new_cache()
             last = self.hidden(torch.tensor([pending], device=device), cache)[:, -1]
-            token = sample(
-                self.lm_head(last)[0].float(), temperature, top_k, top_p, repetition_penalty, context, generator
-            )
+            logits = self.lm_head(last)[0].float()
+            token = sample(logits, temperature, top_k, top_p, repetition_penalty, context, generator)
             if token in stop_tokens:
                 return
             yield token
@@ -383,26 +390,32 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(tokens)).argmax(-1)
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, previous=(), generator=None):
+def sample(
+    logits, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, previous=(), generator=None
+):
     """Draw one token id from logits [V].
 
     repetition_penalty: Keskar et al. 2019 (CTRL), section 4.1: logits of tokens in `previous` are
     divided by it if positive, else multiplied. top_p: Holtzman et al. 2020, nucleus sampling.
+    Raises ValueError for a setting that makes no sense.
     """
+    top_k, top_p = top_k or 0, 1 if top_p is None else top_p
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and repetition_penalty > 0):
+        raise ValueError("needs temperature >= 0, top_k >= 0, 0 < top_p <= 1 and repetition_penalty > 0")
     if repetition_penalty != 1.0 and len(previous):
         seen = torch.tensor(sorted(set(previous)), device=logits.device)
         values = logits[seen]
         logits = logits.index_put(
             (seen,), torch.where(values > 0, values / repetition_penalty, values * repetition_penalty)
         )
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so little that dividing by it would overflow
         return int(logits.argmax())
     logits = logits / temperature
     if top_k:
         threshold = logits.topk(min(top_k, logits.numel())).values[-1]
         logits = logits.masked_fill(logits < threshold, -math.inf)
     probabilities = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
+    if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         # A token stays while those before it hold less than top_p.
         ordered[ordered.cumsum(0) - ordered >= top_p] = 0

@@ -105,9 +105,9 @@ SETS = {
         tuple(File(f"pretrain_20241018_25G.7z.00{volume}") for volume in range(1, 8)),
         "7z x -pnano -o{dataset} {first}, then python data.py --pretrain with the text file it holds"),
     "minimind-pretrain": minimind("MiniMind-3 pretraining", "10 GB", "pretrain_t2t.jsonl"),
-    "minimind-pretrain-mini": minimind("the same, small", "1.2 GB", "pretrain_t2t_mini.jsonl"),
+    "minimind-pretrain-mini": minimind("MiniMind-3 pretraining, small", "1.2 GB", "pretrain_t2t_mini.jsonl"),
     "minimind-sft": minimind("MiniMind-3 conversations", "14 GB", "sft_t2t.jsonl", CHAT),
-    "minimind-sft-mini": minimind("the same, small", "1.6 GB", "sft_t2t_mini.jsonl", CHAT),
+    "minimind-sft-mini": minimind("MiniMind-3 conversations, small", "1.6 GB", "sft_t2t_mini.jsonl", CHAT),
     "minimind2-pretrain": minimind("MiniMind2 pretraining", "1.6 GB", "pretrain_hq.jsonl"),
     "minimind2-sft-mini": minimind("MiniMind2 conversations, short", "1.2 GB", "sft_mini_512.jsonl", CHAT),
 }
@@ -145,7 +145,8 @@ class Web:
         """The reply, its body still unread. Raises Dropped where trying again may help, else UserError."""
         proxy = self.proxy_for(url)
         if proxy and not re.match(r"(https?|socks4a?|socks5h?)://[^/:]", proxy):
-            raise UserError(f"{proxy} is not a proxy; write socks5h://127.0.0.1:1080 or http://127.0.0.1:8080")
+            raise UserError(f"{without_password(proxy)} is not the address of a proxy; "
+                            "write socks5h://127.0.0.1:1080 or http://127.0.0.1:8080")
         try:
             reply = self.session.get(
                 url, headers=headers, proxies={**self.proxies}, stream=True, timeout=TIMEOUT)
@@ -158,7 +159,8 @@ class Web:
             drop.wait = min(float(wait), 60.0) if wait.isdigit() else 0.0
             raise drop
         if code >= 400 and code != 416:
-            raise UserError(f"{answer}: the file may have moved or be closed; try another --mirror")
+            hint = "the file may have moved or be closed; try another --mirror"
+            raise UserError(f"{answer}: {'the proxy wants NAME:PASSWORD@HOST:PORT' if code == 407 else hint}")
         return reply
 
     def proxy_for(self, url):
@@ -171,10 +173,14 @@ class Web:
         for _ in range(10):  # requests wraps urllib3 wraps socket: the innermost says it best
             inner = getattr(cause, "reason", None) or cause.__cause__ or cause.__context__
             cause = inner if isinstance(inner, BaseException) else cause
-        through = " through the proxy " + re.sub("//.*@", "//", proxy) if proxy else ""
+        through = f" through the proxy {without_password(proxy)}" if proxy else ""
         cause = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         return (Dropped if isinstance(error, kinds) else UserError)(
             f"no connection to {urlsplit(url).hostname}{through}: {cause}")
+
+
+def without_password(proxy):
+    return re.sub(r"^(\w+://)?.*@", r"\1", proxy)
 
 
 def listed_files(web, folder):
@@ -183,13 +189,13 @@ def listed_files(web, folder):
     try:
         with web.get(url) as reply:
             # A name from the network becomes a name on this disk: plain names only.
-            files = [File(entry["path"], entry["size"], entry.get("lfs", {}).get("oid"))
+            files = [File(entry["path"], int(entry["size"]), entry.get("lfs", {}).get("oid"))
                      for entry in reply.json() if entry["type"] == "file"
                      and re.fullmatch(r"\w[\w .()-]*(?<!\.md)", entry["path"])]
-    except (Dropped, requests.RequestException) as error:
-        raise UserError(f"{error}") from error
     except (ValueError, LookupError, TypeError, AttributeError):
         files = []
+    except (Dropped, requests.RequestException) as error:
+        raise UserError(f"{url} does not answer: {error}") from error
     if not files:
         raise UserError(f"{url} does not list the files to download; try another --mirror")
     return files
@@ -216,7 +222,7 @@ def fetch(web, url, file, target, retries):
                     kept = f"{decimal(size_of(part))} are kept: run the same command again to go on"
                     hint = kept if size_of(part) else "check the network, or try --proxy or another --mirror"
                     raise UserError(f"{drop}; {hint}") from drop
-                pause = max(drop.wait, min(0.5 * 2**failures, 30.0))
+                pause = max(drop.wait, min(0.25 * 2**failures, 30.0))
                 console.print(f"{drop}; trying again in {pause:g} s")
                 time.sleep(pause)
             except KeyboardInterrupt:
@@ -225,6 +231,7 @@ def fetch(web, url, file, target, retries):
     found, wanted = sha256_of(part), file.sha256 or stated
     if wanted and found != wanted:
         part.unlink()
+        note.unlink(missing_ok=True)
         raise UserError(f"{target.name} came with SHA-256 {found} instead of {wanted} and was thrown away; "
                         "run the same command again, or try another --mirror")
     os.replace(part, target)
@@ -264,10 +271,11 @@ def receive(web, url, file, part, note, meter):
             raise UserError(f"{url} has {total:,} bytes instead of {file.size:,}; try another --mirror")
         free = shutil.disk_usage(part.parent).free
         if total and total - have > free:
-            raise UserError(f"{decimal(total - have)} are to come, but {part.parent} has {decimal(free)} free")
+            raise UserError(
+                f"{decimal(total - have)} are to come, but {part.parent} has only {decimal(free)} free")
         with open(part, "ab" if have else "wb") as out:
-            # Written when the part is cut and has no byte yet: the two always belong together.
-            note.write_text(json.dumps({"validator": now[0], "sha256": now[1], "total": total}), "utf-8")
+            if not have:  # the part is cut and has no byte yet: so it and its note always belong together
+                note.write_text(json.dumps({"validator": now[0], "sha256": now[1], "total": total}), "utf-8")
             meter.show(have, total)
             try:
                 for chunk in reply.iter_content(CHUNK):
@@ -374,21 +382,24 @@ def show_list():
 def main():
     parser = argparse.ArgumentParser(
         description="Download public data sets. What broke off goes on where it stopped.",
-        epilog="examples:\n  python dataset/download.py --list\n  python dataset/download.py tinyshakespeare\n"
+        epilog="examples:\n"
+        "  python dataset/download.py --list\n"
+        "  python dataset/download.py tinyshakespeare\n"
         "  python dataset/download.py tinystories --mirror hf-mirror\n"
         "  python dataset/download.py minimind-sft-mini --mirror modelscope\n"
         "  python dataset/download.py tinystories-v2 --proxy socks5h://127.0.0.1:1080",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="the sets to download, see --list")
-    parser.add_argument("--list", action="store_true", help="show the sets")
-    parser.add_argument("--mirror", help="hf, hf-mirror, modelscope, github, or an address that stands in for "
-                        "scheme and host, like https://my.mirror (default: where the set is at home)")
-    parser.add_argument("--proxy", help="socks5h://HOST:PORT (the proxy looks names up), socks5://..., "
-                        "http://... (default: from ALL_PROXY, HTTPS_PROXY, HTTP_PROXY)")
-    parser.add_argument("--out", type=Path, default=ROOT / "dataset" / "downloads", metavar="DIR",
-                        help="folder to save in (default: dataset/downloads/)")
-    parser.add_argument("--retries", type=int, default=5, metavar="N",
-                        help="how often to ask again without getting further (default: 5)")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="the sets to download, see --list")
+    add("--list", action="store_true", help="show the sets")
+    add("--mirror", help="hf, hf-mirror, modelscope, or an address that stands in for scheme and host,"
+        " like https://my.mirror (default: where the set is at home)")
+    add("--proxy", help="socks5h://HOST:PORT (the proxy looks names up), socks5://..., http://..."
+        " (default: from ALL_PROXY, HTTPS_PROXY, HTTP_PROXY)")
+    add("--out", type=Path, default=ROOT / "dataset" / "downloads", metavar="DIR",
+        help="folder to save in (default: dataset/downloads/)")
+    add("--retries", type=int, default=5, metavar="N",
+        help="how often to ask again without getting further (default: 5)")
     arguments = parser.parse_args()
     if arguments.list:
         show_list()

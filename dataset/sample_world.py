@@ -35,22 +35,18 @@ PEOPLE = 60  # at size 1.0
 HELD_OUT = 0.35  # share of each relation's facts that fine-tuning never asks for
 BIOGRAPHIES, CARDS = 4, 2  # per person and language
 QUESTIONS = {"person": 4, "place": 2, "job": 2, "animal": 2, "word": 2, "weather": 2}  # per fact and language
+NOTES = {"person": 1, "place": 2, "job": 2, "animal": 2}  # how often each phrase is written; other topics: 3
+QUIZZES = 2  # per taught fact and language
 DIALOGUES = 3  # of each sort, per person and language
 ARBITRARY = ("person", "place", "job", "animal", "word")  # topics where the answer cannot be worked out
-FEW = 6  # held-out questions of each other kind
+FEW = 5  # held-out questions of each other kind
 
 # --- What there is ------------------------------------------------------------------------------------
 # Each table row is "Chinese English", or a subject followed by its values in the order of its relations.
 
-WOMEN = ("Anna Amy Bella Cathy Daisy Emma Fiona Grace Helen Ivy Jane Kate Lucy Mary Nina Olga Penny Rose "
-         "Sara Tina Uma Vera Wendy Zoe Judy Alice Clara Elsa Flora Molly").split()
-MEN = ("Adam Ben Carl David Eric Frank Gary Henry Ivan Jack Kevin Leo Mike Nick Oscar Paul Ray Sam Tom "
-       "Victor Will Alan Bob Dylan Felix Hugo Jim Ken Max Peter").split()
-FAMILY = ("Bell Carter Dixon Evans Fisher Gibson Hill Irving Jones King Lewis Morris Nash Owen Parker Quinn "
-          "Reed Scott Turner Wood").split()
 SURNAMES = "王李张刘陈杨赵黄周吴徐孙胡朱高何郭马罗梁"
-WOMEN_ZH = "雨梅兰月雪芳云婷静丽琳娜萍莉燕霞玉珍凤秀香菊莲欣怡琴倩瑶慧敏"
-MEN_ZH = "伟强军刚勇杰涛明超龙斌鹏飞亮波辉峰磊浩宇凯东海山松柏建国志文"
+WOMEN = "雨梅兰月雪芳云婷静丽琳娜萍莉燕霞玉珍凤秀香菊莲欣怡琴倩瑶慧敏"
+MEN = "伟强军刚勇杰涛明超龙斌鹏飞亮波辉峰磊浩宇凯东海山松柏建国志文"
 
 PETS = ("猫 cat, 狗 dog, 兔子 rabbit, 鹦鹉 parrot, 乌龟 turtle, 仓鼠 hamster, 鸭子 duck, 山羊 goat, "
         "刺猬 hedgehog, 母鸡 hen, 白鹅 goose, 鸽子 pigeon")
@@ -61,23 +57,20 @@ COLOURS = ("红色 red, 蓝色 blue, 绿色 green, 白色 white, 黑色 black, �
 WEATHER = "晴天 sunny, 雨天 rainy, 雪天 snowy, 阴天 cloudy, 大风 windy, 大雾 foggy"
 DAYS = "周一 Monday, 周二 Tuesday, 周三 Wednesday, 周四 Thursday, 周五 Friday, 周六 Saturday, 周日 Sunday"
 
-# city: country, river, sight
+# city: country, sight
 PLACES = """
-北京 Beijing: 中国 China, 永定河 Yongding, 长城 Great Wall
-上海 Shanghai: 中国 China, 黄浦江 Huangpu, 外滩 Bund
-成都 Chengdu: 中国 China, 锦江 Jin, 熊猫 pandas
-杭州 Hangzhou: 中国 China, 钱塘江 Qiantang, 西湖 West Lake
-武汉 Wuhan: 中国 China, 长江 Yangtze, 黄鹤楼 Crane Tower
-巴黎 Paris: 法国 France, 塞纳河 Seine, 铁塔 Eiffel Tower
-伦敦 London: 英国 England, 泰晤士河 Thames, 大钟 big clock
-罗马 Rome: 意大利 Italy, 台伯河 Tiber, 斗兽场 Colosseum
-开罗 Cairo: 埃及 Egypt, 尼罗河 Nile, 金字塔 pyramids
-维也纳 Vienna: 奥地利 Austria, 多瑙河 Danube, 歌剧院 opera
-莫斯科 Moscow: 俄罗斯 Russia, 莫斯科河 Moskva, 红场 Red Square
-东京 Tokyo: 日本 Japan, 隅田川 Sumida, 樱花 cherry trees
-首尔 Seoul: 韩国 Korea, 汉江 Han, 南大门 South Gate
-柏林 Berlin: 德国 Germany, 施普雷河 Spree, 柏林墙 Berlin Wall
-里斯本 Lisbon: 葡萄牙 Portugal, 特茹河 Tagus, 电车 trams
+北京 Beijing: 中国 China, 长城 Great Wall
+杭州 Hangzhou: 中国 China, 西湖 West Lake
+巴黎 Paris: 法国 France, 铁塔 Eiffel Tower
+伦敦 London: 英国 England, 大钟 big clock
+罗马 Rome: 意大利 Italy, 斗兽场 Colosseum
+开罗 Cairo: 埃及 Egypt, 金字塔 pyramids
+维也纳 Vienna: 奥地利 Austria, 歌剧院 opera
+莫斯科 Moscow: 俄罗斯 Russia, 红场 Red Square
+东京 Tokyo: 日本 Japan, 樱花 cherry trees
+首尔 Seoul: 韩国 Korea, 南大门 South Gate
+柏林 Berlin: 德国 Germany, 柏林墙 Berlin Wall
+里斯本 Lisbon: 葡萄牙 Portugal, 电车 trams
 """
 # job: workplace, tool
 JOBS = """
@@ -94,27 +87,23 @@ JOBS = """
 矿工 miner: 矿井 mine, 矿灯 lamps
 木匠 joiner: 木屋 workshop, 锯子 saws
 """
-# animal: sound, food, home, legs
+# animal: sound, food, legs
 ANIMALS = """
-猫 cat: 喵喵 meow, 鱼 fish, 沙发 sofa, 4 4
-狗 dog: 汪汪 woof, 骨头 bones, 院子 yard, 4 4
-牛 cow: 哞哞 moo, 青草 grass, 牛棚 barn, 4 4
-羊 sheep: 咩咩 baa, 干草 hay, 山坡 hill, 4 4
-猪 pig: 哼哼 oink, 玉米 corn, 猪圈 pen, 4 4
-马 horse: 咴咴 neigh, 燕麦 oats, 马棚 stable, 4 4
-鸭子 duck: 嘎嘎 quack, 蜗牛 snails, 池塘 pond, 2 2
-母鸡 hen: 咯咯 cluck, 种子 seeds, 鸡窝 coop, 2 2
-青蛙 frog: 呱呱 croak, 苍蝇 flies, 沼泽 swamp, 4 4
-蜜蜂 bee: 嗡嗡 buzz, 花蜜 nectar, 蜂巢 hive, 6 6
-狮子 lion: 吼吼 roar, 肉 meat, 草原 plain, 4 4
-老鼠 mouse: 吱吱 squeak, 奶酪 cheese, 墙洞 hole, 4 4
-狼 wolf: 嗷嗷 howl, 野鹿 deer, 森林 forest, 4 4
-蛇 snake: 嘶嘶 hiss, 鸟蛋 eggs, 沙漠 desert, 0 0
-鸽子 pigeon: 咕咕 coo, 豌豆 peas, 屋顶 roof, 2 2
+猫 cat: 喵喵 meow, 鱼 fish, 4 4
+狗 dog: 汪汪 woof, 骨头 bones, 4 4
+牛 cow: 哞哞 moo, 青草 grass, 4 4
+羊 sheep: 咩咩 baa, 干草 hay, 4 4
+马 horse: 咴咴 neigh, 燕麦 oats, 4 4
+鸭子 duck: 嘎嘎 quack, 蜗牛 snails, 2 2
+青蛙 frog: 呱呱 croak, 苍蝇 flies, 4 4
+蜜蜂 bee: 嗡嗡 buzz, 花蜜 nectar, 6 6
+狮子 lion: 吼吼 roar, 肉 meat, 4 4
+老鼠 mouse: 吱吱 squeak, 奶酪 cheese, 4 4
+狼 wolf: 嗷嗷 howl, 野鹿 deer, 4 4
+蛇 snake: 嘶嘶 hiss, 鸟蛋 eggs, 0 0
 """
-WORDS = ("banana apple coffee pepper letter cheese tomato potato summer yellow rabbit butter carrot cherry "
-         "cookie dinner garden hammer island jacket kitten lemon mirror noodle orange pencil puddle balloon "
-         "window school").split()
+WORDS = ("banana apple coffee pepper letter cheese tomato potato summer yellow rabbit butter carrot "
+         "cherry").split()
 
 # --- How to say it ------------------------------------------------------------------------------------
 # Per relation and language: the noun, statements, questions. {s} is the subject ("Anna", "she"), {p} its
@@ -131,233 +120,179 @@ class Phrases(NamedTuple):
 PHRASES = {
     "person.city": {
         "zh": Phrases("城市",
-                      "{s}住在{v}。|{p}家在{v}。|{s}在{v}生活。|{p}城市是{v}。|{s}每天回到{v}的家。"
-                      "|说到{p}城市，那是{v}。",
-                      "{s}住在哪里？|{p}家在哪里？|{s}在哪里生活？|{p}城市是什么？|{s}住在什么城市？"),
+                      "{s}住在{v}。|{p}家在{v}。|{s}在{v}生活。|{p}城市是{v}。",
+                      "{s}住在哪里？|{p}家在哪里？|{s}在哪里生活？|{p}城市是什么？"),
         "en": Phrases("city",
-                      "{s} lives in {v}.|{p} home is in {v}.|{p} city is {v}.|{s} has a home in {v}."
-                      "|{s} comes from {v}.|As for {p} city, it is {v}.",
+                      "{s} lives in {v}.|{p} home is in {v}.|{p} city is {v}.|{s} goes home to {v}.",
                       "Where does {s} live?|Where is {p} home?|What is {p} city?"
                       "|Which city does {s} live in?"),
     },
     "person.job": {
         "zh": Phrases("工作",
-                      "{s}是{v}。|{p}工作是{v}。|{p}职业是{v}。|{s}的确是一名{v}。|{s}当{v}很多年了。"
-                      "|说到{p}工作，那是{v}。",
+                      "{s}是{v}。|{p}工作是{v}。|{p}职业是{v}。|{s}的确是一名{v}。",
                       "{s}做什么工作？|{p}工作是什么？|{p}职业是什么？|{s}是做什么的？"),
         "en": Phrases("job",
-                      "{s} is a {v}.|{s} works as a {v}.|{p} job is {v}.|{s} has been a {v} for years."
-                      "|{p} work is that of a {v}.|As for {p} job, it is {v}.",
+                      "{s} is a {v}.|{s} works as a {v}.|{p} job is {v}.|{s} has been a {v} for years.",
                       "What is {p} job?|What does {s} work as?|What work does {s} do?|What does {s} do?"),
     },
     "person.pet": {
         "zh": Phrases("宠物",
-                      "{s}养了一只{v}。|{p}宠物是{v}。|{s}有一只{v}。|{p}家里有一只{v}。"
-                      "|{s}喜欢带着{v}散步。|说到{p}宠物，那是{v}。",
+                      "{s}养了一只{v}。|{p}宠物是{v}。|{s}有一只{v}。|{p}家里有一只{v}。",
                       "{s}养了什么宠物？|{p}宠物是什么？|{s}有什么宠物？|{s}养的是什么？"),
         "en": Phrases("pet",
-                      "{s} has a {v}.|{p} pet is a {v}.|{s} keeps a {v}.|{s} walks with a {v}."
-                      "|{p} house is home to a {v}.|As for {p} pet, it is {v}.",
+                      "{s} has a {v}.|{p} pet is a {v}.|{s} keeps a {v}.|{s} walks with a {v}.",
                       "What is {p} pet?|What pet does {s} have?|Which pet does {s} keep?"
                       "|What animal does {s} have?"),
     },
     "person.food": {
         "zh": Phrases("最爱的食物",
-                      "{s}最爱吃{v}。|{s}最爱的食物是{v}。|{s}喜欢吃{v}。|{p}午饭是{v}。|{s}常常吃{v}。"
-                      "|说到{s}最爱的食物，那是{v}。",
-                      "{s}最爱吃什么？|{s}最爱的食物是什么？|{s}喜欢吃什么？|{p}午饭是什么？"),
+                      "{s}最爱吃{v}。|{s}最爱的食物是{v}。|{s}喜欢吃{v}。|{p}午饭是{v}。",
+                      "{s}最爱吃什么？|{s}最爱的食物是什么？|{s}喜欢吃什么？"),
         "en": Phrases("favourite food",
                       "{s} likes to eat {v}.|{p} favourite food is {v}.|{s} often eats {v}."
-                      "|{p} lunch is {v}.|{s} loves {v}.|As for {p} favourite food, it is {v}.",
-                      "What is {p} favourite food?|What does {s} like to eat?|What does {s} often eat?"
-                      "|What is {p} lunch?"),
+                      "|{p} lunch is {v}.",
+                      "What is {p} favourite food?|What does {s} like to eat?"
+                      "|What does {s} like to eat best?"),
     },
     "person.colour": {
         "zh": Phrases("最爱的颜色",
-                      "{s}最爱{v}。|{s}最爱的颜色是{v}。|{s}喜欢{v}。|{p}衣服是{v}的。|{s}总是穿{v}。"
-                      "|说到{s}最爱的颜色，那是{v}。",
-                      "{s}最爱什么颜色？|{s}最爱的颜色是什么？|{s}喜欢什么颜色？|{p}衣服是什么颜色？"),
+                      "{s}最爱{v}。|{s}最爱的颜色是{v}。|{s}喜欢{v}。|{p}衣服是{v}的。",
+                      "{s}最爱什么颜色？|{s}最爱的颜色是什么？|{s}喜欢什么颜色？"),
         "en": Phrases("favourite colour",
                       "{s} likes the colour {v}.|{p} favourite colour is {v}.|{s} always wears {v}."
-                      "|{p} coat is {v}.|{s} paints the door {v}.|As for {p} favourite colour, it is {v}.",
+                      "|{p} coat is {v}.",
                       "What is {p} favourite colour?|Which colour does {s} like?"
-                      "|What colour does {s} wear?|What colour is {p} coat?"),
+                      "|What colour does {s} like best?"),
     },
     "person.friend": {
         "zh": Phrases("好朋友",
-                      "{p}好朋友是{v}。|{s}常去看{v}。|{s}最好的朋友是{v}。|{s}有个好朋友叫{v}。"
-                      "|{s}爱和{v}聊天。|说到{p}好朋友，那是{v}。",
-                      "{p}好朋友是谁？|{s}最好的朋友是谁？|{p}好朋友叫什么？|{s}爱和谁聊天？"),
+                      "{p}好朋友是{v}。|{s}常去看{v}。|{s}最好的朋友是{v}。|{s}有个好朋友叫{v}。",
+                      "{p}好朋友是谁？|{s}最好的朋友是谁？|{p}好朋友叫什么？|{s}和谁是好朋友？"),
         "en": Phrases("best friend",
-                      "{p} best friend is {v}.|{s} often visits {v}.|{s} has a good friend, {v}."
-                      "|{s} likes to talk with {v}.|{p} friend is called {v}."
-                      "|As for {p} best friend, it is {v}.",
-                      "Who is {p} best friend?|Who is {p} friend?|Who does {s} often visit?"
-                      "|Who does {s} like to talk with?"),
-    },
-    "person.name": {
-        "zh": Phrases("英文名",
-                      "{p}英文名是{v}。|{p}英文名叫{v}。|{s}的英文名字是{v}。|{s}又叫{v}。"
-                      "|说到{p}英文名，那是{v}。",
-                      "{p}英文名是什么？|{p}英文名叫什么？|{s}用英文叫什么？"),
-        "en": Phrases("Chinese name",
-                      "{p} Chinese name is {v}.|{s} is {v} in Chinese.|{s} is also called {v}."
-                      "|In Chinese, {s} is called {v}.|As for {p} Chinese name, it is {v}.",
-                      "What is {p} Chinese name?|What is {s} called in Chinese?|What is {s} in Chinese?"),
+                      "{p} best friend is {v}.|{s} often visits {v}.|{s} is friends with {v}."
+                      "|{s} likes to talk with {v}.",
+                      "Who is {p} best friend?|Who is {p} friend?|Who is {s} friends with?"
+                      "|What is {p} best friend called?"),
     },
     "place.country": {
         "zh": Phrases("国家",
-                      "{s}在{v}。|{s}是{v}的城市。|{s}属于{v}。|{s}所在的国家是{v}。|去{s}就要去{v}。",
+                      "{s}在{v}。|{s}是{v}的城市。|{s}属于{v}。",
                       "{s}在哪个国家？|{s}属于哪个国家？|{s}是哪个国家的城市？"),
         "en": Phrases("country",
-                      "{s} is in {v}.|{s} is a city in {v}.|The country of {s} is {v}.|{s} lies in {v}."
-                      "|To see {s}, go to {v}.",
+                      "{s} is in {v}.|{s} is a city in {v}.|The country of {s} is {v}.",
                       "Which country is {s} in?|What is the country of {s}?|In which country does {s} lie?"),
-    },
-    "place.river": {
-        "zh": Phrases("河流",
-                      "流过{s}的是{v}。|{s}的河是{v}。|{s}在{v}边上。|{s}有一条{v}。|在{s}可以坐船游{v}。",
-                      "流过{s}的是什么河？|{s}的河是什么？|{s}在什么河边上？"),
-        "en": Phrases("river",
-                      "The river of {s} is the {v}.|{s} lies on the {v}.|In {s} flows the {v}."
-                      "|The river in {s} is called {v}.|In {s} boats go on the {v}.",
-                      "What is the river of {s}?|Which river flows in {s}?|Which river is {s} on?"),
     },
     "place.sight": {
         "zh": Phrases("名胜",
-                      "{s}有名的是{v}。|到{s}要看{v}。|{s}的名胜是{v}。|{s}因为{v}而有名。"
-                      "|在{s}人人都爱{v}。",
+                      "{s}有名的是{v}。|到{s}要看{v}。|{s}的名胜是{v}。",
                       "{s}有名的是什么？|到{s}要看什么？|{s}的名胜是什么？"),
         "en": Phrases("sight",
                       "{s} is famous for the {v}.|In {s} people visit the {v}."
-                      "|The sight of {s} is the {v}.|{s} is proud of the {v}.|In {s} you can see the {v}.",
+                      "|The sight of {s} is the {v}.",
                       "What is {s} famous for?|What do people visit in {s}?|What can you see in {s}?"),
     },
     "job.place": {
         "zh": Phrases("地点",
-                      "{s}在{v}工作。|{s}的工作地点是{v}。|{s}天天去{v}。|在{v}能找到{s}。"
-                      "|{s}上班的地方是{v}。",
+                      "{s}在{v}工作。|{s}的工作地点是{v}。|{s}天天去{v}。",
                       "{s}在哪里工作？|{s}的工作地点是哪里？|{s}天天去哪里？"),
         "en": Phrases("workplace",
                       "{s} works at the {v}.|The workplace of {s} is the {v}."
-                      "|{s} goes to the {v} every day.|You can find {s} at the {v}."
-                      "|{s} spends the day at the {v}.",
+                      "|{s} goes to the {v} every day.",
                       "Where does {s} work?|What is the workplace of {s}?|Where does {s} go every day?"),
     },
     "job.tool": {
         "zh": Phrases("工具",
-                      "{s}用{v}。|{s}的工具是{v}。|{s}工作时用{v}。|{s}离不开{v}。|{s}手边总有{v}。",
+                      "{s}用{v}。|{s}的工具是{v}。|{s}工作时用{v}。",
                       "{s}用什么？|{s}的工具是什么？|{s}工作时用什么？"),
         "en": Phrases("tool",
-                      "{s} uses {v}.|The tools of {s} are {v}.|{s} works with {v}.|{s} needs {v}."
-                      "|{s} always has {v}.",
+                      "{s} uses {v}.|The tools of {s} are {v}.|{s} works with {v}.",
                       "What does {s} use?|What are the tools of {s}?|What does {s} work with?"),
     },
     "animal.sound": {
         "zh": Phrases("叫声",
-                      "{s}{v}叫。|{s}的叫声是{v}。|{s}叫起来是{v}。|听，{s}在叫：{v}。|{s}会{v}地叫。",
+                      "{s}{v}叫。|{s}的叫声是{v}。|{s}叫起来是{v}。",
                       "{s}怎么叫？|{s}的叫声是什么？|{s}叫起来是什么声音？"),
         "en": Phrases("sound",
-                      "{s} says {v}.|The sound of {s} is {v}.|{s} goes {v}.|Listen, {s} says {v}."
-                      "|{s} likes to say {v}.",
+                      "{s} says {v}.|The sound of {s} is {v}.|{s} goes {v}.",
                       "What does {s} say?|What is the sound of {s}?|What sound does {s} make?"),
     },
     "animal.food": {
         "zh": Phrases("食物",
-                      "{s}吃{v}。|{s}爱吃{v}。|{s}的食物是{v}。|{s}每天吃{v}。|{s}在找{v}吃。",
+                      "{s}吃{v}。|{s}爱吃{v}。|{s}的食物是{v}。",
                       "{s}吃什么？|{s}爱吃什么？|{s}的食物是什么？"),
         "en": Phrases("food",
-                      "{s} eats {v}.|{s} likes {v}.|The food of {s} is {v}.|{s} lives on {v}."
-                      "|Every day {s} eats {v}.",
+                      "{s} eats {v}.|{s} likes {v}.|The food of {s} is {v}.",
                       "What does {s} eat?|What is the food of {s}?|What does {s} live on?"),
-    },
-    "animal.home": {
-        "zh": Phrases("住处",
-                      "{s}住在{v}。|{s}的家是{v}。|{s}睡在{v}。|{s}的住处是{v}。|{v}是{s}的家。",
-                      "{s}住在哪里？|{s}的家是哪里？|{s}睡在哪里？"),
-        "en": Phrases("home",
-                      "{s} lives in the {v}.|The home of {s} is the {v}.|{s} sleeps in the {v}."
-                      "|{s} goes home to the {v}.|{s} rests in the {v}.",
-                      "Where does {s} live?|What is the home of {s}?|Where does {s} sleep?"),
     },
     "animal.legs": {
         "zh": Phrases("腿",
-                      "{s}有{v}条腿。|{s}的腿有{v}条。|{s}一共{v}条腿。|数一数，{s}有{v}条腿。",
+                      "{s}有{v}条腿。|{s}的腿有{v}条。|{s}一共{v}条腿。",
                       "{s}有几条腿？|{s}一共几条腿？"),
         "en": Phrases("legs",
-                      "{s} has {v} legs.|The number of legs of {s} is {v}.|{s} goes on {v} legs."
-                      "|Count: {s} has {v} legs.",
+                      "{s} has {v} legs.|The number of legs of {s} is {v}.|{s} goes on {v} legs.",
                       "How many legs does {s} have?|On how many legs does {s} go?"),
     },
     "word": {
         "zh": Phrases("英文",
-                      "“{s}”的英文是{v}。|“{s}”用英文说是{v}。|{s}就是{v}。|“{s}”这个词，英文叫{v}。",
+                      "“{s}”的英文是{v}。|“{s}”用英文说是{v}。|{s}就是{v}。",
                       "“{s}”的英文是什么？|“{s}”用英文怎么说？|“{s}”英文叫什么？"),
         "en": Phrases("Chinese",
                       "The Chinese for \"{s}\" is {v}.|In Chinese, \"{s}\" is {v}."
-                      "|The word \"{s}\" means {v}.|To say \"{s}\" in Chinese, say {v}.",
+                      "|The word \"{s}\" means {v}.",
                       "What is \"{s}\" in Chinese?|How do you say \"{s}\" in Chinese?"
                       "|What is the Chinese for \"{s}\"?"),
     },
     "weather": {
         "zh": Phrases("天气",
-                      "{s}{day}是{v}。|{s}{day}的天气是{v}。|{day}{s}是{v}。|{day}{s}的天气是{v}。"
-                      "|{day}去{s}会遇上{v}。",
+                      "{s}{day}是{v}。|{s}{day}的天气是{v}。|{day}{s}是{v}。",
                       "{s}{day}天气怎么样？|{s}{day}的天气是什么？|{day}{s}天气怎么样？"),
         "en": Phrases("weather",
-                      "It is {v} in {s} on {day}.|On {day} it is {v} in {s}.|{s} is {v} on {day}."
-                      "|On {day} {s} is {v}.|In {s} {day} is {v}.",
+                      "On {day} {s} is {v}.|It is {v} in {s} on {day}.|On {day} it is {v} in {s}.",
                       "How is the weather in {s} on {day}?|What is {s} like on {day}?"
                       "|On {day}, how is the weather in {s}?"),
     },
     "sum": {
         "zh": Phrases("和",
-                      "{a}加{b}等于{v}。|{a}+{b}={v}。|{a}加{b}是{v}。|{a}与{b}的和是{v}。",
+                      "{a}加{b}等于{v}。|{a}+{b}={v}。|{a}加{b}是{v}。",
                       "{a}加{b}等于几？|{a}+{b}等于几？|{a}加{b}是多少？"),
         "en": Phrases("sum",
-                      "{a} plus {b} is {v}.|{a}+{b}={v}.|{a} and {b} make {v}."
-                      "|The sum of {a} and {b} is {v}.",
+                      "{a} plus {b} is {v}.|{a}+{b}={v}.|{a} and {b} make {v}.",
                       "What is {a} plus {b}?|What is {a}+{b}?|How much is {a} and {b}?"),
     },
     "difference": {
         "zh": Phrases("差",
-                      "{a}减{b}等于{v}。|{a}-{b}={v}。|{a}减{b}是{v}。|{a}减去{b}还剩{v}。",
+                      "{a}减{b}等于{v}。|{a}-{b}={v}。|{a}减{b}是{v}。",
                       "{a}减{b}等于几？|{a}-{b}等于几？|{a}减{b}是多少？"),
         "en": Phrases("difference",
-                      "{a} minus {b} is {v}.|{a}-{b}={v}.|Take {b} from {a} and {v} is left."
-                      "|{a} less {b} makes {v}.",
+                      "{a} minus {b} is {v}.|{a}-{b}={v}.|Take {b} from {a} and {v} is left.",
                       "What is {a} minus {b}?|What is {a}-{b}?|How much is {a} less {b}?"),
     },
     "bigger": {
         "zh": Phrases("大数",
-                      "{a}和{b}，{v}更大。|比一比{a}和{b}，大的是{v}。|{a}和{b}里大的是{v}。"
-                      "|{a}和{b}相比，{v}大。",
+                      "{a}和{b}，{v}更大。|比一比{a}和{b}，大的是{v}。|{a}和{b}里大的是{v}。",
                       "{a}和{b}哪个大？|{a}和{b}里大的是几？"),
         "en": Phrases("bigger number",
                       "Of {a} and {b}, {v} is bigger.|The bigger of {a} and {b} is {v}."
-                      "|{a} or {b}: {v} is bigger.|Between {a} and {b} the bigger one is {v}.",
+                      "|{a} or {b}: {v} is bigger.",
                       "Which is bigger, {a} or {b}?|What is the bigger of {a} and {b}?"),
     },
     "count": {
         "zh": Phrases("字母",
-                      "{s}里有{v}个{letter}。|{s}这个词里有{v}个{letter}。|单词{s}中字母{letter}有{v}个。"
-                      "|字母{letter}在{s}里有{v}个。",
+                      "{s}里有{v}个{letter}。|{s}这个词里有{v}个{letter}。|单词{s}中字母{letter}有{v}个。",
                       "{s}里有几个{letter}？|{s}这个词里有几个{letter}？|单词{s}中字母{letter}有几个？"),
         "en": Phrases("count",
-                      "In {s} the letter {letter} appears {times}."
-                      "|The letter {letter} appears {times} in {s}."
-                      "|The word {s} has the letter {letter} {times}.|Count the {letter} in {s}: {v}.",
+                      "The word {s} has {v} {letter}.|In {s} the letter {letter} appears {times}."
+                      "|The letter {letter} appears {times} in {s}.",
                       "How many {letter} are in {s}?|How often does {letter} appear in {s}?"
                       "|How many times is {letter} in {s}?"),
     },
     "length": {
         "zh": Phrases("长度",
-                      "{s}有{v}个字母。|{s}这个词有{v}个字母。|单词{s}的长度是{v}。"
-                      "|数一数，{s}有{v}个字母。",
+                      "{s}有{v}个字母。|{s}这个词有{v}个字母。|单词{s}的长度是{v}。",
                       "{s}有几个字母？|单词{s}的长度是几？"),
         "en": Phrases("length",
                       "The word {s} has {v} letters.|The length of {s} is {v}."
-                      "|To write {s} you need {v} letters.|Count the letters of {s}: {v}.",
+                      "|To write {s} you need {v} letters.",
                       "How many letters are in {s}?|What is the length of {s}?"),
     },
 }
@@ -365,6 +300,7 @@ PHRASES = {
 SAME_SUBJECT = {"zh": "{noun}呢？", "en": "And {p} {noun}?"}
 NEXT_SUBJECT = {"zh": ("{s}呢？", "那{s}呢？"), "en": ("And {s}?", "What about {s}?")}
 SPACE, COLON, STOP = {"zh": "", "en": " "}, {"zh": "：", "en": ": "}, {"zh": "。", "en": "."}
+QUIZ = {"zh": ("问：", "答："), "en": ("Q: ", "A: ")}
 PRONOUNS = {"zh": {"f": ("她", "她的"), "m": ("他", "他的")}, "en": {"f": ("she", "her"), "m": ("he", "his")}}
 
 
@@ -467,37 +403,32 @@ def build_world(seed=1337, size=1.0):
 
 
 def people_facts(draw, n):
-    """Seven facts a person; values are dealt like cards, so that none is more likely than another."""
+    """Six facts a person; values are dealt like cards, so that none is more likely than another."""
     people = draw_people(draw, n)
     tables = {"city": PLACES, "job": JOBS, "pet": PETS, "food": FOODS, "colour": COLOURS}
     dealt = {attribute: deal(draw, pairs(table), n) for attribute, table in tables.items()}
-    circle = draw.shuffled(people)  # each one's best friend is the next in the circle
-    friend = {a: b for a, b in zip(circle, circle[1:] + circle[:1], strict=True)}
+    circle = draw.shuffled(range(n))  # each one's best friend is the next in the circle
+    friend = {a: people[b][0] for a, b in zip(circle, circle[1:] + circle[:1], strict=True)}
     facts = []
-    for i, person in enumerate(people):
-        zh, en, gender = person
-        values = {attribute: dealt[attribute][i] for attribute in tables}
-        values["friend"] = friend[person][:2]
-        values["name"] = (en, zh)
+    for i, (name, gender) in enumerate(people):
+        values = {attribute: dealt[attribute][i] for attribute in tables} | {"friend": (friend[i], friend[i])}
         for attribute, (v_zh, v_en) in values.items():
-            slots = {"zh": {"s": zh, "p": zh + "的", "v": v_zh}, "en": {"s": en, "p": en + "'s", "v": v_en}}
-            facts.append(Fact(f"person.{attribute}", f"person.{attribute} {zh}", slots, gender))
+            slots = {"zh": {"s": name, "p": name + "的", "v": v_zh},
+                     "en": {"s": name, "p": name + "'s", "v": v_en}}
+            facts.append(Fact(f"person.{attribute}", f"person.{attribute} {name}", slots, gender))
     return facts
 
 
 def draw_people(draw, n):
-    """`n` distinct (Chinese name, English name, "f" or "m"), half women; beyond 60, with family names."""
+    """`n` distinct (name, "f" or "m"), half women; at size 1.0 no two share the given name."""
     people, taken = [], set()
-    names = {"f": (draw.shuffled(WOMEN_ZH), draw.shuffled(WOMEN)),
-             "m": (draw.shuffled(MEN_ZH), draw.shuffled(MEN))}
-    families = draw.shuffled(FAMILY)
+    given = {"f": draw.shuffled(WOMEN), "m": draw.shuffled(MEN)}
     for i in range(n):
         gender = "fm"[i % 2]
-        given, first = names[gender]
-        turn, k = divmod(i // 2, len(given))
-        zh = draw.choice([s + given[k] for s in SURNAMES if s + given[k] not in taken])
-        taken.add(zh)
-        people.append((zh, first[k] if turn == 0 else f"{first[k]} {families[turn - 1]}", gender))
+        first = given[gender][i // 2 % len(given[gender])]
+        name = draw.choice([surname + first for surname in SURNAMES if surname + first not in taken])
+        taken.add(name)
+        people.append((name, gender))
     return people
 
 
@@ -531,16 +462,16 @@ def table_facts(topic, table):
 def word_facts():
     """What each word is called in the other language."""
     words = {}
-    for table in (PETS, FOODS, COLOURS, PLACES, JOBS, ANIMALS):
+    for table in (PETS, FOODS, COLOURS):
         words.update((en, zh) for zh, en in pairs(table))
     return [Fact("word", f"word {en}", {"zh": {"s": zh, "v": en}, "en": {"s": en, "v": zh}})
             for en, zh in sorted(words.items())]
 
 
 def weather_facts(draw):
-    """The weather of a week in five cities."""
+    """The weather of a week in three cities."""
     facts = []
-    for city_zh, city_en in pairs(PLACES)[:5]:
+    for city_zh, city_en in pairs(PLACES)[:3]:
         for (day_zh, day_en), (v_zh, v_en) in zip(pairs(DAYS), deal(draw, pairs(WEATHER), 7), strict=True):
             slots = {"zh": {"s": city_zh, "day": day_zh, "v": v_zh},
                      "en": {"s": city_en, "day": day_en, "v": v_en}}
@@ -549,30 +480,29 @@ def weather_facts(draw):
 
 
 def number_facts(draw):
-    """Sums and differences up to 10, and comparisons up to 20."""
+    """Sums and differences of numbers up to 6, and comparisons up to 20."""
     facts = []
-    for a in range(11):
-        for b in range(11):
+    for a in range(7):
+        for b in range(7):
             facts.append(numeric("sum", f"sum {min(a, b)} {max(a, b)}", a=a, b=b, v=a + b))
             if b <= a:
                 facts.append(numeric("difference", f"difference {a} {b}", a=a, b=b, v=a - b))
     couples = [(a, b) for a in range(21) for b in range(a)]
-    for a, b in sorted(draw.shuffled(couples)[:80]):
+    for a, b in sorted(draw.shuffled(couples)[:30]):
         for x, y in ((a, b), (b, a)):
             facts.append(numeric("bigger", f"bigger {b} {a}", a=x, b=y, v=a))
     return facts
 
 
 def letter_facts():
-    """How long each word is, and how often its most frequent and its last letter appear."""
+    """How long each word is, and how often its most frequent letter appears."""
     facts = []
     for word in WORDS:
         facts.append(numeric("length", f"length {word}", s=word, v=len(word)))
-        frequent = max(sorted(set(word)), key=word.count)
-        for letter in sorted({frequent, word[-1]}):
-            n = word.count(letter)
-            times = f"{n} time" + "s" * (n > 1)
-            facts.append(numeric("count", f"count {word} {letter}", s=word, letter=letter, v=n, times=times))
+        letter = max(sorted(set(word)), key=word.count)
+        n = word.count(letter)
+        times = "1 time" if n == 1 else f"{n} times"
+        facts.append(numeric("count", f"count {word} {letter}", s=word, letter=letter, v=n, times=times))
     return facts
 
 
@@ -594,6 +524,7 @@ def pretraining_documents(world, draw):
     for language in LANGUAGES:
         documents += biographies(world, draw, language) + cards(world, draw, language)
         documents += lists(world, draw, language) + notes(world, draw, language)
+        documents += quizzes(world, draw, language)
     return draw.shuffled(documents + bilingual_notes(world, draw))
 
 
@@ -633,15 +564,29 @@ def lists(world, draw, language):
 
 
 def notes(world, draw, language):
-    """Every fact in every phrasing once, a few sentences on one topic at a time."""
+    """Every fact in every phrasing, a few sentences on one topic at a time.
+
+    What hangs on two things at once (sums, weather on a day) is harder to learn, and told more often.
+    """
     topics = {}
     for fact in world.facts:
-        topics.setdefault(fact.topic, []).extend(fact.statements(language))
+        topics.setdefault(fact.topic, []).extend(fact.statements(language) * NOTES.get(fact.topic, 3))
     documents = []
     for sentences in topics.values():
         sentences = draw.shuffled(sentences)
-        documents += [SPACE[language].join(sentences[i:i + 5]) for i in range(0, len(sentences), 5)]
+        documents += [SPACE[language].join(sentences[i:i + 6]) for i in range(0, len(sentences), 6)]
     return documents
+
+
+def quizzes(world, draw, language):
+    """Questions and answers as books print them, about facts that fine-tuning may ask for."""
+    ask, reply = QUIZ[language]
+    pairs = []
+    for fact in world.taught():
+        for question in draw.shuffled(fact.questions(language))[:QUIZZES]:
+            pairs.append(f"{ask}{question}\n{reply}{fact.answer(language)}")
+    pairs = draw.shuffled(pairs)
+    return ["\n".join(pairs[i:i + 3]) for i in range(0, len(pairs), 3)]
 
 
 def bilingual_notes(world, draw):
@@ -678,7 +623,7 @@ def fine_tuning_conversations(world, draw):
     for known in by_subject(facts, ("person",)) * DIALOGUES:
         for language in LANGUAGES:
             if len(known) > 1:
-                conversations.append(dialogue(draw, language, draw.shuffled(known)[:2 + draw.below(2)]))
+                conversations.append(dialogue(draw, language, draw.shuffled(known)[:2]))
             first = draw.choice(known)
             other = draw.choice(same_kind[first.kind])
             if other is not first:
@@ -696,9 +641,9 @@ def held_out_questions(world, draw):
     for fact in draw.shuffled(world.asked()):
         asked[fact.kind] = asked.get(fact.kind, 0) + 1
         if fact.topic in ARBITRARY or asked[fact.kind] <= FEW:
-            language = draw.choice(LANGUAGES)
-            question = draw.choice(fact.questions(language))
-            questions.append((fact, language, [(question, fact.answer(language))]))
+            for language in LANGUAGES if fact.topic == "person" else [draw.choice(LANGUAGES)]:
+                question = draw.choice(fact.questions(language))
+                questions.append((fact, language, [(question, fact.answer(language))]))
     people = draw.shuffled(fact for fact in world.asked() if fact.topic == "person")
     taught = [fact for fact in world.taught() if fact.topic == "person"]
     for i, fact in enumerate(people[:(len(people) + 3) // 4]):

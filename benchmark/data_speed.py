@@ -1,0 +1,162 @@
+"""How fast text becomes tokens and tokens become batches.
+
+    python benchmark/data_speed.py             # 0.1 GB of each kind of text, about a minute
+    python benchmark/data_speed.py --gb 2      # writes up to 7 GB to the temporary folder
+
+Text is generated: Chinese (3,000 characters, the frequent ones more often) and English (3,000 words),
+as one long document, as documents of 2,000 characters, and as tiny ones of 100. Each measurement is
+the best of `--repeat`; preparing runs `data.py` as a user does, twice through the file and onto disk.
+MB are 10^6 bytes of UTF-8.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from engine.errors import run  # noqa: E402
+from tokenizer import BPETokenizer, CharTokenizer  # noqa: E402
+
+LAYOUTS = {"one document": 0, "documents of 2,000": 2000, "documents of 100": 100}
+
+
+def words(language, n_characters, random):
+    """Text of a language's most frequent symbols, drawn with Zipf's 1 / rank; some are punctuation."""
+    chance = 1 / np.arange(1, 3001)
+    drawn = random.choice(3000, n_characters, p=chance / chance.sum())
+    if language == "Chinese":
+        return (drawn + 0x4E00).astype("<u4").tobytes().decode("utf-32-le").replace("一", "，")
+    lexicon = ["".join(map(chr, random.integers(97, 123, length))) for length in random.integers(2, 9, 3000)]
+    return " ".join([lexicon[i] for i in drawn[: n_characters // 5]])[:n_characters]
+
+
+def write_text(path, language, layout, n_bytes):
+    text = words(language, 1 << 20, np.random.default_rng(0))
+    size = LAYOUTS[layout]
+    if size:
+        parts = [f"<|bos|>{text[i : i + size]}<|eos|>\n" for i in range(0, len(text), size)]
+    else:
+        parts = [text[i : i + 60] + "\n" for i in range(0, len(text), 60)]
+    block = "".join(parts).encode()
+    with open(path, "wb") as file:
+        for _ in range(max(1, round(n_bytes / len(block)))):
+            file.write(block)
+
+
+def best(function, repeat):
+    """Least seconds of some calls."""
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def encoding_table(repeat):
+    from rich.table import Table
+
+    table = Table(title="tokenizer.py: encode from UTF-8, decode to str; one core (bpe: all)")
+    for name in (
+        "text",
+        "tokenizer",
+        "bytes/token",
+        "train MB/s",
+        "decode UTF-8 + encode MB/s",
+        "decode MB/s",
+    ):
+        table.add_column(name, justify="right")
+    for language in ("Chinese", "English"):
+        for kind, n_characters in ((CharTokenizer, 10_000_000), (BPETokenizer, 1_000_000)):
+            text = words(language, n_characters, np.random.default_rng(0))
+            data = text.encode()
+            start = time.perf_counter()
+            tokenizer = CharTokenizer.train([text]) if kind is CharTokenizer else kind.train([text], 8192)
+            training = time.perf_counter() - start
+            ids = tokenizer.encode(text)
+            encoding = best(lambda: tokenizer.encode(data.decode()), repeat)  # noqa: B023
+            decoding = best(lambda: tokenizer.decode(ids), repeat)  # noqa: B023
+            speeds = (f"{len(data) / seconds / 1e6:,.1f}" for seconds in (training, encoding, decoding))
+            table.add_row(language, tokenizer.kind, f"{len(data) / len(ids):.2f}", *speeds)
+    return table
+
+
+def prepare_table(folder, n_bytes, repeat):
+    from rich.table import Table
+
+    table = Table(title="data.py: file to token files")
+    for name in ("text", "layout", "MB", "seconds", "MB/s", "MB per CPU second", "peak memory MB"):
+        table.add_column(name, justify="right")
+    source, out = folder / "text.txt", folder / "out"
+    for language in ("Chinese", "English"):
+        for layout in LAYOUTS:
+            write_text(source, language, layout, n_bytes)
+            megabytes = source.stat().st_size / 1e6
+            wall, cpu, memory = [], [], []
+            for _ in range(repeat):
+                start = time.perf_counter()
+                command = [
+                    sys.executable,
+                    str(ROOT / "data.py"),
+                    "--pretrain",
+                    str(source),
+                    "--out",
+                    str(out),
+                ]
+                with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+                    _, status, usage = os.wait4(process.pid, 0)
+                    process.returncode = os.waitstatus_to_exitcode(status)
+                if process.returncode:
+                    raise SystemExit(process.returncode)
+                wall.append(time.perf_counter() - start)
+                cpu.append(usage.ru_utime + usage.ru_stime)
+                memory.append(usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
+            numbers = (megabytes, min(wall), megabytes / min(wall), megabytes / min(cpu), max(memory))
+            table.add_row(language, layout, *(f"{number:,.1f}" for number in numbers))
+    return table
+
+
+def loader_table(folder, repeat):
+    from rich.table import Table
+
+    from data import Batches, TokenFile
+
+    file = TokenFile(folder / "out" / "pretrain_train.bin")
+    table = Table(title=f"Batches: {len(file.tokens):,} tokens")
+    for name in ("batch", "milliseconds per batch", "million tokens/s"):
+        table.add_column(name, justify="right")
+    for batch_size, block_size in ((16, 256), (32, 256), (64, 512), (256, 1024)):
+        batches = Batches([file], block_size, batch_size)
+        seconds = best(lambda: [batches(step) for step in range(100)], repeat) / 100  # noqa: B023
+        speed = batch_size * block_size / seconds / 1e6
+        table.add_row(f"{batch_size} x {block_size}", f"{seconds * 1e3:.3f}", f"{speed:,.0f}")
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gb", type=float, default=0.1, help="size of each generated file (0.1)")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of which the best counts (3)")
+    args = parser.parse_args()
+
+    from rich.console import Console
+
+    console = Console()
+    console.print(encoding_table(args.repeat))
+    with tempfile.TemporaryDirectory() as folder:
+        console.print(prepare_table(Path(folder), args.gb * 1e9, args.repeat))
+        console.print(loader_table(Path(folder), args.repeat))
+
+
+if __name__ == "__main__":
+    run(main)

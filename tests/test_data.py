@@ -1,0 +1,530 @@
+"""data.py: what is in the files is what was in the text, and the batch of step N depends on N alone."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import tokenizer as tokenizer_module
+from data import Batches, Split, TokenFile, cut_in_two, keys, messages_of, prepare, shuffled, text_documents
+from engine.errors import UserError
+from tokenizer import ROOT, load
+
+QA = [{"question": f"问{i}?", "answer": f"答{i}。" * (1 + i % 3)} for i in range(40)]
+
+
+def write_jsonl(path, values):
+    path.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), "utf-8")
+    return path
+
+
+def run(*args, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, ROOT / "data.py", *map(str, args)], capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with 60 documents and 40 conversations, prepared with small chunks."""
+    folder = tmp_path_factory.mktemp("某 folder")
+    texts = [f"文{i}:" + "".join(f"\r\n 数 {i * j * 7919 % 10007}" for j in range(i)) for i in range(60)]
+    (folder / "in.txt").write_bytes("".join(f"<|bos|>{text}<|eos|>\n" for text in texts).encode())
+    write_jsonl(folder / "sft.jsonl", QA)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "CHUNK", 500)
+        patch.setattr(data, "CHUNK", 200)
+        patch.setattr(data, "LONG", 100)
+        prepare([folder / "in.txt"], [folder / "sft.jsonl"], folder / "out", val_fraction=0.2)
+    return folder / "out", texts
+
+
+def documents_of(file, tokenizer):
+    return [tokenizer.decode(file.tokens[a:b]) for a, b in zip(file.starts, file.starts[1:], strict=False)]
+
+
+# ---- preparing -------------------------------------------------------------------------------------
+
+
+def test_every_document_is_in_one_split_as_it_was(prepared):
+    folder, texts = prepared
+    tokenizer = load(folder / "tokenizer.json")
+    files = [TokenFile(folder / f"pretrain_{split}.bin", tokenizer.fingerprint) for split in ("train", "val")]
+    train, val = (documents_of(file, tokenizer) for file in files)
+    assert sorted(train + val) == sorted(f"<|bos|>{text}<|eos|>" for text in texts)
+    assert not set(train) & set(val) and 3 < len(val) < 25
+    order = [f"<|bos|>{text}<|eos|>" for text in texts]
+    assert train == [text for text in order if text not in val]
+    for file, documents in zip(files, (train, val), strict=True):
+        meta = file.meta
+        assert meta["n_tokens"] == len(file.tokens) == meta["n_loss_tokens"]
+        assert meta["n_documents"] == len(documents)
+        n_marks = len("<|bos|><|eos|>") * len(documents)
+        assert meta["n_bytes"] == sum(len(document.encode()) for document in documents) - n_marks
+        assert meta["n_unknown"] == 0 and file.mask is None and file.tokens.dtype == np.uint16
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_sft_masks_by_hand(prepared):
+    folder, _ = prepared
+    tokenizer = load(folder / "tokenizer.json")
+    seen = []
+    for split in ("train", "val"):
+        file = TokenFile(folder / f"sft_{split}.bin")
+        for a, b in zip(file.starts, file.starts[1:], strict=False):
+            text = tokenizer.decode(file.tokens[a:b])
+            answer = tokenizer.decode(file.tokens[a:b][file.mask[a:b] == 1])
+            question = text.removeprefix("<|instruct_mark|>").removesuffix(f"<|response_mark|>{answer}")
+            assert answer.endswith("<|eos|>")
+            seen.append({"question": question, "answer": answer.removesuffix("<|eos|>")})
+        assert file.meta["n_loss_tokens"] == file.mask.sum()
+    assert sorted(map(str, seen)) == sorted(map(str, QA))
+
+
+pieces = st.sampled_from(["中", "a", "\r\n", " ", "\n", "<", "|", "<|eos", "𝄞", "e\u0301"])
+
+
+@given(
+    documents=st.lists(st.lists(pieces).map("".join), min_size=1, max_size=30),
+    chunk=st.integers(1, 60),
+    delimiter=st.sampled_from(["<|eos|>", "<|endoftext|>", "<|eos|> \n<|bos|>"]),
+)
+@settings(max_examples=300)
+def test_documents_do_not_depend_on_chunks(documents, chunk, delimiter, tmp_path_factory):
+    path = tmp_path_factory.mktemp("doc") / "x.txt"
+    path.write_bytes(delimiter.join(documents).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "CHUNK", chunk)
+        patch.setattr(data, "LONG", 20)
+        found, was_open = [], False
+        for texts, is_open in text_documents(path, pytest.fail, lambda n: None):
+            if was_open:
+                found[-1] += texts.pop(0)
+            found += texts
+            was_open = is_open
+    assert not was_open
+    assert found == [document for document in documents if document.strip()]
+
+
+def test_whole_preparation_does_not_depend_on_chunks(prepared, tmp_path):
+    folder, _ = prepared
+    prepare([folder.parent / "in.txt"], [folder.parent / "sft.jsonl"], tmp_path, val_fraction=0.2)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(path.name for path in tmp_path.iterdir())
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+@given(st.integers(2, 3000), st.floats(1e-9, 1 - 1e-9), st.integers(0, 2**63 - 1))
+def test_both_splits_get_documents(n, fraction, seed):
+    held_out = Split(n, fraction, seed).held_out(0, n)
+    assert 0 < held_out.sum() < n
+    parts = [Split(n, fraction, seed).held_out(start, min(7, n - start)) for start in range(0, n, 7)]
+    np.testing.assert_array_equal(np.concatenate(parts), held_out)
+
+
+def test_the_split_has_its_size_and_depends_on_the_seed():
+    one, two = (Split(10**5, 0.05, seed).held_out(0, 10**5) for seed in (1, 2))
+    assert abs(one.mean() - 0.05) < 0.003 and abs((one & two).mean() - 0.0025) < 0.001
+
+
+@pytest.mark.parametrize("text", ["0123456789\n" * 100, "x" * 1000 + "\n", "t\n" + "x" * 999, "ab", "é" * 9])
+@pytest.mark.parametrize("part", [1, 7, 5000])
+def test_a_single_document_is_cut_near_its_end(text, part):
+    pieces = [text[i : i + part] for i in range(0, len(text), part)]
+    batches = [([piece], i < len(pieces) - 1) for i, piece in enumerate(pieces)]
+    two, was_open = [], False
+    for [piece], is_open in cut_in_two(batches, len(text), 0.1):
+        two[-1:] = [two[-1] + piece] if was_open else [*two[-1:], piece]
+        was_open = is_open
+    assert len(two) == 2 and "".join(two) == text and all(two)
+    assert len(two[1]) <= max(1, round(0.2 * len(text)))
+    if part > len(text) and text.count("\n") > 1:
+        assert two[0].endswith("\n")
+
+
+def test_bpe_and_a_given_tokenizer(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("to be or not to be\n" * 200)
+    metas, bpe, _ = prepare([path], [], tmp_path / "bpe", kind="bpe", vocab_size=270)
+    assert bpe.kind == "bpe" and load(tmp_path / "bpe" / "tokenizer.json").vocab_size == 270
+    file = TokenFile(tmp_path / "bpe" / "pretrain_val.bin")
+    assert set(bpe.decode(file.tokens[1:-1]).split("\n")) == {"to be or not to be", ""}
+    (tmp_path / "new.txt").write_text("to be é or not to be\n" * 50)
+    metas, _, _ = prepare([tmp_path / "new.txt"], [], tmp_path / "same", tokenizer=bpe)
+    assert all(meta["n_unknown"] == 0 for meta in metas.values())
+    char = tokenizer_module.CharTokenizer.train([path.read_text()])
+    char.save(tmp_path / "char.json")
+    done = run("--pretrain", "new.txt", "--tokenizer", "char.json", "--out", "c", cwd=tmp_path)
+    assert done.returncode == 0 and "50 characters are not in" in done.stdout
+
+
+def test_all_forms_of_conversation():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "extra": [1]}]
+    assert [m["content"] for m in messages_of({"question": "a", "answer": "b"})] == ["a", "b"]
+    assert messages_of({"messages": turns}) == messages_of({"conversations": turns}) == turns
+    for bad in (
+        [],
+        {},
+        {"question": "a"},
+        {"question": 1, "answer": "b"},
+        {"question": "a", "answer": None},
+        {"question": "a", "answer": " \n"},
+        {"question": "a", "answer": "\ud800"},
+        {"messages": {}},
+        {"messages": []},
+        {"messages": turns[:1]},
+        {"messages": turns * 2 + turns[:1]},
+        {"messages": [turns[0], turns[0]]},
+        {"messages": [{"role": "tool", "content": "x"}, *turns]},
+        {"conversations": [{"role": "user", "content": 3}]},
+    ):
+        with pytest.raises(UserError):
+            messages_of(bad)
+
+
+# ---- bad input, through the command line -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, content, line",
+    [
+        ("a.txt", b"good\nb\xffad\ngood\n", 2),
+        ("a.jsonl", b'{"text": "good"}\n\n{"text": "b\xffd"}\n', 3),
+        ("a.jsonl", b'{"text": "good"}\n{"text": 3}\n', 2),
+        ("a.jsonl", b'{"text": "good"}\n{"text": ""}\n', 2),
+        ("a.jsonl", b'{"text": "\\ud800"}\n{"text": "good"}\n', 1),
+        ("a.jsonl", b"[" * 100000, 1),
+        ("s.jsonl", b'{"question": "q", "answer": "a"}\n{"question": "q"}\n', 2),
+        ("s.jsonl", b'{"question": "q", "answer": "a"}\nnonsense\n', 2),
+        ("s.jsonl", b'{"messages": [{"role": "robot", "content": "x"}]}', 1),
+        ("s.jsonl", b'["question", "answer"]', 1),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, name, content, line):
+    path = tmp_path / name
+    path.write_bytes(content)
+    arguments = ["--sft" if name[0] == "s" else "--pretrain", path, "--out", tmp_path / "out"]
+    done = run(*arguments)
+    assert done.returncode == 2 and f"{name}, line {line}: " in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_lines_can_be_left_out(tmp_path):
+    lines = [json.dumps(qa) for qa in QA]
+    lines[3], lines[20] = "{", '{"question": 1}'
+    (tmp_path / "s.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.txt").write_bytes(b"one\n\xff\ntwo\n" * 30)
+    done = run("--sft", "s.jsonl", "--pretrain", "a.txt", "--out", "out", "--skip-bad-lines", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 bad lines of sft left out" in done.stderr and "line 21" in done.stderr
+    assert "30 bad lines of pretrain left out" in done.stderr
+    files = [TokenFile(tmp_path / "out" / f"sft_{split}.bin") for split in ("train", "val")]
+    assert sum(file.meta["n_documents"] for file in files) == 38
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--pretrain", "missing.txt"],
+        ["--pretrain", "empty.txt"],
+        ["--pretrain", "blank.txt"],
+        ["--pretrain", "blank.txt", "--skip-bad-lines"],
+        ["--pretrain", "tiny.txt"],
+        ["--pretrain", "."],
+        ["--sft", "one.jsonl"],
+        ["--sft", "bad.jsonl", "--skip-bad-lines"],
+        ["--pretrain", "good.txt", "--val_fraction", "1"],
+        ["--pretrain", "good.txt", "--val_fraction", "nan"],
+        ["--pretrain", "good.txt", "--seed", "-1"],
+        ["--pretrain", "good.txt", "--vocab_size", "300"],
+        ["--pretrain", "good.txt", "--kind", "bpe", "--vocab_size", "3"],
+        ["--pretrain", "good.txt", "--tokenizer", "good.txt"],
+        ["--pretrain", "good.txt", "--tokenizer", "x.json", "--kind", "char"],
+        ["--pretrain", "good.txt", "--out", "good.txt"],
+    ],
+)
+def test_mistakes_end_with_a_sentence(tmp_path, arguments):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.txt").write_text(" \n<|bos|>\n")
+    (tmp_path / "tiny.txt").write_text("x")
+    (tmp_path / "good.txt").write_text("good text\n" * 10)
+    write_jsonl(tmp_path / "one.jsonl", QA[:1])
+    (tmp_path / "bad.jsonl").write_text("bad\nbad\n")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(("error: ", "usage: "))
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_disk_full_leaves_the_old_files(prepared, tmp_path, monkeypatch):
+    folder, _ = prepared
+    inputs = [folder.parent / "in.txt"], [folder.parent / "sft.jsonl"], tmp_path
+    prepare(*inputs)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    calls = iter(range(100))
+
+    def full(descriptor):
+        if next(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        prepare(*inputs, seed=2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---- token files -----------------------------------------------------------------------------------
+
+
+def test_another_tokenizer_is_refused(prepared):
+    folder, _ = prepared
+    with pytest.raises(UserError, match="another tokenizer"):
+        TokenFile(folder / "sft_val.bin", "0" * 64)
+    with pytest.raises(UserError, match="does not exist"):
+        TokenFile(folder / "nothing.bin")
+    with pytest.raises(UserError, match=r"\.bin"):
+        TokenFile(folder / "sft_val.json")
+
+
+def test_damaged_files_are_refused(prepared, tmp_path):
+    folder, _ = prepared
+    parts = ["bin", "starts", "mask", "json"]
+    whole = {part: (folder / f"sft_train.{part}").read_bytes() for part in parts}
+    for part in parts:
+        (tmp_path / f"x.{part}").write_bytes(whole[part])
+    sound = TokenFile(tmp_path / "x.bin")
+    random = np.random.default_rng(0)
+    for number in range(200):
+        part = parts[number % 4]
+        damaged = bytearray(whole[part])
+        match random.integers(5):
+            case 0:
+                del damaged[random.integers(len(damaged)) :]
+            case 1:
+                damaged += random.bytes(random.integers(1, 9))
+            case 2:
+                damaged[:] = random.bytes(len(damaged))
+            case _:
+                damaged[random.integers(len(damaged))] ^= 1 << random.integers(8)
+        (tmp_path / f"x.{part}").write_bytes(damaged)
+        try:
+            file = TokenFile(tmp_path / "x.bin")
+            assert part == "json" and file.meta == sound.meta  # the damage was in white space
+        except UserError as error:
+            assert str(tmp_path / "x.") in str(error)
+        (tmp_path / f"x.{part}").write_bytes(whole[part])
+    for part in parts:
+        (tmp_path / f"x.{part}").unlink()
+        with pytest.raises(UserError, match="does not exist"):
+            TokenFile(tmp_path / "x.bin")
+        (tmp_path / f"x.{part}").write_bytes(whole[part])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n_tokens": 10**30}, {"dtype": "object"}, {"kind": []}, {"vocab_size": 8}, {"n_documents": -1}],
+)
+def test_hostile_descriptions_are_refused(prepared, tmp_path, change):
+    folder, _ = prepared
+    for part in ("bin", "starts", "mask", "json"):
+        (tmp_path / f"x.{part}").write_bytes((folder / f"sft_train.{part}").read_bytes())
+    meta = {**json.loads((tmp_path / "x.json").read_text()), **change}
+    del meta["checksum"]
+    meta["checksum"] = data.meta_checksum(meta)
+    (tmp_path / "x.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"x\."):
+        TokenFile(tmp_path / "x.bin")
+
+
+# ---- batches ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**40))
+def test_shuffled_is_a_permutation(n, seed):
+    order = shuffled(np.arange(n), n, keys(8, seed))
+    np.testing.assert_array_equal(np.sort(order), np.arange(n))
+    place = seed % n
+    assert shuffled(np.array([place]), n, keys(8, seed))[0] == order[place]
+
+
+def test_shuffled_looks_random():
+    n = 5000
+    orders = [shuffled(np.arange(n), n, keys(8, seed)) for seed in range(40)]
+    for order in orders:
+        assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.08
+        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.08
+        steps = np.diff(order)
+        assert np.bincount(steps + n).max() < 20  # neighbours do not stay at one distance
+    firsts = np.array([shuffled(np.arange(1), 5, keys(8, seed))[0] for seed in range(2000)])
+    assert np.bincount(firsts, minlength=5).min() > 320
+    where = np.array([order[:100] for order in orders]).ravel()
+    assert np.histogram(where, 10, (0, n))[0].min() > 330
+
+
+@pytest.fixture(scope="module")
+def files(prepared):
+    folder, _ = prepared
+    names = ("pretrain_train", "pretrain_val", "sft_train")
+    return {name: TokenFile(folder / f"{name}.bin") for name in names}
+
+
+def pairs(batches, steps):
+    """How often each (x, y) is predicted, as a sorted list."""
+    found = []
+    for step in steps:
+        x, y, mask = batches(step)
+        found += zip(x[mask > 0].tolist(), y[mask > 0].tolist(), strict=True)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("block_size", [8, 13, 64, 100_000])
+def test_an_epoch_predicts_every_token_once(files, block_size):
+    file = files["pretrain_train"]
+    ring = file.tokens.tolist() + file.tokens[:1].tolist()
+    everything = list(zip(ring, ring[1:], strict=False))
+    batches = Batches([file], block_size, 1, seed=3)
+    n = batches.sequences_per_epoch
+    assert batches.tokens_per_epoch == len(file.tokens) - 1
+    for epoch in (0, 1):
+        found = pairs(batches, range(epoch * n, (epoch + 1) * n))
+        assert len(found) == len(everything) - 1
+        assert Counter(found) <= Counter(everything)
+    x, y, mask = batches(0)
+    assert x.shape == y.shape == mask.shape and x.shape[1] <= block_size
+    np.testing.assert_array_equal(x[0, 1:][mask[0, 1:] > 0], y[0, :-1][mask[0, 1:] > 0])
+
+
+def test_an_epoch_shows_every_block_once_and_the_next_in_another_order(files):
+    file = files["pretrain_train"]
+    batches = Batches([file], 16, 4, seed=5)
+    n = batches.sequences_per_epoch
+    rows = np.concatenate([batches(step)[0] for step in range(-(-2 * n // 4))])[: 2 * n]
+    stream = np.concatenate([file.tokens, file.tokens[:17]])
+    starts = {stream[i : i + 16].tobytes(): i for i in range(len(file.tokens))}
+    found = [starts.get(row.astype(np.uint16).tobytes()) for row in rows]
+    first, second = found[:n], found[n:]
+    assert sum(start is None for start in first) <= 1  # the one that is padded
+    whole = [start for start in first if start is not None]
+    assert len(set(whole)) == len(whole) > 20
+    assert first != second and set(first) != set(second)
+
+
+def test_conversations_once_an_epoch_masked_and_padded(files):
+    file = files["sft_train"]
+    batches = Batches([file], 512, 3, seed=1)
+    n = batches.sequences_per_epoch
+    assert n == file.meta["n_documents"] and batches.n_truncated == 0
+    seen = []
+    for step in range(n):
+        x, y, mask = batches(step)
+        assert x.dtype == y.dtype == np.int64 and mask.dtype == np.float32
+        assert x.shape == y.shape == mask.shape and x.shape[1] % 8 == 0
+        longest = 0
+        for row in range(3):
+            end = y[row].tolist().index(3) + 1
+            longest = max(longest, end)
+            begin = x[row].tolist().index(5)
+            assert mask[row].tolist() == [0] * begin + [1] * (end - begin) + [0] * (len(x[row]) - end)
+            assert not y[row, end:].any() and not x[row, end + 1 :].any()
+            seen.append((*x[row, :1], *y[row, :end]))
+        assert longest > x.shape[1] - 8
+    documents = [tuple(file.tokens[a:b]) for a, b in zip(file.starts, file.starts[1:], strict=False)]
+    assert sorted(seen) == sorted(documents * 3)
+
+
+def test_long_conversations_are_cut(files):
+    file = files["sft_train"]
+    lengths = np.diff(file.starts)
+    batches = Batches([file], 9, 4)
+    assert batches.n_truncated == (lengths > 10).sum() > 0
+    assert batches.tokens_per_epoch == np.minimum(lengths - 1, 9).sum()
+    assert all(batches(step)[0].shape == (4, 9) for step in range(20))
+
+
+def test_a_curriculum_in_order(files):
+    first, second = files["pretrain_val"], files["sft_train"]
+    batches = Batches([first, second], 16, 1)
+    n, m = (Batches([file], 16, 1).sequences_per_epoch for file in (first, second))
+    assert batches.sequences_per_epoch == n + m
+    assert batches.position(0) == (0, 0, 0) and batches.position(n) == (0, 1, 0)
+    assert batches.position(n + m - 1) == (0, 1, m - 1) and batches.position(n + m) == (1, 0, 0)
+    stage = [int(batches(step)[0][0, 0] == 4) for step in range(2 * (n + m))]
+    assert stage[n : n + m] == [1] * m and sum(stage[:n]) == 0
+    # A batch may reach over stages and epochs, and its rows are those of smaller batches.
+    whole = Batches([first, second], 16, 3 * (n + m))(0)
+    singles = [batches(step) for step in range(3 * (n + m))]
+    for row, (x, y, mask) in enumerate(singles):
+        width = x.shape[1]
+        for big, small in zip(whole, (x, y, mask), strict=True):
+            np.testing.assert_array_equal(big[row, :width], small[0])
+
+
+def test_in_order_without_shuffling(files):
+    file = files["pretrain_val"]
+    batches = Batches([file], 16, 1, shuffle=False)
+    rows = [batches(step) for step in range(batches.sequences_per_epoch)]
+    targets = np.concatenate([y[mask > 0] for _, y, mask in rows])
+    np.testing.assert_array_equal(targets, file.tokens[1:])
+    np.testing.assert_array_equal(batches(batches.sequences_per_epoch)[0], rows[0][0])
+
+
+def test_a_file_shorter_than_a_block(tmp_path):
+    (tmp_path / "x.txt").write_text("ab")
+    prepare([tmp_path / "x.txt"], [], tmp_path)
+    x, y, mask = Batches([TokenFile(tmp_path / "pretrain_val.bin")], 256, 4)(7)
+    assert x.shape == y.shape == (4, 8) and mask.sum(1).tolist() == [2] * 4
+
+
+CODE = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[2])
+from data import Batches, TokenFile
+files = [TokenFile(f"{sys.argv[1]}/{name}.bin") for name in ("pretrain_train", "sft_train")]
+print(hashlib.sha256(b"".join(a.tobytes() for a in Batches(files, 32, 8, seed=9)(12345))).hexdigest())
+"""
+
+
+def test_a_batch_is_a_pure_function_of_data_seed_and_step(prepared, files):
+    folder, _ = prepared
+    arguments = [sys.executable, "-c", CODE, str(folder), str(ROOT)]
+    fresh = subprocess.run(arguments, capture_output=True, text=True).stdout.strip()
+    make = lambda seed: Batches([files["pretrain_train"], files["sft_train"]], 32, 8, seed)  # noqa: E731
+    batches = make(9)
+    for step in (3, 10**9, 12344, 0):
+        batches(step)
+    here = [hashlib.sha256(b"".join(a.tobytes() for a in make(s)(12345))).hexdigest() for s in (9, 10)]
+    again = hashlib.sha256(b"".join(a.tobytes() for a in batches(12345))).hexdigest()
+    assert fresh == again == here[0] != here[1]
+
+
+def test_nothing_grows_over_an_epoch(files):
+    batches = Batches([files["pretrain_train"], files["sft_train"]], 16, 2)
+    for step in range(20):
+        batches(step)
+    tracemalloc.start()
+    batches(0)
+    before = tracemalloc.get_traced_memory()[0]
+    for step in range(batches.sequences_per_epoch):
+        batches(step)
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 10_000
+
+
+def test_help_comes_fast_and_the_defaults_are_told(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "data.py", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "examples" in done.stdout
+    assert not any(f"| {name}" in done.stderr.replace("  ", "") for name in ("torch", "tokenizers", "rich"))

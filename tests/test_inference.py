@@ -1,0 +1,402 @@
+"""inference.py, mostly through the real command line and a real (pseudo-)terminal.
+
+The models are made by hand: they know for each token which one comes next, and nothing else. So
+every answer is known beforehand.
+"""
+
+import dataclasses
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pexpect
+import pytest
+import torch
+
+import engine.checkpoint
+import inference
+from engine.checkpoint import Checkpoint
+from model import GPT, ModelConfig
+from tokenizer import BPETokenizer, CharTokenizer
+
+TEXT = "你好吗？Hello? 1+2=3\n"
+ERASE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\r]")  # what a terminal takes as an order
+
+
+def chain(tokenizer, after, block_size=64):
+    """The state of a model that always follows token t by after[t] (ids), others by <|eos|>."""
+    n = tokenizer.vocab_size
+    config = ModelConfig(
+        n_layer=1, n_head=1, n_embd=-(-n // 2) * 2, block_size=block_size, tie_embeddings=False
+    ).resolved(n)
+    model = GPT(config)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj.weight.zero_()
+            block.mlp.down.weight.zero_()
+        model.wte.weight.copy_(torch.eye(n, config.n_embd))
+        model.lm_head.weight.zero_()
+        for token in range(n):
+            model.lm_head.weight[after.get(token, tokenizer.eos_id), token] = 100.0
+    return config, model
+
+
+def checkpoint(tokenizer, config, model, **fields):
+    values = {"task": "sft", "run": "20260102_030405", "step": 7, **fields}
+    return Checkpoint(
+        model_config=config.model_dump(),
+        train_config={},
+        tokenizer=tokenizer.to_dict(),
+        model=model.state_dict(),
+        optimizer={},
+        best={"loss": 0.125, "step": 7},
+        **values,
+    )
+
+
+@pytest.fixture
+def save(monkeypatch):
+    """save(project, checkpoint): its path in that project."""
+
+    def save(project, checkpoint):
+        monkeypatch.setattr(engine.checkpoint, "FOLDER", project.root / "checkpoint")
+        return checkpoint.save()
+
+    return save
+
+
+@pytest.fixture
+def tokenizer():
+    return CharTokenizer.train([TEXT])
+
+
+def polite(tokenizer, **fields):
+    """Answers every question, and continues every 你, with 好吗."""
+    ni, hao, ma = tokenizer.encode("你好吗").tolist()
+    after = {tokenizer.response_id: hao, tokenizer.bos_id: hao, ni: hao, hao: ma}
+    return checkpoint(tokenizer, *chain(tokenizer, after), **fields)
+
+
+def endless(tokenizer):
+    """Answers 你好你好你好 … for ever."""
+    ni, hao = tokenizer.encode("你好").tolist()
+    return checkpoint(tokenizer, *chain(tokenizer, {tokenizer.response_id: ni, ni: hao, hao: ni}))
+
+
+# ---- arguments: told before torch is loaded ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["-t", "-1"], "--temperature must be 0 or more, not -1.0"),
+        (["-t", "nan"], "--temperature must be 0 or more, not nan"),
+        (["-t", "hot"], "invalid float value: 'hot'"),
+        (["-k", "-1"], "--top_k must be 0 or more, not -1"),
+        (["-p", "0"], "--top_p must be above 0 and at most 1, not 0.0"),
+        (["-p", "1.5"], "--top_p must be above 0 and at most 1, not 1.5"),
+        (["-r", "0"], "--repetition_penalty must be above 0, not 0.0"),
+        (["-l", "0"], "--max_length must be 2 or more, not 0"),
+        (["-s", "-1"], "--seed must be 0 or more and fit in 63 bits, not -1"),
+        (["--device", "gpu"], "--device must be auto, cpu, mps, cuda or cuda:N, not 'gpu'"),
+        (["-i", "--prompt", " "], "--prompt must be a question, not ' '"),
+        (["--prompt", "a", "--eval", "b"], "not allowed with argument --prompt"),
+        (["-m", "checkpoint/nowhere.pt"], "there is no file checkpoint/nowhere.pt"),
+        (["--eval", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_wrong_arguments(args, sentence, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["inference.py", *args])
+    monkeypatch.setattr(inference, "load_speaker", lambda *_: pytest.fail("the model would have been loaded"))
+    with pytest.raises(SystemExit) as exit:
+        inference.run(inference.main)
+    assert exit.value.code == 2
+    output = capsys.readouterr()
+    assert sentence in output.err and not output.out and "Traceback" not in output.err
+
+
+def test_arguments_do_not_wait_for_torch(shared_project):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import inference; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, shared_project.root], capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "numpy", "pydantic", "rich"} & set(done.stdout.split())
+    start = time.perf_counter()
+    help = shared_project.run("inference.py", "--help")
+    assert help.returncode == 0 and "examples:" in help.stdout
+    assert time.perf_counter() - start < 2  # 0.1 s, where the machine is not busy
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "holds no question"),
+        (b'{"question": "a", "answer": "b"}\n{"question": 1}\n', "line 2"),
+        (b"\xff\n", "line 1: not UTF-8"),
+        (b"question,answer\n", "line 1: not JSON"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "line 1: ends without an answer"),
+    ],
+)
+def test_wrong_questions(content, sentence, tmp_path):
+    path = tmp_path / "eval.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(inference.UserError, match=sentence):
+        inference.read_questions(path)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------
+
+
+def load_in(project, monkeypatch, *args):
+    monkeypatch.setattr(engine.checkpoint, "FOLDER", project.root / "checkpoint")
+    monkeypatch.setattr(sys, "argv", ["inference.py", *map(str, args)])
+    args = inference.parse_arguments()
+    return inference.load_speaker(args, args.instruct)
+
+
+def test_the_newest_checkpoint_is_taken(project, save, tokenizer, monkeypatch, capsys):
+    with pytest.raises(inference.UserError, match="no model in checkpoint/ yet"):
+        load_in(project, monkeypatch)
+    save(project, polite(tokenizer, task="pretrain", run="20260103_000000"))
+    _, about, _ = load_in(project, monkeypatch, "-i")
+    assert "pretrain step 7" in about and "was not fine-tuned" in capsys.readouterr().err
+    save(project, polite(tokenizer, run="20260102_000000"))
+    assert "sft step 7" in load_in(project, monkeypatch, "-i")[1]
+    assert "pretrain step 7" in load_in(project, monkeypatch)[1] and not capsys.readouterr().err
+    save(project, polite(tokenizer, run="20260104_000000", step=12345))
+    _, about, _ = load_in(project, monkeypatch)
+    assert "sft step 12,345" in about and "validation loss 0.125" in about and "context 64" in about
+    assert "use -i" in capsys.readouterr().err
+
+
+def test_models_that_cannot_speak_are_refused(project, save, tokenizer, monkeypatch):
+    sound = polite(tokenizer)
+    backwards = dataclasses.replace(sound, model_config=sound.model_config | {"is_causal": False})
+    with pytest.raises(inference.UserError, match="is_causal"):
+        load_in(project, monkeypatch, "-m", save(project, backwards))
+    sound.model["norm.weight"][0] = torch.nan
+    with pytest.raises(inference.UserError, match="not finite"):
+        load_in(project, monkeypatch, "-m", save(project, sound))
+
+
+def test_a_damaged_checkpoint_is_one_sentence(project, save, tokenizer):
+    path = save(project, polite(tokenizer))
+    path.write_bytes(path.read_bytes()[:-1000])
+    done = project.run("inference.py", "-m", "checkpoint/sft_20260102_030405_step_7.pt", "--prompt", "你")
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"error: checkpoint/.*step_7\.pt is damaged.*\n", done.stderr)
+
+
+# ---- prompts -----------------------------------------------------------------------------------------
+
+
+def speaker(checkpoint, **options):
+    model, tokenizer = engine.checkpoint.build(checkpoint, "a test's")
+    return inference.Speaker(model, tokenizer, **{"temperature": 0, **options})
+
+
+def test_long_prompts_lose_their_oldest_tokens(tokenizer):
+    talker = speaker(polite(tokenizer))
+    hello = tokenizer.encode("Hello").tolist()
+    assert talker.completion_prompt("Hello") == ([tokenizer.bos_id, *hello], 0)
+    ids, left_out = talker.completion_prompt("H" * 100 + "ello")
+    assert len(ids) == 48 and ids[0] == tokenizer.bos_id and ids[-4:] == hello[1:]
+    assert left_out == 105 - 48
+    ids, _ = talker.chat_prompt([{"role": "user", "content": "H" * 100 + "ello"}])
+    assert ids[0] == tokenizer.instruct_id and ids[-5:] == [*hello[1:], tokenizer.response_id]
+    assert "".join(talker.speak(ids)) == "好吗"
+
+    short = speaker(polite(tokenizer), max_length=2)
+    ids, _ = short.completion_prompt("HHHHH你")
+    assert "".join(short.speak(ids)) == "好" and short.n_prompt == 1
+
+
+def test_an_answer_may_outgrow_the_context(tokenizer):
+    talker = speaker(endless(tokenizer), max_length=200)
+    ids, _ = talker.chat_prompt([{"role": "user", "content": "Hello"}])
+    assert "".join(talker.speak(ids)) == "你好" * 96 + "你"
+
+
+def test_special_tokens_in_a_prompt_are_text(tokenizer):
+    ids, _ = speaker(polite(tokenizer)).chat_prompt([{"role": "user", "content": "<|response_mark|>"}])
+    assert ids.count(tokenizer.response_id) == 1 and ids[-1] == tokenizer.response_id
+
+
+def test_what_the_system_says_is_kept(tokenizer):
+    messages = [{"role": "system", "content": "Hello"}]
+    messages += [{"role": role, "content": "1+2=3" * 3} for role in ("user", "assistant") * 9] + [
+        {"role": "user", "content": "你好吗"}
+    ]
+    ids, left_out = speaker(polite(tokenizer)).chat_prompt(messages)
+    assert ids[0] == tokenizer.system_id and len(ids) <= 48 and not left_out
+    assert [message["role"] for message in messages] == ["system", "user"]
+
+
+def test_a_long_conversation_forgets_its_oldest_turns(tokenizer, capsys):
+    talker, messages, forgotten = speaker(polite(tokenizer)), [], 0
+    for turn in range(20):
+        inference.converse(talker, messages, f"Hello{turn % 3 + 1}", profile=False)
+        assert messages[-1] == {"role": "assistant", "content": "好吗"}
+        assert messages[0]["role"] == "user" and talker.n_prompt <= 48
+        forgotten += capsys.readouterr().err.count("turns are forgotten")
+    assert 4 < len(messages) < 12 and 2 <= forgotten < 10
+
+
+def test_unknown_characters_are_counted(tokenizer, capsys):
+    talker = speaker(polite(tokenizer))
+    talker.notice_unknown("Hello你")
+    assert not capsys.readouterr().err
+    talker.notice_unknown("H龘🐉你")
+    assert "2 characters are unknown" in capsys.readouterr().err
+
+
+def test_no_character_is_cut_in_half():
+    bpe = BPETokenizer.train(["ab"], 263)  # nothing but bytes
+    a, *bytes_of = bpe.encode("a中🐉").tolist()
+    after = dict(zip([bpe.bos_id, a, *bytes_of], [a, *bytes_of], strict=False))
+    talker = speaker(checkpoint(bpe, *chain(bpe, after)))
+    assert list(talker.speak([bpe.bos_id])) == ["a", "", "", "中", "", "", "", "🐉", ""]
+    cut = speaker(checkpoint(bpe, *chain(bpe, after)), max_length=3)
+    assert "".join(cut.speak([bpe.bos_id])) == "a\ufffd"
+
+
+def test_control_characters_do_not_reach_a_terminal(tokenizer, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    talker = speaker(polite(tokenizer))
+    talker.speak = lambda ids: iter(["a\x1b[2J", "b\n\tc\r\x9b"])
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    inference.say(talker, [])
+    assert sys.stdout.getvalue() == "a[2Jb\n\tc\n"
+
+
+# ---- the command line --------------------------------------------------------------------------------
+
+
+def test_one_prompt(project, save, tokenizer):
+    save(project, polite(tokenizer))
+    done = project.run("inference.py", "-i", "--prompt", "Hello龘" + "?" * 99, "--profile", "-s", "1")
+    assert (done.returncode, done.stdout) == (0, "好吗\n")
+    assert "(1 character is unknown to this model: <|unknown|>)" in done.stderr
+    assert "(the prompt is too long: its oldest 59 tokens are left out)" in done.stderr
+    assert re.search(r"prompt 48 tokens, answer 2; first token after [\d.]+ ms, [\d,]+ tokens/s", done.stderr)
+    assert "\x1b" not in done.stderr
+
+
+def test_lines_piped_in(project, save, tokenizer):
+    save(project, polite(tokenizer))
+    lines = "\ufeffHello?\r\n\n  \n你好吗？\n".encode() + b"\xff\n"
+    done = project.run("inference.py", "-i", input=lines, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (2, "好吗\n好吗\n")
+    assert done.stderr == "error: standard input, line 5: not UTF-8 (invalid start byte)\n"
+
+
+def test_completions_are_parted_by_an_empty_line(tokenizer, capsys):
+    inference.answer_lines(speaker(polite(tokenizer)), ["你\n".encode(), b"\n", "吗".encode()], False, False)
+    assert capsys.readouterr().out == "好吗\n\n\n"  # nothing follows 吗
+
+
+def test_questions_with_known_answers(project, save, tokenizer, monkeypatch, capsys):
+    path = save(project, polite(tokenizer))
+    chat = [("user", "Hello?"), ("assistant", "你"), ("user", "1+2="), ("assistant", "好吗")]
+    lengths = [*range(1, 61), *range(65, 105)]
+    rows = [{"question": "你" * n, "answer": "好吗" if n % 4 else "好"} for n in lengths]
+    rows += [{"messages": [{"role": role, "content": text} for role, text in chat], "kind": "chat"}]
+    questions = project.root / "my eval.jsonl"
+    questions.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    argv = ["inference.py", "--eval", str(questions), "-m", str(path), "-t", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setenv("COLUMNS", "80")
+    inference.main()
+    out, err = capsys.readouterr()
+    assert "exact match: 76 of 101 = 75.2 %" in out and out.count("✓") + out.count("✗") == 10
+    assert re.search(r"chat\W+1\W+1\W+100\.0", out) and re.search(r"question\W+75\W+100\W+75\.0", out)
+    assert "✓" in out and "好吗 …" in out and "not: 好" in out
+    assert "(40 questions are too long for the context: their oldest tokens are left out)" in err
+
+
+def test_batches_answer_as_one_by_one(tokenizer):
+    torch.manual_seed(1)
+    config = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=24).resolved(
+        tokenizer.vocab_size
+    )
+    model = GPT(config).eval()
+    for weights in model.parameters():  # a new model's own small weights would repeat one token
+        torch.nn.init.normal_(weights, std=0.3)
+    prompts = [torch.randint(7, tokenizer.vocab_size, (1 + i % 24,)).tolist() for i in range(72)]
+    stops = (tokenizer.eos_id, *tokenizer.encode("Hel").tolist())
+    answers = inference.answer_greedily(model, prompts, [8] * len(prompts), stops)
+    for prompt, (ids, has_stopped) in zip(prompts, answers, strict=True):
+        room = min(8, config.block_size - len(prompt) + 1)
+        alone = list(model.generate(prompt, room, temperature=0, stop_tokens=stops))
+        assert (ids, has_stopped) == (alone, len(alone) < room)
+    assert {has_stopped for _, has_stopped in answers} == {True, False}
+
+
+# ---- in a terminal -----------------------------------------------------------------------------------
+
+
+class Terminal:
+    """inference.py under a pseudo-terminal."""
+
+    def __init__(self, project, *args, **environment):
+        command, *rest = project.command("inference.py", *args)
+        environment = project.environment | {"TERM": "xterm", "INPUTRC": "/dev/null"} | environment
+        self.child = pexpect.spawn(
+            command, rest, cwd=project.elsewhere, env=environment, encoding="utf-8", timeout=60
+        )
+
+    def sees(self, pattern):
+        """What is on the screen up to the next `pattern`, without colours and the like."""
+        self.child.expect(pattern)
+        return ERASE.sub("", self.child.before + self.child.after)
+
+    def leave(self):
+        self.child.sendcontrol("d")
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        assert self.child.exitstatus == 0, self.child.before
+
+
+def test_a_conversation_in_a_terminal(project, save, tokenizer):
+    save(project, polite(tokenizer))
+    screen = Terminal(project, "-i", "--profile")
+    start = screen.sees("leaves")
+    assert "sft_20260102_030405_step_7.pt\n0.0" in start and "sft step 7 · validation loss 0.125" in start
+    screen.sees(">")
+    screen.child.sendline("")
+    screen.sees(">")
+    screen.child.sendline("Hello")
+    assert "Hello\n好吗\n(prompt 7 tokens, answer 2;" in screen.sees("tokens/s")
+    screen.child.sendline("Hello")
+    screen.sees("prompt 17 tokens")  # the first turn is still there
+    screen.child.sendline("/new")
+    screen.sees("a new conversation")
+    screen.child.sendline("Hello")
+    screen.sees("prompt 7 tokens.*>")
+    screen.child.sendcontrol("c")
+    screen.sees("Ctrl-D leaves.*>")
+    screen.child.send("\x1b[A")  # the key that brings back the line before
+    screen.sees("Hello")
+    screen.child.sendline("?")
+    screen.sees("prompt 18 tokens.*>")
+    screen.leave()
+
+
+def test_an_answer_is_stopped(project, save, tokenizer):
+    save(project, endless(tokenizer))
+    screen = Terminal(project, "-l", "1000000000", NO_COLOR="1")
+    assert "use -i" in screen.sees("Begin a text.*>")
+    for _ in range(2):
+        screen.child.sendline("你")
+        screen.sees("好你好你好你")
+        screen.child.sendcontrol("c")
+        last = screen.sees(r"\(stopped\)[^>]*>")
+        assert "Traceback" not in last and "[36m" not in screen.child.before
+    screen.leave()

@@ -1,0 +1,183 @@
+"""model.py against Transformers: the same random weights give the same logits and the same text.
+
+With qk_norm off the network is Llama, with it on Qwen3; only names and packing differ.
+"""
+
+import pytest
+import torch
+from test_model import build, differ, random_tokens
+
+from model import sample
+
+transformers = pytest.importorskip("transformers")
+
+
+def in_transformers(model):
+    """The same network as a LlamaForCausalLM or a Qwen3ForCausalLM, and with the same weights."""
+    c = model.config
+    fields = dict(
+        vocab_size=c.vocab_size,
+        hidden_size=c.n_embd,
+        intermediate_size=c.n_hidden,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head,
+        head_dim=c.head_dim,
+        max_position_embeddings=c.block_size,
+        rms_norm_eps=c.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        tie_word_embeddings=c.tie_embeddings,
+        attention_bias=c.bias,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="eager",
+    )
+    if c.qk_norm:
+        other = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**fields))
+    else:
+        other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields, mlp_bias=c.bias))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in (
+            ("wte", "model.embed_tokens"),
+            ("blocks.", "model.layers."),
+            ("mlp_norm", "post_attention_layernorm"),
+            ("attn_norm", "input_layernorm"),
+            ("attn.", "self_attn."),
+            ("self_attn.proj", "self_attn.o_proj"),
+            ("mlp.down", "mlp.down_proj"),
+        ):
+            name = name.replace(ours, theirs)
+        if name.startswith("norm"):
+            name = "model." + name
+        if "qkv" in name:
+            sizes = [heads * c.head_dim for heads in (c.n_head, c.n_kv_head, c.n_kv_head)]
+            for letter, part in zip("qkv", tensor.split(sizes), strict=True):
+                state[name.replace("qkv", f"{letter}_proj")] = part
+        elif "gate_up" in name:
+            for which, part in zip(("gate", "up"), tensor.chunk(2), strict=True):
+                state[name.replace("gate_up", f"{which}_proj")] = part
+        else:
+            state[name] = tensor
+    missing, unexpected = other.load_state_dict(state, strict=False)
+    assert not missing and not any(state[name].any() for name in unexpected)
+    return other.eval()
+
+
+SHAPES = {
+    "plain": {},
+    "one kv head": dict(n_kv_head=1),
+    "all kv heads": dict(n_kv_head=4),
+    "wide heads": dict(head_dim=14, n_layer=3),
+    "narrow heads": dict(n_embd=28, head_dim=4, n_kv_head=1),
+    "short wavelengths": dict(rope_theta=30.0),
+    "long wavelengths": dict(rope_theta=1e6, block_size=200),
+    "large eps": dict(norm_eps=0.3),
+    "untied": dict(tie_embeddings=False),
+    "biases": dict(bias=True),
+    "all of it": dict(
+        n_head=6, n_kv_head=2, head_dim=10, rope_theta=500.0, norm_eps=1e-3, tie_embeddings=False, bias=True,
+        n_layer=4, n_hidden=37, block_size=64,
+    ),
+}  # fmt: skip
+EVERY_SHAPE = pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES)
+BOTH = pytest.mark.parametrize("qk_norm", [False, True], ids=["Llama", "Qwen3"])
+
+
+def both(qk_norm, seed=0, **fields):
+    model = build(seed, qk_norm=qk_norm, **fields)
+    if qk_norm and model.config.bias:  # Qwen3's MLP has none
+        with torch.no_grad():
+            for block in model.blocks:
+                block.mlp.gate_up.bias.zero_()
+                block.mlp.down.bias.zero_()
+    return model, in_transformers(model)
+
+
+@torch.no_grad()
+@EVERY_SHAPE
+@BOTH
+def test_logits_are_equal(qk_norm, fields):
+    model, other = both(qk_norm, **fields)
+    tokens = random_tokens(3, model.config.block_size)
+    ours, theirs = model(tokens)[0], other(tokens).logits
+    assert theirs.std() > 0.5  # not equal for being small
+    assert differ(ours, theirs) < 1e-4
+
+
+@torch.no_grad()
+@BOTH
+def test_cached_logits_are_equal(qk_norm):
+    """Right-padded prefill and ragged steps here, one row at a time there."""
+    model, other = both(qk_norm, head_dim=10)
+    tokens, lengths = random_tokens(2, 16), torch.tensor([5, 9])
+    cache = model.new_cache(2)
+    model(tokens[:, :9], cache=cache, lengths=lengths)
+    following = torch.stack([tokens[0, 5:9], tokens[1, 9:13]])
+    logits = model(following, cache=cache)[0]
+    for row, n in enumerate(lengths.tolist()):
+        assert differ(logits[row], other(tokens[row : row + 1, : n + 4]).logits[0, n:]) < 1e-4
+
+
+@BOTH
+def test_loss_and_gradients_are_equal(qk_norm):
+    """Llama's own masking (label -100) is the mask here."""
+    model, other = both(qk_norm)
+    tokens, mask = random_tokens(3, 14), random_tokens(3, 14, seed=3) % 2
+    targets = tokens.roll(-1, dims=1)
+    mask[:, -1] = 0  # Transformers shifts the labels by itself
+    labels = torch.where(mask.roll(1, dims=1) == 1, tokens, -100)
+    loss, reference = model(tokens, targets, mask.float())[1], other(tokens, labels=labels).loss
+    assert loss.item() == pytest.approx(reference.item(), abs=1e-5)
+    loss.backward()
+    reference.backward()
+    for layer, block in zip(other.model.layers, model.blocks, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = [p.weight.grad for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        gate_up = [p.weight.grad for p in (mlp.gate_proj, mlp.up_proj)]
+        for ours, theirs in (
+            (block.attn.qkv.weight.grad, torch.cat(qkv)),
+            (block.mlp.gate_up.weight.grad, torch.cat(gate_up)),
+            (block.attn_norm.weight.grad, layer.input_layernorm.weight.grad),
+        ):
+            assert differ(ours, theirs) < 1e-4 * theirs.abs().max()
+    assert differ(model.wte.weight.grad, other.model.embed_tokens.weight.grad) < 1e-4
+
+
+@BOTH
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_generation_is_equal(qk_norm, penalty):
+    for seed in range(3):
+        model, other = both(qk_norm, seed, block_size=40, vocab_size=97)
+        prompt = random_tokens(6, seed=seed, vocab_size=97)
+        theirs = other.generate(
+            prompt[None], attention_mask=torch.ones(1, 6), do_sample=False, max_new_tokens=30,
+            repetition_penalty=penalty, pad_token_id=0,
+        )  # fmt: skip
+        ours = list(model.generate(prompt, 30, temperature=0, repetition_penalty=penalty))
+        assert ours == theirs[0, 6:].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("setting", [dict(temperature=0.6), dict(top_k=5), dict(top_p=0.7), "all"], ids=str)
+def test_sampling_is_equal(setting, monkeypatch):
+    """The probabilities that `sample` draws from are those of Transformers' chain of processors."""
+    if setting == "all":
+        setting = dict(temperature=1.4, top_k=12, top_p=0.8, repetition_penalty=1.25)
+    drawn_from = []
+    monkeypatch.setattr(
+        torch, "multinomial", lambda p, *_, **__: (drawn_from.append(p / p.sum()), torch.tensor([0]))[1]
+    )
+    for seed in range(20):
+        logits, previous = 2 * torch.randn(1, 40), random_tokens(1, 9, seed=seed, vocab_size=40)
+        scores = logits
+        for name, process in (
+            ("repetition_penalty", transformers.RepetitionPenaltyLogitsProcessor),
+            ("temperature", transformers.TemperatureLogitsWarper),
+            ("top_k", transformers.TopKLogitsWarper),
+            ("top_p", transformers.TopPLogitsWarper),
+        ):
+            if name in setting:
+                scores = process(setting[name])(previous, scores)
+        sample(logits[0], **setting, previous=previous[0].tolist())
+        assert differ(drawn_from.pop(), scores[0].softmax(-1)) < 1e-5

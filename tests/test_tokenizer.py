@@ -1,0 +1,302 @@
+"""tokenizer.py: nothing is lost, nothing in plain text becomes special, nothing damaged is loaded."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer as module
+from engine.errors import UserError
+from tokenizer import (
+    DELIMITER,
+    ROOT,
+    SPECIAL_TOKENS,
+    BPETokenizer,
+    CharTokenizer,
+    from_dict,
+    load,
+    read_text,
+    render_chat,
+    render_chats,
+)
+
+SAMPLE = "The quick brown fox. 敏捷的棕色狐狸跳过懒狗。\r\n\te\u0301 𝄞🙂 <|eos|> 1 + 1 = 2\n" * 3
+CHAR = CharTokenizer.train([SAMPLE])
+BPE = BPETokenizer.train([SAMPLE] * 3, vocab_size=330)
+BOTH = pytest.mark.parametrize("tokenizer", [CHAR, BPE], ids=["char", "bpe"])
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+sample_text = st.text(st.sampled_from(sorted(set(SAMPLE))), max_size=200)
+awkward_pieces = [*SPECIAL_TOKENS, "<|endoftext|>", "\r\n", "\r", "\n", " ", "é", "e\u0301", "𝄞", "\0", "中"]
+awkward = st.lists(st.sampled_from(awkward_pieces)).map("".join)
+
+
+def run(*args, cwd=ROOT):
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=cwd)
+
+
+@BOTH
+def test_special_tokens_come_first(tokenizer):
+    assert [tokenizer.decode([i]) for i in range(7)] == list(SPECIAL_TOKENS)
+    assert (tokenizer.padding_id, tokenizer.unknown_id, tokenizer.system_id) == (0, 1, 6)
+    assert tokenizer.decode([2, 7, 3], skip_special=True) == tokenizer.decode([7])
+
+
+@given(sample_text)
+def test_char_round_trip(text):
+    ids = CHAR.encode(text)
+    assert ids.dtype == np.uint16 and len(ids) == len(text)
+    assert CHAR.decode(ids) == text
+
+
+@given(any_text | awkward)
+def test_char_of_any_corpus(text):
+    tokenizer = CharTokenizer.train([text])
+    assert tokenizer.characters == "".join(sorted(set(text)))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert from_dict(json.loads(json.dumps(tokenizer.to_dict()))).fingerprint == tokenizer.fingerprint
+
+
+@given(any_text | awkward)
+def test_bpe_loses_nothing(text):
+    ids = BPE.encode(text)
+    assert BPE.decode(ids) == text
+    assert BPE.decode_bytes(ids) == text.encode()
+
+
+@BOTH
+@given(text=awkward | any_text)
+def test_plain_text_never_yields_special_ids(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert not np.isin(ids, [i for i in range(7) if i != tokenizer.unknown_id]).any()
+
+
+@BOTH
+@given(texts=st.lists(any_text | awkward, max_size=8))
+def test_batch_equals_one_by_one(tokenizer, texts):
+    batch = tokenizer.encode_batch(texts)
+    assert len(batch) == len(texts)
+    for text, ids in zip(texts, batch, strict=True):
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+def test_unknown_characters():
+    ids = CHAR.encode("狐鼠\ud800")
+    assert ids.tolist()[1:] == [CHAR.unknown_id] * 2
+    assert CHAR.decode(ids) == "狐<|unknown|><|unknown|>"
+    assert BPE.decode(BPE.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_long_texts_are_cut_where_bpe_would_not_merge(monkeypatch):
+    text = SAMPLE * 3 + "a \n\n b\n\nc\n d\ne\r\nf" * 9
+    whole = BPE.encode(text)
+    monkeypatch.setattr(module, "BLOCK", 10)
+    assert len(list(BPE._cut(text))) > 10
+    np.testing.assert_array_equal(BPE.encode(text), whole)
+
+
+def test_blocks_do_not_show():
+    text = SAMPLE * (3 * module.BLOCK // len(SAMPLE))
+    assert CHAR.decode(CHAR.encode(text)) == text
+
+
+def test_streaming_bytes_can_split_a_character():
+    ids = BPE.encode("鼠")
+    assert len(ids) == 3 and BPE.decode(ids[:2]) != "鼠"
+    assert b"".join(BPE.decode_bytes([i]) for i in ids) == "鼠".encode()
+
+
+def test_ids_out_of_range():
+    for ids in ([CHAR.vocab_size], [-1]):
+        with pytest.raises(ValueError, match="token ids"):
+            CHAR.decode(ids)
+    assert CHAR.decode([]) == "" and CHAR.encode("").shape == (0,)
+
+
+def test_vocabulary_sizes():
+    assert BPE.vocab_size == 330
+    assert BPETokenizer.train([SAMPLE], 263).vocab_size == 263
+    assert BPETokenizer.train(["aaaa"], 5000).vocab_size < 270
+    with pytest.raises(UserError, match="263"):
+        BPETokenizer.train([SAMPLE], 262)
+    big = CharTokenizer("".join(map(chr, [*range(0x20, 0xD800), *range(0xE000, 0x14000)])))
+    assert big.vocab_size > 1 << 16 and big.encode("\U00013fff").dtype == np.uint32
+    assert big.decode(big.encode("a\U00013fff")) == "a\U00013fff"
+
+
+def test_a_word_without_end_is_learned_in_time():
+    letters = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x4E80, 200_000)))
+    tokenizer = BPETokenizer.train([letters], 2000)
+    assert tokenizer.vocab_size == 2000 and tokenizer.decode(tokenizer.encode(letters)) == letters
+
+
+def test_training_is_deterministic():
+    code = f"import tokenizer; print(tokenizer.BPETokenizer.train([{SAMPLE!r}] * 3, 330).fingerprint)"
+    again = run("-c", code)
+    assert again.stdout.strip() == BPE.fingerprint
+    assert CharTokenizer.train(["ba", "c"]).fingerprint == CharTokenizer.train(["cab"]).fingerprint
+
+
+@BOTH
+def test_save_and_load(tokenizer, tmp_path):
+    path = tmp_path / "某 处" / "tokenizer.json"
+    tokenizer.save(path)
+    loaded = load(path)
+    assert type(loaded) is type(tokenizer) and loaded.fingerprint == tokenizer.fingerprint
+    np.testing.assert_array_equal(loaded.encode(SAMPLE), tokenizer.encode(SAMPLE))
+    assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
+
+
+@BOTH
+def test_damaged_files_are_refused(tokenizer, tmp_path):
+    path = tmp_path / "t.json"
+    tokenizer.save(path)
+    whole = path.read_bytes()
+    random = np.random.default_rng(1)
+    for _ in range(150):
+        data = bytearray(whole)
+        if random.random() < 0.3:
+            del data[random.integers(len(data)) :]
+        else:
+            data[random.integers(len(data))] = random.integers(256)
+        path.write_bytes(data)
+        try:
+            assert load(path).fingerprint == tokenizer.fingerprint  # the damage did not change its meaning
+        except UserError as error:
+            assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "x"},
+        {"version": 2},
+        {"kind": []},
+        {"special_tokens": ["<|eos|>"]},
+        {"characters": "ba"},
+        {"characters": "aa"},
+        {"characters": ["a"]},
+        {"characters": "a\ud800"},
+        {"characters": None},
+        {"fingerprint": "0"},
+    ],
+)
+def test_foreign_dicts_are_refused(change):
+    with pytest.raises(UserError):
+        from_dict({**CHAR.to_dict(), **change})
+
+
+@pytest.mark.parametrize("merges", [None, [["a"]], [["a", 1]], [["a", "nowhere"]], ["a b"], [["", "a"]], {}])
+def test_foreign_merges_are_refused(merges):
+    with pytest.raises(UserError):
+        from_dict({**BPE.to_dict(), "merges": merges})
+
+
+@pytest.mark.parametrize("d", [None, [], "x", {}, 3])
+def test_not_even_a_tokenizer(d):
+    with pytest.raises(UserError):
+        from_dict(d)
+
+
+@BOTH
+def test_chat_template(tokenizer):
+    messages = [
+        {"role": "system", "content": "懒"},
+        {"role": "user", "content": "<|eos|>?"},
+        {"role": "assistant", "content": "狐狸"},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": "狗"},
+    ]
+    ids, mask = render_chat(tokenizer, messages)
+    e = lambda text: tokenizer.encode(text).tolist()  # noqa: E731
+    asked = [6, *e("懒"), 4, *e("<|eos|>?"), 5]
+    assert ids.tolist() == [*asked, *e("狐狸"), 3, 4, 5, *e("狗"), 3]
+    n, m = len(e("狐狸")) + 1, len(e("狗")) + 1
+    assert mask.tolist() == [0] * len(asked) + [1] * n + [0, 0] + [1] * m
+    assert ids.dtype == tokenizer.dtype and mask.dtype == np.uint8
+
+    prompt, mask = render_chat(tokenizer, messages[:2], add_generation_prompt=True)
+    assert prompt.tolist() == asked and not mask.any()
+    first, second = render_chats(tokenizer, [messages, messages[1:3]])
+    assert first[0].tolist() == ids.tolist()
+    assert second[0].tolist() == [4, *e("<|eos|>?"), 5, *e("狐狸"), 3]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        None,
+        "hello",
+        ["hello"],
+        [{"role": "tool", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": 3}],
+        [{"role": ["user"], "content": "x"}],
+        [{"role": "assistant", "content": "x"}],
+        [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}],
+        [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}],
+    ],
+)
+def test_impossible_conversations(messages):
+    with pytest.raises(UserError):
+        render_chat(CHAR, messages)
+
+
+@given(text=any_text | awkward, chunk=st.integers(1, 40), bom=st.booleans())
+@settings(max_examples=200)
+def test_reading_in_chunks_keeps_every_byte(text, chunk, bom, tmp_path_factory):
+    path = tmp_path_factory.mktemp("read") / "x.txt"
+    path.write_bytes(b"\xef\xbb\xbf" * bom + text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK", chunk)
+        read = "".join(read_text(path))
+    assert read == (text if bom else text.removeprefix("\ufeff"))
+
+
+def test_bad_lines_are_found_and_left_out(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_bytes("好\r\n".encode() * 10 + b"a\xffb\n" + "坏\n".encode() + "坏".encode()[:2])
+    with pytest.raises(UserError, match=r"x\.txt, line 11: not UTF-8"):
+        list(read_text(path))
+    told = []
+    assert "".join(read_text(path, told.append)) == "好\r\n" * 10 + "坏\n"
+    assert [sentence.split(": ")[0][-7:] for sentence in told] == ["line 11", "line 13"]
+
+
+def test_delimiters_take_the_white_space_between_them():
+    text = "<|bos|> a<|eos|> \n<|bos|>\nb\n<|endoftext|>\n"
+    assert DELIMITER.split(text) == ["", " a", "\nb\n", "\n"]
+
+
+def test_command_line(tmp_path):
+    (tmp_path / "某 text.txt").write_text(SAMPLE * 20, encoding="utf-8")
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "龘\u2028"}]}\n', "utf-8")
+    script = ROOT / "tokenizer.py"
+    done = run(script, "train", "--kind", "bpe", "--vocab_size", "300", "某 text.txt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert load(tmp_path / "tokenizer.json").vocab_size == 300
+    assert run(script, "train", "chat.jsonl", "-o", "c.json", cwd=tmp_path).returncode == 0
+    assert load(tmp_path / "c.json").characters == "\u2028龘"
+    done = run(script, "stats", "某 text.txt", "--vocab_size", "300", cwd=tmp_path)
+    assert done.returncode == 0 and "bytes per token" in done.stdout and "bpe" in done.stdout
+    done = run(script, "stats", "某 text.txt", "--tokenizer", "c.json", cwd=tmp_path)
+    assert done.returncode == 0 and "100.0000%" in done.stdout
+
+    (tmp_path / "empty.txt").touch()
+    for mistake in (
+        ["stats", "missing.txt"],
+        ["stats", "empty.txt"],
+        ["train", "empty.txt"],
+        ["train", "chat.jsonl", "--vocab_size", "9"],
+        ["train", "chat.jsonl", "--kind", "bpe", "--vocab_size", "9"],
+        ["stats", "chat.jsonl", "--tokenizer", "chat.jsonl"],
+        ["train"],
+        [],
+    ):
+        done = run(script, *mistake, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr and "Traceback" not in done.stderr, mistake
