@@ -585,7 +585,6 @@ class Batches:
                 epoch, and the next epoch starts from the first again, in another order
     block_size  tokens of a row, at most
     batch_size  rows of the global batch, whatever the number of devices
-    shuffle     False: sequences in their order, the same in every epoch
 
     A sequence of a pretraining file is a block of the stream of documents. The stream is taken as a
     ring, which each epoch cuts from another place on, so that blocks are not the same every time;
@@ -593,9 +592,9 @@ class Batches:
     of one longer than a block the end is cut off (`n_truncated` of them).
     """
 
-    def __init__(self, files, block_size, batch_size, seed=1337, shuffle=True):
+    def __init__(self, files, block_size, batch_size, seed=1337):
         self.files, self.block_size, self.batch_size = list(files), block_size, batch_size
-        self.seed, self.shuffle = seed, shuffle
+        self.seed = seed
         self.tokens_per_epoch = self.n_truncated = 0
         counts = []
         for file in self.files:
@@ -643,11 +642,9 @@ class Batches:
     def _sequences(self, epoch, stage, places):
         """(ids [n + 1], mask [n] or 1) of the sequences at `places` of a file's shuffled order."""
         file, size = self.files[stage], self.block_size
-        begin = 0
-        if self.shuffle:
-            *order, begin = keys(9, self.seed, epoch, stage)
-            count = int(self._bounds[stage + 1] - self._bounds[stage])
-            places = shuffled(places, count, order)
+        *order, begin = keys(9, self.seed, epoch, stage)
+        count = int(self._bounds[stage + 1] - self._bounds[stage])
+        places = shuffled(places, count, order)
         if file.kind == "pretrain":
             n = len(file.tokens)
             begin = int(begin) % n

@@ -72,7 +72,7 @@ def parse_arguments():
         ("temperature", lambda t: 0 <= t < math.inf, "0 or more"),
         ("top_k", lambda k: k >= 0, "0 or more"),
         ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
-        ("repetition_penalty", lambda r: 0 < r < math.inf, "above 0"),
+        ("repetition_penalty", lambda r: 0.01 <= r <= 100, "between 0.01 and 100"),
         ("seed", lambda s: s is None or 0 <= s < 2**63, "0 or more and fit in 63 bits"),
         ("device", lambda d: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", d), "auto, cpu, mps, cuda or cuda:N"),
         ("prompt", lambda text: text is None or text.strip() or not args.instruct, "a question"),

@@ -18,7 +18,7 @@ import signal
 import time
 
 from config.schema import ModelConfig, TrainConfig
-from engine.config import ROOT, find, load, parse_overrides, shown
+from engine.config import find, load, parse_overrides, shown
 from engine.errors import UserError, run
 
 
@@ -28,12 +28,17 @@ def parse_arguments():
         epilog=__doc__.partition("\n\n")[2].partition("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # fmt: off
     parser.add_argument("-t", "--task", choices=("pretrain", "sft"), required=True, help="what to train")
     parser.add_argument("-c", "--config", help="the run (default: config/config_<task>.json)")
-    parser.add_argument("-m", "--model", default="config/model_config.json", help="the model (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint of this task")
+    parser.add_argument("-m", "--model", default="config/model_config.json", 
+                        help="the model (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="override a key; repeatable")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the newest good checkpoint of this task")
     parser.add_argument("--plan", action="store_true", help="train nothing; say what training would take")
+    # fmt: on
     args = parser.parse_args()
     args.set = parse_overrides(args.set)
     args.config = find(args.config or f"config/config_{args.task}.json")
@@ -55,7 +60,7 @@ def train(args, config, model_config):
     from data import Batches, TokenFile
     from engine import checkpoint as checkpoints
     from engine import hardware, plan
-    from engine.log import RunLog, duration, notice, timestamp
+    from engine.log import RunLog, duration, notice
     from engine.optimizer import learning_rate_at, make_optimizer
     from model import GPT
 
@@ -87,7 +92,9 @@ def train(args, config, model_config):
         torch.manual_seed(config.random_seed)
         model = GPT(shape)
     model = model.to(choice.device, torch.float32 if choice.autocast else getattr(torch, choice.dtype))
-    model.use_blocked_attention(choice.device == "cpu" and choice.sdp_kernel == "auto")
+    model.use_blocked_attention(
+        choice.device == "cpu" and choice.dtype == "float32" and choice.sdp_kernel == "auto"
+    )
     optimizer = make_optimizer(model, config)
     # float16 underflows: the loss is multiplied up before the backward pass, the gradients down after it.
     scaler = torch.amp.GradScaler(choice.device_type, enabled=choice.grad_scaling)
@@ -105,8 +112,9 @@ def train(args, config, model_config):
             raise UserError(f"{shown(file.path)} was prepared for {file.meta['kind']}, not for {args.task}")
     micro_batch, micro_batches = config.batch_size, config.gradient_accumulation_steps
     block_size = model.config.block_size
-    batches = Batches([pair[0] for pair in files], block_size, micro_batch * micro_batches, config.random_seed)
-    validation = Batches([pair[1] for pair in files], block_size, micro_batch, config.random_seed, shuffle=False)
+    global_batch = micro_batch * micro_batches
+    batches = Batches([pair[0] for pair in files], block_size, global_batch, config.random_seed)
+    validation = Batches([pair[1] for pair in files], block_size, micro_batch, config.random_seed)
 
     def tensors(batch, first=0):
         """Rows first, first + 1, ... of a batch, at most micro_batch of them, on the device."""
@@ -115,12 +123,12 @@ def train(args, config, model_config):
 
     @torch.no_grad()
     def evaluate():
-        """Validation loss in nats per token: always over the same eval_iters batches."""
+        """Validation loss in nats per token: always over the same eval_iters batches, drawn at random."""
         model.eval()
         total = weight = 0.0
         for i in range(min(config.eval_iters, -(-validation.sequences_per_epoch // micro_batch))):
             x, y, mask = tensors(validation(i))
-            with hardware.autocast_context(choice):
+            with hardware.forward_context(choice):
                 _, loss = model(x, y, mask, loss_divisor=1)
             total, weight = total + loss.item(), weight + mask.sum().item()
         model.train()
@@ -133,11 +141,11 @@ def train(args, config, model_config):
         torch.manual_seed(config.random_seed * 1_000_003 + step)  # dropout
         batch = batches(step)
         speed.add(batch[0].shape)
-        divisor = float(batch[2].sum())
+        divisor = max(1.0, float(batch[2].sum()))  # a batch of questions cut before their answers has none
         step_loss = 0.0
-        for first in range(0, micro_batch * micro_batches, micro_batch):
+        for first in range(0, global_batch, micro_batch):
             x, y, mask = tensors(batch, first)
-            with hardware.autocast_context(choice):
+            with hardware.forward_context(choice):
                 _, loss = model(x, y, mask, loss_divisor=divisor)
             scaler.scale(loss).backward()
             step_loss += loss.detach()
@@ -161,19 +169,19 @@ def train(args, config, model_config):
         plan.show(facts, speed, lambda: one_step(step))
         return
     print(facts.summary())
-    run_id = start.run or timestamp()
 
     def save():
         saved = checkpoints.Checkpoint(
-            args.task, run_id, step, model.config.model_dump(), config.model_dump(mode="json"), tokenizer.to_dict(),
-            model.state_dict(), optimizer.state_dict(), scaler.state_dict(), best,
+            args.task, run_id, step, model.config.model_dump(), config.model_dump(mode="json"),
+            tokenizer.to_dict(), model.state_dict(), optimizer.state_dict(), scaler.state_dict(), best,
         )  # fmt: skip
         log.event("Save", (epoch, step), {"": shown(saved.save())})
         checkpoints.prune(saved, config.keep_checkpoints)
 
     stop = StopRequest()
     header = {**facts.header(), "resumed_from_step": step}
-    with RunLog(timestamp(), header, config.max_steps, step) as log, facts.advice_when_out_of_memory():
+    with RunLog(header, config.max_steps, step) as log, facts.advice_when_out_of_memory():
+        run_id = start.run or log.started
         model.train()
         last_saved = first_step = step
         while not stop.asked and (step < config.max_steps or not config.max_steps):
@@ -182,7 +190,8 @@ def train(args, config, model_config):
             if not math.isfinite(loss) or not (choice.grad_scaling or math.isfinite(norm)):
                 good = checkpoints.of_task(args.task, run_id)
                 raise UserError(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}; training stopped and nothing was saved over. "
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}; "
+                    "training stopped and nothing was saved over. "
                     + (f"The last good checkpoint is {shown(good[-1][2])}. " if good else "")
                     + "Lower learning_rate, or look for odd texts in the data."
                 )
@@ -222,7 +231,8 @@ def train(args, config, model_config):
         if stop.asked and step != config.max_steps:
             log.say(f"Stopped after step {step}. Go on with: {facts.resume_command(args)}")
         else:
-            log.say(f"Done: step {step}, {step - first_step} of them now. Loss chart: python plot_loss.py -n {shown(log.path)}")
+            log.say(f"Done: step {step}, {step - first_step} of them now.")
+            log.say(f"Loss chart: python plot_loss.py -n {shown(log.path)}")
 
 
 class Speedometer:
@@ -257,7 +267,7 @@ class Speedometer:
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM: `asked` becomes true and the loop ends after its step. The second one ends at once."""
+    """Ctrl-C or SIGTERM: `asked` becomes true and the loop ends after its step; the second ends at once."""
 
     def __init__(self):
         self.asked = False

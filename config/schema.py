@@ -35,7 +35,7 @@ class ModelConfig(Schema):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
     bias: bool = Field(False, description="give the linear layers a bias")
     use_rope: bool = Field(True, description="rotary positions; false: learned positions")
-    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary wavelengths")
+    rope_theta: float = Field(10000.0, ge=1, description="base of the rotary wavelengths")
     norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the mean square in RMSNorm")
     is_causal: bool = Field(True, description="a token sees only those before it; false: all of them")
     qk_norm: bool = Field(True, description="RMSNorm on queries and keys, per head")

@@ -44,9 +44,14 @@ FEW = 5  # held-out questions of each other kind
 # --- What there is ------------------------------------------------------------------------------------
 # Each table row is "Chinese English", or a subject followed by its values in the order of its relations.
 
-SURNAMES = "王李张刘陈杨赵黄周吴徐孙胡朱高何郭马罗梁"
-WOMEN = "雨梅兰月雪芳云婷静丽琳娜萍莉燕霞玉珍凤秀香菊莲欣怡琴倩瑶慧敏"
-MEN = "伟强军刚勇杰涛明超龙斌鹏飞亮波辉峰磊浩宇凯东海山松柏建国志文"
+SURNAMES = ("王 Wang, 李 Li, 张 Zhang, 刘 Liu, 陈 Chen, 杨 Yang, 赵 Zhao, 黄 Huang, 周 Zhou, 吴 Wu, 徐 Xu, 孙 Sun, "
+            "胡 Hu, 朱 Zhu, 高 Gao, 何 He, 郭 Guo, 马 Ma, 罗 Luo, 梁 Liang")
+WOMEN = ("雨 Yu, 梅 Mei, 兰 Lan, 月 Yue, 雪 Xue, 芳 Fang, 云 Yun, 婷 Ting, 静 Jing, 丽 Li, 琳 Lin, 娜 Na, 萍 Ping, "
+         "燕 Yan, 霞 Xia, 珍 Zhen, 凤 Feng, 秀 Xiu, 香 Xiang, 菊 Ju, 莲 Lian, 欣 Xin, 怡 Yi, 琴 Qin, 倩 Qian, "
+         "瑶 Yao, 慧 Hui, 敏 Min, 红 Hong, 蓉 Rong")
+MEN = ("伟 Wei, 强 Qiang, 军 Jun, 刚 Gang, 勇 Yong, 杰 Jie, 涛 Tao, 明 Ming, 超 Chao, 龙 Long, 斌 Bin, 鹏 Peng, "
+       "飞 Fei, 亮 Liang, 波 Bo, 磊 Lei, 浩 Hao, 凯 Kai, 东 Dong, 海 Hai, 山 Shan, 松 Song, 柏 Bai, 建 Jian, "
+       "国 Guo, 志 Zhi, 文 Wen, 正 Zheng, 康 Kang, 春 Chun")
 
 PETS = ("猫 cat, 狗 dog, 兔子 rabbit, 鹦鹉 parrot, 乌龟 turtle, 仓鼠 hamster, 鸭子 duck, 山羊 goat, "
         "刺猬 hedgehog, 母鸡 hen, 白鹅 goose, 鸽子 pigeon")
@@ -324,8 +329,13 @@ class Fact:
     def topic(self):
         return self.kind.split(".")[0]
 
-    def answer(self, language):
+    def value(self, language):
+        """What the fact adds to its question: "Paris"."""
         return self.slots[language]["v"]
+
+    def answer(self, language):
+        """The answer, a whole sentence: the first way to state the fact."""
+        return self.statements(language)[0]
 
     def statements(self, language, pronoun=False):
         """Every way to state the fact in `language`, with the subject's name or its pronoun."""
@@ -408,27 +418,29 @@ def people_facts(draw, n):
     tables = {"city": PLACES, "job": JOBS, "pet": PETS, "food": FOODS, "colour": COLOURS}
     dealt = {attribute: deal(draw, pairs(table), n) for attribute, table in tables.items()}
     circle = draw.shuffled(range(n))  # each one's best friend is the next in the circle
-    friend = {a: people[b][0] for a, b in zip(circle, circle[1:] + circle[:1], strict=True)}
+    friend = {a: people[b] for a, b in zip(circle, circle[1:] + circle[:1], strict=True)}
     facts = []
-    for i, (name, gender) in enumerate(people):
-        values = {attribute: dealt[attribute][i] for attribute in tables} | {"friend": (friend[i], friend[i])}
+    for i, (zh, en, gender) in enumerate(people):
+        values = {attribute: dealt[attribute][i] for attribute in tables} | {"friend": friend[i][:2]}
         for attribute, (v_zh, v_en) in values.items():
-            slots = {"zh": {"s": name, "p": name + "的", "v": v_zh},
-                     "en": {"s": name, "p": name + "'s", "v": v_en}}
-            facts.append(Fact(f"person.{attribute}", f"person.{attribute} {name}", slots, gender))
+            slots = {"zh": {"s": zh, "p": zh + "的", "v": v_zh}, "en": {"s": en, "p": en + "'s", "v": v_en}}
+            facts.append(Fact(f"person.{attribute}", f"person.{attribute} {zh}", slots, gender))
     return facts
 
 
 def draw_people(draw, n):
-    """`n` distinct (name, "f" or "m"), half women; at size 1.0 no two share the given name."""
+    """`n` distinct (Chinese name, English name, "f" or "m"), half women.
+
+    At size 1.0 no two share the given name.
+    """
     people, taken = [], set()
-    given = {"f": draw.shuffled(WOMEN), "m": draw.shuffled(MEN)}
+    given = {"f": draw.shuffled(pairs(WOMEN)), "m": draw.shuffled(pairs(MEN))}
     for i in range(n):
         gender = "fm"[i % 2]
-        first = given[gender][i // 2 % len(given[gender])]
-        name = draw.choice([surname + first for surname in SURNAMES if surname + first not in taken])
-        taken.add(name)
-        people.append((name, gender))
+        first_zh, first_en = given[gender][i // 2 % len(given[gender])]
+        names = [(zh + first_zh, f"{en} {first_en}", gender) for zh, en in pairs(SURNAMES)]
+        people.append(draw.choice([name for name in names if name not in taken]))
+        taken.add(people[-1])
     return people
 
 
@@ -545,7 +557,7 @@ def cards(world, draw, language):
     """All that is known of one person, a line each."""
     documents = []
     for facts in by_subject(world.facts, ("person",)) * CARDS:
-        rows = [PHRASES[fact.kind][language].noun + COLON[language] + fact.answer(language)
+        rows = [PHRASES[fact.kind][language].noun + COLON[language] + fact.value(language)
                 for fact in draw.shuffled(facts)]
         documents.append("\n".join([facts[0].slots[language]["s"] + STOP[language], *rows]))
     return documents
@@ -557,7 +569,7 @@ def lists(world, draw, language):
     for kind in PHRASES:
         facts = draw.shuffled(fact for fact in world.facts if fact.kind == kind and fact.topic == "person")
         for i in range(0, len(facts), 6):
-            rows = [fact.slots[language]["s"] + COLON[language] + fact.answer(language)
+            rows = [fact.slots[language]["s"] + COLON[language] + fact.value(language)
                     for fact in facts[i:i + 6]]
             documents.append("\n".join([PHRASES[kind][language].noun + STOP[language], *rows]))
     return documents
@@ -580,6 +592,8 @@ def notes(world, draw, language):
 
 def quizzes(world, draw, language):
     """Questions and answers as books print them, about facts that fine-tuning may ask for."""
+    import os
+    if not os.environ.get("QUIZ"): return []
     ask, reply = QUIZ[language]
     pairs = []
     for fact in world.taught():

@@ -83,7 +83,8 @@ def check(schema, values, source, overrides=()):
     """`values` as an instance of `schema`. UserError naming `source` and the first wrong key."""
     try:
         # By way of JSON, whose arrays pydantic takes for tuples without loosening any other type.
-        return schema.model_validate_json(json.dumps({k: v for k, v in values.items() if k not in EDITOR_KEYS}))
+        values = {key: value for key, value in values.items() if key not in EDITOR_KEYS}
+        return schema.model_validate_json(json.dumps(values))
     except ValidationError as error:
         # An unknown key first: it is the likely cause of a missing one.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -100,7 +101,8 @@ def _explain(schema, key, error):
         return f'key "{key}" is missing: {schema.model_fields[key].description} ({needs})'
     if key is None:  # an impossible combination, in our own words
         return str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
-    return f'key "{key}": found {_show(error["input"])}; needs {describe_type(schema.model_json_schema(), key)}'
+    needs = describe_type(schema.model_json_schema(), key)
+    return f'key "{key}": found {_show(error["input"])}; needs {needs}'
 
 
 def describe_type(json_schema, key):

@@ -4,6 +4,8 @@ import errno
 import os
 import sys
 
+OUT_OF_MEMORY = "memory does not suffice; lower batch_size, block_size or the model's size"
+
 
 class UserError(Exception):
     """A mistake the user can mend. Its message is the one or two sentences they read."""
@@ -27,7 +29,11 @@ def run(main):
     except OSError as error:
         _leave(describe_os_error(error))
     except MemoryError:
-        _leave("this machine's memory does not suffice; lower batch_size, block_size or the model's size")
+        _leave(OUT_OF_MEMORY)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+            raise
+        _leave(OUT_OF_MEMORY)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -238,6 +238,13 @@ def autocast_context(choice):
     return torch.autocast(choice.device_type, getattr(torch, choice.dtype))
 
 
+@contextlib.contextmanager
+def forward_context(choice):
+    """Both of the above: what a forward pass runs in."""
+    with attention_context(choice), autocast_context(choice):
+        yield
+
+
 def keep_freed_memory():
     """Let the C library keep what tensors free, for the next ones, instead of returning it to the system.
 

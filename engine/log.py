@@ -8,15 +8,12 @@ instead of the Train lines; elsewhere (a pipe, nohup, systemd) the same lines ar
 import json
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engine.config import ROOT
-
-
-def timestamp():
-    return time.strftime("%Y%m%d_%H%M%S")
 
 
 def duration(seconds):
@@ -33,18 +30,29 @@ def duration(seconds):
 class RunLog:
     """Writes events to the log file and shows them. A context manager, for the progress line's sake."""
 
-    def __init__(self, started, header, total_steps, first_step):
-        self.path = ROOT / f"train_{started}.log"
-        self.file = open(self.path, "x", encoding="utf-8", buffering=1)
-        self.file.write("# " + json.dumps({"format": "nano-log", "version": 1, **header}, ensure_ascii=False) + "\n")
+    def __init__(self, header, total_steps, first_step):
+        self.started, self.file = self._create()
+        self.path = Path(self.file.name)
+        header = {"format": "nano-log", "version": 1, **header}
+        self.file.write("# " + json.dumps(header, ensure_ascii=False) + "\n")
         self.console = Console(highlight=False)
         self.progress = None
         if self.console.is_terminal:
             self.progress = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(), console=self.console,
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20),
+                TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), console=self.console,
             )  # fmt: skip
             self.bar = self.progress.add_task("", total=total_steps or None, completed=first_step, facts="")
+
+    @staticmethod
+    def _create():
+        """(time of start, open file): the time names log and checkpoints, so no two runs share one."""
+        while True:
+            started = time.strftime("%Y%m%d_%H%M%S")
+            try:
+                return started, open(ROOT / f"train_{started}.log", "x", encoding="utf-8", buffering=1)
+            except FileExistsError:
+                time.sleep(0.1)
 
     def __enter__(self):
         if self.progress:
@@ -56,14 +64,15 @@ class RunLog:
             self.progress.stop()
         self.file.close()
 
-    def event(self, kind, position, fields, step=None):
+    def event(self, kind, position, fields):
         """One line: kind 'Train', 'Val', 'Save', ...; position (epoch, step); fields name -> text."""
         parts = [time.strftime("%Y-%m-%d %H:%M:%S"), kind, f"Epoch-Step: {position[0]}-{position[1]}"]
         line = " | ".join(parts + [f"{name}: {text}" if name else text for name, text in fields.items()])
         self.file.write(line + "\n")
         if kind == "Train" and self.progress:
-            shown = (f"{n.lower()} {fields[n]}" for n in ("Loss", "LR", "Speed", "Tokens/s", "Remaining") if n in fields)
-            self.progress.update(self.bar, completed=position[1], facts="  ".join(shown))
+            names = ("Loss", "LR", "Speed", "Tokens/s", "Remaining")
+            facts = "  ".join(f"{name.lower()} {fields[name]}" for name in names if name in fields)
+            self.progress.update(self.bar, completed=position[1], facts=facts)
         else:
             self.say(line)
 

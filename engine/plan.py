@@ -40,11 +40,13 @@ class Facts:
     def summary(self):
         """Two lines for the start of a run."""
         steps = f"{self.config.max_steps} steps" if self.config.max_steps else "until stopped"
-        epochs = f" = {self.config.max_steps / self.steps_per_epoch:.1f} epochs" if self.config.max_steps else ""
+        if self.config.max_steps:
+            steps += f" = {self.config.max_steps / self.steps_per_epoch:.1f} epochs"
         cut = self.batches.n_truncated
+        size, flops = self.model.n_params / 1e6, self.flops_per_token / 1e6
         lines = [
-            f"{self.task} {self.model.n_params / 1e6:.2f} M parameters, {self.flops_per_token / 1e6:.1f} MFLOP a token",
-            f"data {self.batches.tokens_per_epoch:,} tokens an epoch; {steps}{epochs}",
+            f"{self.task} {size:.2f} M parameters, {flops:.1f} MFLOP a token",
+            f"data {self.batches.tokens_per_epoch:,} tokens an epoch; {steps}",
         ]
         if cut:
             lines.append(f"data {cut:,} conversations are longer than block_size and lose their end")
@@ -68,7 +70,8 @@ class Facts:
         tokens = (batch_size or self.config.batch_size) * c.block_size
         heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim
         layer = 6 * c.n_embd + 3 * heads + c.n_head * c.head_dim + 4 * c.n_hidden
-        if self.model.blocks[0].attn.blocked or self.choice.sdp_kernel == "math":
+        blocked = self.model.blocks[0].attn.blocked and c.block_size >= 256
+        if blocked or self.choice.sdp_kernel == "math":
             layer += c.n_head * c.block_size  # the attention weights are kept
         per_token = c.n_layer * layer * BYTES[self.choice.dtype] + 3 * 4 * c.vocab_size + 2 * 4 * c.n_embd
         return {
@@ -120,24 +123,26 @@ def show(facts, speed, one_step):
             one_step()
         seconds = (time.perf_counter() - began) / speed.steps
         flops, tokens = speed.flops / speed.steps / seconds, speed.tokens / speed.steps / seconds
-    memory = facts.memory()
-    table = Table(title=f"plan: {facts.task}", show_header=False)
-    shape = model.config
+    c, memory = model.config, facts.memory()
+    needed = [f"{gib(size)} {part}" for part, size in {**memory, "in all": sum(memory.values())}.items()]
+    if choice.memory:
+        needed[-1] += f" of {gib(choice.memory)}; batch_size up to {facts.largest_batch()} fits"
     rows = [
-        ("model", f"{shape.n_layer} layers, width {shape.n_embd}, {shape.n_head} heads ({shape.n_kv_head} key/value), "
-                  f"context {shape.block_size}, vocabulary {shape.vocab_size}"),
+        ("model", f"{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads ({c.n_kv_head} key/value), "
+                  f"context {c.block_size}, vocabulary {c.vocab_size}"),
         ("parameters", f"{model.n_params:,}"),
         ("FLOPs per token", f"{facts.flops_per_token:,} (training)"),
         ("chosen", "\n".join(choice.reasons)),
-        ("memory, estimated", "\n".join(f"{gib(v)} {k}" for k, v in memory.items()) + f"\n{gib(sum(memory.values()))} in all"
-                   + (f" of {gib(choice.memory)}; batch_size up to {facts.largest_batch()} fits" if choice.memory else "")),
+        ("memory, estimated", "\n".join(needed)),
         ("data", f"{facts.batches.tokens_per_epoch:,} tokens an epoch = {facts.steps_per_epoch:,.1f} steps"),
-        ("speed, measured", f"{1000 * seconds:.0f} ms a step, {tokens:,.0f} tokens/s\n{flops / 1e9:,.1f} GFLOP/s = "
-                  f"{flops / peak:.0%} of this machine's matrix product ({peak / 1e9:,.0f} GFLOP/s in {choice.dtype})"),
+        ("speed, measured", f"{1000 * seconds:.0f} ms a step, {tokens:,.0f} tokens/s\n"
+                            f"{flops / 1e9:,.1f} GFLOP/s = {flops / peak:.0%} of a matrix product here "
+                            f"({peak / 1e9:,.0f} GFLOP/s in {choice.dtype})"),
         ("time for an epoch", duration(facts.steps_per_epoch * seconds)),
     ]  # fmt: skip
     if config.max_steps:
         rows.append((f"time for {config.max_steps} steps", duration(config.max_steps * seconds)))
+    table = Table(title=f"plan: {facts.task}", show_header=False)
     for row in rows:
         table.add_row(*row)
     console.print(table)

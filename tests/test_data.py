@@ -470,15 +470,6 @@ def test_a_curriculum_in_order(files):
             np.testing.assert_array_equal(big[row, :width], small[0])
 
 
-def test_in_order_without_shuffling(files):
-    file = files["pretrain_val"]
-    batches = Batches([file], 16, 1, shuffle=False)
-    rows = [batches(step) for step in range(batches.sequences_per_epoch)]
-    targets = np.concatenate([y[mask > 0] for _, y, mask in rows])
-    np.testing.assert_array_equal(targets, file.tokens[1:])
-    np.testing.assert_array_equal(batches(batches.sequences_per_epoch)[0], rows[0][0])
-
-
 def test_a_file_shorter_than_a_block(tmp_path):
     (tmp_path / "x.txt").write_text("ab")
     prepare([tmp_path / "x.txt"], [], tmp_path)

@@ -98,7 +98,7 @@ def endless(tokenizer):
         (["-k", "-1"], "--top_k must be 0 or more, not -1"),
         (["-p", "0"], "--top_p must be above 0 and at most 1, not 0.0"),
         (["-p", "1.5"], "--top_p must be above 0 and at most 1, not 1.5"),
-        (["-r", "0"], "--repetition_penalty must be above 0, not 0.0"),
+        (["-r", "0"], "--repetition_penalty must be between 0.01 and 100, not 0.0"),
         (["-l", "0"], "--max_length must be 2 or more, not 0"),
         (["-s", "-1"], "--seed must be 0 or more and fit in 63 bits, not -1"),
         (["--device", "gpu"], "--device must be auto, cpu, mps, cuda or cuda:N, not 'gpu'"),
