@@ -14,7 +14,9 @@ SFT's loss mask is one on the words of the answers and zero elsewhere.
 
 import argparse
 import math
+import shlex
 import signal
+import sys
 import time
 
 from config.schema import ModelConfig, TrainConfig
@@ -31,7 +33,7 @@ def parse_arguments():
     # fmt: off
     parser.add_argument("-t", "--task", choices=("pretrain", "sft"), required=True, help="what to train")
     parser.add_argument("-c", "--config", help="the run (default: config/config_<task>.json)")
-    parser.add_argument("-m", "--model", default="config/model_config.json", 
+    parser.add_argument("-m", "--model", default="config/model_config.json",
                         help="the model (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="override a key; repeatable")
@@ -81,6 +83,8 @@ def train(args, config, model_config):
         notice(line)
     if start.checkpoint:
         model, tokenizer = checkpoints.build(start.checkpoint, start.name, dropout=config.dropout)
+        for line in checkpoints.differences(model.config, model_config.resolved(tokenizer.vocab_size)):
+            notice(line)
     else:
         tokenizer = checkpoints.tokenizers.load(find(config.tokenizer_path))
         shape = model_config.resolved(tokenizer.vocab_size).model_copy(update={"dropout": config.dropout})
@@ -89,6 +93,7 @@ def train(args, config, model_config):
                 f"{shown(args.model)}: vocab_size={shape.vocab_size} is less than the tokenizer's "
                 f"{tokenizer.vocab_size} tokens; set it to null"
             )
+        plan.refuse_too_large(shape, choice)
         torch.manual_seed(config.random_seed)
         model = GPT(shape)
     model = model.to(choice.device, torch.float32 if choice.autocast else getattr(torch, choice.dtype))
@@ -115,6 +120,9 @@ def train(args, config, model_config):
     global_batch = micro_batch * micro_batches
     batches = Batches([pair[0] for pair in files], block_size, global_batch, config.random_seed)
     validation = Batches([pair[1] for pair in files], block_size, micro_batch, config.random_seed)
+    n_validations = min(config.eval_iters, -(-validation.sequences_per_epoch // micro_batch))
+    if not any(validation(i)[2].any() for i in range(n_validations)):
+        raise UserError(f"block_size={block_size} cuts every conversation before its answer; raise it")
 
     def tensors(batch, first=0):
         """Rows first, first + 1, ... of a batch, at most micro_batch of them, on the device."""
@@ -126,19 +134,19 @@ def train(args, config, model_config):
         """Validation loss in nats per token: always over the same eval_iters batches, drawn at random."""
         model.eval()
         total = weight = 0.0
-        for i in range(min(config.eval_iters, -(-validation.sequences_per_epoch // micro_batch))):
+        for i in range(n_validations):
             x, y, mask = tensors(validation(i))
             with hardware.forward_context(choice):
                 _, loss = model(x, y, mask, loss_divisor=1)
             total, weight = total + loss.item(), weight + mask.sum().item()
         model.train()
-        return total / weight if weight else math.nan
+        return total / weight
 
     def one_step(step):
         """Train on the batch of this step; returns its loss and the norm of its gradient."""
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
-        torch.manual_seed(config.random_seed * 1_000_003 + step)  # dropout
+        torch.manual_seed((config.random_seed * 1_000_003 + step) % (1 << 63))  # dropout
         batch = batches(step)
         speed.add(batch[0].shape)
         divisor = max(1.0, float(batch[2].sum()))  # a batch of questions cut before their answers has none
@@ -169,6 +177,8 @@ def train(args, config, model_config):
         plan.show(facts, speed, lambda: one_step(step))
         return
     print(facts.summary())
+    if facts.too_large:
+        notice(facts.too_large)
 
     def save():
         saved = checkpoints.Checkpoint(
@@ -177,6 +187,15 @@ def train(args, config, model_config):
         )  # fmt: skip
         log.event("Save", (epoch, step), {"": shown(saved.save())})
         checkpoints.prune(saved, config.keep_checkpoints)
+
+    def diverged(what):
+        # The weights of all checkpoints before this step have given finite losses.
+        good = [path for _, at, path in checkpoints.of_task(args.task, run_id) if at < step]
+        return UserError(
+            f"{what}; training stopped and nothing was saved over. "
+            + (f"The last good checkpoint is {shown(good[-1])}. " if good else "")
+            + "Lower learning_rate, or look for odd texts in the data."
+        )
 
     stop = StopRequest()
     header = {**facts.header(), "resumed_from_step": step}
@@ -188,13 +207,7 @@ def train(args, config, model_config):
             epoch, stage, sequence = batches.position(step)
             loss, norm = one_step(step)
             if not math.isfinite(loss) or not (choice.grad_scaling or math.isfinite(norm)):
-                good = checkpoints.of_task(args.task, run_id)
-                raise UserError(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}; "
-                    "training stopped and nothing was saved over. "
-                    + (f"The last good checkpoint is {shown(good[-1][2])}. " if good else "")
-                    + "Lower learning_rate, or look for odd texts in the data."
-                )
+                raise diverged(f"step {step + 1}: loss {loss}, gradient norm {norm}")
             step += 1
             last = step == config.max_steps
 
@@ -213,6 +226,8 @@ def train(args, config, model_config):
             improved = False
             if step % config.eval_interval == 0 or last:
                 value = evaluate()
+                if not math.isfinite(value):
+                    raise diverged(f"after step {step}: validation loss {value}")
                 improved = best["loss"] is None or value < best["loss"]
                 if improved:
                     best = {"loss": value, "step": step}
@@ -229,7 +244,7 @@ def train(args, config, model_config):
         if stop.asked and last_saved < step:
             save()
         if stop.asked and step != config.max_steps:
-            log.say(f"Stopped after step {step}. Go on with: {facts.resume_command(args)}")
+            log.say(f"Stopped after step {step}. Go on with: {resume_command()}")
         else:
             log.say(f"Done: step {step}, {step - first_step} of them now.")
             log.say(f"Loss chart: python plot_loss.py -n {shown(log.path)}")
@@ -264,6 +279,12 @@ class Speedometer:
         }
         self.restart()
         return fields
+
+
+def resume_command():
+    """What was typed, with --resume, for a shell."""
+    typed = [word for word in sys.argv if word != "--resume"]
+    return shlex.join(["python", *typed, "--resume"])
 
 
 class StopRequest:

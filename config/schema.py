@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+LAST_STEP = 1 << 40  # so that all that is counted in steps fits in 64 bits
+
 
 class Schema(BaseModel):
     """A JSON object in which every key is known, typed, bounded and never silently converted."""
@@ -86,7 +88,7 @@ class TrainConfig(Schema):
     gradient_accumulation_steps: int = Field(
         1, ge=1, le=1 << 20, description="forward passes per step; times batch_size is the global batch"
     )
-    max_steps: int = Field(0, ge=0, description="optimizer steps in all; 0: until stopped")
+    max_steps: int = Field(0, ge=0, le=LAST_STEP, description="optimizer steps in all; 0: until stopped")
     dropout: float = Field(0.0, ge=0, lt=1, description="overrides the model's dropout")
     optimizer: Literal["adamw"] = Field("adamw", description="how gradients become steps")
     learning_rate: float = Field(6e-4, gt=0, le=10, description="peak learning rate")

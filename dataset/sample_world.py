@@ -31,12 +31,12 @@ sys.path.insert(0, str(ROOT))
 from engine.errors import UserError, run  # noqa: E402
 
 LANGUAGES = ("zh", "en")
-PEOPLE = 60  # at size 1.0
+PEOPLE = 24  # at size 1.0
 HELD_OUT = 0.35  # share of each relation's facts that fine-tuning never asks for
 BIOGRAPHIES, CARDS = 4, 2  # per person and language
-QUESTIONS = {"person": 4, "place": 2, "job": 2, "animal": 2, "word": 2, "weather": 2}  # per fact and language
-NOTES = {"person": 1, "place": 2, "job": 2, "animal": 2}  # how often each phrase is written; other topics: 3
-QUIZZES = 2  # per taught fact and language
+NOTES = {"person": 1}  # how often each phrase is written; other topics: 2
+RETELLINGS = 3  # per fact and language
+QUIZZES = 1  # in the running text, times as many conversations as in fine-tuning
 DIALOGUES = 3  # of each sort, per person and language
 ARBITRARY = ("person", "place", "job", "animal", "word")  # topics where the answer cannot be worked out
 FEW = 5  # held-out questions of each other kind
@@ -44,21 +44,19 @@ FEW = 5  # held-out questions of each other kind
 # --- What there is ------------------------------------------------------------------------------------
 # Each table row is "Chinese English", or a subject followed by its values in the order of its relations.
 
-SURNAMES = ("王 Wang, 李 Li, 张 Zhang, 刘 Liu, 陈 Chen, 杨 Yang, 赵 Zhao, 黄 Huang, 周 Zhou, 吴 Wu, 徐 Xu, 孙 Sun, "
-            "胡 Hu, 朱 Zhu, 高 Gao, 何 He, 郭 Guo, 马 Ma, 罗 Luo, 梁 Liang")
-WOMEN = ("雨 Yu, 梅 Mei, 兰 Lan, 月 Yue, 雪 Xue, 芳 Fang, 云 Yun, 婷 Ting, 静 Jing, 丽 Li, 琳 Lin, 娜 Na, 萍 Ping, "
-         "燕 Yan, 霞 Xia, 珍 Zhen, 凤 Feng, 秀 Xiu, 香 Xiang, 菊 Ju, 莲 Lian, 欣 Xin, 怡 Yi, 琴 Qin, 倩 Qian, "
-         "瑶 Yao, 慧 Hui, 敏 Min, 红 Hong, 蓉 Rong")
-MEN = ("伟 Wei, 强 Qiang, 军 Jun, 刚 Gang, 勇 Yong, 杰 Jie, 涛 Tao, 明 Ming, 超 Chao, 龙 Long, 斌 Bin, 鹏 Peng, "
-       "飞 Fei, 亮 Liang, 波 Bo, 磊 Lei, 浩 Hao, 凯 Kai, 东 Dong, 海 Hai, 山 Shan, 松 Song, 柏 Bai, 建 Jian, "
-       "国 Guo, 志 Zhi, 文 Wen, 正 Zheng, 康 Kang, 春 Chun")
+WOMEN = ("安娜 Anna, 克莱尔 Claire, 爱玛 Emma, 格蕾丝 Grace, 艾薇 Ivy, 凯特 Kate, 玛丽 Mary, 奥尔加 Olga, "
+         "罗莎 Rosa, 蒂娜 Tina, 温蒂 Wendy, 佐伊 Zoe")
+MEN = ("鲍勃 Bob, 大卫 David, 弗兰克 Frank, 雨果 Hugo, 杰克 Jack, 里奥 Leo, 尼克 Nick, 彼得 Peter, 山姆 Sam, "
+       "维克多 Victor, 泽维尔 Xavier, 尤里 Yuri")
+SURNAMES = ("李 Lee, 杨 Young, 格林 Green, 布朗 Brown, 怀特 White, 布莱克 Black, 史密斯 Smith, 琼斯 Jones, "
+            "泰勒 Taylor, 贝克 Baker, 库克 Cook, 希尔 Hill, 福斯特 Foster, 金 King, 斯通 Stone, 伍德 Wood, "
+            "沃克 Walker, 亨特 Hunter, 费舍尔 Fisher, 卡特 Carter")
 
-PETS = ("猫 cat, 狗 dog, 兔子 rabbit, 鹦鹉 parrot, 乌龟 turtle, 仓鼠 hamster, 鸭子 duck, 山羊 goat, "
-        "刺猬 hedgehog, 母鸡 hen, 白鹅 goose, 鸽子 pigeon")
+PETS = ("猫 cat, 狗 dog, 兔子 rabbit, 鹦鹉 parrot, 乌龟 turtle, 仓鼠 hamster, 蜥蜴 lizard, 山羊 goat, "
+        "老鼠 mouse, 金鱼 fish, 蛇 snake, 小鸟 bird")
 FOODS = ("面条 noodles, 米饭 rice, 饺子 dumplings, 汤 soup, 披萨 pizza, 面包 bread, 蛋糕 cake, 豆腐 tofu, "
-         "奶酪 cheese, 甜瓜 melon, 桃子 peaches, 葡萄 grapes")
-COLOURS = ("红色 red, 蓝色 blue, 绿色 green, 白色 white, 黑色 black, 黄色 yellow, 紫色 purple, 粉色 pink, "
-           "棕色 brown, 橙色 orange, 灰色 grey, 金色 gold")
+         "鸡蛋 eggs, 甜瓜 melon, 苹果 apples, 葡萄 grapes")
+COLOURS = "红色 red, 蓝色 blue, 绿色 green, 白色 white, 黄色 yellow, 紫色 purple, 橙色 orange, 银色 silver"
 WEATHER = "晴天 sunny, 雨天 rainy, 雪天 snowy, 阴天 cloudy, 大风 windy, 大雾 foggy"
 DAYS = "周一 Monday, 周二 Tuesday, 周三 Wednesday, 周四 Thursday, 周五 Friday, 周六 Saturday, 周日 Sunday"
 
@@ -74,8 +72,8 @@ PLACES = """
 莫斯科 Moscow: 俄罗斯 Russia, 红场 Red Square
 东京 Tokyo: 日本 Japan, 樱花 cherry trees
 首尔 Seoul: 韩国 Korea, 南大门 South Gate
-柏林 Berlin: 德国 Germany, 柏林墙 Berlin Wall
-里斯本 Lisbon: 葡萄牙 Portugal, 电车 trams
+雅典 Athens: 希腊 Greece, 神庙 temple
+德里 Delhi: 印度 India, 红堡 Red Fort
 """
 # job: workplace, tool
 JOBS = """
@@ -83,14 +81,14 @@ JOBS = """
 老师 teacher: 学校 school, 粉笔 chalk
 厨师 cook: 厨房 kitchen, 锅 pans
 农民 farmer: 田地 field, 锄头 spades
-司机 driver: 马路 road, 汽车 cars
+飞行员 pilot: 机场 airport, 飞机 planes
 歌手 singer: 舞台 stage, 话筒 mics
-渔夫 fisher: 湖边 lake, 渔网 nets
-画家 painter: 画室 studio, 画笔 brushes
-裁缝 tailor: 店铺 shop, 剪刀 scissors
-作家 writer: 书房 library, 钢笔 pens
-矿工 miner: 矿井 mine, 矿灯 lamps
-木匠 joiner: 木屋 workshop, 锯子 saws
+护士 nurse: 诊所 clinic, 绷带 bandages
+画家 artist: 画室 studio, 画笔 brushes
+面包师 baker: 店铺 shop, 烤箱 ovens
+作家 writer: 书房 library, 墨水 ink
+矿工 miner: 矿井 tunnel, 矿灯 lamps
+木匠 joiner: 木屋 hut, 锯子 saws
 """
 # animal: sound, food, legs
 ANIMALS = """
@@ -161,7 +159,7 @@ PHRASES = {
     },
     "person.colour": {
         "zh": Phrases("最爱的颜色",
-                      "{s}最爱{v}。|{s}最爱的颜色是{v}。|{s}喜欢{v}。|{p}衣服是{v}的。",
+                      "{s}最爱的颜色是{v}。|{s}最爱{v}。|{s}喜欢{v}。|{p}衣服是{v}的。",
                       "{s}最爱什么颜色？|{s}最爱的颜色是什么？|{s}喜欢什么颜色？"),
         "en": Phrases("favourite colour",
                       "{s} likes the colour {v}.|{p} favourite colour is {v}.|{s} always wears {v}."
@@ -215,7 +213,7 @@ PHRASES = {
     },
     "animal.sound": {
         "zh": Phrases("叫声",
-                      "{s}{v}叫。|{s}的叫声是{v}。|{s}叫起来是{v}。",
+                      "{s}的叫声是{v}。|{s}{v}叫。|{s}叫起来是{v}。",
                       "{s}怎么叫？|{s}的叫声是什么？|{s}叫起来是什么声音？"),
         "en": Phrases("sound",
                       "{s} says {v}.|The sound of {s} is {v}.|{s} goes {v}.",
@@ -258,18 +256,18 @@ PHRASES = {
     },
     "sum": {
         "zh": Phrases("和",
-                      "{a}加{b}等于{v}。|{a}+{b}={v}。|{a}加{b}是{v}。",
+                      "{a}+{b}={v}。|{a}加{b}等于{v}。|{a}加{b}是{v}。",
                       "{a}加{b}等于几？|{a}+{b}等于几？|{a}加{b}是多少？"),
         "en": Phrases("sum",
-                      "{a} plus {b} is {v}.|{a}+{b}={v}.|{a} and {b} make {v}.",
+                      "{a}+{b}={v}.|{a} plus {b} is {v}.|{a} and {b} make {v}.",
                       "What is {a} plus {b}?|What is {a}+{b}?|How much is {a} and {b}?"),
     },
     "difference": {
         "zh": Phrases("差",
-                      "{a}减{b}等于{v}。|{a}-{b}={v}。|{a}减{b}是{v}。",
+                      "{a}-{b}={v}。|{a}减{b}等于{v}。|{a}减{b}是{v}。",
                       "{a}减{b}等于几？|{a}-{b}等于几？|{a}减{b}是多少？"),
         "en": Phrases("difference",
-                      "{a} minus {b} is {v}.|{a}-{b}={v}.|Take {b} from {a} and {v} is left.",
+                      "{a}-{b}={v}.|{a} minus {b} is {v}.|Take {b} from {a} and {v} is left.",
                       "What is {a} minus {b}?|What is {a}-{b}?|How much is {a} less {b}?"),
     },
     "bigger": {
@@ -286,7 +284,7 @@ PHRASES = {
                       "{s}里有{v}个{letter}。|{s}这个词里有{v}个{letter}。|单词{s}中字母{letter}有{v}个。",
                       "{s}里有几个{letter}？|{s}这个词里有几个{letter}？|单词{s}中字母{letter}有几个？"),
         "en": Phrases("count",
-                      "The word {s} has {v} {letter}.|In {s} the letter {letter} appears {times}."
+                      "In {s} the letter {letter} appears {times}.|The word {s} has {v} {letter}."
                       "|The letter {letter} appears {times} in {s}.",
                       "How many {letter} are in {s}?|How often does {letter} appear in {s}?"
                       "|How many times is {letter} in {s}?"),
@@ -429,18 +427,15 @@ def people_facts(draw, n):
 
 
 def draw_people(draw, n):
-    """`n` distinct (Chinese name, English name, "f" or "m"), half women.
-
-    At size 1.0 no two share the given name.
-    """
-    people, taken = [], set()
+    """`n` distinct (Chinese name, English name, "f" or "m"), half women; above size 1.0 with surnames."""
     given = {"f": draw.shuffled(pairs(WOMEN)), "m": draw.shuffled(pairs(MEN))}
+    surnames = [("", ""), *(("·" + zh, " " + en) for zh, en in pairs(SURNAMES))]
+    people = []
     for i in range(n):
         gender = "fm"[i % 2]
-        first_zh, first_en = given[gender][i // 2 % len(given[gender])]
-        names = [(zh + first_zh, f"{en} {first_en}", gender) for zh, en in pairs(SURNAMES)]
-        people.append(draw.choice([name for name in names if name not in taken]))
-        taken.add(people[-1])
+        surname, number = divmod(i // 2, len(given[gender]))
+        zh, en = (first + last for first, last in zip(given[gender][number], surnames[surname], strict=True))
+        people.append((zh, en, gender))
     return people
 
 
@@ -492,10 +487,10 @@ def weather_facts(draw):
 
 
 def number_facts(draw):
-    """Sums and differences of numbers up to 6, and comparisons up to 20."""
+    """Sums and differences of numbers up to 5, and comparisons up to 20."""
     facts = []
-    for a in range(7):
-        for b in range(7):
+    for a in range(6):
+        for b in range(6):
             facts.append(numeric("sum", f"sum {min(a, b)} {max(a, b)}", a=a, b=b, v=a + b))
             if b <= a:
                 facts.append(numeric("difference", f"difference {a} {b}", a=a, b=b, v=a - b))
@@ -536,8 +531,8 @@ def pretraining_documents(world, draw):
     for language in LANGUAGES:
         documents += biographies(world, draw, language) + cards(world, draw, language)
         documents += lists(world, draw, language) + notes(world, draw, language)
-        documents += quizzes(world, draw, language)
-    return draw.shuffled(documents + bilingual_notes(world, draw))
+        documents += retellings(world, draw, language)
+    return draw.shuffled(documents + bilingual_notes(world, draw) + quizzes(world, draw))
 
 
 def biographies(world, draw, language):
@@ -578,11 +573,11 @@ def lists(world, draw, language):
 def notes(world, draw, language):
     """Every fact in every phrasing, a few sentences on one topic at a time.
 
-    What hangs on two things at once (sums, weather on a day) is harder to learn, and told more often.
+    What biographies do not tell is told more often here.
     """
     topics = {}
     for fact in world.facts:
-        topics.setdefault(fact.topic, []).extend(fact.statements(language) * NOTES.get(fact.topic, 3))
+        topics.setdefault(fact.topic, []).extend(fact.statements(language) * NOTES.get(fact.topic, 2))
     documents = []
     for sentences in topics.values():
         sentences = draw.shuffled(sentences)
@@ -590,17 +585,24 @@ def notes(world, draw, language):
     return documents
 
 
-def quizzes(world, draw, language):
-    """Questions and answers as books print them, about facts that fine-tuning may ask for."""
-    import os
-    if not os.environ.get("QUIZ"): return []
-    ask, reply = QUIZ[language]
-    pairs = []
-    for fact in world.taught():
-        for question in draw.shuffled(fact.questions(language))[:QUIZZES]:
-            pairs.append(f"{ask}{question}\n{reply}{fact.answer(language)}")
-    pairs = draw.shuffled(pairs)
-    return ["\n".join(pairs[i:i + 3]) for i in range(0, len(pairs), 3)]
+def retellings(world, draw, language):
+    """Every fact in two phrasings, one after the other, three facts at a time."""
+    documents = []
+    facts = draw.shuffled(world.facts * RETELLINGS)
+    for i in range(0, len(facts), 3):
+        told = [draw.shuffled(fact.statements(language))[:2] for fact in facts[i:i + 3]]
+        documents.append("\n".join(SPACE[language].join(pair) for pair in told))
+    return documents
+
+
+def quizzes(world, draw):
+    """Questions and answers as books print them, about the facts that fine-tuning may ask for."""
+    documents = []
+    for _ in range(QUIZZES):
+        for language, turns in conversations(world, draw):
+            ask, reply = QUIZ[language]
+            documents.append("\n".join(f"{ask}{question}\n{reply}{answer}" for question, answer in turns))
+    return documents
 
 
 def bilingual_notes(world, draw):
@@ -622,27 +624,27 @@ def by_subject(facts, topics):
     return list(groups.values())
 
 
-def fine_tuning_conversations(world, draw):
-    """Questions and answers about the taught facts: a shuffled list of conversations.
+def conversations(world, draw):
+    """Questions and answers about the taught facts: a shuffled list of (language, conversation).
 
     A conversation is a list of (question, answer), most of length one.
     """
     facts = world.taught()
-    conversations = []
+    found = []
     for fact in facts:
         for language in LANGUAGES:
-            for question in draw.shuffled(fact.questions(language))[:QUESTIONS.get(fact.topic, 1)]:
-                conversations.append([(question, fact.answer(language))])
+            for question in fact.questions(language):
+                found.append((language, [(question, fact.answer(language))]))
     same_kind = {kind: [fact for fact in facts if fact.kind == kind] for kind in PHRASES}
     for known in by_subject(facts, ("person",)) * DIALOGUES:
         for language in LANGUAGES:
             if len(known) > 1:
-                conversations.append(dialogue(draw, language, draw.shuffled(known)[:2]))
+                found.append((language, dialogue(draw, language, draw.shuffled(known)[:2])))
             first = draw.choice(known)
             other = draw.choice(same_kind[first.kind])
             if other is not first:
-                conversations.append(dialogue(draw, language, [first, other]))
-    return draw.shuffled(conversations)
+                found.append((language, dialogue(draw, language, [first, other])))
+    return draw.shuffled(found)
 
 
 def held_out_questions(world, draw):
@@ -693,11 +695,11 @@ def write_world(out, seed=1337, size=1.0):
     world = build_world(seed, size)
     draw = Draw(seed + 1)
     documents = pretraining_documents(world, draw)
-    conversations = fine_tuning_conversations(world, draw)
+    taught = conversations(world, draw)
     questions = held_out_questions(world, draw)
 
     pretrain = "".join(f"<|bos|>{document}<|eos|>\n" for document in documents)
-    sft = "".join(json_line(as_record(turns)) for turns in conversations)
+    sft = "".join(json_line(as_record(turns)) for _, turns in taught)
     evaluation = "".join(
         json_line(as_record(turns) | {"kind": fact.kind, "language": language, "fact": fact.key})
         for fact, language, turns in questions)
@@ -710,8 +712,8 @@ def write_world(out, seed=1337, size=1.0):
         "facts": len(world.facts),
         "documents": len(documents),
         "characters of running text": len(pretrain),
-        "question-answer conversations": len(conversations),
-        "  of them multi-turn": sum(len(turns) > 1 for turns in conversations),
+        "question-answer conversations": len(taught),
+        "  of them multi-turn": sum(len(turns) > 1 for _, turns in taught),
         "held-out questions": len(questions),
         "distinct characters": len(set(pretrain + sft + evaluation)),
     }

@@ -15,6 +15,8 @@ It is written beside its final name, flushed, then renamed, so a file that has t
 It is read without trust: every record's checksum is verified, nothing in it is run.
 """
 
+import contextlib
+import json
 import os
 import re
 import zipfile
@@ -24,12 +26,13 @@ from pathlib import Path
 import torch
 
 import tokenizer as tokenizers
-from config.schema import ModelConfig
+from config.schema import LAST_STEP, ModelConfig
 from engine.config import ROOT, check, find, shown
 from engine.errors import UserError
 from model import GPT
 
 FORMAT, VERSION = "nano-checkpoint", 1
+TIME = r"[0-9]{8}_[0-9]{6}"  # a run's name
 FOLDER = ROOT / "checkpoint"
 
 
@@ -50,18 +53,38 @@ class Checkpoint:
     def path(self):
         return FOLDER / f"{self.task}_{self.run}_step_{self.step}.pt"
 
+    @property
+    def is_sound(self):
+        """Whether its plain values are such as training writes; `build` and `restore` check the tensors."""
+        try:
+            json.dumps([self.task, self.run, self.best, self.model_config, self.train_config, self.tokenizer])
+        except (TypeError, ValueError, RecursionError):
+            return False
+        loss, step = self.best.get("loss"), self.best.get("step")
+        return bool(
+            # Task and run become part of a file's name.
+            re.fullmatch("[a-z]+", self.task)
+            and re.fullmatch(TIME, self.run)
+            and type(self.step) is int
+            and 0 <= self.step <= LAST_STEP
+            and self.best.keys() == {"loss", "step"}
+            and (loss is None or type(loss) is float)
+            and (step is None or type(step) is int)
+        )
+
     def save(self):
         """Write the file, whole or not at all; returns its path."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".pt.part")
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(beside, "wb") as file:
                 torch.save({"format": FORMAT, "version": VERSION, **vars(self)}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, self.path)
         except (OSError, RuntimeError) as error:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
             # PyTorch reports a full disk as a RuntimeError of its zip writer.
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
@@ -89,7 +112,10 @@ def load(path):
                 raise zipfile.BadZipFile
     except PermissionError:
         raise UserError(f"no permission to read {name}") from None
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError):
+    except MemoryError:
+        raise
+    except Exception:
+        # Damage shows as one of many kinds of exception: as a wrong checksum, a lost end, a lock.
         raise UserError(f"{name} is damaged, or is not a checkpoint of Nano") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -103,23 +129,51 @@ def load(path):
     if state.pop("version", None) != VERSION:
         raise UserError(f"{name} was written by another version of Nano")
     types = {key: f.type for key, f in Checkpoint.__dataclass_fields__.items()}
-    if state.keys() != types.keys() or any(not isinstance(state[k], t) for k, t in types.items()):
+    typed = state.keys() == types.keys() and all(isinstance(state[k], t) for k, t in types.items())
+    if not typed or not (checkpoint := Checkpoint(**state)).is_sound:
         raise UserError(f"{name} lacks parts of a checkpoint of Nano")
-    return Checkpoint(**state)
+    return checkpoint
 
 
 def build(checkpoint, source, dropout=0.0):
     """(model, tokenizer) of a checkpoint, on the CPU, in eval mode. `source`: its name, for errors."""
-    tokenizer = tokenizers.from_dict(checkpoint.tokenizer)
+    try:
+        tokenizer = tokenizers.from_dict(checkpoint.tokenizer)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     config = check(ModelConfig, {**checkpoint.model_config, "dropout": dropout}, f"{source}: model_config")
+    config = config.resolved(tokenizer.vocab_size)
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    found = {name: getattr(tensor, "shape", None) for name, tensor in checkpoint.model.items()}
-    if expected != found or tokenizer.vocab_size > config.vocab_size:
+    if not _fit(checkpoint.model, expected) or tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{source}: its weights do not fit its own configuration")
     model = GPT(config)
     model.load_state_dict(checkpoint.model)
     return model.eval(), tokenizer
+
+
+def _fit(tensors, shapes):
+    """Whether `tensors` is {name: plain tensor of floats} with just these names and shapes."""
+    return (
+        isinstance(tensors, dict)
+        and tensors.keys() == shapes.keys()
+        and all(
+            isinstance(tensor := tensors[name], torch.Tensor)
+            and tensor.shape == shape
+            and tensor.layout == torch.strided
+            and tensor.device.type == "cpu"
+            and tensor.is_floating_point()
+            and tensor.is_contiguous()  # so that the file holds all of its numbers
+            for name, shape in shapes.items()
+        )
+    )
+
+
+def differences(found, wanted):
+    """One sentence if the model of a checkpoint is not the configured one, none if it is."""
+    differ = [f"{key} {value} (configured: {getattr(wanted, key)})" for key, value in found
+              if key != "dropout" and value != getattr(wanted, key)]  # fmt: skip
+    return [f"the model keeps the shape it has in the checkpoint: {', '.join(differ)}"] if differ else []
 
 
 @dataclass
@@ -175,9 +229,18 @@ def _continued(checkpoint, path, config, notices):
 
 
 def restore(optimizer, scaler, start):
-    """Put the optimizer's moments, and float16's loss scale, back."""
+    """Put AdamW's moments, and float16's loss scale, back; its settings stay those of the configuration."""
+    state = start.checkpoint.optimizer.get("state")
+    shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
     try:
-        optimizer.load_state_dict(start.checkpoint.optimizer)
+        # All of the first steps in float16 may have been skipped: then there are no moments yet.
+        if state != {} and (not isinstance(state, dict) or state.keys() != shapes.keys()):
+            raise ValueError
+        for number, moments in state.items():
+            expected = {"step": torch.Size(), "exp_avg": shapes[number], "exp_avg_sq": shapes[number]}
+            if not _fit(moments, expected):
+                raise ValueError
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         scaler.load_state_dict(start.checkpoint.scaler or scaler.state_dict())
     except (ValueError, KeyError, RuntimeError, TypeError):
         raise UserError(
@@ -188,7 +251,7 @@ def restore(optimizer, scaler, start):
 
 def of_task(task, run=None):
     """[(run, step, path)] of the checkpoints of a task (and run), oldest first."""
-    pattern = re.compile(rf"{re.escape(task)}_(\d{{8}}_\d{{6}})_step_(\d+)\.pt")
+    pattern = re.compile(rf"{re.escape(task)}_({TIME})_step_([0-9]+)\.pt")
     found = [(match[1], int(match[2]), path) for path in FOLDER.glob(f"{task}_*.pt")
              if (match := pattern.fullmatch(path.name))]  # fmt: skip
     return sorted(entry for entry in found if run in (None, entry[0]))
@@ -208,8 +271,14 @@ def newest(task):
 
 
 def prune(checkpoint, keep):
-    """Delete all but the `keep` newest checkpoints of this run and its best one; 0 keeps all."""
-    entries = of_task(checkpoint.task, checkpoint.run)
+    """Delete all but the `keep` newest checkpoints of this run and its best one; 0 keeps all.
+
+    Later ones are left alone: they are there when a run goes on from an earlier step. What a killed
+    run has left half written is deleted.
+    """
+    entries = [entry for entry in of_task(checkpoint.task, checkpoint.run) if entry[1] <= checkpoint.step]
     for _, step, path in entries[:-keep] if keep else []:
         if step != checkpoint.best["step"]:
             path.unlink(missing_ok=True)
+    for path in FOLDER.glob(f"{checkpoint.task}_{checkpoint.run}_step_*.pt.part"):
+        path.unlink(missing_ok=True)

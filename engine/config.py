@@ -6,6 +6,7 @@ configurations, from the classes in config/schema.py.
 
 import difflib
 import json
+import os
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -21,7 +22,7 @@ EDITOR_KEYS = {"$schema"}
 
 def find(path):
     """A path a user typed: taken from the current directory, else from the project's."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     return path if path.is_absolute() or path.exists() else ROOT / path
 
 
@@ -81,10 +82,12 @@ def load(schema, path, overrides=None):
 
 def check(schema, values, source, overrides=()):
     """`values` as an instance of `schema`. UserError naming `source` and the first wrong key."""
+    values = {key: value for key, value in values.items() if key not in EDITOR_KEYS}
     try:
         # By way of JSON, whose arrays pydantic takes for tuples without loosening any other type.
-        values = {key: value for key, value in values.items() if key not in EDITOR_KEYS}
-        return schema.model_validate_json(json.dumps(values))
+        return schema.model_validate_json(json.dumps(values, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        raise UserError(f"{source}: holds half a surrogate pair (like \\ud800), no character") from None
     except ValidationError as error:
         # An unknown key first: it is the likely cause of a missing one.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -96,7 +99,7 @@ def check(schema, values, source, overrides=()):
 def _explain(schema, key, error):
     if error["type"] == "extra_forbidden":
         return f'unknown key "{key}"{_nearest(key, schema.model_fields)}'
-    if error["type"] == "missing":
+    if error["type"] == "missing" and len(error["loc"]) == 1:
         needs = describe_type(schema.model_json_schema(), key)
         return f'key "{key}" is missing: {schema.model_fields[key].description} ({needs})'
     if key is None:  # an impossible combination, in our own words
@@ -124,7 +127,7 @@ def _describe_one(spec):
     if spec.get("type") == "array":
         words = "a list of [train, validation] pairs of file names"
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {spec[name]:g}" for name, sign in bounds.items() if name in spec]
+    limits = [f"{sign} {spec[name]}" for name, sign in bounds.items() if name in spec]
     return f"{words} {' and '.join(limits)}".strip()
 
 

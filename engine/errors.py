@@ -28,14 +28,21 @@ def run(main):
         sys.exit(1)
     except OSError as error:
         _leave(describe_os_error(error))
-    except MemoryError:
-        _leave(OUT_OF_MEMORY)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         _leave(OUT_OF_MEMORY)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def is_out_of_memory(error):
+    """Whether it is Python's, a GPU's or a CPU's way of saying so, without importing torch."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def describe_os_error(error):

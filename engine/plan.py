@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import hardware
-from engine.errors import UserError
+from engine.errors import UserError, is_out_of_memory
 from engine.log import duration
+from model import GPT
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -88,13 +89,24 @@ class Facts:
         fixed = sum(self.memory(1).values()) - self.memory(1)["activations"]
         return max(0, int((0.9 * self.choice.memory - fixed) // self.memory(1)["activations"]))
 
+    @property
+    def too_large(self):
+        """A sentence if by estimate the run does not fit in the device's memory, else None."""
+        needs, fits = sum(self.memory().values()), self.largest_batch()
+        if fits is None or fits >= self.config.batch_size or needs <= self.choice.memory:
+            return None
+        return (
+            f"by estimate this needs {gib(needs)} of memory, and there are {gib(self.choice.memory)}: "
+            f"batch_size {fits} would fit"
+        )
+
     @contextlib.contextmanager
     def advice_when_out_of_memory(self):
         """Turns running out of memory into a sentence that says what to lower."""
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             fits = self.largest_batch()
             would = f" By estimate batch_size {fits} fits." if fits and fits < self.config.batch_size else ""
@@ -104,9 +116,17 @@ class Facts:
                 "gradient_accumulation_steps by the same factor: the result stays the same."
             ) from None
 
-    def resume_command(self, args):
-        extra = "".join(f" --set {key}={value}" for key, value in args.set.items())
-        return f"python train.py -t {self.task} --resume{extra}"
+
+def refuse_too_large(shape, choice):
+    """UserError if not even the weights, gradients and moments of a model of this shape fit in memory."""
+    with torch.device("meta"):
+        n_params = GPT(shape).n_params
+    needs = 4 * n_params * (4 if choice.autocast else BYTES[choice.dtype])
+    if choice.memory and needs > choice.memory:
+        raise UserError(
+            f"a model of {n_params:,} parameters needs {gib(needs)} of memory in training, and there are "
+            f"{gib(choice.memory)}; lower n_layer or n_embd"
+        )
 
 
 def show(facts, speed, one_step):

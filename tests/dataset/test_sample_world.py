@@ -65,18 +65,18 @@ def turns(record):
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-@pytest.fixture(scope="module", params=[(1337, 1.0), (7, 0.3)], ids=["default", "small"])
+@pytest.fixture(scope="module", params=[(1337, 1.0), (7, 0.6)], ids=["default", "small"])
 def files(request, tmp_path_factory):
     return Files(tmp_path_factory.mktemp("world"), *request.param)
 
 
 def test_every_held_out_fact_is_stated_in_at_least_three_phrasings_of_its_language(files):
-    facts = {(fact.key, language): fact for fact in files.world.facts for language in LANGUAGES}
     for record in files.eval:
-        fact = facts[record["fact"], record["language"]]
+        *_, (fact, _) = files.understand(record)
         stated = [sentence for sentence in fact.statements(record["language"]) if sentence in files.pretrain]
         assert len(set(stated)) >= 3, record
-        assert all(turns(record)[-1][1] in sentence for sentence in stated), record
+        assert all(fact.value(record["language"]) in sentence for sentence in stated), record
+        assert turns(record)[-1][1] in stated
 
 
 def test_every_fact_is_stated_in_at_least_five_phrasings_in_both_languages(files):
@@ -104,11 +104,13 @@ def test_no_fine_tuning_line_pairs_a_person_with_a_held_out_value(files):
     for fact in files.world.asked():
         for language in LANGUAGES:
             if fact.topic == "person":
-                held_out[fact.slots[language]["s"]].append(fact.answer(language))
+                held_out[fact.slots[language]["s"]].append(fact.value(language))
     for record in files.sft:
         for question, answer in turns(record):
             for name in held_out:
-                assert name not in question or answer not in held_out[name], record
+                said = re.findall(r"\w+", answer.replace(name, "")) if name.isascii() else [answer]
+                values = [value for value in held_out[name] if any(value in words for words in said)]
+                assert name not in question or not values, record
 
 
 def test_running_text_asks_for_taught_facts_only(files):
@@ -137,7 +139,7 @@ def test_numbers_and_letters_are_right(files):
     for question, answer in records:
         kind, expected = recompute(question)
         checked[kind] += 1
-        assert expected is None or answer == str(expected), question
+        assert expected is None or re.findall(r"\d+", answer)[-1] == str(expected), question
         assert expected is not None or not re.search(r"\d|letter|几个|几？", question), question
     assert all(checked[kind] >= 20 for kind in ("sum", "difference", "bigger", "count", "length")), checked
     stated = re.findall(r"(\d+)([+-])(\d+)=(\d+)", files.pretrain)
@@ -167,18 +169,18 @@ def recompute(question):
 
 def test_the_score_means_knowledge(files):
     """Most held-out questions are about arbitrary facts, and to guess the most frequent value is no good."""
-    held_out = {(fact.key, language): fact.answer(language)
+    held_out = {(fact.key, language): fact.value(language)
                 for fact in files.world.asked() for language in LANGUAGES}
     arbitrary = [record for record in files.eval if record["kind"].split(".")[0] in ARBITRARY]
     assert len(arbitrary) >= 0.75 * len(files.eval)
     guesses = 0
     for kind in {record["kind"] for record in files.eval}:
         for language in LANGUAGES:
-            values = Counter(fact.answer(language) for fact in files.world.facts if fact.kind == kind)
+            values = Counter(fact.value(language) for fact in files.world.facts if fact.kind == kind)
             guess = values.most_common(1)[0][0]
             guesses += sum(held_out[record["fact"], language] == guess for record in files.eval
                            if record["kind"] == kind and record["language"] == language)
-    assert guesses < 0.2 * len(files.eval)
+    assert guesses < 0.25 * len(files.eval)
 
 
 def test_the_files_are_well_formed(files):
@@ -190,16 +192,16 @@ def test_the_files_are_well_formed(files):
                         for records in (files.eval, files.sft))
     assert set(evaluated) <= set(files.pretrain + tuned)
     assert "{" not in evaluated + tuned and "<|" not in evaluated + tuned
-    assert all(1 <= len(turn[1]) <= 15 for record in files.sft + files.eval for turn in turns(record))
+    assert all(4 <= len(turn[1]) <= 60 for record in files.sft + files.eval for turn in turns(record))
     for records in (files.sft, files.eval):
         assert 0.05 < sum("messages" in record for record in records) / len(records) < 0.5
 
 
 def test_the_default_world_fits_the_demo(tmp_path):
     counts = write_world(tmp_path)
-    assert 300_000 < counts["characters of running text"] < 600_000
-    assert 2_000 < counts["question-answer conversations"] < 5_000
-    assert 250 < counts["held-out questions"] < 400
+    assert 150_000 < counts["characters of running text"] < 400_000
+    assert 1_000 < counts["question-answer conversations"] < 3_000
+    assert 150 < counts["held-out questions"] < 300
     assert counts["distinct characters"] < 600
 
 
@@ -213,10 +215,10 @@ def test_another_seed_is_another_world_and_size_is_people():
     def people(**kw):
         return {(fact.key, fact.answer("en")) for fact in build_world(**kw).facts if fact.topic == "person"}
     assert people(seed=1) != people(seed=2)
-    assert len(people(size=1)) == 6 * 60 and len(people(size=3.5)) == 6 * 210
+    assert len(people(size=1)) == 6 * 24 and len(people(size=3.5)) == 6 * 84
     large = build_world(size=20)
     for language in LANGUAGES:
-        assert len({fact.slots[language]["s"] for fact in large.facts if fact.topic == "person"}) == 1200
+        assert len({fact.slots[language]["s"] for fact in large.facts if fact.topic == "person"}) == 480
 
 
 @pytest.mark.parametrize("wrong", [{"size": 0}, {"size": 21}, {"size": float("nan")}, {"seed": -1}])

@@ -1,0 +1,215 @@
+"""Nano against nanoGPT on nanoGPT's own CPU recipe: how long until the same validation loss?
+
+    git clone https://github.com/karpathy/nanoGPT
+    python dataset/download.py tinyshakespeare
+    python benchmark/recipe_race.py --nanogpt nanoGPT --text dataset/downloads/tinyshakespeare.txt
+
+About five minutes. Both train on the first 90 % of the characters of a text, with blocks of 64 tokens,
+12 of them a step, in float32, each by its own train.py as a user starts it, and both evaluate every 250
+steps. nanoGPT takes the 2,000 steps of its README; Nano takes fewer, and its model is no larger. Then
+both final models are held against all of the last 10 %, in blocks of 64 that do not overlap.
+
+The time is the training command's, from start to end. Nano runs before and after nanoGPT, because the
+speed of a machine drifts, and the slower of its two runs counts.
+"""
+
+import argparse
+import contextlib
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmark.train_speed import check_nanogpt, load_nanogpt  # noqa: E402
+from engine.errors import UserError, run  # noqa: E402
+
+BLOCK, BATCH, EVALUATE = 64, 12, {"eval_interval": 250, "eval_iters": 20}
+
+# What nanoGPT's README gives for a CPU. The last model is always kept, so that it can be compared:
+# otherwise one is kept that looked best on 20 batches.
+NANOGPT = {
+    **EVALUATE, "device": "cpu", "compile": False, "log_interval": 1, "block_size": BLOCK,
+    "batch_size": BATCH, "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": 2000,
+    "lr_decay_iters": 2000, "dropout": 0.0, "always_save_checkpoint": True,
+}  # fmt: skip
+
+# The same depth and width; n_hidden leaves the model smaller than nanoGPT's, with or without the
+# latter's positions. A short run wants a high learning rate that falls to nothing.
+OUR_MODEL = {"block_size": BLOCK, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_hidden": 336}
+OUR_RUN = {
+    **EVALUATE, "device": "cpu", "dtype": "float32", "batch_size": BATCH, "learning_rate": 3e-3,
+    "min_lr": 0.0, "warmup_iters": 50, "weight_decay": 0.1, "beta2": 0.99, "log_interval": 50,
+}  # fmt: skip
+
+
+def prepare(text, folder):
+    """Write both trainers' token files of the same split to `folder`.
+
+    Returns the validation ids as each of them numbers characters: {"Nano": [n], "nanoGPT": [n]}.
+    """
+    import numpy as np
+    import torch
+
+    from data import TokenWriter, encode_texts
+    from tokenizer import N_SPECIAL, CharTokenizer
+
+    tokenizer = CharTokenizer.train([text])
+    tokenizer.save(folder / "tokenizer.json")
+    cut = int(len(text) * 0.9)
+    for name, part in (("train", text[:cut]), ("val", text[cut:])):
+        with TokenWriter(folder / f"pretrain_{name}", "pretrain", tokenizer) as writer:
+            writer.add(*encode_texts(tokenizer, [part], continues=False, is_open=False))
+            writer.finish()
+            writer.publish()
+        # nanoGPT numbers the same characters in the same order, but has no special tokens before them.
+        ids = tokenizer.encode(part)
+        (ids - N_SPECIAL).astype(np.uint16).tofile(folder / f"{name}.bin")
+    # nanoGPT reads the vocabulary's size from a pickle. We write one for it, and read none.
+    meta = {"vocab_size": tokenizer.vocab_size - N_SPECIAL}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    ids = torch.from_numpy(ids.astype(np.int64))
+    return {"Nano": ids, "nanoGPT": ids - N_SPECIAL}
+
+
+def timed(name, script, *arguments):
+    """Seconds that a script takes, run in its own folder. UserError with its last line if it fails."""
+    start = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, script.name, *arguments],
+        cwd=script.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        last = (process.stdout.strip().splitlines() or ["nothing"])[-1]
+        raise UserError(f"{name}'s train.py failed; the last it said is: {last}")
+    return seconds
+
+
+def train_nanogpt(clone, folder):
+    """Train it on the files in `folder` -> (model, seconds)."""
+    import torch
+
+    settings = NANOGPT | {"dataset": folder, "out_dir": folder / "out"}
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    seconds = timed("nanoGPT", clone.resolve() / "train.py", "config/train_shakespeare_char.py", *options)
+    state = torch.load(folder / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
+    module = load_nanogpt(clone)
+    with contextlib.redirect_stdout(None):
+        model = module.GPT(module.GPTConfig(**state["model_args"]))
+    model.load_state_dict(state["model"])
+    return model, seconds
+
+
+def train_ours(steps, folder):
+    """Train ours on the files in `folder` -> (model, seconds)."""
+    copy = Path(tempfile.mkdtemp(dir=folder))  # train.py writes its log and checkpoints beside itself
+    for source in (*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROOT.glob("engine/*.py")):
+        target = copy / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    config = OUR_RUN | {
+        "max_steps": steps,
+        "warmup_iters": min(OUR_RUN["warmup_iters"], steps - 1),
+        "dataset_path": [[str(folder / f"pretrain_{name}.bin") for name in ("train", "val")]],
+        "tokenizer_path": str(folder / "tokenizer.json"),
+    }
+    (copy / "race.json").write_text(json.dumps(config), encoding="utf-8")
+    (copy / "model.json").write_text(json.dumps(OUR_MODEL), encoding="utf-8")
+    seconds = timed("Nano", copy / "train.py", "-t", "pretrain", "-c", "race.json", "-m", "model.json")
+
+    from engine import checkpoint as checkpoints
+
+    (path,) = copy.glob(f"checkpoint/*_step_{steps}.pt")
+    return checkpoints.build(checkpoints.load(path), path.name)[0], seconds
+
+
+def validation_loss(model, ids):
+    """Nats per token over all of ids [n] but the first, each predicted from those before it in its block."""
+    import torch
+
+    x, y = ids[:-1], ids[1:]
+    whole = len(x) // BLOCK * BLOCK  # what is left makes a shorter block
+    parts = [tokens[:whole].view(-1, BLOCK).split(64) + (tokens[None, whole:],) for tokens in (x, y)]
+    model.eval()
+    with torch.no_grad():
+        losses = [model(x, y)[1].item() * y.numel() for x, y in zip(*parts, strict=True) if y.numel()]
+    return sum(losses) / len(y)
+
+
+def result_table(title, runs):
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column()
+    for name in ("parameters", "steps", "validation loss", "seconds"):
+        table.add_column(name, justify="right")
+    for name, n_params, steps, loss, seconds in runs:
+        table.add_row(name, f"{n_params:,}", f"{steps:,}", f"{loss:.4f}", f"{seconds:.1f}")
+    return table
+
+
+def verdict(runs):
+    """One sentence on runs = [(name, parameters, steps, loss, seconds)], of which the second is nanoGPT's."""
+    first, theirs, second = (run[-2:] for run in runs)
+    loss, seconds = max(first[0], second[0]), max(first[1], second[1])
+    if loss > theirs[0]:
+        return f"Nano ends above nanoGPT's loss, by {loss - theirs[0]:.4f}: it needs more --steps."
+    return f"Nano takes {seconds / theirs[1]:.0%} of nanoGPT's time to a loss that is at most nanoGPT's."
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--nanogpt", type=Path, required=True, metavar="DIR", help="a clone of nanoGPT")
+    add("--text", type=Path, required=True, metavar="FILE", help="any text in UTF-8")
+    add("--steps", type=int, default=700, help="Nano's steps (700)")
+    args = parser.parse_args()
+    check_nanogpt(args.nanogpt)
+    if args.steps < 2:
+        raise UserError(f"--steps must be 2 or more, not {args.steps}")
+    return args
+
+
+def main():
+    args = parse_arguments()
+
+    from tokenizer import read_text
+
+    text = "".join(read_text(args.text))
+    if len(text) < 20 * BLOCK:
+        raise UserError(f"{args.text} is too short: {len(text)} characters, and {20 * BLOCK} are needed")
+
+    from rich.console import Console
+
+    console, runs = Console(highlight=False), []
+    with tempfile.TemporaryDirectory() as folder, console.status("preparing the text") as status:
+        folder = Path(folder)
+        ids = prepare(text, folder)
+        for name in ("Nano", "nanoGPT", "Nano"):
+            steps = args.steps if name == "Nano" else NANOGPT["max_iters"]
+            status.update(f"run {len(runs) + 1} of 3: {name} trains {steps:,} steps")
+            if name == "Nano":
+                model, seconds = train_ours(steps, folder)
+            else:
+                model, seconds = train_nanogpt(args.nanogpt, folder)
+            n_params = sum(p.numel() for p in model.parameters())
+            runs.append((name, n_params, steps, validation_loss(model, ids[name]), seconds))
+    console.print(result_table(f"{args.text.name}: {len(text):,} characters", runs))
+    console.print(verdict(runs))
+
+
+if __name__ == "__main__":
+    run(main)

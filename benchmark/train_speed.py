@@ -1,0 +1,270 @@
+"""How much of the machine a training step uses: Nano, nanoGPT and Transformers' Llama side by side.
+
+    git clone https://github.com/karpathy/nanoGPT
+    python benchmark/train_speed.py --nanogpt nanoGPT                    # about four minutes
+    python benchmark/train_speed.py --nanogpt nanoGPT --batch_size 16
+
+Each implementation trains two models in float32 on the CPU, as its own trainer would, eagerly: forward,
+backward, gradients clipped, AdamW. Each runs in a process of its own, one after the other, in rounds,
+because the speed of a machine drifts. A process measures the largest square matrix product before and
+after training; what its median step reaches of the faster one is its share.
+
+FLOPs are counted from the shapes with one formula for all, 6 N + 12 L T C per token: N weights of the
+linear layers (the output head is one, the embedding is not), L layers, T tokens, C width. It counts
+the full square of attention, as PaLM and nanoGPT do, though a causal kernel may skip half of it.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from config.schema import ModelConfig, TrainConfig  # noqa: E402
+from engine.errors import UserError, run  # noqa: E402
+
+MODELS = {
+    "speed table": ModelConfig(block_size=512, vocab_size=2114, n_layer=2, n_head=4, n_embd=512),
+    "nanoGPT's CPU recipe": ModelConfig(block_size=64, vocab_size=2113, n_layer=4, n_head=4, n_embd=128),
+}
+TRAINING = TrainConfig(dataset_path=[("none", "none")], max_steps=1000)  # an optimizer's usual settings
+WARM_UP = 3  # steps
+
+
+def check_nanogpt(folder):
+    """UserError unless `folder` is a clone of nanoGPT."""
+    for name in ("model.py", "train.py"):
+        if not (Path(folder) / name).is_file():
+            raise UserError(
+                f"{folder} holds no {name}; --nanogpt needs the folder of a clone of "
+                "https://github.com/karpathy/nanoGPT"
+            )
+
+
+def load_nanogpt(folder):
+    """nanoGPT's model.py as a module."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- the implementations: each returns (model, step), where step(x, y) trains on tokens [B, T] ---------
+
+
+def ours(shape, _):
+    """As train.py does it on a CPU with everything "auto", in float32."""
+    import torch
+
+    from engine.hardware import keep_freed_memory
+    from engine.optimizer import learning_rate_at, make_optimizer
+    from model import GPT
+
+    keep_freed_memory()
+    model = GPT(shape)
+    model.use_blocked_attention(True)
+    optimizer = make_optimizer(model, TRAINING)
+    mask = None
+
+    def step(x, y):
+        nonlocal mask
+        mask = torch.ones(x.shape) if mask is None else mask
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(0, TRAINING)
+        _, loss = model(x, y, mask, loss_divisor=float(mask.sum()))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.grad_clip)
+        if math.isfinite(float(loss.detach())) and math.isfinite(float(norm)):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return model, step
+
+
+def nanogpt(shape, folder):
+    """As its train.py does it with --device=cpu --compile=False."""
+    import torch
+
+    module = load_nanogpt(folder)
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    model = module.GPT(module.GPTConfig(**{name: getattr(shape, name) for name in names}))
+    config = TRAINING
+    betas = (config.beta1, config.beta2)
+    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, "cpu")
+
+    def step(x, y):
+        _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return model, step
+
+
+def transformers(shape, _):
+    """LlamaForCausalLM of the same shape, with the optimizer that its Trainer takes by default."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = shape.resolved(shape.vocab_size)
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.n_embd,
+        intermediate_size=shape.n_hidden,
+        num_hidden_layers=shape.n_layer,
+        num_attention_heads=shape.n_head,
+        max_position_embeddings=shape.block_size,
+        tie_word_embeddings=shape.tie_embeddings,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TRAINING.learning_rate, fused=True)
+
+    def step(x, _):
+        model(input_ids=x, labels=x).loss.backward()  # it shifts the labels itself
+        torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return model, step
+
+
+IMPLEMENTATIONS = {"Nano": ours, "nanoGPT": nanogpt, "Llama": transformers}
+
+
+# ---- measuring -----------------------------------------------------------------------------------------
+
+
+def flops_per_token(model, shape):
+    """The formula at the top of this file, for a model of any implementation."""
+    from torch.nn import Linear
+
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+    return 6 * weights + 12 * shape.n_layer * shape.block_size * shape.n_embd
+
+
+def measure(implementation, shape, batch_size, seconds, folder=None):
+    """Train for about `seconds` (three steps at least) -> {"ms/step": ..., "share": ..., ...}."""
+    import torch
+
+    from engine.hardware import measure_matmul_flops
+
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(None):  # nanoGPT talks while it builds
+        model, step = IMPLEMENTATIONS[implementation](shape, folder)
+    model.train()
+    batches = torch.randint(shape.vocab_size, (8, 2, batch_size, shape.block_size))
+    peak = measure_matmul_flops("cpu", "float32")
+    durations, end = [], math.inf
+    while len(durations) < WARM_UP + 3 or time.perf_counter() < end:
+        if len(durations) == WARM_UP:
+            end = time.perf_counter() + seconds
+        start = time.perf_counter()
+        step(*batches[len(durations) % len(batches)])
+        durations.append(time.perf_counter() - start)
+    peak = max(peak, measure_matmul_flops("cpu", "float32"))
+    step_seconds, tokens = statistics.median(durations[WARM_UP:]), batch_size * shape.block_size
+    flops = tokens * flops_per_token(model, shape) / step_seconds
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "ms/step": 1e3 * step_seconds,
+        "tokens/s": tokens / step_seconds,
+        "GFLOP/s": flops / 1e9,
+        "matmul": peak / 1e9,
+        "share": flops / peak,
+    }
+
+
+def in_fresh_process(function, *arguments):
+    """What `function` returns when called in a new Python that has imported nothing yet."""
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        raise UserError("a measurement was killed from outside, most likely for lack of memory") from None
+
+
+def comparison(title, results):
+    """A table of {implementation: [a dict of `measure` for each round]}."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    formats = {"params": ",.0f", "ms/step": ",.1f", "tokens/s": ",.0f", "GFLOP/s": ".0f", "matmul": ".0f"}
+    formats |= {"share": ".1%", "best": ".1%"}
+    table.add_column()
+    for name in formats:
+        table.add_column(name, justify="right")
+    for implementation, rounds in results.items():
+        values = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+        values["best"] = max(r["share"] for r in rounds)
+        table.add_row(implementation, *(format(values[name], spec) for name, spec in formats.items()))
+    return table
+
+
+# ---- the command line ----------------------------------------------------------------------------------
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (without it: left out)")
+    add("--rounds", type=int, default=3, help="processes per implementation and model (3)")
+    add("--seconds", type=float, default=5, help="training measured in each process (5)")
+    add("--batch_size", type=int, default=4, help="of the speed table's model (4); the recipe's is 12")
+    args = parser.parse_args()
+    if args.nanogpt:
+        check_nanogpt(args.nanogpt)
+    for name in ("rounds", "seconds", "batch_size"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
+    return args
+
+
+def main():
+    args = parse_arguments()
+
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    chosen = dict.fromkeys(IMPLEMENTATIONS)
+    if not args.nanogpt:
+        del chosen["nanoGPT"]
+        console.print("nanoGPT is left out: --nanogpt DIR names a clone of it")
+    if not importlib.util.find_spec("transformers"):
+        del chosen["Llama"]
+        console.print("Llama is left out: pip install transformers brings it")
+    batch_sizes = dict(zip(MODELS, (args.batch_size, 12), strict=True))
+    results = {model: {implementation: [] for implementation in chosen} for model in MODELS}
+    with console.status("measuring ...") as status:
+        for number in range(args.rounds):
+            for model, shape in MODELS.items():
+                for implementation in chosen:
+                    status.update(f"round {number + 1} of {args.rounds}: {model}, {implementation}")
+                    measured = in_fresh_process(
+                        measure, implementation, shape, batch_sizes[model], args.seconds, args.nanogpt
+                    )
+                    results[model][implementation].append(measured)
+    for model, c in MODELS.items():
+        shape = f"{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size}"
+        title = f"{model}: {shape}, batch {batch_sizes[model]} x {c.block_size}"
+        console.print(comparison(title, results[model]))
+    console.print(
+        f"Median of {args.rounds} rounds, and the best share of them. matmul: GFLOP/s of the largest float32 "
+        "matrix product in the same process; a share is of that."
+    )
+
+
+if __name__ == "__main__":
+    run(main)

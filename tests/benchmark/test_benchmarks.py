@@ -1,0 +1,107 @@
+"""The benchmarks against peers: what they can be held to without a peer and in little time."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmark import recipe_race, train_speed
+from config.schema import ModelConfig
+from data import TokenFile
+from model import GPT
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHAPE = ModelConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
+SCRIPTS = ("train_speed.py", "recipe_race.py")
+
+
+def benchmark(script, *arguments):
+    command = [sys.executable, str(ROOT / "benchmark" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_examples(script):
+    process = benchmark(script, "--help")
+    assert process.returncode == 0 and f"python benchmark/{script} --nanogpt nanoGPT" in process.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_folder_that_is_no_clone_is_named(script, tmp_path):
+    arguments = ("--text", __file__) if script == "recipe_race.py" else ()
+    process = benchmark(script, "--nanogpt", tmp_path, *arguments)
+    assert process.returncode == 2
+    assert process.stderr.startswith(f"error: {tmp_path} holds no model.py")
+    assert process.stderr.count("\n") == 1
+
+
+def test_every_model_is_counted_by_the_formula_of_ours():
+    for shape in (*train_speed.MODELS.values(), SHAPE):
+        model = GPT(shape)
+        assert train_speed.flops_per_token(model, shape) == model.flops_per_token()
+
+
+@pytest.mark.parametrize("implementation", ["Nano", "Llama"])
+def test_a_measurement_in_a_process_of_its_own(implementation):
+    result = train_speed.in_fresh_process(train_speed.measure, implementation, SHAPE, 2, 0.01)
+    model = GPT(SHAPE.model_copy(update={"qk_norm": implementation == "Nano"}))  # which Llama has not
+    assert result["params"] == model.n_params
+    assert result["GFLOP/s"] * 1e9 == pytest.approx(result["tokens/s"] * model.flops_per_token())
+    assert result["share"] == pytest.approx(result["GFLOP/s"] / result["matmul"])
+    assert 0 < result["share"] < 1
+
+
+def test_both_trainers_get_the_same_text_and_split(tmp_path):
+    text = "一二三 <|eos|> four five\n" * 100
+    ids = recipe_race.prepare(text, tmp_path)
+    cut = int(len(text) * 0.9)
+    letters = sorted(set(text))
+    for name, part in (("train", text[:cut]), ("val", text[cut:])):
+        theirs = np.fromfile(tmp_path / f"{name}.bin", np.uint16)
+        assert "".join(letters[i] for i in theirs) == part
+        ours = TokenFile(tmp_path / f"pretrain_{name}.bin").tokens
+        assert (ours[1:-1] - ours[1:-1].min() == theirs - theirs.min()).all()
+        assert len(ours) == len(part) + 2
+    assert len(ids["Nano"]) == len(text) - cut
+    assert (ids["nanoGPT"].numpy() == theirs).all()
+
+
+def test_the_validation_loss_is_over_every_token_once():
+    torch.manual_seed(0)
+    shape = SHAPE.model_copy(update={"block_size": recipe_race.BLOCK})
+    model, ids = GPT(shape), torch.randint(50, (recipe_race.BLOCK * 70 + 10,))
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, recipe_race.BLOCK):
+            x = ids[start : start + recipe_race.BLOCK + 1]
+            losses = model(x[None, :-1])[0].log_softmax(-1)[0].gather(-1, x[1:, None])
+            total -= losses.sum().item()
+    assert recipe_race.validation_loss(model, ids) == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    assert recipe_race.validation_loss(model, ids[: recipe_race.BLOCK * 2 + 1]) < 2 * math.log(50)
+
+
+def test_our_side_of_the_race_trains_in_a_copy(tmp_path):
+    ids = recipe_race.prepare("a small text to learn by heart\n" * 100, tmp_path)
+    model, seconds = recipe_race.train_ours(2, tmp_path)
+    assert recipe_race.validation_loss(model, ids["Nano"]) < math.log(model.config.vocab_size)
+    assert seconds > 0 and len(list(tmp_path.glob("*/train_*.log"))) == 1
+
+
+def test_our_model_is_no_larger_than_nanogpts():
+    c, hidden = recipe_race.NANOGPT, 4 * 128
+    for vocab_size in (65, 2113):
+        block = 4 * c["n_embd"] ** 2 + 2 * hidden * c["n_embd"] + 2 * c["n_embd"]
+        theirs = vocab_size * c["n_embd"] + c["n_layer"] * block + c["n_embd"]
+        assert GPT(ModelConfig(vocab_size=vocab_size + 7, **recipe_race.OUR_MODEL)).n_params <= theirs
+
+
+def test_the_verdict_takes_the_slower_run_and_checks_the_loss():
+    theirs = ("nanoGPT", 1, 2000, 1.9, 100.0)
+    runs = [("Nano", 1, 700, 1.8, 30.0), theirs, ("Nano", 1, 700, 1.8, 40.0)]
+    assert "40%" in recipe_race.verdict(runs)
+    runs[2] = ("Nano", 1, 700, 1.95, 40.0)
+    assert "0.0500" in recipe_race.verdict(runs)

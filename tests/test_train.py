@@ -1,0 +1,332 @@
+"""The training loop: that it computes what it should, that it can be interrupted at any instant, and
+what it tells. Runs whose process matters are real ones, the others share this process (`train`)."""
+
+import json
+import math
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pexpect
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+import tokenizer as tokenizers
+from data import Batches, TokenFile, prepare
+from engine.checkpoint import build, load
+
+LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| ("
+    r"Train \| Epoch-Step: \d+-\d+ \| Curriculum: \d+-\d+ \| Loss: \d+\.\d{6} \| LR: \d\.\d\de-\d\d"
+    r" \| Grad-Norm: \d+\.\d{3} \| Time: \d+ ms \| Speed: \d+\.\d\d GFLOP/s \| Tokens/s: \d+ \| Remaining: .+"
+    r"|Val \| Epoch-Step: \d+-\d+ \| Loss: \d+\.\d{6} \| Best: \d+\.\d{6}( \| BPB: \d+\.\d{4})?"
+    r"|Save \| Epoch-Step: \d+-\d+ \| checkpoint/\w+\.pt)"
+)
+
+
+def losses(place):
+    """{step: text of its loss}; a step that was trained twice must have had the same."""
+    found = {}
+    for step, loss, rate in place.logged("Train", "Loss", "LR"):
+        assert found.setdefault(step, (loss, rate)) == (loss, rate)
+    return found
+
+
+def settings_of(**settings):
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+
+
+# ---- the loss and the steps ----------------------------------------------------------------------------
+
+
+def test_the_loss_of_sft_is_a_mean_over_the_words_of_answers(train):
+    settings = dict(from_checkpoint="", gradient_accumulation_steps=3, block_size=12)
+    done = train("sft", **settings, max_steps=1, decay_lr=False)
+    [(_, logged)] = train.logged("Train", "Loss")
+    assert "longer than block_size" in done.stdout
+
+    model, tokenizer = build(load(train.checkpoints("sft")[1]), "a test's")
+    torch.manual_seed(1337)
+    model = type(model)(model.config).double()  # as it was before the step
+    path = train.root / "dataset" / "prepared" / "sft_train.bin"
+    x, y, _ = map(torch.from_numpy, Batches([TokenFile(path)], 12, 12, 1337)(0))
+    chances = log_softmax(model(x)[0], -1)
+    means, total, count = [], 0.0, 0
+    for row, (before, after) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
+        begin = before.index(tokenizer.response_id) if tokenizer.response_id in before else len(before)
+        end = after.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in after else len(after)
+        words = [-chances[row, place, after[place]].item() for place in range(begin, end)]
+        total, count = total + sum(words), count + len(words)
+        means.append(sum(words) / len(words))
+    assert abs(float(logged) - total / count) < 2e-6
+    assert abs(float(logged) - sum(means) / len(means)) > 1e-3  # which a mean of means would be
+
+
+def test_a_few_conversations_can_be_learned_by_heart(train, tiny_data):
+    tokenizer = tokenizers.CharTokenizer.train(["0123456789?=。"])
+    lines = [json.dumps({"question": f"{i}?", "answer": f"{7 * i % 10}{3 * i % 10}"}) for i in range(5)]
+    (train.root / "few.jsonl").write_text("\n".join(lines), "utf-8")
+    out = train.root / "dataset" / "prepared"
+    prepare([], [train.root / "few.jsonl"], out, val_fraction=0.01, tokenizer=tokenizer)
+    done = train("sft", from_checkpoint="", max_steps=150, log_interval=50)
+    assert done.returncode == 0
+    logged = train.logged("Train", "Loss")
+    assert [step for step, _ in logged] == [50, 100, 150] and float(logged[-1][1]) < 0.01
+
+
+@pytest.mark.parametrize("task", ["pretrain", "sft"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(train, task):
+    parts = [train(task, from_checkpoint="", batch_size=2, gradient_accumulation_steps=4, max_steps=4)]
+    path = train.checkpoints(task)[4]
+    model = load(path).model
+    path.unlink()
+    parts += [train(task, from_checkpoint="", batch_size=8, max_steps=4)]
+    whole = load(train.checkpoints(task)[4]).model
+    logged = [float(loss) for _, loss in train.logged("Train", "Loss")]
+    assert [part.returncode for part in parts] == [0, 0] and len(logged) == 8
+    assert logged[:4] == pytest.approx(logged[4:], abs=1e-5)
+    for name, weights in model.items():
+        torch.testing.assert_close(weights, whole[name], atol=1e-5, rtol=0)
+
+
+def test_a_curriculum_is_trained_in_order(train, tiny_data):
+    second = train.root / "dataset" / "second"
+    (train.root / "second.txt").write_text("<|eos|>".join(f"{i} + 0 = {i}。" * 9 for i in range(40)), "utf-8")
+    prepare([train.root / "second.txt"], [], second, tokenizer=tokenizers.load(tiny_data / "tokenizer.json"))
+    pairs = [[f"dataset/{name}/pretrain_{split}.bin" for split in ("train", "val")]
+             for name in ("second", "prepared")]  # fmt: skip
+    files = [TokenFile(train.root / pair[0]) for pair in pairs]
+    counts = [Batches([file], 32, 16).sequences_per_epoch for file in files]
+    steps = sum(counts) // 16 + 2
+    assert train("pretrain", dataset_path=pairs, batch_size=16, max_steps=steps).returncode == 0
+    logged = [tuple(map(int, text.split("-"))) for _, text in train.logged("Train", "Curriculum")]
+    places = [divmod(16 * step, sum(counts)) for step in range(steps)]
+    assert logged == [(int(at >= counts[0]), at - counts[0] * (at >= counts[0])) for _, at in places]
+    assert {stage for stage, _ in logged} == {0, 1} and places[-1][0] == 1
+    assert [line["train_config"]["dataset_path"] for line in headers(train)] == [pairs]
+
+
+def test_large_seeds_and_one_step(train):
+    assert train("pretrain", random_seed=2**63 - 1, max_steps=1, warmup_iters=0).returncode == 0
+    assert [loss for _, loss in train.logged("Train", "Loss")] != ["3.151924"]
+
+
+# ---- interrupted at any instant --------------------------------------------------------------------------
+
+
+def kill_and_resume(project, kills, steps, random):
+    """Train with `kills` kill -9 at random moments; the last run may finish."""
+    args = ["-t", "pretrain", *settings_of(**settings_for(steps))]
+    for number in range(kills):
+        began = time.monotonic()
+        process = subprocess.Popen(
+            project.command("train.py", *args, *["--resume"] * (number > 0)),
+            cwd=project.elsewhere,
+            env=project.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        # Most moments lie in training, a few in what comes before: loading, building, resuming.
+        lines = random.randrange(7, 7 + steps // (2 * kills))
+        for line, _ in zip(process.stdout, range(lines), strict=False):
+            assert " | " in line or time.monotonic() - began < 60
+        time.sleep(random.random() * 0.02)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    done = project.run("train.py", *args, "--resume")
+    assert done.returncode == 0 and f"Done: step {steps}" in done.stdout, done.stderr
+
+
+def settings_for(steps):
+    return dict(max_steps=steps, dropout=0.2, gradient_accumulation_steps=2, save_interval=7,
+                eval_interval=10, keep_checkpoints=2, n_layer=2)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kills", "steps"), [(2, 120), pytest.param(10, 400, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_the_same(tiny_project, train, kills, steps):
+    undisturbed = train("pretrain", **settings_for(steps))
+    assert undisturbed.returncode == 0
+    kill_and_resume(tiny_project, kills, steps, random.Random(1))
+    one, two = (load(place.checkpoints()[steps]) for place in (train, tiny_project))
+    assert one.best["loss"] is not None and train.same(one, two)
+    assert losses(train) == losses(tiny_project) and len(losses(train)) == steps
+    assert set(train.logged("Val", "Loss", "BPB")) == set(tiny_project.logged("Val", "Loss", "BPB"))
+    assert not list((tiny_project.root / "checkpoint").glob("*.part"))
+    # Kept are the two newest and the best.
+    assert len(tiny_project.checkpoints()) <= 3 and one.best["step"] in tiny_project.checkpoints()
+
+
+# ---- signals -----------------------------------------------------------------------------------------------
+
+
+def start(project, *args, **settings):
+    """A training process that is in the midst of its steps; it would go on for long."""
+    settings = {"max_steps": 10**6, **settings}
+    process = subprocess.Popen(
+        project.command("train.py", *args, *settings_of(**settings)),
+        cwd=project.elsewhere,
+        env=project.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if " | Train | " in line:
+            return process
+    pytest.fail(process.stderr.read())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_training_after_its_step(tiny_project, number):
+    config = tiny_project.elsewhere / "my run.json"
+    config.write_bytes((tiny_project.root / "config" / "config_pretrain.json").read_bytes())
+    process = start(tiny_project, "-t", "pretrain", "-c", config.name, decay_lr=False)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, "")
+    [(step, path)] = tiny_project.checkpoints().items()
+    *_, saved, last = stdout.splitlines()
+    assert re.search(rf" \| Save \| Epoch-Step: \d+-{step} \| checkpoint/{path.name}$", saved)
+    stopped, command = last.split(" Go on with: ")
+    assert stopped == f"Stopped after step {step}."
+    assert list(losses(tiny_project)) == list(range(1, step + 1))
+
+    # What was told to go on with does go on; with a few steps only, for the test's sake.
+    python, *words = shlex.split(command)
+    assert python == "python" and "--resume" in words
+    command = [sys.executable, *words, *settings_of(max_steps=step + 2)]
+    resumed = subprocess.run(
+        command, cwd=tiny_project.elsewhere, env=tiny_project.environment, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0 and f"Done: step {step + 2}, 2 of them now." in resumed.stdout
+    assert f"going on with checkpoint/{path.name} at step {step}\n" in resumed.stderr
+    assert f"changed since then: max_steps: 1000000 -> {step + 2}\n" in resumed.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_second_signal_ends_it_at_once(tiny_project, number, code):
+    an_hour_long = settings_of(gradient_accumulation_steps=10**5)
+    process = subprocess.Popen(
+        tiny_project.command("train.py", "-t", "pretrain", *an_hour_long),
+        cwd=tiny_project.elsewhere,
+        env=tiny_project.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tiny_project.root.glob("train_*.log")):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == code and "Traceback" not in stderr
+    assert not tiny_project.checkpoints()
+
+
+# ---- divergence --------------------------------------------------------------------------------------------
+
+
+DIVERGING = dict(learning_rate=10, weight_decay=10, decay_lr=False, grad_clip=0, max_steps=100)
+
+
+def test_training_stops_where_the_loss_is_no_number(train):
+    done = train("pretrain", **DIVERGING, save_interval=1, keep_checkpoints=0)
+    assert done.returncode == 2 and "Loss: nan" not in done.stdout
+    step, good = re.fullmatch(
+        r"error: step (\d+): loss \S+, gradient norm \S+; training stopped and nothing was saved over\."
+        r" The last good checkpoint is checkpoint/(\S+)\. Lower learning_rate, .*\n",
+        done.stderr,
+    ).groups()
+    last = len(losses(train))
+    assert int(step) == last + 1 == len(train.checkpoints()) + 1
+    # The newest holds the weights with which the loss was no number; the one before it does not.
+    assert good == train.checkpoints()[last - 1].name
+    again = train("pretrain", "--resume", **DIVERGING)
+    assert again.returncode == 2 and f"step {step}: loss" in again.stderr and good in again.stderr
+    assert len(train.checkpoints()) == last
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(train):
+    assert train("pretrain", max_steps=4, tie_embeddings=False).returncode == 0
+    good = train.checkpoints()[4]
+    content = good.read_bytes()
+    # One token, which only the validation text holds, makes the model fail.
+    checkpoint = load(good)
+    tokenizer = tokenizers.from_dict(checkpoint.tokenizer)
+    checkpoint.model["wte.weight"][tokenizer.encode("?")] = math.inf
+    checkpoint.step = 5
+    checkpoint.save()
+    (train.root / "odd.txt").write_text("1 + 1 = ?" * 20, "utf-8")
+    prepare([train.root / "odd.txt"], [], train.root / "odd", tokenizer=tokenizer)
+    paths = [["dataset/prepared/pretrain_train.bin", "odd/pretrain_val.bin"]]
+    done = train("pretrain", "--resume", max_steps=8, eval_interval=2, save_interval=3, dataset_path=paths)
+    assert done.returncode == 2
+    assert re.search(r"\nerror: after step 6: validation loss (nan|inf); training stopped", done.stderr)
+    assert f" The last good checkpoint is checkpoint/{train.checkpoints()[5].name}." in done.stderr
+    assert list(train.checkpoints()) == [4, 5] and good.read_bytes() == content
+
+
+# ---- what is told ------------------------------------------------------------------------------------------
+
+
+def headers(place):
+    """The first lines of all logs, parsed."""
+    lines = [path.read_text("utf-8").splitlines()[0] for path in sorted(place.root.glob("train_*.log"))]
+    assert all(line.startswith("# {") for line in lines)
+    return [json.loads(line[2:]) for line in lines]
+
+
+def test_the_log_and_plain_output(train):
+    done = train("pretrain", max_steps=5, log_interval=2, eval_interval=2)
+    assert (done.returncode, done.stderr) == (0, "")
+    [path] = train.root.glob("train_*.log")
+    [header] = headers(train)
+    assert (header["format"], header["task"], header["resumed_from_step"]) == ("nano-log", "pretrain", 0)
+    assert header["train_config"]["max_steps"] == 5 and header["model_config"]["vocab_size"] > 7
+    assert header["machine"]["device"] == "cpu" and header["n_params"] > 10_000
+    lines = path.read_text("utf-8").splitlines()[1:]
+    assert all(LINE.fullmatch(line) for line in lines), lines
+    assert [line for line in done.stdout.splitlines() if " | " in line] == lines
+    assert "\x1b" not in done.stdout and "\r" not in done.stdout
+    assert [step for step, _ in train.logged("Train", "Loss")] == [2, 4, 5]
+    assert [step for step, _ in train.logged("Val", "Loss")] == [2, 4, 5]
+    *_, done_line, chart = done.stdout.splitlines()
+    assert done_line == "Done: step 5, 5 of them now."
+    assert chart == f"Loss chart: python plot_loss.py -n {path.name}"
+    # Bits per byte: the loss in nats per token, in bits, times tokens per byte of text.
+    meta = TokenFile(train.root / "dataset" / "prepared" / "pretrain_val.bin").meta
+    for _, loss, bits in train.logged("Val", "Loss", "BPB"):
+        expected = float(loss) / math.log(2) * meta["n_tokens"] / meta["n_bytes"]
+        assert float(bits) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("colour", [{}, {"NO_COLOR": "1"}])
+def test_one_line_moves_in_a_terminal(tiny_project, colour):
+    command, *args = tiny_project.command("train.py", "-t", "pretrain", "--set", "max_steps=30")
+    environment = {**tiny_project.environment, **colour, "TERM": "xterm-256color"}
+    if not colour:
+        environment.pop("NO_COLOR", None)
+    child = pexpect.spawn(
+        command, args, cwd=str(tiny_project.elsewhere), env=environment, dimensions=(24, 120), timeout=60
+    )
+    child.expect(pexpect.EOF)
+    child.close()
+    text = child.before.decode()
+    assert child.exitstatus == 0 and " | Train | " not in text
+    assert "\x1b[2K" in text and re.search(r"30/30.*loss \d.*lr .*speed .*tokens/s \d+.*remaining 0 s", text)
+    assert " | Val | " in text and " | Save | " in text and "Done: step 30" in text
+    assert bool(re.search(r"\x1b\[[\d;]*3[\d;]*m", text)) is not bool(colour)
+    assert len(losses(tiny_project)) == 30  # in the log they all are
