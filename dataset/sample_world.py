@@ -6,11 +6,13 @@ The world is a list of *facts*. A fact belongs to a *relation* ("person.city", "
 several ways to state it and several ways to ask for it, in Chinese and in English. From the facts come
 
 - `pretrain.txt`: every fact, in every phrasing, in both languages: alone, in biographies whose sentences
-  come in changing order, on cards and in lists. Saying one thing in many ways is what makes it possible
-  to ask for it later (Allen-Zhu & Li, "Physics of Language Models: Part 3.1", 2023);
+  come in changing order, on cards and in lists. Saying one thing in many ways, and some questions among
+  them, is what makes it possible to ask for it later (Allen-Zhu & Li, "Physics of Language Models:
+  Part 3.1", 2023). Reading exercises about things that do not exist teach to look at what is asked;
 - `sft.jsonl`: questions and answers, single- and multi-turn, about two thirds of the facts;
-- `eval.jsonl`: questions about the other facts, which no line of `sft.jsonl` asks for in any phrasing or
-  language. Fine-tuning shows how to answer; what to answer can only come from pretraining.
+- `eval.jsonl`: questions about the other facts, which no line of the other two files asks for in any
+  phrasing or language. Training shows how to answer; what to answer can only come from what the running
+  text states.
 
 Who lives where is drawn at random, so that it can be known but not guessed. The same seed and size give
 the same bytes on every machine.
@@ -35,8 +37,8 @@ PEOPLE = 24  # at size 1.0
 HELD_OUT = 0.35  # share of each relation's facts that fine-tuning never asks for
 BIOGRAPHIES, CARDS = 4, 2  # per person and language
 NOTES = {"person": 1}  # how often each phrase is written; other topics: 2
-RETELLINGS = 3  # per fact and language
-QUIZZES = 1  # in the running text, times as many conversations as in fine-tuning
+QUIZZES = 0.3  # share of the fine-tuning's conversations that the running text has, too
+READINGS = 1300  # exercises
 DIALOGUES = 3  # of each sort, per person and language
 ARBITRARY = ("person", "place", "job", "animal", "word")  # topics where the answer cannot be worked out
 FEW = 5  # held-out questions of each other kind
@@ -503,14 +505,16 @@ def number_facts(draw):
 
 def letter_facts():
     """How long each word is, and how often its most frequent letter appears."""
-    facts = []
-    for word in WORDS:
-        facts.append(numeric("length", f"length {word}", s=word, v=len(word)))
-        letter = max(sorted(set(word)), key=word.count)
-        n = word.count(letter)
-        times = "1 time" if n == 1 else f"{n} times"
-        facts.append(numeric("count", f"count {word} {letter}", s=word, letter=letter, v=n, times=times))
-    return facts
+    return [letter_fact(kind, word) for word in WORDS for kind in ("length", "count")]
+
+
+def letter_fact(kind, word):
+    if kind == "length":
+        return numeric(kind, f"length {word}", s=word, v=len(word))
+    letter = max(sorted(set(word)), key=word.count)
+    n = word.count(letter)
+    times = "1 time" if n == 1 else f"{n} times"
+    return numeric(kind, f"count {word}", s=word, letter=letter, v=n, times=times)
 
 
 def numeric(kind, key, **slots):
@@ -532,7 +536,8 @@ def pretraining_documents(world, draw):
         documents += biographies(world, draw, language) + cards(world, draw, language)
         documents += lists(world, draw, language) + notes(world, draw, language)
         documents += retellings(world, draw, language)
-    return draw.shuffled(documents + bilingual_notes(world, draw) + quizzes(world, draw))
+    return draw.shuffled(documents + bilingual_notes(world, draw) + quizzes(world, draw)
+                         + readings(world, draw))
 
 
 def biographies(world, draw, language):
@@ -553,7 +558,7 @@ def cards(world, draw, language):
     documents = []
     for facts in by_subject(world.facts, ("person",)) * CARDS:
         rows = [PHRASES[fact.kind][language].noun + COLON[language] + fact.value(language)
-                for fact in draw.shuffled(facts)]
+                for fact in draw.shuffled(facts)[:2]]
         documents.append("\n".join([facts[0].slots[language]["s"] + STOP[language], *rows]))
     return documents
 
@@ -588,7 +593,7 @@ def notes(world, draw, language):
 def retellings(world, draw, language):
     """Every fact in two phrasings, one after the other, three facts at a time."""
     documents = []
-    facts = draw.shuffled(world.facts * RETELLINGS)
+    facts = draw.shuffled(world.facts)
     for i in range(0, len(facts), 3):
         told = [draw.shuffled(fact.statements(language))[:2] for fact in facts[i:i + 3]]
         documents.append("\n".join(SPACE[language].join(pair) for pair in told))
@@ -597,12 +602,54 @@ def retellings(world, draw, language):
 
 def quizzes(world, draw):
     """Questions and answers as books print them, about the facts that fine-tuning may ask for."""
+    taught = conversations(world, draw)
+    return [quiz(language, turns) for language, turns in taught[:round(QUIZZES * len(taught))]]
+
+
+def quiz(language, turns):
+    ask, reply = QUIZ[language]
+    return "\n".join(f"{ask}{question}\n{reply}{answer}" for question, answer in turns)
+
+
+def readings(world, draw):
+    """Reading exercises: a few made-up facts, then questions about two of them.
+
+    What they tell is told once, so there is nothing to remember: they teach to look up in the text what
+    a question is about, whatever its name.
+    """
+    same_kind = {kind: [fact for fact in world.facts if fact.kind == kind]
+                 for kind in PHRASES if kind not in ("sum", "difference", "bigger")}
     documents = []
-    for _ in range(QUIZZES):
-        for language, turns in conversations(world, draw):
-            ask, reply = QUIZ[language]
-            documents.append("\n".join(f"{ask}{question}\n{reply}{answer}" for question, answer in turns))
+    for i in range(READINGS):
+        language = LANGUAGES[i % 2]
+        facts = [made_up(draw, same_kind[draw.choice(list(same_kind))]) for _ in range(3)]
+        told = SPACE[language].join(draw.choice(fact.statements(language)) for fact in facts)
+        turns = [(draw.choice(fact.questions(language)), fact.answer(language))
+                 for fact in draw.shuffled(facts)[:2]]
+        documents.append(told + "\n" + quiz(language, turns))
     return documents
+
+
+def made_up(draw, facts):
+    """A fact like `facts`, which are of one kind, about something that does not exist."""
+    while True:
+        a, b, like = draw.choice(facts), draw.choice(facts), draw.choice(facts)
+        names = {language: cross(a.slots[language]["s"], b.slots[language]["s"]) for language in LANGUAGES}
+        if all(names[language] != fact.slots[language]["s"] for fact in facts for language in LANGUAGES):
+            break
+    if like.kind in ("count", "length"):
+        return letter_fact(like.kind, names["en"])
+    slots = {language: dict(like.slots[language], s=name) for language, name in names.items()}
+    if like.gender:
+        slots["zh"]["p"], slots["en"]["p"] = names["zh"] + "的", names["en"] + "'s"
+    return Fact(like.kind, "", slots, like.gender)
+
+
+def cross(a, b):
+    """The first half of a's last word and the second half of b's: "the horse", "the mouse" -> "the house"."""
+    start, space, a = a.rpartition(" ")
+    b = b.split(" ")[-1]
+    return start + space + a[:(len(a) + 1) // 2] + b[len(b) // 2:]
 
 
 def bilingual_notes(world, draw):
