@@ -6,13 +6,13 @@ The world is a list of *facts*. A fact belongs to a *relation* ("person.city", "
 several ways to state it and several ways to ask for it, in Chinese and in English. From the facts come
 
 - `pretrain.txt`: every fact, in every phrasing, in both languages: alone, in biographies whose sentences
-  come in changing order, on cards and in lists. Saying one thing in many ways, and some questions among
-  them, is what makes it possible to ask for it later (Allen-Zhu & Li, "Physics of Language Models:
-  Part 3.1", 2023). Reading exercises about things that do not exist teach to look at what is asked;
+  come in changing order, on cards, in lists and as the answer to a question asked in passing ("Where does
+  Anna live? Anna lives in Paris."). Saying one thing in many ways, and some questions among them, is what
+  makes it possible to ask for it later (Allen-Zhu & Li, "Physics of Language Models: Part 3.1", 2023);
 - `sft.jsonl`: questions and answers, single- and multi-turn, about two thirds of the facts;
-- `eval.jsonl`: questions about the other facts, which no line of the other two files asks for in any
-  phrasing or language. Training shows how to answer; what to answer can only come from what the running
-  text states.
+- `eval.jsonl`: questions about the other facts. No conversation of fine-tuning asks for them in any wording
+  or language, and each is asked for in words that the running text does not ask for it in. Fine-tuning
+  shows how to answer; what to answer can only come from what the running text states.
 
 Who lives where is drawn at random, so that it can be known but not guessed. The same seed and size give
 the same bytes on every machine.
@@ -34,14 +34,14 @@ from engine.errors import UserError, run  # noqa: E402
 
 LANGUAGES = ("zh", "en")
 PEOPLE = 24  # at size 1.0
-HELD_OUT = 0.35  # share of each relation's facts that fine-tuning never asks for
+HELD_OUT = 0.25  # share of each relation's facts that fine-tuning never asks for
 BIOGRAPHIES, CARDS = 4, 2  # per person and language
-NOTES = {"person": 1}  # how often each phrase is written; other topics: 2
-QUIZZES = 0.3  # share of the fine-tuning's conversations that the running text has, too
-READINGS = 1300  # exercises
-DIALOGUES = 3  # of each sort, per person and language
+NOTES = {"person": 1}  # how often each phrase is written; other topics, with fewer subjects: 3
+ASIDES = {"person": 1, "weather": 12, "word": 12}  # how often held-out facts are asked for in passing;
+# ... other topics: 6
+DIALOGUES = 10  # of each sort, per person and language
 ARBITRARY = ("person", "place", "job", "animal", "word")  # topics where the answer cannot be worked out
-FEW = 5  # held-out questions of each other kind
+FEW = 4  # held-out questions of each other kind
 
 # --- What there is ------------------------------------------------------------------------------------
 # Each table row is "Chinese English", or a subject followed by its values in the order of its relations.
@@ -86,7 +86,7 @@ JOBS = """
 飞行员 pilot: 机场 airport, 飞机 planes
 歌手 singer: 舞台 stage, 话筒 mics
 护士 nurse: 诊所 clinic, 绷带 bandages
-画家 artist: 画室 studio, 画笔 brushes
+画家 painter: 画室 studio, 画笔 brushes
 面包师 baker: 店铺 shop, 烤箱 ovens
 作家 writer: 书房 library, 墨水 ink
 矿工 miner: 矿井 tunnel, 矿灯 lamps
@@ -242,7 +242,7 @@ PHRASES = {
                       "“{s}”的英文是{v}。|“{s}”用英文说是{v}。|{s}就是{v}。",
                       "“{s}”的英文是什么？|“{s}”用英文怎么说？|“{s}”英文叫什么？"),
         "en": Phrases("Chinese",
-                      "The Chinese for \"{s}\" is {v}.|In Chinese, \"{s}\" is {v}."
+                      "\"{s}\" is {v} in Chinese.|The Chinese for \"{s}\" is {v}."
                       "|The word \"{s}\" means {v}.",
                       "What is \"{s}\" in Chinese?|How do you say \"{s}\" in Chinese?"
                       "|What is the Chinese for \"{s}\"?"),
@@ -305,7 +305,6 @@ PHRASES = {
 SAME_SUBJECT = {"zh": "{noun}呢？", "en": "And {p} {noun}?"}
 NEXT_SUBJECT = {"zh": ("{s}呢？", "那{s}呢？"), "en": ("And {s}?", "What about {s}?")}
 SPACE, COLON, STOP = {"zh": "", "en": " "}, {"zh": "：", "en": ": "}, {"zh": "。", "en": "."}
-QUIZ = {"zh": ("问：", "答："), "en": ("Q: ", "A: ")}
 PRONOUNS = {"zh": {"f": ("她", "她的"), "m": ("他", "他的")}, "en": {"f": ("she", "her"), "m": ("he", "his")}}
 
 
@@ -383,10 +382,13 @@ class Draw:
 
 @dataclass
 class World:
-    """All facts, and which of their keys fine-tuning leaves for the evaluation."""
+    """All facts, and which of their keys fine-tuning leaves for the evaluation.
+
+    `held_out[key]` says which wording of the question, counted round, is the evaluation's own.
+    """
 
     facts: list
-    held_out: set
+    held_out: dict
 
     def taught(self):
         return [fact for fact in self.facts if fact.key not in self.held_out]
@@ -394,9 +396,14 @@ class World:
     def asked(self):
         return [fact for fact in self.facts if fact.key in self.held_out]
 
+    def own_question(self, fact, language):
+        """How the evaluation asks for a held-out fact, and the running text does not."""
+        questions = fact.questions(language)
+        return questions[self.held_out[fact.key] % len(questions)]
+
 
 def build_world(seed=1337, size=1.0):
-    """The world of `seed` with `60 * size` people. Raises UserError for a size or seed out of range."""
+    """The world of `seed` with `PEOPLE * size` people. Raises UserError for a size or seed out of range."""
     if not 0.1 <= size <= 20:
         raise UserError(f"size must be between 0.1 and 20 (1.0 is {PEOPLE} people), found {size:g}")
     if seed < 0:
@@ -405,10 +412,10 @@ def build_world(seed=1337, size=1.0):
     facts = people_facts(draw, round(PEOPLE * size))
     facts += table_facts("place", PLACES) + table_facts("job", JOBS) + table_facts("animal", ANIMALS)
     facts += word_facts() + weather_facts(draw) + number_facts(draw) + letter_facts()
-    held_out = set()
+    held_out = {}
     for kind in PHRASES:
         keys = draw.shuffled(sorted({fact.key for fact in facts if fact.kind == kind}))
-        held_out.update(keys[:round(HELD_OUT * len(keys))])
+        held_out.update((key, draw.below(1000)) for key in keys[:round(HELD_OUT * len(keys))])
     return World(facts, held_out)
 
 
@@ -456,7 +463,7 @@ def pairs(table):
 def table_facts(topic, table):
     """The facts of PLACES, JOBS or ANIMALS: one a value. English animals and jobs carry an article."""
     kinds = [kind for kind in PHRASES if kind.startswith(topic + ".")]
-    article = {"place": "", "job": "a ", "animal": "the "}[topic]
+    article = "" if topic == "place" else "the "
     facts = []
     for row in table.strip().split("\n"):
         subject, values = row.split(": ")
@@ -535,9 +542,8 @@ def pretraining_documents(world, draw):
     for language in LANGUAGES:
         documents += biographies(world, draw, language) + cards(world, draw, language)
         documents += lists(world, draw, language) + notes(world, draw, language)
-        documents += retellings(world, draw, language)
-    return draw.shuffled(documents + bilingual_notes(world, draw) + quizzes(world, draw)
-                         + readings(world, draw))
+        documents += asides(world, draw, language)
+    return draw.shuffled(documents + bilingual_notes(world, draw))
 
 
 def biographies(world, draw, language):
@@ -582,7 +588,7 @@ def notes(world, draw, language):
     """
     topics = {}
     for fact in world.facts:
-        topics.setdefault(fact.topic, []).extend(fact.statements(language) * NOTES.get(fact.topic, 2))
+        topics.setdefault(fact.topic, []).extend(fact.statements(language) * NOTES.get(fact.topic, 3))
     documents = []
     for sentences in topics.values():
         sentences = draw.shuffled(sentences)
@@ -590,66 +596,20 @@ def notes(world, draw, language):
     return documents
 
 
-def retellings(world, draw, language):
-    """Every fact in two phrasings, one after the other, three facts at a time."""
-    documents = []
-    facts = draw.shuffled(world.facts)
-    for i in range(0, len(facts), 3):
-        told = [draw.shuffled(fact.statements(language))[:2] for fact in facts[i:i + 3]]
-        documents.append("\n".join(SPACE[language].join(pair) for pair in told))
-    return documents
+def asides(world, draw, language):
+    """Facts asked for and told in one breath: "Where does Anna live? Anna lives in Paris."
 
-
-def quizzes(world, draw):
-    """Questions and answers as books print them, about the facts that fine-tuning may ask for."""
-    taught = conversations(world, draw)
-    return [quiz(language, turns) for language, turns in taught[:round(QUIZZES * len(taught))]]
-
-
-def quiz(language, turns):
-    ask, reply = QUIZ[language]
-    return "\n".join(f"{ask}{question}\n{reply}{answer}" for question, answer in turns)
-
-
-def readings(world, draw):
-    """Reading exercises: a few made-up facts, then questions about two of them.
-
-    What they tell is told once, so there is nothing to remember: they teach to look up in the text what
-    a question is about, whatever its name.
+    All facts in all wordings, but for the evaluation's own; the taught ones also in conversations.
     """
-    same_kind = {kind: [fact for fact in world.facts if fact.kind == kind]
-                 for kind in PHRASES if kind not in ("sum", "difference", "bigger")}
-    documents = []
-    for i in range(READINGS):
-        language = LANGUAGES[i % 2]
-        facts = [made_up(draw, same_kind[draw.choice(list(same_kind))]) for _ in range(3)]
-        told = SPACE[language].join(draw.choice(fact.statements(language)) for fact in facts)
-        turns = [(draw.choice(fact.questions(language)), fact.answer(language))
-                 for fact in draw.shuffled(facts)[:2]]
-        documents.append(told + "\n" + quiz(language, turns))
-    return documents
-
-
-def made_up(draw, facts):
-    """A fact like `facts`, which are of one kind, about something that does not exist."""
-    while True:
-        a, b, like = draw.choice(facts), draw.choice(facts), draw.choice(facts)
-        names = {language: cross(a.slots[language]["s"], b.slots[language]["s"]) for language in LANGUAGES}
-        if all(names[language] != fact.slots[language]["s"] for fact in facts for language in LANGUAGES):
-            break
-    if like.kind in ("count", "length"):
-        return letter_fact(like.kind, names["en"])
-    slots = {language: dict(like.slots[language], s=name) for language, name in names.items()}
-    if like.gender:
-        slots["zh"]["p"], slots["en"]["p"] = names["zh"] + "的", names["en"] + "'s"
-    return Fact(like.kind, "", slots, like.gender)
-
-
-def cross(a, b):
-    """The first half of a's last word and the second half of b's: "the horse", "the mouse" -> "the house"."""
-    start, space, a = a.rpartition(" ")
-    b = b.split(" ")[-1]
-    return start + space + a[:(len(a) + 1) // 2] + b[len(b) // 2:]
+    told = [turns for its_language, turns in conversations(world, draw) if its_language == language]
+    for fact in world.asked():
+        own = world.own_question(fact, language)
+        told += [[(question, fact.answer(language))] for question in fact.questions(language)
+                 if question != own] * ASIDES.get(fact.topic, 6)
+    space = SPACE[language]
+    lines = [space.join(question + space + answer for question, answer in turns)
+             for turns in draw.shuffled(told)]
+    return ["\n".join(lines[i:i + 3]) for i in range(0, len(lines), 3)]
 
 
 def bilingual_notes(world, draw):
@@ -705,7 +665,7 @@ def held_out_questions(world, draw):
         asked[fact.kind] = asked.get(fact.kind, 0) + 1
         if fact.topic in ARBITRARY or asked[fact.kind] <= FEW:
             for language in LANGUAGES if fact.topic == "person" else [draw.choice(LANGUAGES)]:
-                question = draw.choice(fact.questions(language))
+                question = world.own_question(fact, language)
                 questions.append((fact, language, [(question, fact.answer(language))]))
     people = draw.shuffled(fact for fact in world.asked() if fact.topic == "person")
     taught = [fact for fact in world.taught() if fact.topic == "person"]
