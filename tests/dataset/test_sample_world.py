@@ -114,11 +114,11 @@ def test_no_fine_tuning_line_pairs_a_person_with_a_held_out_value(files):
 
 
 def test_the_evaluation_asks_in_words_that_the_running_text_does_not_use(files):
-    """What fine-tuning leaves out is asked for in passing, so that it can be retrieved, but otherwise worded."""
+    """What fine-tuning leaves out is asked for in passing, so that it can be retrieved, in other words."""
     for record in files.eval:
         *_, (question, _) = turns(record)
         if files.asking[question]:  # not "And her job?", which only its conversation makes a question
-            assert question not in files.pretrain, record
+            assert not re.search(r"(?<!\d)" + re.escape(question), files.pretrain), record
 
 
 def test_questions_in_the_running_text_are_answered_right(files):
@@ -210,7 +210,7 @@ def test_the_default_world_fits_the_demo(tmp_path):
     counts = write_world(tmp_path)
     assert 250_000 < counts["characters of running text"] < 600_000
     assert 1_000 < counts["question-answer conversations"] < 3_000
-    assert 150 < counts["held-out questions"] < 300
+    assert 100 < counts["held-out questions"] < 300
     assert counts["distinct characters"] < 600
 
 
