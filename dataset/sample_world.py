@@ -9,7 +9,7 @@ several ways to state it and several ways to ask for it, in Chinese and in Engli
   come in changing order, on cards, in lists and as the answer to a question asked in passing ("Where does
   Anna live? Anna lives in Paris."). Saying one thing in many ways, and some questions among them, is what
   makes it possible to ask for it later (Allen-Zhu & Li, "Physics of Language Models: Part 3.1", 2023);
-- `sft.jsonl`: questions and answers, single- and multi-turn, about two thirds of the facts;
+- `sft.jsonl`: questions and answers, single- and multi-turn, about three quarters of the facts;
 - `eval.jsonl`: questions about the other facts. No conversation of fine-tuning asks for them in any wording
   or language, and each is asked for in words that the running text does not ask for it in. Fine-tuning
   shows how to answer; what to answer can only come from what the running text states.
@@ -185,7 +185,8 @@ PHRASES = {
                       "{s}在哪个国家？|{s}属于哪个国家？|{s}是哪个国家的城市？"),
         "en": Phrases("country",
                       "{s} is in {v}.|{s} is a city in {v}.|The country of {s} is {v}.",
-                      "Which country is {s} in?|What is the country of {s}?|In which country does {s} lie?"),
+                      "Which country is {s} in?|To which country does {s} belong?"
+                      "|In which country does {s} lie?"),
     },
     "place.sight": {
         "zh": Phrases("名胜",
@@ -203,7 +204,7 @@ PHRASES = {
         "en": Phrases("workplace",
                       "{s} works at the {v}.|The workplace of {s} is the {v}."
                       "|{s} goes to the {v} every day.",
-                      "Where does {s} work?|What is the workplace of {s}?|Where does {s} go every day?"),
+                      "Where does {s} work?|What place does {s} work at?|Where does {s} go every day?"),
     },
     "job.tool": {
         "zh": Phrases("工具",
@@ -211,7 +212,7 @@ PHRASES = {
                       "{s}用什么？|{s}的工具是什么？|{s}工作时用什么？"),
         "en": Phrases("tool",
                       "{s} uses {v}.|The tools of {s} are {v}.|{s} works with {v}.",
-                      "What does {s} use?|What are the tools of {s}?|What does {s} work with?"),
+                      "What does {s} use?|Which tools does {s} use?|What does {s} work with?"),
     },
     "animal.sound": {
         "zh": Phrases("叫声",
@@ -219,7 +220,7 @@ PHRASES = {
                       "{s}怎么叫？|{s}的叫声是什么？|{s}叫起来是什么声音？"),
         "en": Phrases("sound",
                       "{s} says {v}.|The sound of {s} is {v}.|{s} goes {v}.",
-                      "What does {s} say?|What is the sound of {s}?|What sound does {s} make?"),
+                      "What does {s} say?|How does {s} sound?|What sound does {s} make?"),
     },
     "animal.food": {
         "zh": Phrases("食物",
@@ -227,7 +228,7 @@ PHRASES = {
                       "{s}吃什么？|{s}爱吃什么？|{s}的食物是什么？"),
         "en": Phrases("food",
                       "{s} eats {v}.|{s} likes {v}.|The food of {s} is {v}.",
-                      "What does {s} eat?|What is the food of {s}?|What does {s} live on?"),
+                      "What does {s} eat?|What food does {s} eat?|What does {s} live on?"),
     },
     "animal.legs": {
         "zh": Phrases("腿",
