@@ -11,8 +11,8 @@ Worth knowing before reading:
   cache holds only `n_kv_head` of them.
 - One matrix makes queries, keys and values, and one makes both halves of the gated MLP:
   a few large products are faster than many small ones.
-- Attention is PyTorch's `scaled_dot_product_attention`. Only a CPU in training has a faster
-  one here, `BlockedCausalAttention`, which skips what the causal mask hides.
+- What training on a CPU would lose in many small operations, `engine/kernels.py` does in few:
+  `use_cpu_kernels`. Everywhere else the operations are PyTorch's.
 
 Shapes: B rows, T tokens, C = n_embd, H = n_head, G = n_kv_head, D = head_dim, V = vocab_size.
 """
@@ -24,10 +24,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from config.schema import ModelConfig
+from engine import kernels
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019)."""
+
+    by_hand = False  # see GPT.use_cpu_kernels
 
     def __init__(self, size, eps):
         super().__init__()
@@ -35,6 +38,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if self.by_hand and not torch.compiler.is_compiling():
+            return kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -52,52 +57,6 @@ def rotate(x, cos, sin):
     """Turn the pairs (i, i + D/2) of x [B, T, heads, D] by angles [..., T, 1, D/2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-class BlockedCausalAttention(torch.autograd.Function):
-    """Exact causal attention on a CPU: softmax(q k^T / sqrt(D) + causal mask) v.
-
-    The queries are taken in blocks, and a block looks only at the keys up to its end, so
-    nearly half of the products are never made; what remains are large plain matrix products,
-    which a CPU does best. doc/speed.md has the measurements. q, k, v: [N, T, D] with N = B * H.
-    """
-
-    N_BLOCKS = 4
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        n, length, dim = q.shape
-        size = -(-length // BlockedCausalAttention.N_BLOCKS)
-        future = torch.full((size, size), -math.inf, dtype=q.dtype).triu_(1)
-        output, weights = torch.empty_like(q), []
-        for start in range(0, length, size):
-            end = min(start + size, length)
-            scores = torch.baddbmm(
-                q.new_zeros(()), q[:, start:end], k[:, :end].mT, beta=0, alpha=1 / math.sqrt(dim)
-            )
-            scores[:, :, start:] += future[: end - start, : end - start]
-            weights.append(scores.softmax(-1))
-            torch.bmm(weights[-1], v[:, :end], out=output[:, start:end])
-        ctx.save_for_backward(q, k, v, *weights)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        q, k, v, *weights = ctx.saved_tensors
-        scale = 1 / math.sqrt(q.shape[-1])
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        start = 0
-        for p in weights:
-            end = p.shape[2]
-            grad_block = grad_output[:, start:end]
-            grad_v[:, :end].baddbmm_(p.mT, grad_block)
-            grad_p = torch.bmm(grad_block, v[:, :end].mT)
-            # The softmax's Jacobian: dS = P * (dP - sum(dP * P)).
-            grad_scores = p * (grad_p - (grad_p * p).sum(-1, keepdim=True))
-            grad_q[:, start:end] = torch.bmm(grad_scores, k[:, :end]).mul_(scale)
-            grad_k[:, :end].baddbmm_(grad_scores.mT, q[:, start:end], alpha=scale)
-            start = end
-        return grad_q, grad_k, grad_v
 
 
 class KVCache:
@@ -142,12 +101,13 @@ class KVCache:
 class Attention(nn.Module):
     """Multi-head self-attention with grouped keys and values (Ainslie et al. 2023)."""
 
+    by_hand = False  # see GPT.use_cpu_kernels
+
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.is_causal, self.dropout = config.is_causal, config.dropout
-        self.blocked = False
         self.qkv = nn.Linear(
             config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias
         )
@@ -181,14 +141,15 @@ class Attention(nn.Module):
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         dropout = self.dropout if self.training else 0.0
         causal = self.is_causal and mask is None and T > 1
-        if self.blocked and causal and not dropout and self.training and T >= 256:
-            flat = (t.reshape(B * H, T, D) for t in (q, k, v))
-            return BlockedCausalAttention.apply(*flat).view(B, H, T, D)
+        if self.by_hand and causal and not dropout and self.training and T >= 256:
+            return kernels.causal_attention(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, "GLU Variants Improve Transformer")."""
+
+    by_hand = False  # see GPT.use_cpu_kernels
 
     def __init__(self, config):
         super().__init__()
@@ -196,7 +157,10 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate_up = self.gate_up(x)
+        if self.by_hand and not torch.compiler.is_compiling():
+            return self.down(kernels.swiglu(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
@@ -216,6 +180,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The whole network. `config`: a `ModelConfig` whose vocab_size is set."""
+
+    by_hand = False  # see use_cpu_kernels
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -258,15 +224,22 @@ class GPT(nn.Module):
 
         cache, lengths: see `hidden`.
         """
-        logits = self.lm_head(self.hidden(tokens, cache, lengths))
+        x = self.hidden(tokens, cache, lengths)
         if targets is None:
-            return logits, None
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+            return self.lm_head(x), None
         if loss_mask is None:
-            loss_mask = torch.ones_like(losses)
+            loss_mask = torch.ones_like(targets, dtype=torch.float32)
         if loss_divisor is None:
             loss_divisor = loss_mask.sum()
-        return logits, (losses * loss_mask.flatten()).sum() / loss_divisor
+        targets, weights = targets.flatten(), loss_mask.flatten()
+        if self.by_hand:
+            logits, total = kernels.linear_cross_entropy(
+                x.flatten(0, 1), self.lm_head.weight, targets, weights
+            )
+            return logits.unflatten(0, tokens.shape), total / loss_divisor
+        logits = self.lm_head(x)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
+        return logits, (losses * weights).sum() / loss_divisor
 
     def hidden(self, tokens, cache=None, lengths=None):
         """tokens [B, T] -> the final vectors [B, T, C], before the output head.
@@ -312,10 +285,11 @@ class GPT(nn.Module):
             cache.advance(T if lengths is None else lengths)
         return self.norm(x)
 
-    def use_blocked_attention(self, on):
-        """Train with `BlockedCausalAttention` (CPU) or with PyTorch's kernels."""
-        for block in self.blocks:
-            block.attn.blocked = on
+    def use_cpu_kernels(self, on):
+        """Train with `engine.kernels` (float32 on a CPU only) or with PyTorch's operations."""
+        for module in self.modules():
+            if hasattr(module, "by_hand"):
+                module.by_hand = on
 
     @property
     def n_params(self):

@@ -21,7 +21,7 @@ import time
 
 from config.schema import ModelConfig, TrainConfig
 from engine.config import find, load, parse_overrides, shown
-from engine.errors import UserError, run
+from engine.errors import UserError, is_out_of_memory, run
 
 
 def parse_arguments():
@@ -97,7 +97,7 @@ def train(args, config, model_config):
         torch.manual_seed(config.random_seed)
         model = GPT(shape)
     model = model.to(choice.device, torch.float32 if choice.autocast else getattr(torch, choice.dtype))
-    model.use_blocked_attention(
+    model.use_cpu_kernels(
         choice.device == "cpu" and choice.dtype == "float32" and choice.sdp_kernel == "auto"
     )
     optimizer = make_optimizer(model, config)
@@ -142,6 +142,26 @@ def train(args, config, model_config):
         model.train()
         return total / weight
 
+    training_model = torch.compile(model) if config.compile else model
+
+    def total_loss(batch, first):
+        """Of the rows first, first + 1, ... of a batch: the sum of their tokens' losses."""
+        x, y, mask = tensors(batch, first)
+        with hardware.forward_context(choice):
+            return training_model(x, y, mask, loss_divisor=1)[1]
+
+    def compile_step():
+        """Has torch.compile do now, before the clock starts, what it puts off until the first pass."""
+        print("Compiling the training step: about a minute, this once.", flush=True)
+        try:
+            total_loss(batches(step), 0).backward()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            why = str(error).strip().partition("\n")[0]
+            raise UserError(f"torch.compile failed: {why}; set compile to false") from None
+        optimizer.zero_grad(set_to_none=True)
+
     def one_step(step):
         """Train on the batch of this step; returns its loss and the norm of its gradient."""
         for group in optimizer.param_groups:
@@ -152,9 +172,7 @@ def train(args, config, model_config):
         divisor = max(1.0, float(batch[2].sum()))  # a batch of questions cut before their answers has none
         step_loss = 0.0
         for first in range(0, global_batch, micro_batch):
-            x, y, mask = tensors(batch, first)
-            with hardware.forward_context(choice):
-                _, loss = model(x, y, mask, loss_divisor=divisor)
+            loss = total_loss(batch, first) / divisor
             scaler.scale(loss).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
@@ -171,8 +189,11 @@ def train(args, config, model_config):
     if config.max_steps and step >= config.max_steps and not args.plan:
         print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
         return
-    speed = Speedometer(model)
     facts = plan.Facts(args.task, model, choice, batches, validation, config)
+    if config.compile:
+        with facts.advice_when_out_of_memory():
+            compile_step()
+    speed = Speedometer(model)
     if args.plan:
         plan.show(facts, speed, lambda: one_step(step))
         return

@@ -2,12 +2,13 @@
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmark/train_speed.py --nanogpt nanoGPT                    # about four minutes
+    python benchmark/train_speed.py --nanogpt nanoGPT --compile          # all through torch.compile; longer
     python benchmark/train_speed.py --nanogpt nanoGPT --batch_size 16
 
-Each implementation trains two models in float32 on the CPU, as its own trainer would, eagerly: forward,
+Each implementation trains two models in float32 on the CPU, as its own trainer would: forward,
 backward, gradients clipped, AdamW. Each runs in a process of its own, one after the other, in rounds,
-because the speed of a machine drifts. A process measures the largest square matrix product before and
-after training; what its median step reaches of the faster one is its share.
+because the speed of a machine drifts. For the same reason a process multiplies two large matrices again
+and again between its steps; what its median step reaches of the FLOP/s of the median product is its share.
 
 FLOPs are counted from the shapes with one formula for all, 6 N + 12 L T C per token: N weights of the
 linear layers (the output head is one, the embedding is not), L layers, T tokens, C width. It counts
@@ -16,6 +17,7 @@ the full square of attention, as PaLM and nanoGPT do, though a causal kernel may
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import math
 import multiprocessing
@@ -38,6 +40,7 @@ MODELS = {
 }
 TRAINING = TrainConfig(dataset_path=[("none", "none")], max_steps=1000)  # an optimizer's usual settings
 WARM_UP = 3  # steps
+MATRIX_SIZES = (1024, 2048, 4096)  # the product that reaches the most is what a step is measured by
 
 
 def check_nanogpt(folder):
@@ -71,7 +74,7 @@ def ours(shape, _):
 
     keep_freed_memory()
     model = GPT(shape)
-    model.use_blocked_attention(True)
+    model.use_cpu_kernels(True)
     optimizer = make_optimizer(model, TRAINING)
     mask = None
 
@@ -80,7 +83,7 @@ def ours(shape, _):
         mask = torch.ones(x.shape) if mask is None else mask
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(0, TRAINING)
-        _, loss = model(x, y, mask, loss_divisor=float(mask.sum()))
+        loss = model(x, y, mask, loss_divisor=1)[1] / float(mask.sum())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.grad_clip)
         if math.isfinite(float(loss.detach())) and math.isfinite(float(norm)):
@@ -91,7 +94,7 @@ def ours(shape, _):
 
 
 def nanogpt(shape, folder):
-    """As its train.py does it with --device=cpu --compile=False."""
+    """As its train.py does it with --device=cpu."""
     import torch
 
     module = load_nanogpt(folder)
@@ -153,27 +156,37 @@ def flops_per_token(model, shape):
     return 6 * weights + 12 * shape.n_layer * shape.block_size * shape.n_embd
 
 
-def measure(implementation, shape, batch_size, seconds, folder=None):
+def measure(implementation, shape, batch_size, seconds, folder=None, compiled=False):
     """Train for about `seconds` (three steps at least) -> {"ms/step": ..., "share": ..., ...}."""
     import torch
-
-    from engine.hardware import measure_matmul_flops
 
     torch.manual_seed(0)
     with contextlib.redirect_stdout(None):  # nanoGPT talks while it builds
         model, step = IMPLEMENTATIONS[implementation](shape, folder)
     model.train()
+    if compiled:
+        model.compile()
     batches = torch.randint(shape.vocab_size, (8, 2, batch_size, shape.block_size))
-    peak = measure_matmul_flops("cpu", "float32")
-    durations, end = [], math.inf
-    while len(durations) < WARM_UP + 3 or time.perf_counter() < end:
-        if len(durations) == WARM_UP:
-            end = time.perf_counter() + seconds
+
+    def timed(function, *arguments):
         start = time.perf_counter()
-        step(*batches[len(durations) % len(batches)])
-        durations.append(time.perf_counter() - start)
-    peak = max(peak, measure_matmul_flops("cpu", "float32"))
-    step_seconds, tokens = statistics.median(durations[WARM_UP:]), batch_size * shape.block_size
+        function(*arguments)
+        return time.perf_counter() - start
+
+    for i in range(WARM_UP):
+        step(*batches[i])
+    products = {}
+    for size in MATRIX_SIZES:
+        square = torch.randn(size, size)
+        products[size] = functools.partial(torch.mm, square, square, out=torch.empty_like(square))
+    size = max(products, key=lambda size: size**3 / min(timed(products[size]) for _ in range(3)))
+    steps, matmuls = [], []
+    while len(steps) < 3 or sum(steps) < seconds:
+        if sum(steps) >= 2 * sum(matmuls):
+            matmuls.append(timed(products[size]))
+        steps.append(timed(step, *batches[len(steps) % len(batches)]))
+    peak = 2 * size**3 / statistics.median(matmuls)
+    step_seconds, tokens = statistics.median(steps), batch_size * shape.block_size
     flops = tokens * flops_per_token(model, shape) / step_seconds
     return {
         "params": sum(p.numel() for p in model.parameters()),
@@ -220,6 +233,7 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (without it: left out)")
+    add("--compile", action="store_true", help="through torch.compile: needs a C++ compiler")
     add("--rounds", type=int, default=3, help="processes per implementation and model (3)")
     add("--seconds", type=float, default=5, help="training measured in each process (5)")
     add("--batch_size", type=int, default=4, help="of the speed table's model (4); the recipe's is 12")
@@ -253,16 +267,18 @@ def main():
                 for implementation in chosen:
                     status.update(f"round {number + 1} of {args.rounds}: {model}, {implementation}")
                     measured = in_fresh_process(
-                        measure, implementation, shape, batch_sizes[model], args.seconds, args.nanogpt
-                    )
+                        measure, implementation, shape, batch_sizes[model], args.seconds, args.nanogpt,
+                        args.compile,
+                    )  # fmt: skip
                     results[model][implementation].append(measured)
     for model, c in MODELS.items():
         shape = f"{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, vocabulary {c.vocab_size}"
         title = f"{model}: {shape}, batch {batch_sizes[model]} x {c.block_size}"
+        title += ", torch.compile" if args.compile else ""
         console.print(comparison(title, results[model]))
     console.print(
         f"Median of {args.rounds} rounds, and the best share of them. matmul: GFLOP/s of the largest float32 "
-        "matrix product in the same process; a share is of that."
+        "matrix product, measured in turns with the steps; a share is of that."
     )
 
 

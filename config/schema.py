@@ -118,6 +118,9 @@ class TrainConfig(Schema):
     use_amp: bool = Field(
         True, description="mixed precision: float32 weights, products in dtype; false: weights in dtype"
     )
+    compile: bool = Field(
+        False, description="torch.compile the step: a minute at the start, faster then; needs a C++ compiler"
+    )
 
     @model_validator(mode="after")
     def _schedule_fits(self):

@@ -71,7 +71,7 @@ class Facts:
         tokens = (batch_size or self.config.batch_size) * c.block_size
         heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim
         layer = 6 * c.n_embd + 3 * heads + c.n_head * c.head_dim + 4 * c.n_hidden
-        blocked = self.model.blocks[0].attn.blocked and c.block_size >= 256
+        blocked = self.model.blocks[0].attn.by_hand and c.block_size >= 256
         if blocked or self.choice.sdp_kernel == "math":
             layer += c.n_head * c.block_size  # the attention weights are kept
         per_token = c.n_layer * layer * BYTES[self.choice.dtype] + 3 * 4 * c.vocab_size + 2 * 4 * c.n_embd

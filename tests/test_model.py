@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import GPT, BlockedCausalAttention, KVCache, ModelConfig, RMSNorm, rotary_table, rotate, sample
+from model import GPT, KVCache, ModelConfig, RMSNorm, rotary_table, rotate, sample
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, n_hidden=40)
 
@@ -201,46 +201,39 @@ def test_a_causal_model_does_not_see_ahead_and_the_other_does(use_rope):
     assert (full(tokens)[0] - full(changed)[0]).abs().amax(-1).min() > 1e-3
 
 
-# ---- attention in blocks -------------------------------------------------------------------------
-
-LENGTHS = (1, 2, 3, 4, 5, 6, 7, 9, 13, 16, 31)
+# ---- kernels for a CPU ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_blocked_attention_equals_pytorchs(length):
-    torch.manual_seed(length)
-    inputs = [torch.randn(6, length, 10, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    out = torch.randn(6, length, 10, dtype=torch.float64)
-    ours = BlockedCausalAttention.apply(*inputs)
-    theirs = F.scaled_dot_product_attention(*inputs, is_causal=True)
-    assert differ(ours, theirs) < 1e-12
-    for a, b in zip(*(torch.autograd.grad(y, inputs, out) for y in (ours, theirs)), strict=True):
-        assert differ(a, b) < 1e-12
-
-
-@pytest.mark.parametrize("length", (1, 3, 4, 6, 9))
-def test_blocked_attention_gradcheck(length):
-    torch.manual_seed(length)
-    inputs = [torch.randn(2, length, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    assert torch.autograd.gradcheck(BlockedCausalAttention.apply, inputs)
-
-
-@POSITIONS
-def test_a_model_trains_alike_with_blocked_attention(use_rope):
-    model = build(block_size=259, n_layer=1, use_rope=use_rope).train()
-    tokens, targets = random_tokens(2, 259), random_tokens(2, 259, seed=2)
-    gradients, losses = [], []
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(use_rope=False, n_kv_head=4),
+        dict(qk_norm=False, tie_embeddings=False, bias=True),
+        dict(block_size=259, n_layer=1),  # long enough for attention in blocks
+        dict(is_causal=False),
+    ],
+)
+def test_a_model_trains_alike_with_the_kernels_for_a_cpu(fields):
+    model = build(**fields).train()
+    length = model.config.block_size
+    tokens, targets = random_tokens(2, length), random_tokens(2, length, seed=2)
+    mask = (random_tokens(2, length, seed=3) % 3).float()
+    logits, losses, gradients = [], [], []
     for on in (False, True):
-        model.use_blocked_attention(on)
+        model.use_cpu_kernels(on)
         model.zero_grad()
-        loss = model(tokens, targets)[1]
-        assert ("BlockedCausal" in graph_of(loss)) == on
-        loss.backward()
-        losses.append(loss.item())
+        y, loss = model(tokens, targets, mask)
+        names = graph_of(loss)
+        assert ("_RMSNorm" in names) == ("_SwiGLU" in names) == ("_LinearCrossEntropy" in names) == on
+        assert ("_CausalAttention" in names) == (on and length >= 256)
+        (loss + 0.1 * y.square().mean()).backward()
+        logits.append(y), losses.append(loss.item())
         gradients.append([p.grad for p in model.parameters()])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    for plain, blocked in zip(*gradients, strict=True):
-        assert differ(plain, blocked) < 1e-4 * plain.abs().max()
+    assert differ(*logits) < 1e-4 * logits[0].abs().max()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for plain, by_hand in zip(*gradients, strict=True):
+        assert differ(plain, by_hand) < 1e-4 * plain.abs().max()
 
 
 def graph_of(tensor):
@@ -448,7 +441,7 @@ def test_micro_batches_add_up_to_the_whole(rows):
         dict(n_kv_head=1, qk_norm=False, tie_embeddings=False, bias=True),
         dict(use_rope=False, head_dim=5),
         dict(is_causal=False, n_kv_head=4),
-        dict(block_size=257, n_layer=1),  # long enough for the blocked attention
+        dict(block_size=257, n_layer=1),  # long enough for attention in blocks
     ],
 )
 def test_gradients_equal_those_in_float64(fields):
@@ -457,7 +450,7 @@ def test_gradients_equal_those_in_float64(fields):
     tokens, targets = random_tokens(2, length), random_tokens(2, length, seed=2)
     mask = (random_tokens(2, length, seed=3) % 2).float()
     model, exact = build(**fields).train(), build(**fields).train().double()
-    model.use_blocked_attention(True)
+    model.use_cpu_kernels(True)
     loss = model(tokens, targets, mask)[1]
     loss.backward()
     losses = F.cross_entropy(exact(tokens)[0].transpose(1, 2), targets, reduction="none")
@@ -818,9 +811,8 @@ def test_operations_agree_with_a_counted_trace(fields, share):
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("length", [16, 261])
 def test_bfloat16_autocast_is_close(use_rope, qk_norm, length):
-    """Training (with blocked attention if long), and decoding with rows of different lengths."""
+    """Training, and decoding with rows of different lengths."""
     model = build(use_rope=use_rope, qk_norm=qk_norm, block_size=length, std=0.1).train()
-    model.use_blocked_attention(True)
     tokens, targets = random_tokens(2, length), random_tokens(2, length, seed=2)
     results = []
     for enabled in (False, True):

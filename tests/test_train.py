@@ -6,6 +6,7 @@ import math
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,34 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(train, task):
     assert logged[:4] == pytest.approx(logged[4:], abs=1e-5)
     for name, weights in model.items():
         torch.testing.assert_close(weights, whole[name], atol=1e-5, rtol=0)
+
+
+def test_compiling_without_a_compiler(tiny_project):
+    settings = settings_of(compile=True)
+    cache = str(tiny_project.elsewhere / "cache")
+    done = tiny_project.run("train.py", "-t", "pretrain", *settings, PATH="", TORCHINDUCTOR_CACHE_DIR=cache)
+    assert done.returncode == 2
+    why = r"error: torch\.compile failed: .*[Cc]ompiler.*; set compile to false\n"
+    assert re.fullmatch(why, done.stderr), done.stderr
+    assert not tiny_project.checkpoints() and not list(tiny_project.root.glob("train_*.log"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_step_computes_the_same_and_resumes(tiny_project, train):
+    settings = dict(max_steps=8, save_interval=4, gradient_accumulation_steps=2, n_layer=2)
+    assert train("pretrain", **settings).returncode == 0
+    arguments = ["-t", "pretrain", *settings_of(**settings, compile=True)]
+    done = [tiny_project.run("train.py", *arguments, timeout=400)]
+    whole = load(tiny_project.checkpoints()[8])
+    tiny_project.checkpoints()[8].unlink()
+    done += [tiny_project.run("train.py", *arguments, "--resume", timeout=400)]
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert "Compiling the training step" in done[0].stdout and "4 of them now" in done[1].stdout
+    assert train.same(load(tiny_project.checkpoints()[8]), whole) and losses(tiny_project)
+    eager = load(train.checkpoints()[8]).model
+    for name, weights in whole.model.items():
+        torch.testing.assert_close(weights, eager[name], atol=1e-4, rtol=0)
 
 
 def test_a_curriculum_is_trained_in_order(train, tiny_data):
@@ -227,6 +256,7 @@ def test_a_second_signal_ends_it_at_once(tiny_project, number, code):
     while not any(path.stat().st_size for path in tiny_project.root.glob("train_*.log")):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.05)
+    time.sleep(1)  # into the first step: before it, one signal is enough
     process.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)

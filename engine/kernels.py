@@ -1,0 +1,149 @@
+"""Forward and backward passes written by hand, for training in float32 on a CPU.
+
+Autograd makes a chain of small operations of each of these, and every link reads and writes the whole
+tensor once more. `GPT.use_cpu_kernels` turns them on; doc/speed.md has what each of them gains, and
+tests/engine/test_kernels.py holds them to PyTorch's own.
+"""
+
+import math
+
+import torch
+
+N_BLOCKS = 4  # of queries, in `causal_attention`
+ALIGNMENT = 64  # numbers per row of logits: a multiple of this
+
+
+def causal_attention(q, k, v):
+    """softmax(q k^T / sqrt(D) + causal mask) v; all [B, H, T, D].
+
+    The queries are taken in blocks, and a block looks only at the keys up to its end, so
+    nearly half of the products are never made; what remains are large plain matrix products,
+    which a CPU does best. It keeps the attention weights for the backward pass.
+    """
+    return _CausalAttention.apply(*(t.flatten(0, 1) for t in (q, k, v))).view(q.shape)
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight [n]."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def swiglu(gate_up):
+    """silu(gate) * up, where gate_up [..., 2 n] holds both halves."""
+    return _SwiGLU.apply(gate_up)
+
+
+def linear_cross_entropy(x, weight, targets, weights):
+    """The output head and its loss in one: x [N, C], weight [V, C], targets and weights [N] ->
+    (logits [N, V], the sum of each position's weight * cross-entropy in nats).
+
+    A vocabulary is rarely a multiple of anything, and a product that writes rows of an odd length is
+    a third slower; here rows are as long as the next multiple of 64, and the rest of them is -inf.
+    """
+    return _LinearCrossEntropy.apply(x, weight, targets, weights)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        n, length, dim = q.shape
+        size = -(-length // N_BLOCKS)
+        future = torch.full((size, size), -math.inf, dtype=q.dtype).triu_(1)
+        output, weights = torch.empty_like(q), []
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            scores = torch.baddbmm(
+                q.new_zeros(()), q[:, start:end], k[:, :end].mT, beta=0, alpha=1 / math.sqrt(dim)
+            )
+            scores[:, :, start:] += future[: end - start, : end - start]
+            weights.append(scores.softmax(-1))
+            torch.bmm(weights[-1], v[:, :end], out=output[:, start:end])
+        ctx.save_for_backward(q, k, v, *weights)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        q, k, v, *weights = ctx.saved_tensors
+        scale = 1 / math.sqrt(q.shape[-1])
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        start = 0
+        for p in weights:
+            end = p.shape[2]
+            grad_block = grad_output[:, start:end]
+            grad_v[:, :end].baddbmm_(p.mT, grad_block)
+            grad_p = torch.bmm(grad_block, v[:, :end].mT)
+            # The softmax's Jacobian: dS = P * (dP - sum(dP * P)).
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            grad_q[:, start:end] = torch.bmm(grad_scores, k[:, :end]).mul_(scale)
+            grad_k[:, :end].baddbmm_(grad_scores.mT, q[:, start:end], alpha=scale)
+            start = end
+        return grad_q, grad_k, grad_v
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rstd = rstd.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, rstd, weight)
+        return (x * rstd).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # LayerNorm's gradient around a mean of 0 takes one pass; it subtracts mean(grad * weight) * rstd
+        # on behalf of the mean, which is a constant here, so that goes back in.
+        x, rstd, weight = ctx.saved_tensors
+        n, mean = weight.shape[0], torch.zeros_like(rstd)
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [n], mean, rstd, weight, None, [True, True, False]
+        )
+        grad_x.addcmul_((grad.reshape(-1, n) @ weight).view(rstd.shape), rstd, value=1 / n)
+        return grad_x, grad_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        ctx.save_for_backward(gate_up, sigmoid, silu)
+        return silu * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate_up, sigmoid, silu = ctx.saved_tensors
+        up = gate_up.chunk(2, dim=-1)[1]
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad, silu, out=grad_up)
+        # silu' = sigmoid + silu * (1 - sigmoid): no second exponential
+        derivative = torch.addcmul(sigmoid, silu, sigmoid, value=-1).add_(silu)
+        torch.mul(grad, derivative.mul_(up), out=grad_gate)
+        return grad_gate_up
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, weights):
+        size = weight.shape[0]
+        rows = x.new_empty(x.shape[0], -(-size // ALIGNMENT) * ALIGNMENT)
+        rows[:, size:] = -math.inf
+        logits = rows[:, :size]
+        torch.mm(x, weight.mT, out=logits)
+        p = rows.softmax(-1)
+        # log sum exp(logits), by way of each row's largest, whose p cannot underflow
+        log_sums = rows.amax(-1) - p.amax(-1).log()
+        losses = log_sums - logits.gather(1, targets[:, None])[:, 0]
+        ctx.save_for_backward(x, weight, targets, weights, p)
+        ctx.set_materialize_grads(False)
+        return logits, (losses * weights).sum()
+
+    @staticmethod
+    def backward(ctx, grad_logits, grad_loss):
+        x, weight, targets, weights, p = ctx.saved_tensors
+        weights = (weights * (0 if grad_loss is None else grad_loss))[:, None]
+        grad = p.mul_(weights).scatter_add_(1, targets[:, None], -weights)[:, : weight.shape[0]]
+        if grad_logits is not None:
+            grad += grad_logits
+        return grad @ weight, grad.mT @ x, None, None

@@ -1,0 +1,87 @@
+"""engine/kernels.py against PyTorch's own operations and autograd, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine import kernels
+
+
+def draw(*shape, scale=1.0):
+    return (scale * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+
+
+def assert_same(ours, theirs, inputs):
+    """Equal outputs, and equal gradients for a random gradient of the outputs."""
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    grad = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, grad) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 7, 9, 13, 16, 31])
+def test_causal_attention(length):
+    torch.manual_seed(length)
+    q, k, v = (draw(2, 3, length, 10) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_same(kernels.causal_attention(q, k, v), expected, (q, k, v))
+
+
+def test_causal_attention_of_heads_that_lie_apart():
+    """As the model has them: [B, T, heads, D] with queries, keys and values side by side."""
+    torch.manual_seed(0)
+    qkv = draw(2, 9, 6, 4)
+    q, k, v = qkv.transpose(1, 2).split(2, dim=1)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_same(kernels.causal_attention(q, k, v), expected, (qkv,))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (2, 7, 12), (2, 3, 4, 5)])
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_rms_norm(shape, eps):
+    torch.manual_seed(0)
+    x, weight = draw(*shape), draw(shape[-1])
+    assert_same(kernels.rms_norm(x, weight, eps), F.rms_norm(x, weight.shape, weight, eps), (x, weight))
+
+
+def test_rms_norm_of_a_slice_and_of_zeros():
+    torch.manual_seed(0)
+    x, weight = draw(4, 5, 6, 8), draw(8)
+    part = torch.cat((x[:, :, 1:3], torch.zeros(4, 5, 1, 8)), 2)[:, :, 1:]
+    assert_same(kernels.rms_norm(part, weight, 1e-5), F.rms_norm(part, (8,), weight, 1e-5), (x, weight))
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 10), (2, 5, 34)])
+def test_swiglu(shape):
+    torch.manual_seed(0)
+    x = draw(*shape, scale=4)
+    gate, up = x.chunk(2, dim=-1)
+    assert_same(kernels.swiglu(x), F.silu(gate) * up, (x,))
+
+
+@pytest.mark.parametrize("vocab_size", [2, 63, 64, 65, 200])
+@pytest.mark.parametrize("scale", [1, 100], ids=["mild", "huge logits"])
+def test_linear_cross_entropy(vocab_size, scale):
+    torch.manual_seed(0)
+    x, weight = draw(31, 6, scale=scale), draw(vocab_size, 6)
+    targets, weights = torch.randint(vocab_size, (31,)), torch.rand(31, dtype=torch.float64)
+    weights[3:9] = 0
+    logits, total = kernels.linear_cross_entropy(x, weight, targets, weights)
+    losses = F.cross_entropy(x @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(logits, x @ weight.T)
+    assert_same(total, (losses * weights).sum(), (x, weight))
+
+
+def test_linear_cross_entropy_has_gradients_through_its_logits_too():
+    torch.manual_seed(0)
+    x, weight, targets = draw(7, 6), draw(65, 6), torch.randint(65, (7,))
+    weights = torch.ones(7, dtype=torch.float64)
+
+    def both(logits, total):
+        return torch.cat((logits.flatten(), total[None]))
+
+    expected = both(x @ weight.T, F.cross_entropy(x @ weight.T, targets, reduction="sum"))
+    assert_same(both(*kernels.linear_cross_entropy(x, weight, targets, weights)), expected, (x, weight))
+    logits, _ = kernels.linear_cross_entropy(x, weight, targets, weights)
+    assert_same(logits, x @ weight.T, (x, weight))
