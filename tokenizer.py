@@ -60,8 +60,12 @@ class Tokenizer:
     padding_id, unknown_id, bos_id, eos_id, instruct_id, response_id, system_id = range(N_SPECIAL)
 
     def __init__(self, words):
-        self._bytes = [token.encode() for token in SPECIAL_TOKENS] + words
-        self.vocab_size = len(self._bytes)
+        words = [token.encode() for token in SPECIAL_TOKENS] + words
+        self.vocab_size = len(words)
+        # All words in one row of bytes, so that decoding is arithmetic on arrays.
+        self._bytes = np.frombuffer(b"".join(words), np.uint8)
+        self._lengths = np.array([len(word) for word in words])
+        self._starts = np.cumsum(self._lengths) - self._lengths
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def encode(self, text):
@@ -88,7 +92,13 @@ class Tokenizer:
             raise ValueError(f"token ids must lie in 0..{self.vocab_size - 1}, not {ids.min()}..{ids.max()}")
         if skip_special:
             ids = ids[ids >= N_SPECIAL]
-        return b"".join([self._bytes[i] for i in ids.tolist()])
+        decoded = []
+        for part in np.split(ids, range(1 << 16, len(ids), 1 << 16)):  # in pieces that stay in the cache
+            lengths = self._lengths[part]
+            ends = np.cumsum(lengths)
+            places = np.repeat(self._starts[part] - ends + lengths, lengths) + np.arange(lengths.sum())
+            decoded.append(self._bytes[places].tobytes())
+        return b"".join(decoded)
 
     def decode(self, ids, skip_special=False):
         """The text that ids stand for; bytes that are no UTF-8 become U+FFFD."""

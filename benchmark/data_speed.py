@@ -6,11 +6,10 @@
 Text is generated: Chinese (3,000 characters, the frequent ones more often) and English (3,000 words),
 as one long document, as documents of 2,000 characters, and as tiny ones of 100. Each measurement is
 the best of `--repeat`; preparing runs `data.py` as a user does, twice through the file and onto disk.
-MB are 10^6 bytes of UTF-8.
+MB are 10^6 bytes of UTF-8. Linux only, which tells a process's peak of memory.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,15 @@ import numpy as np  # noqa: E402
 
 from engine.errors import run  # noqa: E402
 from tokenizer import BPETokenizer, CharTokenizer  # noqa: E402
+
+# Runs a script as `python SCRIPT ...` does; then prints its CPU seconds and the most memory it had, in kB.
+# (What wait4 tells of a child's memory includes the moment before exec, when it still was its parent's.)
+MEASURED = """
+import re, runpy, sys, time
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(time.process_time(), re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+"""
 
 LAYOUTS = {"one document": 0, "documents of 2,000": 2000, "documents of 100": 100}
 
@@ -102,23 +110,12 @@ def prepare_table(folder, n_bytes, repeat):
             megabytes = source.stat().st_size / 1e6
             wall, cpu, memory = [], [], []
             for _ in range(repeat):
+                command = [sys.executable, "-c", MEASURED, "data.py", "--pretrain", source, "--out", out]
                 start = time.perf_counter()
-                command = [
-                    sys.executable,
-                    str(ROOT / "data.py"),
-                    "--pretrain",
-                    str(source),
-                    "--out",
-                    str(out),
-                ]
-                with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-                    _, status, usage = os.wait4(process.pid, 0)
-                    process.returncode = os.waitstatus_to_exitcode(status)
-                if process.returncode:
-                    raise SystemExit(process.returncode)
+                done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
                 wall.append(time.perf_counter() - start)
-                cpu.append(usage.ru_utime + usage.ru_stime)
-                memory.append(usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
+                *_, seconds, kilobytes = done.stdout.split()
+                cpu.append(float(seconds)), memory.append(float(kilobytes) / 1e3)
             numbers = (megabytes, min(wall), megabytes / min(wall), megabytes / min(cpu), max(memory))
             table.add_row(language, layout, *(f"{number:,.1f}" for number in numbers))
     return table

@@ -175,7 +175,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--nanogpt", type=Path, required=True, metavar="DIR", help="a clone of nanoGPT")
     add("--text", type=Path, required=True, metavar="FILE", help="any text in UTF-8")
-    add("--steps", type=int, default=700, help="Nano's steps (700)")
+    add("--steps", type=int, default=620, help="Nano's steps (620)")
     args = parser.parse_args()
     check_nanogpt(args.nanogpt)
     if args.steps < 2:
