@@ -173,6 +173,9 @@ class CharTokenizer(Tokenizer):
         seen = np.zeros(N_CODE_POINTS, bool)
         for text in texts:
             for numbers in code_points(text):
+                if numbers.dtype == np.uint8:  # ASCII: to take out what is known is eight times as fast
+                    known = np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()
+                    numbers = np.frombuffer(numbers.tobytes().translate(None, known), np.uint8)
                 seen[numbers] = True
         seen[SURROGATES] = False
         return cls(np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le"))
