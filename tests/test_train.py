@@ -118,9 +118,12 @@ def test_a_compiled_step_computes_the_same_and_resumes(tiny_project, train):
     assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
     assert "Compiling the training step" in done[0].stdout and "4 of them now" in done[1].stdout
     assert train.same(load(tiny_project.checkpoints()[8]), whole) and losses(tiny_project)
+    for step, (loss, _) in losses(train).items():
+        assert float(losses(tiny_project)[step][0]) == pytest.approx(float(loss), abs=1e-5)
     eager = load(train.checkpoints()[8]).model
     for name, weights in whole.model.items():
-        torch.testing.assert_close(weights, eager[name], atol=1e-4, rtol=0)
+        # AdamW makes a full step, of up to 0.01, of the smallest gradient, rounding included.
+        torch.testing.assert_close(weights, eager[name], atol=1e-3, rtol=0)
 
 
 def test_a_curriculum_is_trained_in_order(train, tiny_data):
