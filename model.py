@@ -11,8 +11,8 @@ Worth knowing before reading:
   cache holds only `n_kv_head` of them.
 - One matrix makes queries, keys and values, and one makes both halves of the gated MLP:
   a few large products are faster than many small ones.
-- What training on a CPU would lose in many small operations, `engine/kernels.py` does in few:
-  `use_cpu_kernels`. Everywhere else the operations are PyTorch's.
+- Attention and loss have a faster version for training on a CPU in `engine/kernels.py`:
+  `use_cpu_kernels`. Everything else is PyTorch's operations.
 
 Shapes: B rows, T tokens, C = n_embd, H = n_head, G = n_kv_head, D = head_dim, V = vocab_size.
 """
@@ -30,16 +30,12 @@ from engine import kernels
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019)."""
 
-    by_hand = False  # see GPT.use_cpu_kernels
-
     def __init__(self, size, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x):
-        if self.by_hand and not torch.compiler.is_compiling():
-            return kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -141,7 +137,9 @@ class Attention(nn.Module):
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         dropout = self.dropout if self.training else 0.0
         causal = self.is_causal and mask is None and T > 1
-        if self.by_hand and causal and not dropout and self.training and T >= 256:
+        # A short text pays only where the compiler fuses what lies between the products.
+        pays = T >= 256 or torch.compiler.is_compiling()
+        if self.by_hand and causal and not dropout and self.training and pays:
             return kernels.causal_attention(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
@@ -149,18 +147,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, "GLU Variants Improve Transformer")."""
 
-    by_hand = False  # see GPT.use_cpu_kernels
-
     def __init__(self, config):
         super().__init__()
         self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=config.bias)
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        gate_up = self.gate_up(x)
-        if self.by_hand and not torch.compiler.is_compiling():
-            return self.down(kernels.swiglu(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 

@@ -65,17 +65,21 @@ def load_nanogpt(folder):
 # ---- the implementations: each returns (model, step), where step(x, y) trains on tokens [B, T] ---------
 
 
-def ours(shape, _):
-    """As train.py does it on a CPU with everything "auto", in float32."""
+def ours(shape, _, without=()):
+    """As train.py does it on a CPU with everything "auto", in float32. `without`: see ablation.py."""
     import torch
 
     from engine.hardware import keep_freed_memory
     from engine.optimizer import learning_rate_at, make_optimizer
     from model import GPT
 
-    keep_freed_memory()
+    if "kept memory" not in without:
+        keep_freed_memory()
     model = GPT(shape)
     model.use_cpu_kernels(True)
+    for module in model.modules():
+        if type(module).__name__ in without:
+            module.by_hand = False
     optimizer = make_optimizer(model, TRAINING)
     mask = None
 
@@ -157,6 +161,19 @@ def flops_per_token(model, shape):
     return 6 * weights + 12 * shape.n_layer * shape.block_size * shape.n_embd
 
 
+def timed(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def random_batches(shape, batch_size):
+    """Eight batches of (x, y): [8, 2, B, T]."""
+    import torch
+
+    return torch.randint(shape.vocab_size, (8, 2, batch_size, shape.block_size))
+
+
 def measure(implementation, shape, batch_size, seconds, folder=None, compiled=False):
     """Train for about `seconds` (three steps at least) -> {"ms/step": ..., "share": ..., ...}."""
     import torch
@@ -167,13 +184,7 @@ def measure(implementation, shape, batch_size, seconds, folder=None, compiled=Fa
     model.train()
     if compiled:
         model.compile()
-    batches = torch.randint(shape.vocab_size, (8, 2, batch_size, shape.block_size))
-
-    def timed(function, *arguments):
-        start = time.perf_counter()
-        function(*arguments)
-        return time.perf_counter() - start
-
+    batches = random_batches(shape, batch_size)
     for i in range(WARM_UP):
         step(*batches[i])
     products = {}

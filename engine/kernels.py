@@ -1,15 +1,14 @@
-"""Forward and backward passes written by hand, for training in float32 on a CPU.
+"""Attention and loss for training in float32 on a CPU, with backward passes written by hand.
 
-Autograd makes a chain of small operations of each of these, and every link reads and writes the whole
-tensor once more. `GPT.use_cpu_kernels` turns them on; doc/speed.md has what each of them gains, and
-tests/engine/test_kernels.py holds them to PyTorch's own.
+Both trade PyTorch's operations for fewer and better shaped ones. `GPT.use_cpu_kernels` turns them on;
+doc/speed.md has what each of them gains, and tests/engine/test_kernels.py holds them to PyTorch's own.
 """
 
 import math
 
 import torch
 
-N_BLOCKS = 4  # of queries, in `causal_attention`
+BLOCKS, SHORTEST = 4, 128  # of queries in `causal_attention`: at most so many, of at least this length
 ALIGNMENT = 64  # numbers per row of logits: a multiple of this
 
 
@@ -17,20 +16,10 @@ def causal_attention(q, k, v):
     """softmax(q k^T / sqrt(D) + causal mask) v; all [B, H, T, D].
 
     The queries are taken in blocks, and a block looks only at the keys up to its end, so
-    nearly half of the products are never made; what remains are large plain matrix products,
-    which a CPU does best. It keeps the attention weights for the backward pass.
+    nearly half of the products of a long text are never made; what remains are large plain matrix
+    products, which a CPU does best. It keeps the attention weights for the backward pass.
     """
     return _CausalAttention.apply(*(t.flatten(0, 1) for t in (q, k, v))).view(q.shape)
-
-
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight [n]."""
-    return _RMSNorm.apply(x, weight, eps)
-
-
-def swiglu(gate_up):
-    """silu(gate) * up, where gate_up [..., 2 n] holds both halves."""
-    return _SwiGLU.apply(gate_up)
 
 
 def linear_cross_entropy(x, weight, targets, weights):
@@ -47,7 +36,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         n, length, dim = q.shape
-        size = -(-length // N_BLOCKS)
+        size = max(-(-length // BLOCKS), SHORTEST)
         future = torch.full((size, size), -math.inf, dtype=q.dtype).triu_(1)
         output, weights = torch.empty_like(q), []
         for start in range(0, length, size):
@@ -78,49 +67,6 @@ class _CausalAttention(torch.autograd.Function):
             grad_k[:, :end].baddbmm_(grad_scores.mT, q[:, start:end], alpha=scale)
             start = end
         return grad_q, grad_k, grad_v
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        rstd = rstd.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, rstd, weight)
-        return (x * rstd).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        # LayerNorm's gradient around a mean of 0 takes one pass; it subtracts mean(grad * weight) * rstd
-        # on behalf of the mean, which is a constant here, so that goes back in.
-        x, rstd, weight = ctx.saved_tensors
-        n, mean = weight.shape[0], torch.zeros_like(rstd)
-        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, [n], mean, rstd, weight, None, [True, True, False]
-        )
-        grad_x.addcmul_((grad.reshape(-1, n) @ weight).view(rstd.shape), rstd, value=1 / n)
-        return grad_x, grad_weight, None
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate_up):
-        gate, up = gate_up.chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        ctx.save_for_backward(gate_up, sigmoid, silu)
-        return silu * up
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate_up, sigmoid, silu = ctx.saved_tensors
-        up = gate_up.chunk(2, dim=-1)[1]
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(grad, silu, out=grad_up)
-        # silu' = sigmoid + silu * (1 - sigmoid): no second exponential
-        derivative = torch.addcmul(sigmoid, silu, sigmoid, value=-1).add_(silu)
-        torch.mul(grad, derivative.mul_(up), out=grad_gate)
-        return grad_gate_up
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

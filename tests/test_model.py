@@ -225,7 +225,7 @@ def test_a_model_trains_alike_with_the_kernels_for_a_cpu(fields):
         model.zero_grad()
         y, loss = model(tokens, targets, mask)
         names = graph_of(loss)
-        assert ("_RMSNorm" in names) == ("_SwiGLU" in names) == ("_LinearCrossEntropy" in names) == on
+        assert ("_LinearCrossEntropy" in names) == on
         assert ("_CausalAttention" in names) == (on and length >= 256)
         (loss + 0.1 * y.square().mean()).backward()
         logits.append(y), losses.append(loss.item())

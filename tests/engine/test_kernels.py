@@ -20,7 +20,7 @@ def assert_same(ours, theirs, inputs):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 7, 9, 13, 16, 31])
+@pytest.mark.parametrize("length", [1, 2, 5, 64, 127, 128, 129, 130, 255, 256, 300, 515])
 def test_causal_attention(length):
     torch.manual_seed(length)
     q, k, v = (draw(2, 3, length, 10) for _ in range(3))
@@ -35,29 +35,6 @@ def test_causal_attention_of_heads_that_lie_apart():
     q, k, v = qkv.transpose(1, 2).split(2, dim=1)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert_same(kernels.causal_attention(q, k, v), expected, (qkv,))
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (2, 7, 12), (2, 3, 4, 5)])
-@pytest.mark.parametrize("eps", [1e-6, 0.5])
-def test_rms_norm(shape, eps):
-    torch.manual_seed(0)
-    x, weight = draw(*shape), draw(shape[-1])
-    assert_same(kernels.rms_norm(x, weight, eps), F.rms_norm(x, weight.shape, weight, eps), (x, weight))
-
-
-def test_rms_norm_of_a_slice_and_of_zeros():
-    torch.manual_seed(0)
-    x, weight = draw(4, 5, 6, 8), draw(8)
-    part = torch.cat((x[:, :, 1:3], torch.zeros(4, 5, 1, 8)), 2)[:, :, 1:]
-    assert_same(kernels.rms_norm(part, weight, 1e-5), F.rms_norm(part, (8,), weight, 1e-5), (x, weight))
-
-
-@pytest.mark.parametrize("shape", [(1, 2), (3, 10), (2, 5, 34)])
-def test_swiglu(shape):
-    torch.manual_seed(0)
-    x = draw(*shape, scale=4)
-    gate, up = x.chunk(2, dim=-1)
-    assert_same(kernels.swiglu(x), F.silu(gate) * up, (x,))
 
 
 @pytest.mark.parametrize("vocab_size", [2, 63, 64, 65, 200])
