@@ -36,8 +36,9 @@ LANGUAGES = ("zh", "en")
 PEOPLE = 24  # at size 1.0
 HELD_OUT = 0.25  # share of each relation's facts that fine-tuning never asks for
 BIOGRAPHIES, CARDS = 4, 2  # per person and language
-NOTES = {"person": 1, "weather": 3}  # how often each phrase is written; topics with fewer subjects: 4
-ASIDES = {"person": 1, "word": 20}  # how often held-out facts are asked for in passing; other topics: 12
+NOTES = {"person": 1}  # how often each phrase is written; other topics, with fewer subjects: 3
+ASIDES = {"person": 1, "weather": 12, "word": 12}  # how often held-out facts are asked for in passing;
+# ... other topics: 6
 DIALOGUES = 10  # of each sort, per person and language
 ARBITRARY = ("person", "place", "job", "animal", "word")  # topics where the answer cannot be worked out
 FEW = 4  # held-out questions of each other kind
@@ -588,7 +589,7 @@ def notes(world, draw, language):
     """
     topics = {}
     for fact in world.facts:
-        topics.setdefault(fact.topic, []).extend(fact.statements(language) * NOTES.get(fact.topic, 4))
+        topics.setdefault(fact.topic, []).extend(fact.statements(language) * NOTES.get(fact.topic, 3))
     documents = []
     for sentences in topics.values():
         sentences = draw.shuffled(sentences)
@@ -605,7 +606,7 @@ def asides(world, draw, language):
     for fact in world.asked():
         own = world.own_question(fact, language)
         told += [[(question, fact.answer(language))] for question in fact.questions(language)
-                 if question != own] * ASIDES.get(fact.topic, 12)
+                 if question != own] * ASIDES.get(fact.topic, 6)
     space = SPACE[language]
     lines = [space.join(question + space + answer for question, answer in turns)
              for turns in draw.shuffled(told)]
