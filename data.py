@@ -610,6 +610,10 @@ class Batches:
         self._bounds = np.cumsum([0, *counts])  # of the files' sequences within an epoch
         self.sequences_per_epoch = int(self._bounds[-1])
 
+    @property
+    def described(self):
+        return f"{self.tokens_per_epoch:,} tokens an epoch"
+
     def position(self, step):
         """Where the first row of batch `step` stands: (epoch, number of the file, sequence in it)."""
         epoch, place = divmod(step * self.batch_size, self.sequences_per_epoch)

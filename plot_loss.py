@@ -37,6 +37,7 @@ TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 TRAIN_LOSS = re.compile(r"(?:\bLoss:?|Train loss =) *" + NUMBER)
 VAL_LOSS = re.compile(r"(?:Val[_ ]loss:?|\| Val \|.*\| Loss:) *" + NUMBER)
 LEARNING_RATE = re.compile(r"\| LR: *" + NUMBER)
+ACCURACY = re.compile(r"\| Accuracy: *" + NUMBER + "%")
 SPEED = re.compile(NUMBER + r" ([GT])FLOP(?:/s|S)")
 BLUE, ORANGE, INK, GREY = "#2563eb", "#e8590c", "#1f2933", "#7b8794"
 PALETTE = (BLUE, ORANGE, "#0f9d72", "#9333ea", "#d6336c", "#8a6d3b", "#0891b2", "#64748b")
@@ -50,7 +51,7 @@ def is_number(loss):
 class Log:
     """One log file, read as far as it has been written.
 
-    `train`, `val`, `rate`, `speed`: lists of (step, value); speed in FLOP/s.
+    `train`, `val`, `accuracy`, `rate`, `speed`: lists of (step, value); accuracy in percent, speed in FLOP/s.
     """
 
     def __init__(self, path):
@@ -59,7 +60,7 @@ class Log:
 
     def restart(self):
         self.offset, self.header, self.first_time, self.last_time = 0, {}, None, None
-        self.train, self.val, self.rate, self.speed = [], [], [], []
+        self.train, self.val, self.accuracy, self.rate, self.speed = [], [], [], [], []
 
     def read(self):
         """Take in the lines added since the last call; True if there were any."""
@@ -90,6 +91,8 @@ class Log:
         step = int(step[1])
         if found := VAL_LOSS.search(line):
             self.val.append((step, float(found[1])))
+            if found := ACCURACY.search(line):
+                self.accuracy.append((step, float(found[1])))
         elif found := TRAIN_LOSS.search(line):
             self.train.append((step, float(found[1])))
             if found := LEARNING_RATE.search(line):
@@ -122,7 +125,10 @@ class Log:
 
     @property
     def task(self):
-        return {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}.get(str(self.header.get("task")))
+        task = str(self.header.get("task", ""))
+        return {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}.get(
+            task, task.capitalize()
+        ) or None
 
     @property
     def facts(self):
@@ -182,25 +188,26 @@ def thin(x, y, bins=1200):
 
 
 def draw(figure, logs):
-    """Draw all logs into a matplotlib Figure: a column per task, a row each for loss, rate and speed."""
+    """Draw all logs into a matplotlib Figure: a column per task, a row for each kind of curve."""
     # A log of the original Nano names no task: it joins the first column.
     named = [log.task for log in logs if log.task]
     columns = {}
     for log in logs:
         columns.setdefault(log.task or (named[0] if named else "Training"), []).append(log)
-    rows = ["train"] + [name for name in ("rate", "speed") if any(getattr(log, name) for log in logs)]
-    heights = [4.2] + [1.1] * (len(rows) - 1)
-    figure.set_size_inches(9 if len(columns) == 1 else 7 * len(columns), 1.5 + sum(heights))
+    heights = {"train": 4.2, "accuracy": 2.2, "rate": 1.1, "speed": 1.1}
+    heights = {name: height for name, height in heights.items() if any(getattr(log, name) for log in logs)}
+    figure.set_size_inches(9 if len(columns) == 1 else 7 * len(columns), 1.5 + sum(heights.values()))
     figure.set_layout_engine("constrained", h_pad=0.08, hspace=0.02, wspace=0.04, w_pad=0.12)
-    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex="col", height_ratios=heights)
+    grid = figure.subplots(
+        len(heights), len(columns), squeeze=False, sharex="col", height_ratios=list(heights.values())
+    )
     for (title, group), panels in zip(columns.items(), grid.T, strict=True):
         alone = len(group) == 1
         subtitle = group[0].facts if alone else f"{len(group)} runs"
         panels[0].set_title(f"{title}\n", loc="left", fontsize=14, fontweight="bold", color=INK)
         panels[0].text(0, 1.03, subtitle, transform=panels[0].transAxes, fontsize=9, color=GREY)
-        draw_loss(panels[0], group)
-        for name, panel in zip(rows[1:], panels[1:], strict=True):
-            draw_rate(panel, group) if name == "rate" else draw_speed(panel, group)
+        for name, panel in zip(heights, panels, strict=True):
+            DRAW[name](panel, group)
         for panel in panels:
             dress(panel)
         panels[-1].set_xlabel("step")
@@ -263,6 +270,19 @@ def draw_loss(panel, group):
     legend.get_frame().set(facecolor="white", edgecolor="none", alpha=0.85)
 
 
+def draw_accuracy(panel, group):
+    """Share of exact answers at each validation."""
+    for i, log in enumerate(group):
+        color = ORANGE if len(group) == 1 else PALETTE[i % len(PALETTE)]
+        steps, values = finite(log.accuracy)
+        panel.plot(steps, values, color=color, linewidth=1.4, marker="o", markersize=3.5)
+        if len(group) == 1 and len(values):
+            place = {"xytext": (-4, -14), "textcoords": "offset points", "ha": "right"}
+            panel.annotate(f"{values[-1]:.2f} %", (steps[-1], values[-1]), color=INK, fontsize=9, **place)
+    panel.set_ylabel("accuracy (%)")
+    panel.set_ylim(0, 104)
+
+
 def draw_rate(panel, group):
     for i, log in enumerate(group):
         panel.plot(*thin(*finite(log.rate)), color=PALETTE[i % len(PALETTE)], linewidth=1.4)
@@ -285,6 +305,9 @@ def draw_speed(panel, group):
     panel.set_ylabel(f"speed\n({name})")
     panel.set_ylim(0, 1.15 * top / unit or 1)
     panel.locator_params(axis="y", nbins=3)
+
+
+DRAW = {"train": draw_loss, "accuracy": draw_accuracy, "rate": draw_rate, "speed": draw_speed}
 
 
 def dress(panel):

@@ -18,6 +18,8 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import dataclass
+from typing import Any
 
 from config.schema import ModelConfig, TrainConfig
 from engine.config import find, load, parse_overrides, shown
@@ -48,55 +50,97 @@ def parse_arguments():
     return args
 
 
+@dataclass
+class Job:
+    """A model and what it learns from: `text_job` makes one of token files, problem.py of a toy problem.
+
+    batches(step) -> x, y [global batch, T] and the loss mask, numpy arrays; validation(i) -> the same,
+    a micro-batch. Both know how many `sequences_per_epoch` they have. With `exact`, a validation also
+    tells in how many sequences all tokens of the mask are right.
+    """
+
+    task: str
+    config: TrainConfig
+    choice: Any
+    start: Any
+    model: Any
+    tokenizer: Any
+    batches: Any
+    validation: Any
+    exact: bool = False
+
+
 def main():
     args = parse_arguments()
     config = load(TrainConfig, args.config, args.set)
     model_config = load(ModelConfig, args.model, args.set)
-    train(args, config, model_config)
+    train(text_job(args, config, model_config), args.plan)
 
 
-def train(args, config, model_config):
+def text_job(args, config, model_config):
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
+    import tokenizer as tokenizers
+    from data import Batches, TokenFile
+    from engine import checkpoint, hardware
+
+    choice = hardware.prepare(config)
+    start = checkpoint.starting_point(args.task, config, args.resume)
+    model, tokenizer = initial_model(
+        start, config, model_config, choice, lambda: tokenizers.load(find(config.tokenizer_path))
+    )
+    files = [[TokenFile(find(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
+    for file in (file for pair in files for file in pair):
+        if file.meta["kind"] != args.task:
+            raise UserError(f"{shown(file.path)} was prepared for {file.meta['kind']}, not for {args.task}")
+    block_size, batch_size = model.config.block_size, config.batch_size
+    global_batch = batch_size * config.gradient_accumulation_steps
+    batches = Batches([pair[0] for pair in files], block_size, global_batch, config.random_seed)
+    validation = Batches([pair[1] for pair in files], block_size, batch_size, config.random_seed)
+    return Job(args.task, config, choice, start, model, tokenizer, batches, validation)
+
+
+def initial_model(start, config, model_config, choice, make_tokenizer):
+    """(model, tokenizer): those of the checkpoint to start from, or new ones."""
     import torch
 
-    from data import Batches, TokenFile
+    from engine import checkpoint, plan
+    from engine.log import notice
+    from model import GPT
+
+    for line in start.notices:
+        notice(line)
+    if start.checkpoint:
+        model, tokenizer = checkpoint.build(start.checkpoint, start.name, dropout=config.dropout)
+        for line in checkpoint.differences(model.config, model_config.resolved(tokenizer.vocab_size)):
+            notice(line)
+        return model, tokenizer
+    tokenizer = make_tokenizer()
+    shape = model_config.resolved(tokenizer.vocab_size).model_copy(update={"dropout": config.dropout})
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; "
+            "set it to null"
+        )
+    plan.refuse_too_large(shape, choice)
+    torch.manual_seed(config.random_seed)
+    return GPT(shape), tokenizer
+
+
+def train(job, plan_only=False):
+    """The training loop. Returns the path of its log; None if it was stopped, or had nothing to do."""
+    import torch
+
     from engine import checkpoint as checkpoints
     from engine import hardware, plan
     from engine.log import RunLog, duration, notice
     from engine.optimizer import learning_rate_at, make_optimizer
-    from model import GPT
 
-    # -- the machine ------------------------------------------------------------------------------
+    config, choice, start = job.config, job.choice, job.start
+    batches, validation = job.batches, job.validation
 
-    machine = hardware.detect(config.device)
-    choice = hardware.choose(
-        machine, config.device, config.dtype, config.sdp_kernel, config.use_amp, config.dropout
-    )
-    hardware.keep_freed_memory()
-    for line in hardware.describe(choice):
-        print(line)
+    # -- model and optimizer ----------------------------------------------------------------------
 
-    # -- model, tokenizer, and where to start -----------------------------------------------------
-
-    start = checkpoints.starting_point(args.task, config, args.resume)
-    for line in start.notices:
-        notice(line)
-    if start.checkpoint:
-        model, tokenizer = checkpoints.build(start.checkpoint, start.name, dropout=config.dropout)
-        for line in checkpoints.differences(model.config, model_config.resolved(tokenizer.vocab_size)):
-            notice(line)
-    else:
-        tokenizer = checkpoints.tokenizers.load(find(config.tokenizer_path))
-        shape = model_config.resolved(tokenizer.vocab_size).model_copy(update={"dropout": config.dropout})
-        if shape.vocab_size < tokenizer.vocab_size:
-            raise UserError(
-                f"{shown(args.model)}: vocab_size={shape.vocab_size} is less than the tokenizer's "
-                f"{tokenizer.vocab_size} tokens; set it to null"
-            )
-        plan.refuse_too_large(shape, choice)
-        torch.manual_seed(config.random_seed)
-        model = GPT(shape)
-    model = model.to(choice.device, torch.float32 if choice.autocast else getattr(torch, choice.dtype))
+    model = job.model.to(choice.device, torch.float32 if choice.autocast else getattr(torch, choice.dtype))
     model.use_cpu_kernels(
         choice.device == "cpu" and choice.dtype == "float32" and choice.sdp_kernel == "auto"
     )
@@ -111,18 +155,11 @@ def train(args, config, model_config):
 
     # -- data -------------------------------------------------------------------------------------
 
-    files = [[TokenFile(find(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
-    for file in (file for pair in files for file in pair):
-        if file.meta["kind"] != args.task:
-            raise UserError(f"{shown(file.path)} was prepared for {file.meta['kind']}, not for {args.task}")
-    micro_batch, micro_batches = config.batch_size, config.gradient_accumulation_steps
-    block_size = model.config.block_size
-    global_batch = micro_batch * micro_batches
-    batches = Batches([pair[0] for pair in files], block_size, global_batch, config.random_seed)
-    validation = Batches([pair[1] for pair in files], block_size, micro_batch, config.random_seed)
+    micro_batch, global_batch = config.batch_size, config.batch_size * config.gradient_accumulation_steps
     n_validations = min(config.eval_iters, -(-validation.sequences_per_epoch // micro_batch))
     if not any(validation(i)[2].any() for i in range(n_validations)):
-        raise UserError(f"block_size={block_size} cuts every conversation before its answer; raise it")
+        size = model.config.block_size
+        raise UserError(f"block_size={size} cuts every conversation before its answer; raise it")
 
     def tensors(batch, first=0):
         """Rows first, first + 1, ... of a batch, at most micro_batch of them, on the device."""
@@ -131,16 +168,19 @@ def train(args, config, model_config):
 
     @torch.no_grad()
     def evaluate():
-        """Validation loss in nats per token: always over the same eval_iters batches, drawn at random."""
+        """(loss in nats per token, share of exact answers): always over the same eval_iters batches."""
         model.eval()
-        total = weight = 0.0
+        total = weight = n_exact = n_sequences = 0
         for i in range(n_validations):
             x, y, mask = tensors(validation(i))
             with hardware.forward_context(choice):
-                _, loss = model(x, y, mask, loss_divisor=1)
+                logits, loss = model(x, y, mask, loss_divisor=1)
             total, weight = total + loss.item(), weight + mask.sum().item()
+            if job.exact:
+                n_exact += int(((logits.argmax(-1) == y) | (mask == 0)).all(-1).sum())
+                n_sequences += len(x)
         model.train()
-        return total / weight
+        return total / weight, n_exact / max(1, n_sequences)
 
     training_model = torch.compile(model) if config.compile else model
 
@@ -186,32 +226,32 @@ def train(args, config, model_config):
 
     # -- the loop ---------------------------------------------------------------------------------
 
-    if config.max_steps and step >= config.max_steps and not args.plan:
+    if config.max_steps and step >= config.max_steps and not plan_only:
         print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
-        return
-    facts = plan.Facts(args.task, model, choice, batches, validation, config)
+        return None
+    facts = plan.Facts(job.task, model, choice, batches, validation, config)
     if config.compile:
         with facts.advice_when_out_of_memory():
             compile_step()
     speed = Speedometer(model)
-    if args.plan:
+    if plan_only:
         plan.show(facts, speed, lambda: one_step(step))
-        return
+        return None
     print(facts.summary())
     if facts.too_large:
         notice(facts.too_large)
 
     def save():
         saved = checkpoints.Checkpoint(
-            args.task, run_id, step, model.config.model_dump(), config.model_dump(mode="json"),
-            tokenizer.to_dict(), model.state_dict(), optimizer.state_dict(), scaler.state_dict(), best,
+            job.task, run_id, step, model.config.model_dump(), config.model_dump(mode="json"),
+            job.tokenizer.to_dict(), model.state_dict(), optimizer.state_dict(), scaler.state_dict(), best,
         )  # fmt: skip
         log.event("Save", (epoch, step), {"": shown(saved.save())})
         checkpoints.prune(saved, config.keep_checkpoints)
 
     def diverged(what):
         # The weights of all checkpoints before this step have given finite losses.
-        good = [path for _, at, path in checkpoints.of_task(args.task, run_id) if at < step]
+        good = [path for _, at, path in checkpoints.of_task(job.task, run_id) if at < step]
         return UserError(
             f"{what}; training stopped and nothing was saved over. "
             + (f"The last good checkpoint is {shown(good[-1])}. " if good else "")
@@ -246,14 +286,16 @@ def train(args, config, model_config):
 
             improved = False
             if step % config.eval_interval == 0 or last:
-                value = evaluate()
+                value, exact = evaluate()
                 if not math.isfinite(value):
                     raise diverged(f"after step {step}: validation loss {value}")
                 improved = best["loss"] is None or value < best["loss"]
                 if improved:
                     best = {"loss": value, "step": step}
                 fields = {"Loss": f"{value:.6f}", "Best": f"{best['loss']:.6f}"}
-                if args.task == "pretrain":
+                if job.exact:
+                    fields["Accuracy"] = f"{exact:.2%}"
+                if job.task == "pretrain":
                     fields["BPB"] = f"{facts.bits_per_byte(value):.4f}"
                 log.event("Val", (epoch, step), fields)
             if step % config.save_interval == 0 or improved or last:
@@ -269,6 +311,7 @@ def train(args, config, model_config):
         else:
             log.say(f"Done: step {step}, {step - first_step} of them now.")
             log.say(f"Loss chart: python plot_loss.py -n {shown(log.path)}")
+    return None if stop.asked and step != config.max_steps else log.path
 
 
 class Speedometer:

@@ -120,6 +120,18 @@ def choose(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True
     )
 
 
+def prepare(config):
+    """The `Choice` for a training run's configuration; says what it is, and sets the process up for it."""
+    machine = detect(config.device)
+    choice = choose(
+        machine, config.device, config.dtype, config.sdp_kernel, config.use_amp, config.dropout
+    )
+    keep_freed_memory()
+    for line in describe(choice):
+        print(line)
+    return choice
+
+
 def describe(choice):
     """Four plain lines for the start of a run: the machine, then each choice and its reason."""
     shared = any(gpu.shared and gpu.name == choice.name for gpu in choice.machine.gpus)

@@ -41,15 +41,14 @@ class Facts:
     def summary(self):
         """Two lines for the start of a run."""
         steps = f"{self.config.max_steps} steps" if self.config.max_steps else "until stopped"
-        if self.config.max_steps:
+        if self.config.max_steps and self.steps_per_epoch < math.inf:
             steps += f" = {self.config.max_steps / self.steps_per_epoch:.1f} epochs"
-        cut = self.batches.n_truncated
         size, flops = self.model.n_params / 1e6, self.flops_per_token / 1e6
         lines = [
             f"{self.task} {size:.2f} M parameters, {flops:.1f} MFLOP a token",
-            f"data {self.batches.tokens_per_epoch:,} tokens an epoch; {steps}",
+            f"data {self.batches.described}; {steps}",
         ]
-        if cut:
+        if cut := self.batches.n_truncated:
             lines.append(f"data {cut:,} conversations are longer than block_size and lose their end")
         return "\n".join(lines)
 
@@ -154,7 +153,7 @@ def show(facts, speed, one_step):
         ("FLOPs per token", f"{facts.flops_per_token:,} (training)"),
         ("chosen", "\n".join(choice.reasons)),
         ("memory, estimated", "\n".join(needed)),
-        ("data", f"{facts.batches.tokens_per_epoch:,} tokens an epoch = {facts.steps_per_epoch:,.1f} steps"),
+        ("data", f"{facts.batches.described} = {facts.steps_per_epoch:,.1f} steps"),
         ("speed, measured", f"{1000 * seconds:.0f} ms a step, {tokens:,.0f} tokens/s\n"
                             f"{flops / 1e9:,.1f} GFLOP/s = {flops / peak:.0%} of a matrix product here "
                             f"({peak / 1e9:,.0f} GFLOP/s in {choice.dtype})"),

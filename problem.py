@@ -1,0 +1,275 @@
+"""Toy problems: what can a tiny transformer learn?
+
+    python problem.py sort                          draw examples, train, test, show
+    python problem.py sort --digits 20 --steps 4000
+    python problem.py q --play                      then type questions to the trained model
+    python problem.py calculator -m checkpoint/calculator_20260102_030405_step_3000.pt --play
+    python problem.py --results                     the table of all runs
+
+A problem is a file in tasks/. It trains in the loop of train.py; the questions it is tested on never
+occur in training. A run leaves its checkpoint, its log, a chart beside the log, and a line in the table.
+"""
+
+import argparse
+import collections
+import json
+import random
+import sys
+import time
+from dataclasses import fields
+
+import tasks
+from config.schema import ModelConfig, TrainConfig
+from engine.config import ROOT, check, find, shown
+from engine.errors import UserError, run
+
+RESULTS = ROOT / "checkpoint" / "results.jsonl"
+N_TEST, N_TEST_MEANWHILE = 10_000, 2_000  # questions at the end, and while it trains
+N_SHOWN = 10
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", action="store_true", help="print the table of all runs")
+    parsers = parser.add_subparsers(dest="problem", metavar="PROBLEM", title="problems")
+    for name in tasks.names():
+        problem = tasks.find(name)
+        text = sys.modules[problem.__module__].__doc__
+        one = parsers.add_parser(
+            name, help=text.partition("\n")[0].replace("%", "%%"), description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        add = one.add_argument
+        for size in fields(problem):
+            add(f"--{size.name}", type=int, metavar="N", help=f"{size.metadata['help']} ({size.default})")
+        add("--steps", type=int, metavar="N", help="optimizer steps (default: what it takes)")
+        add("--seed", type=int, default=1337, metavar="N", help="of weights, training and test (1337)")
+        add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+        add("-m", "--model", metavar="FILE", help="no training: try this checkpoint again")
+        add("--resume", action="store_true", help="go on with the newest run of this problem")
+        add("--play", action="store_true", help="then type questions")
+    args = parser.parse_args()
+    if not args.problem and not args.results:
+        parser.error(f"which problem? {', '.join(tasks.names())}; or --results")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    if args.problem:
+        try_again(args) if args.model else learn(args)
+    if args.results:
+        show_results()
+
+
+# ---- training, and trying again ------------------------------------------------------------------------
+
+
+def learn(args):
+    problem = tasks.make(args.problem, vars(args))
+    here = f"tasks/{problem.name}.py"
+    values = {
+        "log_interval": 10, "eval_interval": 100, "keep_checkpoints": 1, "min_lr": 0.0, **problem.training(),
+        "random_seed": args.seed, "device": args.device, "tokenizer_path": here,
+        "dataset_path": [(here, json.dumps(problem.sizes))],
+    }  # fmt: skip
+    values["max_steps"] = values["max_steps"] if args.steps is None else args.steps
+    values["warmup_iters"] = max(0, min(100, values["max_steps"] // 10))
+    values["eval_iters"] = -(-N_TEST_MEANWHILE // values["batch_size"])
+    config = check(TrainConfig, values, "problem.py")
+    shape = {"block_size": problem.block_size, "is_causal": problem.is_causal, **problem.model()}
+    shape = check(ModelConfig, shape, here)
+    # Only now, when the arguments are known to be good, is it worth to wait for torch.
+    from engine import checkpoint, hardware
+    from train import Job, initial_model, train
+
+    choice = hardware.prepare(config)
+    start = checkpoint.starting_point(problem.name, config, args.resume)
+    if start.checkpoint and not start.run:
+        raise UserError(f"{start.name} is of another size; train this one without --resume")
+    model, tokenizer = initial_model(start, config, shape, choice, problem.tokenizer)
+    batches = tasks.Examples(problem, tokenizer, config.batch_size, args.seed)
+    test = tasks.Test(problem, tokenizer, config.batch_size, args.seed, N_TEST)
+    began = time.perf_counter()
+    log = train(Job(problem.name, config, choice, start, model, tokenizer, batches, test, exact=True))
+    if log is None:  # stopped before its end
+        return
+    seconds = time.perf_counter() - began
+    _, path, _ = checkpoint.newest(problem.name)
+    facts = {"steps": config.max_steps, "seconds": round(seconds, 1), "seed": args.seed,
+             "device": choice.name, "checkpoint": path.name}  # fmt: skip
+    report(problem, model, tokenizer, test.questions, facts)
+    draw_chart(log, path.with_suffix(".png"))
+    if args.play:
+        play(problem, model, tokenizer)
+
+
+def try_again(args):
+    from engine import checkpoint, hardware
+
+    path = find(args.model)
+    state = checkpoint.load(path)
+    model, tokenizer = checkpoint.build(state, shown(path))
+    problem = problem_of(state, args, shown(path), tokenizer)
+    choice = hardware.choose(hardware.detect(args.device), args.device, dtype="float32")
+    model = model.to(choice.device)
+    test = tasks.Test(problem, tokenizer, 1, args.seed, N_TEST)
+    report(problem, model, tokenizer, test.questions, {"steps": state.step, "seed": args.seed})
+    if args.play:
+        play(problem, model, tokenizer)
+
+
+def problem_of(state, args, name, tokenizer):
+    """The problem, in its sizes, that a checkpoint has learned."""
+    if state.task != args.problem:
+        raise UserError(f"{name} has learned {state.task}, not {args.problem}")
+    try:
+        ((_, sizes),) = state.train_config["dataset_path"]
+        sizes = dict(json.loads(sizes))
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{name} does not say which size of {args.problem} it has learned") from None
+    problem = tasks.make(args.problem, sizes)
+    for size, value in problem.sizes.items():
+        if vars(args)[size] not in (None, value):
+            raise UserError(f"{name} has learned --{size} {value}, not {vars(args)[size]}")
+    if tokenizer.to_dict() != problem.tokenizer().to_dict():
+        raise UserError(f"{name} is written in other characters than {args.problem}")
+    return problem
+
+
+def answers(model, problem, tokenizer, questions):
+    """What the model answers to each of a list of questions: its likeliest tokens."""
+    import numpy as np
+    import torch
+
+    device = model.wte.weight.device
+    prompts = [question + problem.mark * problem.is_causal for question in questions]
+    prompts = [torch.from_numpy(ids.astype(np.int64)) for ids in tokenizer.encode_batch(prompts)]
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=tokenizer.padding_id)
+    ids = ids.to(device)
+    model.eval()
+    if not problem.is_causal:
+        return [tokenizer.decode(row) for row in model.transduce(ids).cpu()]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    cache, written = model.new_cache(len(prompts)), []
+    with torch.inference_mode():
+        last = model.hidden(ids, cache, lengths)[torch.arange(len(prompts), device=device), lengths - 1]
+        for _ in range(problem.longest[1]):
+            written.append(model.lm_head(last).argmax(-1, keepdim=True))
+            last = model.hidden(written[-1], cache)[:, 0]
+        written.append(model.lm_head(last).argmax(-1, keepdim=True))
+    rows = torch.cat(written, 1).tolist()
+    return [tokenizer.decode(row[: (row + [tokenizer.eos_id]).index(tokenizer.eos_id)]) for row in rows]
+
+
+# ---- showing -------------------------------------------------------------------------------------------
+
+
+def report(problem, model, tokenizer, questions, facts):
+    """Test the model; print examples and figures, and keep those of a new run in the table of all runs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    given = []
+    for first in range(0, len(questions), 500):
+        given += answers(model, problem, tokenizer, questions[first : first + 500])
+    right = [problem.check(question, answer) for question, answer in zip(questions, given, strict=True)]
+    kinds = collections.Counter(map(problem.kind, questions))
+    right_of_kind = collections.Counter(problem.kind(q) for q, ok in zip(questions, right, strict=True) if ok)
+    ((_, most_frequent),) = collections.Counter(map(problem.answer, questions)).most_common(1)
+
+    # Some that failed, if any did, and otherwise the first ones: questions are in random order.
+    wrong = [i for i, ok in enumerate(right) if not ok][: N_SHOWN // 2]
+    chosen = list(dict.fromkeys([*wrong, *range(len(questions))]))[:N_SHOWN]
+    console = Console(highlight=False)
+    table = Table(title="examples")
+    for name in ("question", "the model's answer", "", "right is"):
+        table.add_column(name)
+    for i in chosen:
+        verdict = "[green]✓" if right[i] else "[red]✗"
+        table.add_row(questions[i], given[i], verdict, "" if right[i] else problem.answer(questions[i]))
+    console.print(table)
+
+    result = {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "problem": problem.name,
+        "sizes": problem.sizes,
+        "parameters": model.n_params,
+        "accuracy": sum(right) / len(right),
+        "base rate": most_frequent / len(right),
+        "questions": len(right),
+        **facts,
+    }
+    sizes = ", ".join(f"{name} {value}" for name, value in problem.sizes.items())
+    table = Table(title=f"{problem.name}, {sizes}", show_header=False)
+    for name, value in result.items():
+        if name not in ("time", "problem", "sizes"):
+            table.add_row(name, shown_value(name, value))
+    if len(kinds) > 1:
+        for kind, count in sorted(kinds.items()):
+            table.add_row(f"accuracy, {kind}", f"{right_of_kind[kind] / count:.2%} of {count:,}")
+    console.print(table)
+    if "seconds" in facts:
+        RESULTS.parent.mkdir(exist_ok=True)
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+
+
+def shown_value(name, value):
+    if name in ("accuracy", "base rate"):
+        return f"{value:.2%}"
+    return f"{value:,}" if isinstance(value, int | float) and name != "seed" else str(value)
+
+
+def draw_chart(log, path):
+    import plot_loss
+
+    plot_loss.prepare_matplotlib()
+    log = plot_loss.Log(log)
+    log.read()
+    plot_loss.save([log], path)
+    print(f"chart: {shown(path)}")
+
+
+def play(problem, model, tokenizer):
+    """Answer what is typed, or piped in, until it ends."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
+        print(f"Type a question such as {problem.draw(random.Random())}; Ctrl-D leaves.")
+    while True:
+        try:
+            if text := input(prompt).strip():
+                question = problem.read(text)
+                (answer,) = answers(model, problem, tokenizer, [question])
+                right = problem.check(question, answer)
+                print(answer, "✓" if right else f"✗ right is {problem.answer(question)}", flush=True)
+        except UserError as error:
+            print(error, file=sys.stderr)
+        except EOFError:
+            return
+
+
+def show_results():
+    from rich.console import Console
+    from rich.table import Table
+
+    try:
+        results = [json.loads(line) for line in open(RESULTS, encoding="utf-8")]
+    except FileNotFoundError:
+        raise UserError("no problem was trained yet: python problem.py sort") from None
+    except ValueError:
+        raise UserError(f"{shown(RESULTS)} is damaged; move it away") from None
+    table = Table(title="toy problems")
+    names = ("time", "problem", "size", "parameters", "steps", "seconds", "accuracy", "base rate", "seed")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("time", "problem", "size") else "right")
+    for result in results:
+        result["size"] = ", ".join(f"{name} {value}" for name, value in result.pop("sizes").items())
+        table.add_row(*(shown_value(name, result[name]) for name in names))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,220 @@
+"""Toy problems: one file each, found by its name. doc/extending.md adds one as an example.
+
+A problem is a dataclass. Its fields are its sizes, which become options of the command line; its
+methods draw a question, know the answer, and say how large a model to train on it for how long.
+Which questions are held out for testing follows from the questions alone, so that no
+model of any seed is ever trained on one.
+"""
+
+import hashlib
+import importlib
+import math
+import pkgutil
+import random
+import re
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+from engine.errors import UserError
+from tokenizer import CharTokenizer
+
+HELD_OUT = 10  # one question in ten is for testing
+
+
+def option(default, help, lowest=1, highest=1000):
+    """A size of a problem: a whole number that the command line can set."""
+    return field(default=default, metadata={"help": help, "lowest": lowest, "highest": highest})
+
+
+class Problem:
+    """What a file of this folder defines: a dataclass derived from this, named as it likes.
+
+    characters   what questions and answers are written with: a token each
+    is_causal    True: the answer comes token by token after question and `mark`;
+                 False: the answer, as long as the question, comes in one pass, in which each token sees all
+    """
+
+    characters = ""
+    is_causal = True
+    mark = "="
+
+    def draw(self, random):
+        """A random question (str). `random`: a random.Random, the only source of chance."""
+        raise NotImplementedError
+
+    def answer(self, question):
+        """The right answer (str)."""
+        raise NotImplementedError
+
+    def read(self, text):
+        """What a user typed, as `draw` would have written it. UserError if it is no question of this size."""
+        raise NotImplementedError
+
+    def check(self, question, answer):
+        """Whether this is a right answer."""
+        return answer == self.answer(question)
+
+    def kind(self, question):
+        """Of which kind a question is, where accuracy should be told for each of several."""
+        return ""
+
+    @property
+    def longest(self):
+        """(characters of the longest question, of the longest answer)."""
+        raise NotImplementedError
+
+    def model(self):
+        """Keys of config/model_config.json: the shape that learns this size of the problem."""
+        raise NotImplementedError
+
+    def training(self):
+        """Keys of config/config_pretrain.json: the training that does."""
+        raise NotImplementedError
+
+    # ---- the same for all ---------------------------------------------------------------------------
+
+    @property
+    def name(self):
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def sizes(self):
+        """{"digits": 6}"""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def tokenizer(self):
+        return CharTokenizer("".join(sorted({*self.characters, *(self.mark if self.is_causal else "")})))
+
+    @property
+    def block_size(self):
+        question, answer = self.longest
+        return question + len(self.mark) + answer if self.is_causal else question
+
+    def encode(self, tokenizer, questions):
+        """x, y [B, T] int64 and the loss mask [B, T] float32 of questions and their answers."""
+        answers = [self.answer(question) for question in questions]
+        if not self.is_causal:
+            x, y = (
+                np.stack(tokenizer.encode_batch(texts)).astype(np.int64) for texts in (questions, answers)
+            )
+            return x, y, np.ones(x.shape, np.float32)
+        texts = [question + self.mark + answer for question, answer in zip(questions, answers, strict=True)]
+        rows = tokenizer.encode_batch(texts)
+        width = max(map(len, rows))
+        ids = np.full((len(rows), width + 1), tokenizer.padding_id, np.int64)
+        mask = np.zeros((len(rows), width), np.float32)
+        for row, (tokens, answer) in enumerate(zip(rows, answers, strict=True)):
+            ids[row, : len(tokens)] = tokens
+            ids[row, len(tokens)] = tokenizer.eos_id
+            mask[row, len(tokens) - len(answer) - 1 : len(tokens)] = 1  # the answer and its end
+        return ids[:, :-1].copy(), ids[:, 1:].copy(), mask
+
+
+@dataclass
+class DigitProblem(Problem):
+    """A problem whose questions are strings of so many digits."""
+
+    digits: int = option(6, "how many digits a number has")
+
+    characters = "0123456789"
+
+    def draw(self, random):
+        # Of any ten digits alike, 888088 would hardly ever come: first draw which digits there are.
+        digits = random.sample("0123456789", random.randint(1, 10))
+        return "".join(random.choices(digits, k=self.digits))
+
+    def read(self, text):
+        if not re.fullmatch(f"[0-9]{{{self.digits}}}", text):
+            raise UserError(f"{text} is not a string of {self.digits} digits")
+        return text
+
+    @property
+    def longest(self):
+        return self.digits, self.digits
+
+    def model(self):
+        return dict(n_layer=2, n_head=4, n_embd=64)
+
+    def training(self):
+        return dict(max_steps=600, batch_size=256, learning_rate=3e-3)
+
+
+def is_held_out(question):
+    digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % HELD_OUT == 0
+
+
+class Examples:
+    """Training batches, drawn as they are needed: those of a step depend on (problem, seed, step) alone."""
+
+    sequences_per_epoch = math.inf
+    n_truncated = 0
+    described = "examples drawn anew for every step"
+
+    def __init__(self, problem, tokenizer, batch_size, seed):
+        self.problem, self.tokenizer, self.batch_size, self.seed = problem, tokenizer, batch_size, seed
+
+    def questions(self, step):
+        chance = random.Random(f"{self.problem.name}/training/{self.seed}/{step}")
+        questions = []
+        while len(questions) < self.batch_size:
+            question = self.problem.draw(chance)
+            if not is_held_out(question):
+                questions.append(question)
+        return questions
+
+    def __call__(self, step):
+        return self.problem.encode(self.tokenizer, self.questions(step))
+
+    def position(self, step):
+        return 0, 0, step * self.batch_size
+
+
+class Test:
+    """At most `count` different held-out questions; test(i) is batch i of them, in the form of `Examples`."""
+
+    def __init__(self, problem, tokenizer, batch_size, seed, count):
+        self.problem, self.tokenizer, self.batch_size = problem, tokenizer, batch_size
+        chance = random.Random(f"{problem.name}/test/{seed}")
+        questions, in_vain = {}, 0
+        while len(questions) < count and in_vain < 20_000:  # a small problem has fewer of them
+            question = problem.draw(chance)
+            in_vain += 1
+            if is_held_out(question) and question not in questions:
+                questions[question], in_vain = None, 0
+        if not questions:
+            raise UserError(f"{problem.name} of this size has too few questions to keep some for testing")
+        self.questions = list(questions)
+
+    @property
+    def sequences_per_epoch(self):
+        return len(self.questions)
+
+    def __call__(self, i):
+        first = i * self.batch_size
+        return self.problem.encode(self.tokenizer, self.questions[first : first + self.batch_size])
+
+
+def names():
+    """Of all problems there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find(name):
+    """The class of the problem of this name."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    here = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+    return next(value for value in here if isinstance(value, type) and issubclass(value, Problem))
+
+
+def make(name, values):
+    """The problem of this name in the sizes of `values`; None, and what is missing, is the default."""
+    sizes = {}
+    for size in fields(problem := find(name)):
+        value = values.get(size.name)
+        sizes[size.name] = value = size.default if value is None else value
+        lowest, highest = size.metadata["lowest"], size.metadata["highest"]
+        if type(value) is not int or not lowest <= value <= highest:
+            raise UserError(f"--{size.name} must be a whole number from {lowest} to {highest}, not {value}")
+    return problem(**sizes)

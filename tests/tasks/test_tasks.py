@@ -1,0 +1,149 @@
+"""The toy problems: their answers, found in other ways too, their tokens, and that tests are unseen."""
+
+import random
+
+import numpy as np
+import pytest
+
+import tasks
+from engine.errors import UserError
+
+SMALL = {"q": {"digits": 3}, "sort": {"digits": 3}, "palindrome": {"digits": 3}, "calculator": {"depth": 2}}
+
+
+def drawn(problem, count=300, seed=0):
+    chance = random.Random(seed)
+    return [problem.draw(chance) for _ in range(count)]
+
+
+def test_every_file_is_found():
+    assert {"q", "sort", "palindrome", "calculator"} <= set(tasks.names())
+    assert all(tasks.make(name, {}).name == name for name in tasks.names())
+
+
+@pytest.mark.parametrize(
+    ("name", "question", "answer"),
+    [
+        ("q", "809614", "5"),
+        ("q", "123457", "0"),
+        ("q", "888888", "12"),
+        ("sort", "114515", "111455"),
+        ("palindrome", "123456", "654321"),
+        ("calculator", "(+(*01)(*11))", "1"),
+        ("calculator", "(*(*1(+01))(*0(+11)))", "0"),
+        ("calculator", "0", "0"),
+    ],
+)
+def test_answers(name, question, answer):
+    problem = tasks.make(name, {})
+    assert problem.answer(question) == answer and problem.check(question, answer)
+    assert not problem.check(question, answer[::-1] + "0") and problem.read(question) == question
+
+
+def test_the_calculator_agrees_with_python():
+    problem = tasks.make("calculator", {"depth": 5})
+
+    def evaluate(tokens):
+        token = tokens.pop(0)
+        if token in "01":
+            return token == "1"
+        operator = tokens.pop(0)
+        left, right = evaluate(tokens), evaluate(tokens)
+        assert tokens.pop(0) == ")"
+        return left or right if operator == "+" else left and right
+
+    for question in drawn(problem, 1000):
+        assert problem.answer(question) == str(int(evaluate(list(question))))
+
+
+def test_the_calculator_draws_every_depth_and_both_answers():
+    problem = tasks.make("calculator", {})
+    questions = drawn(problem, 2000)
+    assert {problem.kind(question) for question in questions} == {f"depth {i}" for i in (1, 2, 3, 4)}
+    assert max(map(len, questions)) <= problem.longest[0] and problem.block_size <= 64
+    assert 0.4 < np.mean([problem.answer(question) == "1" for question in questions]) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sort", "12345"),
+        ("sort", "1234567"),
+        ("sort", "12345a"),
+        ("q", "１２３４５６"),
+        ("calculator", "(+ 0 1"),
+        ("calculator", "(- 0 1)"),
+        ("calculator", "01"),
+        ("calculator", "(+ (+ (+ (+ (+ 0 1) 1) 1) 1) 1)"),
+        ("calculator", "="),
+    ],
+)
+def test_what_is_no_question(name, text):
+    with pytest.raises(UserError, match=r"\w"):
+        tasks.make(name, {}).read(text)
+
+
+def test_a_typed_expression_may_hold_spaces_and_the_mark():
+    assert tasks.make("calculator", {}).read("(+ (* 0 1) (* 1 1)) =") == "(+(*01)(*11))"
+
+
+@pytest.mark.parametrize("sizes", [{"digits": 0}, {"digits": 10**6}])
+def test_impossible_sizes(sizes):
+    with pytest.raises(UserError, match="--digits must be a whole number"):
+        tasks.make("sort", sizes)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_tokens_and_mask(name):
+    problem = tasks.make(name, SMALL[name])
+    tokenizer, questions = problem.tokenizer(), drawn(problem, 50)
+    x, y, mask = problem.encode(tokenizer, questions)
+    assert x.shape == y.shape == mask.shape and x.shape[1] <= problem.block_size
+    for row, question in enumerate(questions):
+        answer = problem.answer(question)
+        told = tokenizer.decode(y[row][mask[row] == 1])
+        if problem.is_causal:
+            assert told == answer + "<|eos|>"
+            assert tokenizer.decode(x[row], skip_special=True) == f"{question}={answer}"
+            assert (x[row, 1:] == y[row, :-1]).all()
+        else:
+            assert (tokenizer.decode(x[row]), told) == (question, answer)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_no_test_question_is_ever_trained_on(name):
+    problem = tasks.make(name, SMALL[name])
+    tokenizer = problem.tokenizer()
+    trained = set()
+    for seed in (1, 2):
+        examples = tasks.Examples(problem, tokenizer, 64, seed)
+        trained.update(question for step in range(100) for question in examples.questions(step))
+    for seed in (1, 2, 3):
+        test = tasks.Test(problem, tokenizer, 16, seed, 2000)
+        assert len(set(test.questions)) == len(test.questions) >= 5
+        assert trained.isdisjoint(test.questions)
+        assert sum(len(test(i)[0]) for i in range(-(-len(test.questions) // 16))) == len(test.questions)
+
+
+def test_at_the_default_sizes_there_are_enough_unseen_questions():
+    for name in tasks.names():
+        problem = tasks.make(name, {})
+        assert len(tasks.Test(problem, problem.tokenizer(), 100, 1, 2000).questions) == 2000
+
+
+def test_the_batch_of_a_step_follows_from_problem_seed_and_step():
+    problem = tasks.make("sort", {})
+    one, other = (tasks.Examples(problem, problem.tokenizer(), 8, 5) for _ in range(2))
+    one(0), one(1)
+    assert all((a == b).all() for a, b in zip(one(7), other(7), strict=True))
+    assert one.questions(7) != one.questions(8) != tasks.Examples(problem, None, 8, 6).questions(8)
+
+
+def test_too_few_questions_to_keep_some():
+    problem = tasks.make("sort", {"digits": 1})
+    kept = [question for question in "0123456789" if tasks.is_held_out(question)]
+    if kept:
+        assert set(tasks.Test(problem, problem.tokenizer(), 8, 1, 100).questions) == set(kept)
+    else:
+        with pytest.raises(UserError, match="too few questions"):
+            tasks.Test(problem, problem.tokenizer(), 8, 1, 100)

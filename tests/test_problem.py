@@ -1,0 +1,71 @@
+"""problem.py by its command line: it trains, tests, shows, remembers, and tries again."""
+
+import json
+import re
+
+import pytest
+
+import tasks
+
+
+def small(project, name="sort", *arguments, **keywords):
+    return project.run("problem.py", name, "--steps", 4, *arguments, **keywords)
+
+
+def test_help_names_the_problems_and_their_sizes(shared_project):
+    done = shared_project.run("problem.py", "--help")
+    assert done.returncode == 0 and all(name in done.stdout for name in tasks.names())
+    done = shared_project.run("problem.py", "calculator", "--help")
+    assert done.returncode == 0 and "--depth" in done.stdout and "--digits" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "which problem"),
+        (["chess"], "chess"),
+        (["sort", "--digits", "0"], "--digits must be a whole number from 1"),
+        (["sort", "--steps", "-1"], "max_steps"),
+        (["sort", "--device", "tpu"], "device"),
+        (["sort", "-m", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
+        (["--results"], "no problem was trained yet"),
+    ],
+)
+def test_mistakes_are_told(shared_project, arguments, says):
+    done = shared_project.run("problem.py", *arguments)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_from_start_to_end(project):
+    done = small(project, "sort", "--digits", 3, "--play", input="321\n32\n\n123")
+    assert done.returncode == 0, done.stderr
+    [path] = project.root.glob("checkpoint/sort_*_step_4.pt")
+    picture = path.with_suffix(".png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and "step_4.png" in done.stdout
+    shares = re.findall(r"(accuracy|base rate) +│ +([\d.]+)%", done.stdout)
+    assert [name for name, _ in shares] == ["accuracy", "base rate"]
+    [log] = project.root.glob("train_*.log")
+    assert re.search(r"\| Val \|.*\| Accuracy: [\d.]+%", log.read_text("utf-8"))
+    played = done.stdout.partition("step_4.png\n")[2].splitlines()
+    assert len(played) == 2 and all(re.fullmatch(r"\d{3} (✓|✗ right is \d{3})", line) for line in played)
+    assert "32 is not a string of 3 digits" in done.stderr
+
+    table = (project.root / "checkpoint" / "results.jsonl").read_text("utf-8")
+    result = json.loads(table)
+    assert result["sizes"] == {"digits": 3} and result["steps"] == 4 and result["checkpoint"] == path.name
+    done = project.run("problem.py", "--results", COLUMNS="200")
+    assert done.returncode == 0 and "digits 3" in done.stdout
+
+    again = project.run("problem.py", "sort", "-m", path)
+    assert again.returncode == 0
+    assert f"{result['accuracy']:.2%}" in again.stdout and f"{result['base rate']:.2%}" in again.stdout
+    for arguments, says in ((["sort", "--digits", 4], "has learned --digits 3"), (["q"], "has learned sort")):
+        wrong = project.run("problem.py", *arguments, "-m", path)
+        assert wrong.returncode == 2 and says in wrong.stderr
+
+
+def test_a_causal_problem_with_answers_of_several_lengths(project):
+    done = small(project, "q")
+    assert done.returncode == 0 and "base rate" in done.stdout, done.stderr
+
+
