@@ -1,6 +1,8 @@
 """The toy problems: their answers, found in other ways too, their tokens, and that tests are unseen."""
 
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,3 +149,13 @@ def test_too_few_questions_to_keep_some():
     else:
         with pytest.raises(UserError, match="too few questions"):
             tasks.Test(problem, problem.tokenizer(), 8, 1, 100)
+
+
+def test_the_guides_example_is_a_problem(project):
+    guide = (Path(__file__).resolve().parents[2] / "doc" / "extending.md").read_text("utf-8")
+    [code] = re.findall(r"`tasks/addition.py`:\n\n```python\n(.*?)```", guide, re.DOTALL)
+    (project.root / "tasks" / "addition.py").write_text(code, "utf-8")
+    done = project.run("problem.py", "addition", "--digits", 2, "--steps", 3, "--play", input="57+68\n5+\n")
+    assert done.returncode == 0, done.stderr
+    assert "accuracy, with carries" in done.stdout and "5+ is not a sum" in done.stderr
+    assert done.stdout.splitlines()[-1].endswith("✓") or "right is 521" in done.stdout
