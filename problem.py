@@ -7,7 +7,7 @@
     python problem.py --results                     the table of all runs
 
 A problem is a file in tasks/. It trains in the loop of train.py; the questions it is tested on never
-occur in training. A run leaves its checkpoint, its log, a chart beside the log, and a line in the table.
+occur in training. A run leaves its log, its checkpoint and a chart beside that, and a line in the table.
 """
 
 import argparse

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from benchmark import train_speed  # noqa: E402
 from engine.errors import UserError, run  # noqa: E402
 
-KERNELS = {  # of engine/kernels.py -> the class of model.py that then does with PyTorch's operations
+KERNELS = {  # of engine/kernels.py -> the class of model.py that uses it
     "causal attention": {"Attention"},
     "head and loss": {"GPT"},
 }

@@ -12,6 +12,7 @@ import math
 import pkgutil
 import random
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -27,7 +28,7 @@ def option(default, help, lowest=1, highest=1000):
     return field(default=default, metadata={"help": help, "lowest": lowest, "highest": highest})
 
 
-class Problem:
+class Problem(ABC):
     """What a file of this folder defines: a dataclass derived from this, named as it likes.
 
     characters   what questions and answers are written with: a token each
@@ -39,17 +40,17 @@ class Problem:
     is_causal = True
     mark = "="
 
+    @abstractmethod
     def draw(self, random):
         """A random question (str). `random`: a random.Random, the only source of chance."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, question):
         """The right answer (str)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, text):
         """What a user typed, as `draw` would have written it. UserError if it is no question of this size."""
-        raise NotImplementedError
 
     def check(self, question, answer):
         """Whether this is a right answer."""
@@ -60,17 +61,17 @@ class Problem:
         return ""
 
     @property
+    @abstractmethod
     def longest(self):
         """(characters of the longest question, of the longest answer)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def model(self):
         """Keys of config/model_config.json: the shape that learns this size of the problem."""
-        raise NotImplementedError
 
+    @abstractmethod
     def training(self):
         """Keys of config/config_pretrain.json: the training that does."""
-        raise NotImplementedError
 
     # ---- the same for all ---------------------------------------------------------------------------
 

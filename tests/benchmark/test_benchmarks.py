@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmark import recipe_race, train_speed
+from benchmark import ablation, recipe_race, train_speed
 from config.schema import ModelConfig
 from data import TokenFile
 from model import GPT
@@ -105,3 +105,9 @@ def test_the_verdict_takes_the_slower_run_and_checks_the_loss():
     assert "40%" in recipe_race.verdict(runs)
     runs[2] = ("Nano", 1, 700, 1.95, 40.0)
     assert "0.0500" in recipe_race.verdict(runs)
+
+
+def test_ablation_measures_with_and_without():
+    measured = ablation.compare(0.1, ablation.LEFT_OUT["both kernels"], SHAPE, 2, False)
+    assert len(measured) == 2 and all(time > 0 and faults >= 0 for time, faults in measured)
+    assert benchmark("ablation.py", "--seconds", "0").returncode == 2
