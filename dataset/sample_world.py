@@ -39,12 +39,15 @@ BIOGRAPHIES, CARDS = 4, 2  # per person and language
 NOTES = {"person": 1}  # how often each phrase is written; other topics, with fewer subjects: 3
 ASIDES = {"person": 1, "weather": 12, "word": 12}  # how often held-out facts are asked for in passing;
 # ... other topics: 6
+TAUGHT = {"weather": 3}  # how often fine-tuning asks for a fact in each wording; other topics: 1
 DIALOGUES = 10  # of each sort, per person and language
 ARBITRARY = ("person", "place", "job", "animal", "word")  # topics where the answer cannot be worked out
 FEW = 4  # held-out questions of each other kind
 
 # --- What there is ------------------------------------------------------------------------------------
 # Each table row is "Chinese English", or a subject followed by its values in the order of its relations.
+# What is asked about begins with a letter of its own within its topic: spelling by characters, a model of
+# this size learns to tell a dog from a duck long after it knows both.
 
 WOMEN = ("安娜 Anna, 克莱尔 Claire, 爱玛 Emma, 格蕾丝 Grace, 艾薇 Ivy, 凯特 Kate, 玛丽 Mary, 奥尔加 Olga, "
          "罗莎 Rosa, 蒂娜 Tina, 温蒂 Wendy, 佐伊 Zoe")
@@ -80,13 +83,13 @@ PLACES = """
 # job: workplace, tool
 JOBS = """
 医生 doctor: 医院 hospital, 针 needles
-老师 teacher: 学校 school, 粉笔 chalk
+教师 teacher: 学校 school, 粉笔 chalk
 厨师 cook: 厨房 kitchen, 锅 pans
 农民 farmer: 田地 field, 锄头 spades
 飞行员 pilot: 机场 airport, 飞机 planes
 歌手 singer: 舞台 stage, 话筒 mics
 护士 nurse: 诊所 clinic, 绷带 bandages
-画家 painter: 画室 studio, 画笔 brushes
+卫兵 guard: 城门 gate, 长矛 spears
 面包师 baker: 店铺 shop, 烤箱 ovens
 作家 writer: 书房 library, 墨水 ink
 矿工 miner: 矿井 tunnel, 矿灯 lamps
@@ -96,10 +99,10 @@ JOBS = """
 ANIMALS = """
 猫 cat: 喵喵 meow, 鱼 fish, 4 4
 狗 dog: 汪汪 woof, 骨头 bones, 4 4
-牛 cow: 哞哞 moo, 青草 grass, 4 4
-羊 sheep: 咩咩 baa, 干草 hay, 4 4
+牛 ox: 哞哞 moo, 青草 grass, 4 4
+猪 pig: 哼哼 oink, 玉米 corn, 4 4
 马 horse: 咴咴 neigh, 燕麦 oats, 4 4
-鸭子 duck: 嘎嘎 quack, 蜗牛 snails, 2 2
+鹅 goose: 嘎嘎 honk, 蜗牛 snails, 2 2
 青蛙 frog: 呱呱 croak, 苍蝇 flies, 4 4
 蜜蜂 bee: 嗡嗡 buzz, 花蜜 nectar, 6 6
 狮子 lion: 吼吼 roar, 肉 meat, 4 4
@@ -107,8 +110,8 @@ ANIMALS = """
 狼 wolf: 嗷嗷 howl, 野鹿 deer, 4 4
 蛇 snake: 嘶嘶 hiss, 鸟蛋 eggs, 0 0
 """
-WORDS = ("banana apple coffee pepper letter cheese tomato potato summer yellow rabbit butter carrot "
-         "cherry").split()
+WORDS = ("apple banana cheese dinner eleven giggle hammer letter mirror needle pepper rabbit summer "
+         "tomato").split()
 
 # --- How to say it ------------------------------------------------------------------------------------
 # Per relation and language: the noun, statements, questions. {s} is the subject ("Anna", "she"), {p} its
@@ -255,7 +258,7 @@ PHRASES = {
         "en": Phrases("weather",
                       "On {day} {s} is {v}.|It is {v} in {s} on {day}.|On {day} it is {v} in {s}.",
                       "How is the weather in {s} on {day}?|What is {s} like on {day}?"
-                      "|On {day}, how is the weather in {s}?"),
+                      "|What weather does {s} have on {day}?"),
     },
     "sum": {
         "zh": Phrases("和",
@@ -479,8 +482,9 @@ def table_facts(topic, table):
 def word_facts():
     """What each word is called in the other language."""
     words = {}
-    for table in (PETS, FOODS, COLOURS):
-        words.update((en, zh) for zh, en in pairs(table))
+    for zh, en in pairs(PETS) + pairs(FOODS) + pairs(COLOURS):
+        if not any(en[0] == other[0] for other in words):
+            words[en] = zh
     return [Fact("word", f"word {en}", {"zh": {"s": zh, "v": en}, "en": {"s": en, "v": zh}})
             for en, zh in sorted(words.items())]
 
@@ -641,7 +645,7 @@ def conversations(world, draw):
     found = []
     for fact in facts:
         for language in LANGUAGES:
-            for question in fact.questions(language):
+            for question in fact.questions(language) * TAUGHT.get(fact.topic, 1):
                 found.append((language, [(question, fact.answer(language))]))
     same_kind = {kind: [fact for fact in facts if fact.kind == kind] for kind in PHRASES}
     for known in by_subject(facts, ("person",)) * DIALOGUES:

@@ -6,6 +6,7 @@ Which questions are held out for testing follows from the questions alone, so th
 model of any seed is ever trained on one.
 """
 
+import functools
 import hashlib
 import importlib
 import math
@@ -21,6 +22,7 @@ from engine.errors import UserError
 from tokenizer import CharTokenizer
 
 HELD_OUT = 10  # one question in ten is for testing
+SORTED_TOGETHER = 8  # steps whose questions are drawn at once
 
 
 def option(default, help, lowest=1, highest=1000):
@@ -147,7 +149,10 @@ def is_held_out(question):
 
 
 class Examples:
-    """Training batches, drawn as they are needed: those of a step depend on (problem, seed, step) alone."""
+    """Training batches, drawn as they are needed.
+
+    What is drawn for a step depends on (problem, seed, batch size, step) alone.
+    """
 
     sequences_per_epoch = math.inf
     n_truncated = 0
@@ -155,15 +160,24 @@ class Examples:
 
     def __init__(self, problem, tokenizer, batch_size, seed):
         self.problem, self.tokenizer, self.batch_size, self.seed = problem, tokenizer, batch_size, seed
+        self._drawn = functools.lru_cache(maxsize=1)(self._draw)
 
     def questions(self, step):
-        chance = random.Random(f"{self.problem.name}/training/{self.seed}/{step}")
+        group, which = divmod(step, SORTED_TOGETHER)
+        return self._drawn(group)[which]
+
+    def _draw(self, group):
+        """The questions of SORTED_TOGETHER steps, each step's of about one length: less padding that way."""
+        chance = random.Random(f"{self.problem.name}/training/{self.seed}/{group}")
         questions = []
-        while len(questions) < self.batch_size:
+        while len(questions) < SORTED_TOGETHER * self.batch_size:
             question = self.problem.draw(chance)
             if not is_held_out(question):
                 questions.append(question)
-        return questions
+        questions.sort(key=len)
+        steps = [questions[i : i + self.batch_size] for i in range(0, len(questions), self.batch_size)]
+        chance.shuffle(steps)
+        return steps
 
     def __call__(self, step):
         return self.problem.encode(self.tokenizer, self.questions(step))

@@ -141,6 +141,13 @@ def test_the_batch_of_a_step_follows_from_problem_seed_and_step():
     assert one.questions(7) != one.questions(8) != tasks.Examples(problem, None, 8, 6).questions(8)
 
 
+def test_questions_of_a_step_are_of_like_length():
+    problem = tasks.make("calculator", {})
+    examples = tasks.Examples(problem, problem.tokenizer(), 64, 5)
+    widths = [examples(step)[0].shape[1] for step in range(64)]
+    assert max(widths) > 0.9 * problem.block_size and np.mean(widths) < 0.5 * problem.block_size
+
+
 def test_too_few_questions_to_keep_some():
     problem = tasks.make("sort", {"digits": 1})
     kept = [question for question in "0123456789" if tasks.is_held_out(question)]
