@@ -36,10 +36,11 @@ LANGUAGES = ("zh", "en")
 PEOPLE = 24  # at size 1.0
 HELD_OUT = 0.25  # share of each relation's facts that fine-tuning never asks for
 BIOGRAPHIES, CARDS = 4, 2  # per person and language
-NOTES = {"person": 1}  # how often each phrase is written; other topics, with fewer subjects: 3
-ASIDES = {"person": 1, "weather": 12, "word": 12}  # how often held-out facts are asked for in passing;
-# ... other topics: 6
-TAUGHT = {"weather": 3}  # how often fine-tuning asks for a fact in each wording; other topics: 1
+NOTES = {"person": 1}  # how often each phrase is written; other topics, with fewer subjects: 2
+# How often running text asks for a held-out fact in each wording, and how often for a taught one besides the
+# conversations. The fewer subjects a topic has, the more often: what "where does ... live" means, 24 people
+# show. Others, which have a pattern: 6 and 0.
+ASIDES = {"person": (1, 0), "weather": (10, 2)} | dict.fromkeys(("place", "job", "animal", "word"), (10, 1))
 DIALOGUES = 10  # of each sort, per person and language
 ARBITRARY = ("person", "place", "job", "animal", "word")  # topics where the answer cannot be worked out
 FEW = 4  # held-out questions of each other kind
@@ -246,7 +247,7 @@ PHRASES = {
                       "“{s}”的英文是{v}。|“{s}”用英文说是{v}。|{s}就是{v}。",
                       "“{s}”的英文是什么？|“{s}”用英文怎么说？|“{s}”英文叫什么？"),
         "en": Phrases("Chinese",
-                      "\"{s}\" is {v} in Chinese.|The Chinese for \"{s}\" is {v}."
+                      "{v} is \"{s}\" in Chinese.|The Chinese for \"{s}\" is {v}."
                       "|The word \"{s}\" means {v}.",
                       "What is \"{s}\" in Chinese?|How do you say \"{s}\" in Chinese?"
                       "|What is the Chinese for \"{s}\"?"),
@@ -501,14 +502,14 @@ def weather_facts(draw):
 
 
 def number_facts(draw):
-    """Sums and differences of numbers up to 5, and comparisons up to 20."""
+    """Sums and differences of numbers up to 5, and comparisons up to 9."""
     facts = []
     for a in range(6):
         for b in range(6):
             facts.append(numeric("sum", f"sum {min(a, b)} {max(a, b)}", a=a, b=b, v=a + b))
             if b <= a:
                 facts.append(numeric("difference", f"difference {a} {b}", a=a, b=b, v=a - b))
-    couples = [(a, b) for a in range(21) for b in range(a)]
+    couples = [(a, b) for a in range(10) for b in range(a)]
     for a, b in sorted(draw.shuffled(couples)[:30]):
         for x, y in ((a, b), (b, a)):
             facts.append(numeric("bigger", f"bigger {b} {a}", a=x, b=y, v=a))
@@ -593,7 +594,7 @@ def notes(world, draw, language):
     """
     topics = {}
     for fact in world.facts:
-        topics.setdefault(fact.topic, []).extend(fact.statements(language) * NOTES.get(fact.topic, 3))
+        topics.setdefault(fact.topic, []).extend(fact.statements(language) * NOTES.get(fact.topic, 2))
     documents = []
     for sentences in topics.values():
         sentences = draw.shuffled(sentences)
@@ -607,10 +608,13 @@ def asides(world, draw, language):
     All facts in all wordings, but for the evaluation's own; the taught ones also in conversations.
     """
     told = [turns for its_language, turns in conversations(world, draw) if its_language == language]
-    for fact in world.asked():
-        own = world.own_question(fact, language)
-        told += [[(question, fact.answer(language))] for question in fact.questions(language)
-                 if question != own] * ASIDES.get(fact.topic, 6)
+    for fact in world.facts:
+        times_held_out, times_taught = ASIDES.get(fact.topic, (6, 0))
+        questions, times = fact.questions(language), times_taught
+        if fact.key in world.held_out:
+            questions.remove(world.own_question(fact, language))
+            times = times_held_out
+        told += [[(question, fact.answer(language))] for question in questions] * times
     space = SPACE[language]
     lines = [space.join(question + space + answer for question, answer in turns)
              for turns in draw.shuffled(told)]
@@ -645,7 +649,7 @@ def conversations(world, draw):
     found = []
     for fact in facts:
         for language in LANGUAGES:
-            for question in fact.questions(language) * TAUGHT.get(fact.topic, 1):
+            for question in fact.questions(language):
                 found.append((language, [(question, fact.answer(language))]))
     same_kind = {kind: [fact for fact in facts if fact.kind == kind] for kind in PHRASES}
     for known in by_subject(facts, ("person",)) * DIALOGUES:

@@ -225,7 +225,7 @@ def test_the_default_world_fits_the_demo(tmp_path):
 def test_a_seed_and_a_size_are_the_same_bytes_everywhere(tmp_path):
     write_world(tmp_path, seed=1, size=0.1)
     digest = hashlib.sha256(b"".join((tmp_path / name).read_bytes() for name in NAMES)).hexdigest()
-    assert digest == "729a27810f249bb0572f37243d9d34c99e9cc90366afff528d7fae3049a6a3c0"
+    assert digest == "fb35f75321770813acf6f073a29ccea5106635986ff19f9453f173d957184d64"
 
 
 def test_another_seed_is_another_world_and_size_is_people():

@@ -1,0 +1,172 @@
+"""Why did the original Nano's calculator stop at 88 %? One change after another, on the same examples.
+
+    python benchmark/calculator_plateau.py -o doc/calculator_plateau.png
+
+Expressions are drawn as the original draws them (a node above the depth of 4 is a digit with probability
+0.2), 100 a step, 1,000 steps, as in its table. The original's loss is the mean over all 64 positions,
+those of the random digits and of the padding included, and its positions are learned. Test questions are
+drawn in the same way, repetitions and all. Dashed: what is right if everything below the first one, two or
+three levels of an expression is guessed.
+"""
+
+import argparse
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from config.schema import ModelConfig, TrainConfig  # noqa: E402
+from engine.config import check  # noqa: E402
+from engine.errors import run  # noqa: E402
+from tasks.calculator import Calculator  # noqa: E402
+
+VARIANTS = {  # name -> (loss over all positions, RoPE, which expressions)
+    "loss over all positions, learned": (True, False, "original"),
+    "loss over all positions, RoPE": (True, True, "original"),
+    "loss over the answer, learned": (False, False, "original"),
+    "loss over the answer, RoPE": (False, True, "original"),
+    "loss over the answer, RoPE, every depth": (False, True, "ours"),
+}
+BATCH_SIZE, N_TEST, EVERY = 100, 2000, 50
+
+
+@dataclass
+class Original(Calculator):
+    """The calculator, with the expressions of the original Nano."""
+
+    def draw(self, random):
+        return self.expression(random, 0)
+
+    def expression(self, random, level):
+        if level == self.depth or random.random() < 0.2:
+            return random.choice("01")
+        left, right = (self.expression(random, level + 1) for _ in range(2))
+        return f"({random.choice('+*')}{left}{right})"
+
+
+def right_if_guessed_below(question, levels):
+    """Probability that the likelier value is right, if all below so many levels is unknown."""
+    characters = iter(question)
+
+    def p_one(depth):
+        """Probability that the expression that comes next has the value 1."""
+        if (token := next(characters)) in "01":
+            return float(token)
+        operator, left, right = next(characters), p_one(depth + 1), p_one(depth + 1)
+        next(characters)  # the closing parenthesis
+        if depth >= levels:
+            return 0.5
+        return left * right if operator == "*" else left + right - left * right
+
+    p = p_one(0)
+    return max(p, 1 - p)
+
+
+def learn(name, steps, shape, rate, seed):
+    """Train one variant -> [(step, share of right answers to the original's questions)]."""
+    import torch
+
+    import tasks
+    from engine.optimizer import learning_rate_at, make_optimizer
+    from model import GPT
+    from problem import answers
+
+    over_all, rope, which = VARIANTS[name]
+    original = Original()
+    problem = original if which == "original" else Calculator()
+    tokenizer = problem.tokenizer()
+    shape = check(ModelConfig, {"block_size": 64, "use_rope": rope, **shape}, "model")
+    config = check(TrainConfig, {"learning_rate": rate, "min_lr": 0.0, "warmup_iters": steps // 10,
+                                 "max_steps": steps, "beta2": 0.99}, "training")  # fmt: skip
+    torch.manual_seed(seed)
+    model = GPT(shape.resolved(tokenizer.vocab_size))
+    optimizer = make_optimizer(model, config)
+    chance = random.Random(f"test/{seed}")
+    questions = [original.draw(chance) for _ in range(N_TEST)]
+    examples = tasks.Examples(problem, tokenizer, BATCH_SIZE, seed)
+    if which == "original":  # as they come, small ones that are also in the test included
+        chance = random.Random(seed)
+        examples.questions = lambda step: [original.draw(chance) for _ in range(BATCH_SIZE)]
+
+    curve = []
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step - 1, config)
+        x, y, mask = map(torch.from_numpy, examples(step))
+        divisor = float(mask.sum())
+        if over_all:  # padding is one more thing that can be foreseen: it adds nothing to the sum
+            mask, divisor = (y != tokenizer.padding_id).float(), 64 * len(x)
+        _, loss = model(x, y, mask, loss_divisor=divisor)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % EVERY == 0 or step == steps:
+            given = [a for i in range(0, N_TEST, 500)
+                     for a in answers(model, problem, tokenizer, questions[i : i + 500])]  # fmt: skip
+            right = sum(original.check(q, a) for q, a in zip(questions, given, strict=True))
+            curve.append((step, right / N_TEST))
+            model.train()
+            print(f"{name}: step {step}, loss {loss.item():.3f}, right {right / N_TEST:.1%}", flush=True)
+    return curve
+
+
+def draw(curves, ceilings, path):
+    from matplotlib.figure import Figure
+
+    from plot_loss import GREY, PALETTE
+
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    panel = figure.subplots()
+    for colour, (name, curve) in zip(PALETTE, curves.items(), strict=False):
+        steps, right = zip(*curve, strict=True)
+        panel.plot(steps, [100 * share for share in right], "-", color=colour, label=name)
+    for levels, share in ceilings.items():
+        panel.axhline(100 * share, color=GREY, linestyle="--", linewidth=0.8)
+        panel.annotate(f"{levels} known", (steps[-1], 100 * share), fontsize=8, color=GREY,
+                       ha="right", va="bottom")  # fmt: skip
+    panel.set(xlabel="step", ylabel="% right", ylim=(45, 101))
+    panel.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("-o", "--out", type=Path, default=Path("calculator_plateau.png"), metavar="FILE")
+    args = parser.parse_args()
+
+    problem = Calculator()
+    shape, rate = problem.model(), problem.training()["learning_rate"]
+    chance = random.Random(args.seed)
+    questions = [Original().draw(chance) for _ in range(20_000)]
+    ceilings = {
+        f"{levels} level{'s' * (levels > 1)}":
+            sum(right_if_guessed_below(question, levels) for question in questions) / len(questions)
+        for levels in (1, 2, 3)
+    }  # fmt: skip
+    curves = {}
+    for name in VARIANTS:
+        curves[name] = learn(name, args.steps, shape, rate, args.seed)
+        draw(curves, ceilings, args.out)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "% right", title=f"{args.steps:,} steps of {BATCH_SIZE} examples")
+    for name, curve in curves.items():
+        table.add_row(name, f"{100 * curve[-1][1]:.1f}")
+    for levels, share in ceilings.items():
+        table.add_row(f"guessing all below {levels}", f"{100 * share:.1f}")
+    Console().print(table)
+    print(f"chart: {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

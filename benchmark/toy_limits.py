@@ -1,0 +1,98 @@
+"""Where do the toy problems break? Accuracy over size, each size trained as problem.py would by itself.
+
+    python benchmark/toy_limits.py                                  # all four; hours
+    python benchmark/toy_limits.py sort --sizes 6 12 24 -o sort.png
+
+Every run is a line in the table of `python problem.py --results`, too.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import tasks  # noqa: E402
+from engine.errors import UserError, run  # noqa: E402
+
+SIZES = {
+    "q": (6, 12, 24, 48),
+    "sort": (6, 12, 20, 32),
+    "palindrome": (6, 12, 24, 48),
+    "calculator": (2, 3, 4, 5, 6),
+}
+
+
+def train(name, size, seed):
+    """-> the line that a run of problem.py adds to the table of all runs."""
+    option = fields(tasks.find(name))[0].name
+    done = subprocess.run(
+        [sys.executable, ROOT / "problem.py", name, f"--{option}", str(size), "--seed", str(seed)], cwd=ROOT
+    )
+    if done.returncode:
+        raise UserError(f"problem.py {name} --{option} {size} ended with code {done.returncode}")
+    table = (ROOT / "checkpoint" / "results.jsonl").read_text("utf-8")
+    return json.loads(table.splitlines()[-1])
+
+
+def draw(results, path):
+    """One panel a problem: accuracy over size, and the base rate that it should be compared with."""
+    from matplotlib.figure import Figure
+
+    from plot_loss import BLUE, GREY
+
+    names = list(dict.fromkeys(result["problem"] for result in results))
+    figure = Figure(figsize=(3.2 * len(names), 3), layout="tight")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)
+    for panel, name in zip(panels[0], names, strict=True):
+        of_name = [result for result in results if result["problem"] == name]
+        ((option, _),) = of_name[0]["sizes"].items()
+        sizes = [result["sizes"][option] for result in of_name]
+        for what, colour in (("accuracy", BLUE), ("base rate", GREY)):
+            panel.plot(sizes, [100 * result[what] for result in of_name], "o-", color=colour, label=what)
+        panel.set(title=name, xlabel=option, xticks=sizes, ylim=(-3, 103))
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("% exact on unseen questions")
+    panels[0][0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("problems", nargs="*", metavar="PROBLEM", help=f"{', '.join(SIZES)} (all)")
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="digits, or depth")
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("-o", "--out", type=Path, default=Path("toy_limits.png"), metavar="FILE")
+    args = parser.parse_args()
+    for name in args.problems:
+        if name not in tasks.names():
+            parser.error(f"{name} is none of the problems {', '.join(tasks.names())}")
+
+    results = []
+    for name in args.problems or SIZES:
+        for size in args.sizes or SIZES.get(name, ()):
+            results.append(train(name, size, args.seed))
+            draw(results, args.out)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("problem", "size", "parameters", "steps", "seconds", "accuracy", "base rate")
+    for result in results:
+        (size,) = result["sizes"].values()
+        table.add_row(
+            result["problem"], str(size), f"{result['parameters']:,}", f"{result['steps']:,}",
+            f"{result['seconds']:.0f}", f"{result['accuracy']:.2%}", f"{result['base rate']:.2%}",
+        )  # fmt: skip
+    Console().print(table)
+    print(f"chart: {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
