@@ -225,8 +225,8 @@ def comparison(title, results):
     from rich.table import Table
 
     table = Table(title=title)
-    formats = {"params": ",.0f", "ms/step": ",.1f", "tokens/s": ",.0f", "GFLOP/s": ".0f", "matmul": ".0f"}
-    formats |= {"share": ".1%", "of fastest": ".1%", "best": ".1%"}
+    formats = {"params": ",.0f", "ms/step": ",.1f", "GFLOP/s": ".0f", "matmul": ".0f"}
+    formats |= {"share": ".0%", "of fastest": ".0%", "best": ".0%"}  # all in 80 columns
     table.add_column()
     for name in formats:
         table.add_column(name, justify="right")
@@ -291,7 +291,7 @@ def main():
         console.print(comparison(title, results[model]))
     console.print(
         f"Median of {args.rounds} rounds, and the best share of them. matmul: GFLOP/s of the largest float32 "
-        "matrix product, measured in turns with the steps; a share is of that."
+        "matrix product, measured in turns with the steps; a share is of their median, or of the fastest."
     )
 
 
