@@ -29,6 +29,7 @@ import json
 import os
 import re
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ FORMAT = {"format": "nano-tokenizer", "version": 1}
 # ---- what both kinds share -------------------------------------------------------------------------
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Ids, decoding, saving. `words[i]` is the UTF-8 (or part of it) that id N_SPECIAL + i stands for."""
 
     kind = None
@@ -78,9 +79,9 @@ class Tokenizer:
         ends = np.cumsum(lengths).tolist()
         return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
+    @abstractmethod
     def encode_flat(self, texts):
         """Ids of all of a list of texts in one array, and how many belong to each: (ids [n], lengths)."""
-        raise NotImplementedError
 
     def decode_bytes(self, ids, skip_special=False):
         """The UTF-8 that ids (array or list) stand for; a BPE token may be a part of a character.
