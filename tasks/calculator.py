@@ -21,7 +21,9 @@ class Calculator(Problem):
     characters = "()+*01"
 
     def draw(self, random):
-        return self.tree(random, random.randint(1, self.depth))
+        # The deeper, the more there is to learn and the more expressions there are.
+        depths = range(1, self.depth + 1)
+        return self.tree(random, random.choices(depths, [2**depth for depth in depths])[0])
 
     def tree(self, random, depth):
         """An expression nested exactly so deep."""
@@ -60,10 +62,10 @@ class Calculator(Problem):
         return 4 * 2**self.depth - 3, 1
 
     def model(self):
-        return dict(n_layer=4, n_head=4, n_embd=128)
+        return dict(n_layer=6, n_head=4, n_embd=64)
 
     def training(self):
-        return dict(max_steps=3000, batch_size=128, learning_rate=1e-3)
+        return dict(max_steps=2600, batch_size=128, learning_rate=4e-3)
 
 
 def value(operation):

@@ -8,3 +8,7 @@ class Palindrome(DigitProblem):
 
     def answer(self, question):
         return question[::-1]
+
+    def model(self):
+        # Where a digit goes follows from its place alone, and rotary positions tell only distances.
+        return {**super().model(), "use_rope": False}
