@@ -79,8 +79,10 @@ def learn(name, steps, shape, rate, seed):
     problem = original if which == "original" else Calculator()
     tokenizer = problem.tokenizer()
     shape = check(ModelConfig, {"block_size": 64, "use_rope": rope, **shape}, "model")
-    config = check(TrainConfig, {"learning_rate": rate, "min_lr": 0.0, "warmup_iters": steps // 10,
-                                 "max_steps": steps, "beta2": 0.99}, "training")  # fmt: skip
+    config = TrainConfig(
+        dataset_path=[("none", "none")], learning_rate=rate, min_lr=0.0, warmup_iters=steps // 10,
+        max_steps=steps, beta2=0.99,
+    )  # fmt: skip
     torch.manual_seed(seed)
     model = GPT(shape.resolved(tokenizer.vocab_size))
     optimizer = make_optimizer(model, config)

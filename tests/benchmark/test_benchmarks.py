@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmark import ablation, recipe_race, train_speed
+from benchmark import ablation, calculator_plateau, recipe_race, train_speed
 from config.schema import ModelConfig
 from data import TokenFile
 from model import GPT
@@ -111,3 +111,17 @@ def test_ablation_measures_with_and_without():
     measured = ablation.compare(0.1, ablation.LEFT_OUT["both kernels"], SHAPE, 2, False)
     assert len(measured) == 2 and all(time > 0 and faults >= 0 for time, faults in measured)
     assert benchmark("ablation.py", "--seconds", "0").returncode == 2
+
+
+def test_what_can_be_right_about_an_expression_whose_lower_levels_are_guessed():
+    known = calculator_plateau.right_if_guessed_below
+    assert [known("(*(+01)1)", levels) for levels in (0, 1, 2)] == [0.5, 0.5, 1.0]
+    assert known("(*(+01)0)", 1) == known("1", 0) == 1.0  # whatever the rest is
+    assert known("(*(+01)(+00))", 1) == 0.75
+
+
+def test_why_a_calculator_stops_runs_to_its_table_and_chart(tmp_path):
+    process = benchmark("calculator_plateau.py", "--steps", 1, "-o", tmp_path / "chart.png")
+    assert process.returncode == 0, process.stderr
+    assert all(name in process.stdout for name in calculator_plateau.VARIANTS)
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
