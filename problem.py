@@ -87,8 +87,11 @@ def learn(args):
 
     choice = hardware.prepare(config)
     start = checkpoint.starting_point(problem.name, config, args.resume)
-    if start.checkpoint and not start.run:
-        raise UserError(f"{start.name} is of another size; train this one without --resume")
+    if start.checkpoint:
+        learned = problem_of(start.checkpoint, args, start.name, problem.tokenizer())
+        if learned != problem:
+            size = " ".join(f"--{name} {value}" for name, value in learned.sizes.items())
+            raise UserError(f"{start.name} has learned {size}: say so, or leave --resume out")
     model, tokenizer = initial_model(start, config, shape, choice, problem.tokenizer)
     batches = tasks.Examples(problem, tokenizer, config.batch_size, args.seed)
     test = tasks.Test(problem, tokenizer, config.batch_size, args.seed, N_TEST)
@@ -98,7 +101,8 @@ def learn(args):
         return
     seconds = time.perf_counter() - began
     _, path, _ = checkpoint.newest(problem.name)
-    facts = {"steps": config.max_steps, "seconds": round(seconds, 1), "seed": args.seed,
+    seconds = None if start.run else round(seconds, 1)  # of a run gone on with, only a part is known
+    facts = {"steps": config.max_steps, "seconds": seconds, "seed": args.seed,
              "device": choice.name, "checkpoint": path.name}  # fmt: skip
     report(problem, model, tokenizer, test.questions, facts)
     draw_chart(log, path.with_suffix(".png"))
@@ -218,6 +222,8 @@ def report(problem, model, tokenizer, questions, facts):
 
 
 def shown_value(name, value):
+    if value is None:
+        return "resumed"
     if name in ("accuracy", "base rate"):
         return f"{value:.2%}"
     return f"{value:,}" if isinstance(value, int | float) and name != "seed" else str(value)

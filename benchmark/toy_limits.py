@@ -27,11 +27,11 @@ SIZES = {
 }
 
 
-def train(name, size, seed):
+def train(name, size, *arguments):
     """-> the line that a run of problem.py adds to the table of all runs."""
     option = fields(tasks.find(name))[0].name
     done = subprocess.run(
-        [sys.executable, ROOT / "problem.py", name, f"--{option}", str(size), "--seed", str(seed)], cwd=ROOT
+        [sys.executable, ROOT / "problem.py", name, f"--{option}", str(size), *arguments], cwd=ROOT
     )
     if done.returncode:
         raise UserError(f"problem.py {name} --{option} {size} ended with code {done.returncode}")
@@ -67,7 +67,8 @@ def main():
     )
     parser.add_argument("problems", nargs="*", metavar="PROBLEM", help=f"{', '.join(SIZES)} (all)")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="digits, or depth")
-    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--seed", default="1337", metavar="N")
+    parser.add_argument("--steps", metavar="N", help="optimizer steps of each (what problem.py finds right)")
     parser.add_argument("-o", "--out", type=Path, default=Path("toy_limits.png"), metavar="FILE")
     args = parser.parse_args()
     for name in args.problems:
@@ -77,7 +78,8 @@ def main():
     results = []
     for name in args.problems or SIZES:
         for size in args.sizes or SIZES.get(name, ()):
-            results.append(train(name, size, args.seed))
+            steps = ["--steps", args.steps] if args.steps else []
+            results.append(train(name, size, "--seed", args.seed, *steps))
             draw(results, args.out)
 
     from rich.console import Console

@@ -58,6 +58,12 @@ class Problem(ABC):
         """Whether this is a right answer."""
         return answer == self.answer(question)
 
+    def subproblems(self, question):
+        """[(start, end, answer), ...]: parts question[start:end] that are questions, too. A causal model is
+        trained to know each answer, a character, at the end of its part already: process supervision
+        (Uesato et al. 2022), which says where a wrong answer went wrong."""
+        return ()
+
     def kind(self, question):
         """Of which kind a question is, where accuracy should be told for each of several."""
         return ""
@@ -94,8 +100,11 @@ class Problem(ABC):
         question, answer = self.longest
         return question + len(self.mark) + answer if self.is_causal else question
 
-    def encode(self, tokenizer, questions):
-        """x, y [B, T] int64 and the loss mask [B, T] float32 of questions and their answers."""
+    def encode(self, tokenizer, questions, subproblems=False):
+        """x, y [B, T] int64 and the loss mask [B, T] float32 of questions and their answers.
+
+        subproblems: with their answers, too, but for those that are held out.
+        """
         answers = [self.answer(question) for question in questions]
         if not self.is_causal:
             x, y = (
@@ -111,7 +120,12 @@ class Problem(ABC):
             ids[row, : len(tokens)] = tokens
             ids[row, len(tokens)] = tokenizer.eos_id
             mask[row, len(tokens) - len(answer) - 1 : len(tokens)] = 1  # the answer and its end
-        return ids[:, :-1].copy(), ids[:, 1:].copy(), mask
+        x, y = ids[:, :-1].copy(), ids[:, 1:].copy()
+        for row, question in enumerate(questions if subproblems else ()):
+            for start, end, answer in self.subproblems(question):
+                if not is_held_out(question[start:end]):
+                    y[row, end - 1], mask[row, end - 1] = tokenizer.encode(answer)[0], 1
+        return x, y, mask
 
 
 @dataclass
@@ -180,7 +194,7 @@ class Examples:
         return steps
 
     def __call__(self, step):
-        return self.problem.encode(self.tokenizer, self.questions(step))
+        return self.problem.encode(self.tokenizer, self.questions(step), subproblems=True)
 
     def position(self, step):
         return 0, 0, step * self.batch_size

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ("*.py", "engine/**/*.py", "config/*.*", "dataset/*.py", "models/*.py", "tasks/*.py")
+FOLDERS = ("engine", "dataset", "models", "tasks", "benchmark")
+SOURCE = ("*.py", "config/*.*", *(f"{folder}/**/*.py" for folder in FOLDERS))
 
 # A model and a run that take no longer than they must.
 MODEL = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 32}

@@ -2,10 +2,13 @@
 
 import json
 import re
+import subprocess
 
 import pytest
+from conftest import Project
 
 import tasks
+from engine.checkpoint import load
 
 
 def small(project, name="sort", *arguments, **keywords):
@@ -69,3 +72,22 @@ def test_a_causal_problem_with_answers_of_several_lengths(project):
     assert done.returncode == 0 and "base rate" in done.stdout, done.stderr
 
 
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(project, tmp_path_factory):
+    whole = Project(tmp_path_factory.mktemp("whole"))
+    arguments = ("problem.py", "sort", "--digits", 3, "--steps", 60, "--seed", 7)
+    assert whole.run(*arguments).returncode == 0
+    process = subprocess.Popen(
+        project.command(*arguments), cwd=project.elsewhere, env=project.environment, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    next(line for line in process.stdout if " | Train | " in line)
+    process.terminate()
+    assert process.stdout.read().rstrip().endswith("--resume") and process.wait() == 0
+    for size in ((), ("--digits", 4)):
+        other = project.run("problem.py", "sort", *size, "--resume")
+        assert other.returncode == 2 and "has learned --digits 3" in other.stderr, other.stderr
+    done = project.run(*arguments, "--resume")
+    assert done.returncode == 0 and "resumed" in done.stdout, done.stderr
+    one, two = (load(place.checkpoints("sort")[60]) for place in (whole, project))
+    assert project.same(one, two)
+    assert "resumed" in project.run("problem.py", "--results", COLUMNS="200").stdout

@@ -1,6 +1,7 @@
 """The benchmarks against peers: what they can be held to without a peer and in little time."""
 
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ SCRIPTS = ("train_speed.py", "recipe_race.py")
 
 def benchmark(script, *arguments):
     command = [sys.executable, str(ROOT / "benchmark" / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -118,6 +119,37 @@ def test_what_can_be_right_about_an_expression_whose_lower_levels_are_guessed():
     assert [known("(*(+01)1)", levels) for levels in (0, 1, 2)] == [0.5, 0.5, 1.0]
     assert known("(*(+01)0)", 1) == known("1", 0) == 1.0  # whatever the rest is
     assert known("(*(+01)(+00))", 1) == 0.75
+
+
+def test_the_lowest_loss_over_text_that_is_random_itself():
+    chance, problem = random.Random(1), calculator_plateau.Original()
+
+    def nats(question):
+        """-log of the probability of all but the first token, from how `Original` draws."""
+        total, depth = 0.0, 0
+        for i, token in enumerate(question):
+            depth -= token == ")"
+            if token in "01" and i > 0:
+                total += math.log(2) - (math.log(0.2) if depth < problem.depth else 0)
+            elif token in "+*":
+                total += math.log(2)
+            elif token == "(":
+                total -= math.log(0.8) * (i > 0)
+                depth += 1
+        return total
+
+    mean = np.mean([nats(problem.draw(chance)) for _ in range(20_000)]) / 64
+    assert abs(mean - calculator_plateau.entropy_per_position()) < 0.003
+
+
+def test_the_limits_of_toy_problems_are_measured_and_drawn(project):
+    done = project.run("benchmark/toy_limits.py", "sort", "--sizes", 0, "-o", project.root / "limits.png")
+    assert done.returncode == 2 and "--digits must be" in done.stderr
+    arguments = ("sort", "--sizes", 2, 3, "--steps", 2, "-o", project.root / "limits.png")
+    done = project.run("benchmark/toy_limits.py", *arguments)
+    assert done.returncode == 0 and "base rate" in done.stdout, done.stderr
+    assert (project.root / "limits.png").read_bytes().startswith(b"\x89PNG")
+    assert len((project.root / "checkpoint" / "results.jsonl").read_text("utf-8").splitlines()) == 2
 
 
 def test_why_a_calculator_stops_runs_to_its_table_and_chart(tmp_path):

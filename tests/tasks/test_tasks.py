@@ -112,6 +112,43 @@ def test_tokens_and_mask(name):
             assert (tokenizer.decode(x[row]), told) == (question, answer)
 
 
+def asked_on_the_way(problem, questions, mask):
+    """The subproblems whose answers the loss asks for."""
+    for row, question in zip(mask, questions, strict=True):
+        for start, end, _ in problem.subproblems(question):
+            if row[end - 1]:
+                yield question[start:end]
+
+
+def test_the_calculator_is_asked_for_every_operation_while_training():
+    problem = tasks.make("calculator", {})
+    tokenizer, questions = problem.tokenizer(), drawn(problem, 200)
+    x, y, mask = problem.encode(tokenizer, questions, subproblems=True)
+    parts = set(asked_on_the_way(problem, questions, mask))
+    assert "(+01)" in parts and all(problem.read(part) == part for part in parts)
+    held_out = 0
+    for row, question in enumerate(questions):
+        for i, character in enumerate(question):
+            if mask[row, i]:
+                assert character == ")"
+                part = question[opening(question, i) : i + 1]
+                assert tokenizer.decode(y[row, i : i + 1]) == problem.answer(part)
+            held_out += character == ")" and not mask[row, i]
+        assert tokenizer.decode(y[row, len(question) :][mask[row, len(question) :] == 1]) == (
+            problem.answer(question) + "<|eos|>"
+        )
+    assert 0 < held_out < 0.2 * sum(question.count(")") for question in questions)
+    assert (x == problem.encode(tokenizer, questions)[0]).all()
+
+
+def opening(question, closing):
+    depth = 0
+    for i in range(closing, -1, -1):
+        depth += (question[i] == ")") - (question[i] == "(")
+        if not depth:
+            return i
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_no_test_question_is_ever_trained_on(name):
     problem = tasks.make(name, SMALL[name])
@@ -119,7 +156,9 @@ def test_no_test_question_is_ever_trained_on(name):
     trained = set()
     for seed in (1, 2):
         examples = tasks.Examples(problem, tokenizer, 64, seed)
-        trained.update(question for step in range(100) for question in examples.questions(step))
+        for step in range(100):
+            trained.update(examples.questions(step))
+            trained.update(asked_on_the_way(problem, examples.questions(step), examples(step)[2]))
     for seed in (1, 2, 3):
         test = tasks.Test(problem, tokenizer, 16, seed, 2000)
         assert len(set(test.questions)) == len(test.questions) >= 5
