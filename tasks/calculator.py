@@ -23,7 +23,7 @@ class Calculator(Problem):
     def draw(self, random):
         # The deeper, the more there is to learn and the more expressions there are.
         depths = range(1, self.depth + 1)
-        return self.tree(random, random.choices(depths, [2**depth for depth in depths])[0])
+        return self.tree(random, random.choices(depths, [3**depth for depth in depths])[0])
 
     def tree(self, random, depth):
         """An expression nested exactly so deep."""
@@ -72,7 +72,7 @@ class Calculator(Problem):
 
     def model(self):
         # A layer for each level of nesting, and two to find out which parts belong together.
-        return dict(n_layer=self.depth + 2, n_head=4, n_embd=64)
+        return dict(n_layer=self.depth + 2, n_head=8, n_embd=64)
 
     def training(self):
-        return dict(max_steps=1500, batch_size=128, learning_rate=4e-3)
+        return dict(max_steps=1300, batch_size=128, learning_rate=4e-3)
