@@ -61,7 +61,7 @@ def main():
     if args.problem:
         try_again(args) if args.model else learn(args)
     if args.results:
-        show_results()
+        show_results(read_results())
 
 
 # ---- training, and trying again ------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def report(problem, model, tokenizer, questions, facts):
     console = Console(highlight=False)
     table = Table(title="examples")
     for name in ("question", "the model's answer", "", "right is"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for i in chosen:
         verdict = "[green]✓" if right[i] else "[red]✗"
         table.add_row(questions[i], given[i], verdict, "" if right[i] else problem.answer(questions[i]))
@@ -257,23 +257,29 @@ def play(problem, model, tokenizer):
             return
 
 
-def show_results():
+def read_results():
+    """The lines of the table of all runs, oldest first."""
+    try:
+        return [json.loads(line) for line in open(RESULTS, encoding="utf-8")]
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        raise UserError(f"{shown(RESULTS)} is damaged; move it away") from None
+
+
+def show_results(results):
     from rich.console import Console
     from rich.table import Table
 
-    try:
-        results = [json.loads(line) for line in open(RESULTS, encoding="utf-8")]
-    except FileNotFoundError:
-        raise UserError("no problem was trained yet: python problem.py sort") from None
-    except ValueError:
-        raise UserError(f"{shown(RESULTS)} is damaged; move it away") from None
+    if not results:
+        raise UserError("no problem was trained yet: python problem.py sort")
     table = Table(title="toy problems")
     names = ("time", "problem", "size", "parameters", "steps", "seconds", "accuracy", "base rate", "seed")
     for name in names:
         table.add_column(name, justify="left" if name in ("time", "problem", "size") else "right")
     for result in results:
-        result["size"] = ", ".join(f"{name} {value}" for name, value in result.pop("sizes").items())
-        table.add_row(*(shown_value(name, result[name]) for name in names))
+        size = ", ".join(f"{name} {value}" for name, value in result["sizes"].items())
+        table.add_row(*(size if name == "size" else shown_value(name, result[name]) for name in names))
     Console().print(table)
 
 

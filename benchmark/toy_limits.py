@@ -3,11 +3,11 @@
     python benchmark/toy_limits.py                                  # all four; hours
     python benchmark/toy_limits.py sort --sizes 6 12 24 -o sort.png
 
-Every run is a line in the table of `python problem.py --results`, too.
+Every run is a line in the table of `python problem.py --results`, too. One that is in it already, with
+this seed and so many steps, is not trained again.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tasks  # noqa: E402
+from engine.config import shown  # noqa: E402
 from engine.errors import UserError, run  # noqa: E402
+from problem import RESULTS, read_results, show_results  # noqa: E402
 
 SIZES = {
     "q": (6, 12, 24, 48),
@@ -27,16 +29,27 @@ SIZES = {
 }
 
 
-def train(name, size, *arguments):
+def result_of(problem, seed, steps):
+    """The newest line of such a run in the table of all runs, or None."""
+    wanted = {"problem": problem.name, "sizes": problem.sizes, "seed": seed, "steps": steps}
+    found = [result for result in read_results() if wanted.items() <= result.items()]
+    return found[-1] if found else None
+
+
+def train(name, size, seed, steps):
     """-> the line that a run of problem.py adds to the table of all runs."""
     option = fields(tasks.find(name))[0].name
-    done = subprocess.run(
-        [sys.executable, ROOT / "problem.py", name, f"--{option}", str(size), *arguments], cwd=ROOT
-    )
-    if done.returncode:
-        raise UserError(f"problem.py {name} --{option} {size} ended with code {done.returncode}")
-    table = (ROOT / "checkpoint" / "results.jsonl").read_text("utf-8")
-    return json.loads(table.splitlines()[-1])
+    problem = tasks.make(name, {option: size})
+    steps = steps or problem.training()["max_steps"]
+    if result := result_of(problem, seed, steps):
+        print(f"{name} {size}: already in {shown(RESULTS)}")
+        return result
+    values = {option: size, "seed": seed, "steps": steps}
+    arguments = [str(part) for key, value in values.items() for part in (f"--{key}", value)]
+    done = subprocess.run([sys.executable, ROOT / "problem.py", name, *arguments], cwd=ROOT)
+    if done.returncode or not (result := result_of(problem, seed, steps)):
+        raise UserError(f"problem.py {name} {' '.join(arguments)} ended with code {done.returncode}")
+    return result
 
 
 def draw(results, path):
@@ -67,8 +80,8 @@ def main():
     )
     parser.add_argument("problems", nargs="*", metavar="PROBLEM", help=f"{', '.join(SIZES)} (all)")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="digits, or depth")
-    parser.add_argument("--seed", default="1337", metavar="N")
-    parser.add_argument("--steps", metavar="N", help="optimizer steps of each (what problem.py finds right)")
+    parser.add_argument("--seed", type=int, default=1337, metavar="N")
+    parser.add_argument("--steps", type=int, metavar="N", help="of each (default: as problem.py)")
     parser.add_argument("-o", "--out", type=Path, default=Path("toy_limits.png"), metavar="FILE")
     args = parser.parse_args()
     for name in args.problems:
@@ -78,21 +91,10 @@ def main():
     results = []
     for name in args.problems or SIZES:
         for size in args.sizes or SIZES.get(name, ()):
-            steps = ["--steps", args.steps] if args.steps else []
-            results.append(train(name, size, "--seed", args.seed, *steps))
+            results.append(train(name, size, args.seed, args.steps))
             draw(results, args.out)
 
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("problem", "size", "parameters", "steps", "seconds", "accuracy", "base rate")
-    for result in results:
-        (size,) = result["sizes"].values()
-        table.add_row(
-            result["problem"], str(size), f"{result['parameters']:,}", f"{result['steps']:,}",
-            f"{result['seconds']:.0f}", f"{result['accuracy']:.2%}", f"{result['base rate']:.2%}",
-        )  # fmt: skip
-    Console().print(table)
+    show_results(results)
     print(f"chart: {args.out}")
 
 

@@ -149,7 +149,12 @@ def test_the_limits_of_toy_problems_are_measured_and_drawn(project):
     done = project.run("benchmark/toy_limits.py", *arguments)
     assert done.returncode == 0 and "base rate" in done.stdout, done.stderr
     assert (project.root / "limits.png").read_bytes().startswith(b"\x89PNG")
-    assert len((project.root / "checkpoint" / "results.jsonl").read_text("utf-8").splitlines()) == 2
+    table = project.root / "checkpoint" / "results.jsonl"
+    assert len(table.read_text("utf-8").splitlines()) == 2
+    # What is in the table is not trained again.
+    done = project.run("benchmark/toy_limits.py", *arguments)
+    assert done.returncode == 0 and done.stdout.count("already in") == 2
+    assert len(table.read_text("utf-8").splitlines()) == 2
 
 
 def test_why_a_calculator_stops_runs_to_its_table_and_chart(tmp_path):
