@@ -154,7 +154,7 @@ class DigitProblem(Problem):
         return dict(n_layer=2, n_head=4, n_embd=64)
 
     def training(self):
-        return dict(max_steps=600, batch_size=256, learning_rate=3e-3)
+        return dict(max_steps=max(600, 75 * self.digits), batch_size=256, learning_rate=3e-3)
 
 
 def is_held_out(question):
