@@ -75,4 +75,4 @@ class Calculator(Problem):
         return dict(n_layer=self.depth + 2, n_head=8, n_embd=64)
 
     def training(self):
-        return dict(max_steps=1300, batch_size=128, learning_rate=4e-3)
+        return dict(max_steps=1300 + 350 * max(0, self.depth - 4), batch_size=128, learning_rate=4e-3)
