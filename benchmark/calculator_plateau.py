@@ -151,7 +151,7 @@ def draw(curves, ceilings, path):
         panel.annotate(f"{levels} known", (steps[-1], 100 * share), fontsize=8, color=GREY,
                        ha="right", va="bottom")  # fmt: skip
     panel.set(xlabel="step", ylabel="% right", ylim=(45, 101))
-    panel.legend(fontsize=8, loc="lower right")
+    panel.legend(fontsize=8, loc="center right")
     figure.savefig(path, dpi=120)
 
 

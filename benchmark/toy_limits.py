@@ -25,7 +25,7 @@ SIZES = {
     "q": (6, 12, 24),
     "sort": (6, 12, 20, 32),
     "palindrome": (6, 12, 24, 48),
-    "calculator": (3, 4, 5, 6),
+    "calculator": (3, 4, 6),
 }
 
 
