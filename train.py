@@ -26,10 +26,12 @@ from engine.config import find, load, parse_overrides, shown
 from engine.errors import UserError, is_out_of_memory, run
 
 
-def parse_arguments():
+def parse_arguments(doc):
+    """doc: the script's, its first line and then its examples."""
+    description, _, examples = doc.partition("\n\n")
     parser = argparse.ArgumentParser(
-        description="Train a model on one device: pretraining, then supervised fine-tuning.",
-        epilog=__doc__.partition("\n\n")[2].partition("\n\n")[0],
+        description=description,
+        epilog=examples.rpartition("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # fmt: off
@@ -71,19 +73,21 @@ class Job:
 
 
 def main():
-    args = parse_arguments()
+    args = parse_arguments(__doc__)
     config = load(TrainConfig, args.config, args.set)
     model_config = load(ModelConfig, args.model, args.set)
-    train(text_job(args, config, model_config), args.plan)
-
-
-def text_job(args, config, model_config):
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
+    from engine import hardware
+
+    train(text_job(args, config, model_config, hardware.prepare(config)), plan_only=args.plan)
+
+
+def text_job(args, config, model_config, choice):
+    """What -t, --resume and the two configurations ask for."""
     import tokenizer as tokenizers
     from data import Batches, TokenFile
-    from engine import checkpoint, hardware
+    from engine import checkpoint
 
-    choice = hardware.prepare(config)
     start = checkpoint.starting_point(args.task, config, args.resume)
     model, tokenizer = initial_model(
         start, config, model_config, choice, lambda: tokenizers.load(find(config.tokenizer_path))
@@ -126,17 +130,23 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
     return GPT(shape), tokenizer
 
 
-def train(job, plan_only=False):
-    """The training loop. Returns the path of its log; None if it was stopped, or had nothing to do."""
+def train(job, parallel=None, plan_only=False):
+    """The training loop. Returns the path of its log; None if it was stopped, or had nothing to do.
+
+    parallel: how the run is spread over processes (engine/parallel.py); None: it is not.
+    """
     import torch
 
     from engine import checkpoint as checkpoints
     from engine import hardware, plan
     from engine.log import RunLog, duration, notice
-    from engine.optimizer import learning_rate_at, make_optimizer
+    from engine.optimizer import learning_rate_at
+    from engine.parallel import Alone
 
     config, choice, start = job.config, job.choice, job.start
     batches, validation = job.batches, job.validation
+    parallel = parallel or Alone()
+    rows = parallel.rows(config)
 
     # -- model and optimizer ----------------------------------------------------------------------
 
@@ -144,85 +154,76 @@ def train(job, plan_only=False):
     model.use_cpu_kernels(
         choice.device == "cpu" and choice.dtype == "float32" and choice.sdp_kernel == "auto"
     )
-    optimizer = make_optimizer(model, config)
-    # float16 underflows: the loss is multiplied up before the backward pass, the gradients down after it.
-    scaler = torch.amp.GradScaler(choice.device_type, enabled=choice.grad_scaling)
+    parallel.prepare(model, config, choice)
     step, best = 0, {"loss": None, "step": None}
     if start.run:
         step, best = start.checkpoint.step, dict(start.checkpoint.best)
-        checkpoints.restore(optimizer, scaler, start)
+        parallel.restore(start)
     start.checkpoint = None  # frees its copy of the weights
 
     # -- data -------------------------------------------------------------------------------------
 
-    micro_batch, global_batch = config.batch_size, config.batch_size * config.gradient_accumulation_steps
-    n_validations = min(config.eval_iters, -(-validation.sequences_per_epoch // micro_batch))
+    n_validations = min(config.eval_iters, -(-validation.sequences_per_epoch // config.batch_size))
     if not any(validation(i)[2].any() for i in range(n_validations)):
         size = model.config.block_size
         raise UserError(f"block_size={size} cuts every conversation before its answer; raise it")
 
-    def tensors(batch, first=0):
-        """Rows first, first + 1, ... of a batch, at most micro_batch of them, on the device."""
-        rows = slice(first, first + micro_batch)
-        return [torch.from_numpy(array[rows]).to(choice.device, non_blocking=True) for array in batch]
+    def tensors(arrays):
+        return [torch.from_numpy(array).to(choice.device, non_blocking=True) for array in arrays]
 
     @torch.no_grad()
     def evaluate():
         """(loss in nats per token, share of exact answers): always over the same eval_iters batches."""
         model.eval()
         total = weight = n_exact = n_sequences = 0
-        for i in range(n_validations):
-            x, y, mask = tensors(validation(i))
+        for first in range(0, n_validations, parallel.world):
+            i = first + parallel.rank
+            x, y, mask = tensors(validation(min(i, n_validations - 1)))
             with hardware.forward_context(choice):
                 logits, loss = model(x, y, mask, loss_divisor=1)
+            if i >= n_validations:  # a surplus process only keeps the others company
+                continue
             total, weight = total + loss.item(), weight + mask.sum().item()
             if job.exact:
                 n_exact += int(((logits.argmax(-1) == y) | (mask == 0)).all(-1).sum())
                 n_sequences += len(x)
         model.train()
+        total, weight, n_exact, n_sequences = parallel.sum(total, weight, n_exact, n_sequences)
         return total / weight, n_exact / max(1, n_sequences)
 
-    training_model = torch.compile(model) if config.compile else model
-
     def total_loss(batch, first):
-        """Of the rows first, first + 1, ... of a batch: the sum of their tokens' losses."""
-        x, y, mask = tensors(batch, first)
+        """Of the micro-batch that begins with this row of a batch: the sum of its tokens' losses."""
+        x, y, mask = tensors(array[first : first + rows.step] for array in batch)
         with hardware.forward_context(choice):
-            return training_model(x, y, mask, loss_divisor=1)[1]
+            return parallel.forward(x, y, mask, loss_divisor=1)[1]
 
     def compile_step():
         """Has torch.compile do now, before the clock starts, what it puts off until the first pass."""
         print("Compiling the training step: about a minute, this once.", flush=True)
         try:
-            total_loss(batches(step), 0).backward()
+            total_loss(batches(step), rows.start).backward()
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             why = str(error).strip().partition("\n")[0]
             raise UserError(f"torch.compile failed: {why}; set compile to false") from None
-        optimizer.zero_grad(set_to_none=True)
+        parallel.clear()
 
     def one_step(step):
         """Train on the batch of this step; returns its loss and the norm of its gradient."""
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        torch.manual_seed((config.random_seed * 1_000_003 + step) % (1 << 63))  # dropout
+        seed = config.random_seed * 1_000_003 + step + (parallel.rank << 40)
+        torch.manual_seed(seed % (1 << 63))  # dropout
         batch = batches(step)
         speed.add(batch[0].shape)
         divisor = max(1.0, float(batch[2].sum()))  # a batch of questions cut before their answers has none
         step_loss = 0.0
-        for first in range(0, global_batch, micro_batch):
-            loss = total_loss(batch, first) / divisor
-            scaler.scale(loss).backward()
+        for first in rows:
+            with parallel.micro_batch(last=first == rows[-1]):
+                loss = total_loss(batch, first) / divisor
+                parallel.backward(loss)
             step_loss += loss.detach()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        step_loss = float(step_loss)
-        if math.isfinite(step_loss) and (choice.grad_scaling or math.isfinite(float(norm))):
-            scaler.step(optimizer)  # skips a step whose float16 gradients overflowed
-            scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return step_loss, float(norm)
+        (step_loss,) = parallel.sum(step_loss)
+        return step_loss, parallel.step(learning_rate_at(step, config), math.isfinite(step_loss))
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -242,9 +243,12 @@ def train(job, plan_only=False):
         notice(facts.too_large)
 
     def save():
+        states = parallel.states()
+        if parallel.rank:
+            return
         saved = checkpoints.Checkpoint(
             job.task, run_id, step, model.config.model_dump(), config.model_dump(mode="json"),
-            job.tokenizer.to_dict(), model.state_dict(), optimizer.state_dict(), scaler.state_dict(), best,
+            job.tokenizer.to_dict(), best=best, **states,
         )  # fmt: skip
         log.event("Save", (epoch, step), {"": shown(saved.save())})
         checkpoints.prune(saved, config.keep_checkpoints)
@@ -258,13 +262,15 @@ def train(job, plan_only=False):
             + "Lower learning_rate, or look for odd texts in the data."
         )
 
-    stop = StopRequest()
+    stop, stopping = StopRequest(parallel.world > 1), False
     header = {**facts.header(), "resumed_from_step": step}
     with RunLog(header, config.max_steps, step) as log, facts.advice_when_out_of_memory():
         run_id = start.run or log.started
         model.train()
         last_saved = first_step = step
-        while not stop.asked and (step < config.max_steps or not config.max_steps):
+        while step < config.max_steps or not config.max_steps:
+            if stopping := any(parallel.sum(stop.asked)):
+                break
             epoch, stage, sequence = batches.position(step)
             loss, norm = one_step(step)
             if not math.isfinite(loss) or not (choice.grad_scaling or math.isfinite(norm)):
@@ -304,14 +310,14 @@ def train(job, plan_only=False):
             if last_saved == step or step % config.eval_interval == 0:
                 speed.restart()
 
-        if stop.asked and last_saved < step:
+        if stopping and last_saved < step:
             save()
-        if stop.asked and step != config.max_steps:
-            log.say(f"Stopped after step {step}. Go on with: {resume_command()}")
+        if stopping:
+            log.say(f"Stopped after step {step}. Go on with: {resume_command(parallel.world > 1)}")
         else:
             log.say(f"Done: step {step}, {step - first_step} of them now.")
             log.say(f"Loss chart: python plot_loss.py -n {shown(log.path)}")
-    return None if stop.asked and step != config.max_steps else log.path
+    return None if stopping else log.path
 
 
 class Speedometer:
@@ -345,22 +351,28 @@ class Speedometer:
         return fields
 
 
-def resume_command():
-    """What was typed, with --resume, for a shell."""
+def resume_command(launched):
+    """What was typed, with --resume, for a shell. A launcher does not tell what was typed."""
+    if launched:
+        return "the same command and --resume"
     typed = [word for word in sys.argv if word != "--resume"]
     return shlex.join(["python", *typed, "--resume"])
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM: `asked` becomes true and the loop ends after its step; the second ends at once."""
+    """Ctrl-C or SIGTERM: `asked` becomes true and the loop ends after its step; the second ends at once.
 
-    def __init__(self):
-        self.asked = False
+    launched: the launcher of several processes passes on what the terminal has sent already, and
+    ends the processes itself if they take too long; so the second one is not another wish.
+    """
+
+    def __init__(self, launched=False):
+        self.asked, self.launched = False, launched
         self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __call__(self, number, frame):
         self.asked = True
-        for number, handler in self.before.items():
+        for number, handler in self.before.items() if not self.launched else ():
             signal.signal(number, handler)
 
 

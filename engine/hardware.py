@@ -120,12 +120,19 @@ def choose(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True
     )
 
 
-def prepare(config):
-    """The `Choice` for a training run's configuration; says what it is, and sets the process up for it."""
-    machine = detect(config.device)
-    choice = choose(
-        machine, config.device, config.dtype, config.sdp_kernel, config.use_amp, config.dropout
-    )
+def prepare(config, place=None):
+    """The `Choice` for a training run's configuration; says what it is, and sets the process up for it.
+
+    place: (i, n) if this is process i of n on this machine: each has a GPU, or a share of the cores.
+    """
+    import torch
+
+    machine, device = detect(config.device), config.device
+    if place and machine.gpus and device in ("auto", "cuda"):
+        device = f"cuda:{place[0]}"
+    choice = choose(machine, device, config.dtype, config.sdp_kernel, config.use_amp, config.dropout)
+    if place and choice.device_type == "cpu":
+        torch.set_num_threads(max(1, machine.cores // place[1]))
     keep_freed_memory()
     for line in describe(choice):
         print(line)

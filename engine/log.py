@@ -6,6 +6,7 @@ instead of the Train lines; elsewhere (a pipe, nohup, systemd) the same lines ar
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from engine import errors
 from engine.config import ROOT
+
+muted = False  # see `mute`
 
 
 def duration(seconds):
@@ -49,6 +53,8 @@ class RunLog:
         """(time of start, open file): the time names log and checkpoints, so no two runs share one."""
         while True:
             started = time.strftime("%Y%m%d_%H%M%S")
+            if muted:
+                return started, open(os.devnull, "w", encoding="utf-8")
             try:
                 return started, open(ROOT / f"train_{started}.log", "x", encoding="utf-8", buffering=1)
             except FileExistsError:
@@ -86,4 +92,12 @@ class RunLog:
 
 def notice(line):
     """Something the user should know that is no error; not part of a program's output."""
-    print(line, file=sys.stderr)
+    if not muted:
+        print(line, file=sys.stderr)
+
+
+def mute():
+    """Of several processes only one should talk and write: not this one. Errors are told, if it does not."""
+    global muted
+    muted, errors.patience = True, 5.0
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")

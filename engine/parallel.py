@@ -1,0 +1,132 @@
+"""How a run is spread over processes. The loop of train.py is the same for all; what differs is here.
+
+    Alone()            one process: train.py, problem.py
+    DataParallel()     one process a device, each with the whole model: train_ddp.py
+
+Every process draws the same global batch and computes its own rows of it (`rows`), and the gradient is
+the sum over all rows, wherever they were computed. So the number of processes changes how fast a run
+is, and nothing else: the same data order, the same losses up to rounding, the same checkpoint file.
+
+A strategy has these parts, in the order in which the loop uses them:
+
+    rank, world                      which process this is, of how many
+    rows(config) -> range            its rows of the global batch; the step of the range is its micro-batch
+    prepare(model, config, choice)   builds the optimizer; `forward` is then the model to call in training
+    restore(start)                   puts the optimizer's state back
+    micro_batch(last)                a context for one forward and backward pass; `last`: of this step
+    backward(loss)                   adds its gradients
+    step(rate, sound) -> norm        clips, updates the weights if the loss was `sound`, clears the gradients
+    sum(values) -> values            numbers, each summed over all processes
+    states() -> {...}                model, optimizer and scaler as a checkpoint stores them
+"""
+
+import contextlib
+import datetime
+import math
+import os
+import re
+
+import torch
+import torch.distributed as dist
+
+from engine import checkpoint as checkpoints
+from engine.errors import UserError
+from engine.optimizer import make_optimizer
+
+TIMEOUT = datetime.timedelta(minutes=30)  # one process may be long over a validation or a checkpoint
+
+
+class Alone:
+    rank, world = 0, 1
+
+    def rows(self, config):
+        """Its part of the rows of a global batch, cut into micro-batches of equal size."""
+        global_batch = config.batch_size * config.gradient_accumulation_steps
+        share, rest = divmod(global_batch, self.world)
+        if rest:
+            raise UserError(
+                f"the global batch, batch_size {config.batch_size} x gradient_accumulation_steps "
+                f"{config.gradient_accumulation_steps} = {global_batch}, does not divide by "
+                f"{self.world} processes"
+            )
+        micro_batch = next(size for size in range(min(config.batch_size, share), 0, -1) if share % size == 0)
+        return range(self.rank * share, (self.rank + 1) * share, micro_batch)
+
+    def prepare(self, model, config, choice):
+        self.model, self.clip = model, config.grad_clip or math.inf
+        self.optimizer = make_optimizer(model, config)
+        # float16 underflows: the loss is multiplied up before the backward pass, the gradients down after it.
+        self.scaler = torch.amp.GradScaler(choice.device_type, enabled=choice.grad_scaling)
+        self.forward = torch.compile(model) if config.compile else model
+
+    def restore(self, start):
+        checkpoints.restore(self.optimizer, self.scaler, start)
+
+    def micro_batch(self, last):
+        return contextlib.nullcontext()
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def step(self, rate, sound):
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip))
+        if sound and (self.scaler.is_enabled() or math.isfinite(norm)):
+            self.scaler.step(self.optimizer)  # skips a step whose float16 gradients overflowed
+            self.scaler.update()
+        self.clear()
+        return norm
+
+    def clear(self):
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def sum(self, *values):
+        return [float(value) for value in values]
+
+    def states(self):
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+
+class DataParallel(Alone):
+    """Every process has the whole model. Gradients are exchanged while the backward pass goes on, in the last
+    micro-batch of a step only (Li et al. 2020, "PyTorch Distributed", section 3.2)."""
+
+    def __init__(self, backend, choice):
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.device = choice.device
+        if choice.device_type == "cuda":
+            torch.cuda.set_device(choice.device)
+        automatic = "nccl" if choice.device_type == "cuda" else "gloo"
+        dist.init_process_group(automatic if backend == "auto" else backend, timeout=TIMEOUT)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if not kind:
+            dist.destroy_process_group()
+        elif issubclass(kind, RuntimeError) and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
+            raise UserError("the connection to another process of this run was lost") from None
+
+    def prepare(self, model, config, choice):
+        super().prepare(model, config, choice)
+        devices = [torch.device(choice.device)] if choice.device_type == "cuda" else None
+        self.spread = torch.nn.parallel.DistributedDataParallel(self.forward, device_ids=devices)
+        self.forward = self.spread
+
+    def micro_batch(self, last):
+        return contextlib.nullcontext() if last else self.spread.no_sync()
+
+    def backward(self, loss):
+        super().backward(loss * self.world)  # it takes the mean over the processes
+
+    def sum(self, *values):
+        total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
