@@ -70,7 +70,7 @@ def draw(results, path):
         panel.set(title=name, xlabel=option, xticks=sizes, ylim=(-3, 103))
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("% exact on unseen questions")
-    panels[0][0].legend()
+    panels[0][0].legend(loc="center")
     figure.savefig(path, dpi=120)
 
 
