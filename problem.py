@@ -273,13 +273,15 @@ def show_results(results):
 
     if not results:
         raise UserError("no problem was trained yet: python problem.py sort")
-    table = Table(title="toy problems")
-    names = ("time", "problem", "size", "parameters", "steps", "seconds", "accuracy", "base rate", "seed")
-    for name in names:
-        table.add_column(name, justify="left" if name in ("time", "problem", "size") else "right")
+    table = Table(title="toy problems", box=None, padding=(0, 2, 0, 0), pad_edge=False)  # fits 80 columns
+    for name in ("when", "problem", "params", "steps", "seconds", "accuracy", "base", "seed"):
+        table.add_column(name, justify="left" if name in ("when", "problem") else "right", no_wrap=True)
+    columns = ("parameters", "steps", "seconds", "accuracy", "base rate", "seed")
     for result in results:
-        size = ", ".join(f"{name} {value}" for name, value in result["sizes"].items())
-        table.add_row(*(size if name == "size" else shown_value(name, result[name]) for name in names))
+        size = " ".join(map(str, result["sizes"].values()))
+        table.add_row(
+            result["time"][5:16], f"{result['problem']} {size}", *(shown_value(n, result[n]) for n in columns)
+        )
     Console().print(table)
 
 
