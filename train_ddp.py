@@ -3,11 +3,6 @@
     python -m torch.distributed.run --nproc_per_node 4 train_ddp.py -t pretrain
     python -m torch.distributed.run --nproc_per_node 2 train_ddp.py -t sft --resume
 
-On two machines, the same command on each of them, with 0 and 1 for R:
-
-    python -m torch.distributed.run --nnodes 2 --node_rank R --master_addr FIRST --nproc_per_node 1 \\
-        train_ddp.py -t pretrain
-
 Configuration, data order, losses and checkpoint files are those of train.py: a run can go on with any
 number of devices. The global batch, batch_size x gradient_accumulation_steps, is divided among them.
 """
