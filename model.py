@@ -199,6 +199,8 @@ class GPT(nn.Module):
             # (Radford et al. 2019, GPT-2, section 2.3).
             for linear in (block.attn.proj, block.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layer))
+        # Trainable numbers; a tied matrix counts once. Counted now: ZeRO-3 takes the weights away.
+        self.n_params = sum(p.numel() for p in self.parameters())
 
     @staticmethod
     def _init_weights(module):
@@ -284,11 +286,6 @@ class GPT(nn.Module):
             if hasattr(module, "by_hand"):
                 module.by_hand = on
 
-    @property
-    def n_params(self):
-        """Trainable numbers; a tied matrix counts once."""
-        return sum(p.numel() for p in self.parameters())
-
     def flops_per_token(self, length=None, training=True):
         """Floating-point operations per token, counted from the shapes.
 
@@ -300,7 +297,7 @@ class GPT(nn.Module):
         matrices = [m for m in self.modules() if isinstance(m, nn.Linear)]
         config = self.config
         attention = 4 * (length or config.block_size) * config.n_head * config.head_dim * config.n_layer
-        forward = 2 * sum(m.weight.numel() for m in matrices) + attention
+        forward = 2 * sum(m.in_features * m.out_features for m in matrices) + attention
         return 3 * forward if training else forward
 
     def new_cache(self, batch_size=1, capacity=None):

@@ -14,6 +14,7 @@ SFT's loss mask is one on the words of the answers and zero elsewhere.
 
 import argparse
 import math
+import os
 import shlex
 import signal
 import sys
@@ -26,8 +27,8 @@ from engine.config import find, load, parse_overrides, shown
 from engine.errors import UserError, is_out_of_memory, run
 
 
-def parse_arguments(doc):
-    """doc: the script's, its first line and then its examples."""
+def parse_arguments(doc, extend=None):
+    """doc: the script's, its first line and then its examples. extend(parser) may add arguments."""
     description, _, examples = doc.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description,
@@ -45,6 +46,8 @@ def parse_arguments(doc):
                         help="go on from the newest good checkpoint of this task")
     parser.add_argument("--plan", action="store_true", help="train nothing; say what training would take")
     # fmt: on
+    if extend:
+        extend(parser)
     args = parser.parse_args()
     args.set = parse_overrides(args.set)
     args.config = find(args.config or f"config/config_{args.task}.json")
@@ -80,6 +83,34 @@ def main():
     from engine import hardware
 
     train(text_job(args, config, model_config, hardware.prepare(config)), plan_only=args.plan)
+
+
+def enter_launch(example):
+    """For a script that a launcher starts once for every device: only the first process is to talk.
+
+    UserError if there is no launcher; `example` is a command with one.
+    """
+    if "RANK" not in os.environ:
+        raise UserError(f"this needs a launcher, here for two processes: {example}")
+    if os.environ["RANK"] != "0":
+        from engine.log import mute
+
+        mute()
+
+
+def main_launched(args, strategy):
+    """The rest of such a script. strategy(config, choice): how the run is spread (engine/parallel.py)."""
+    if args.plan:
+        raise UserError("--plan is for one process: python train.py --plan")
+    config = load(TrainConfig, args.config, args.set)
+    model_config = load(ModelConfig, args.model, args.set)
+    from engine import hardware
+
+    # PyTorch's launcher and DeepSpeed's have different names for it.
+    local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"]
+    choice = hardware.prepare(config, (int(os.environ["LOCAL_RANK"]), int(local_world)))
+    with strategy(config, choice) as parallel:
+        train(text_job(args, config, model_config, choice), parallel)
 
 
 def text_job(args, config, model_config, choice):

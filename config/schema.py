@@ -1,15 +1,16 @@
 """The keys of the JSON files: their types, ranges, defaults and meaning, each in one place.
 
 `ModelConfig` is config/model_config.json, `TrainConfig` is config/config_pretrain.json and
-config/config_sft.json. The same classes check what a user wrote (engine/config.py), fill in
-defaults, and yield the reference page doc/configuration.md.
+config/config_sft.json, `DeepSpeedConfig` is config/deepspeed_config.json. The same classes check what
+a user wrote (engine/config.py), fill in defaults, and yield the reference page doc/configuration.md.
 """
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LAST_STEP = 1 << 40  # so that all that is counted in steps fits in 64 bits
+Auto = Literal["auto"]
 
 
 class Schema(BaseModel):
@@ -134,3 +135,34 @@ class TrainConfig(Schema):
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
         return self
+
+
+class DeepSpeedConfig(Schema):
+    """config/deepspeed_config.json: DeepSpeed's own file, without what the run's configuration says."""
+
+    train_batch_size: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description='the global batch; "auto": batch_size x gradient_accumulation_steps of the run'
+    )
+    train_micro_batch_size_per_gpu: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description='sequences in one forward pass; "auto": as many as batch_size allows'
+    )
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description='forward passes of one process per step; "auto": what the two above leave'
+    )
+    gradient_clipping: Annotated[float, Field(ge=0)] | Auto = Field(
+        "auto", description='largest gradient norm; "auto": grad_clip of the run'
+    )
+    zero_optimization: dict[str, Any] = Field(
+        description="stage 0 to 3, offload_optimizer, offload_param, ...: see DeepSpeed's documentation"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_one_home(cls, values):
+        elsewhere = {"optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast"} & values.keys()
+        if elsewhere:
+            raise ValueError(
+                f"optimizer, schedule and precision are set in the run's configuration, and only there; "
+                f"remove {', '.join(sorted(elsewhere))}"
+            )
+        return values

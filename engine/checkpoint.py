@@ -228,25 +228,31 @@ def _continued(checkpoint, path, config, notices):
     return Start(checkpoint, shown(path), checkpoint.run, notices)
 
 
-def restore(optimizer, scaler, start):
-    """Put AdamW's moments, and float16's loss scale, back; its settings stay those of the configuration."""
-    state = start.checkpoint.optimizer.get("state")
-    shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group["params"]))
-    try:
-        # All of the first steps in float16 may have been skipped: then there are no moments yet.
-        if state != {} and (not isinstance(state, dict) or state.keys() != shapes.keys()):
-            raise ValueError
-        for number, moments in state.items():
-            expected = {"step": torch.Size(), "exp_avg": shapes[number], "exp_avg_sq": shapes[number]}
-            if not _fit(moments, expected):
-                raise ValueError
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        scaler.load_state_dict(start.checkpoint.scaler or scaler.state_dict())
-    except (ValueError, KeyError, RuntimeError, TypeError):
-        raise UserError(
-            f"{start.name}: its optimizer state does not fit this optimizer; "
-            "set from_checkpoint to it in a new run to take its weights alone"
-        ) from None
+def moments(start, shapes):
+    """AdamW's state of each parameter, {number: {"step", "exp_avg", "exp_avg_sq"}}, as `optimizer` has it.
+
+    shapes: those of the parameters, in the optimizer's order. Empty if there is none yet: all of the
+    first steps in float16 may have been skipped. UserError if the state is not one of these parameters.
+    """
+    state, shapes = start.checkpoint.optimizer.get("state"), dict(enumerate(shapes))
+    fits = state == {} or (
+        isinstance(state, dict)
+        and state.keys() == shapes.keys()
+        and all(
+            _fit(state[number], {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape})
+            for number, shape in shapes.items()
+        )
+    )
+    if not fits:
+        raise unfit(start)
+    return state
+
+
+def unfit(start):
+    return UserError(
+        f"{start.name}: its optimizer state does not fit this optimizer; "
+        "set from_checkpoint to it in a new run to take its weights alone"
+    )
 
 
 def of_task(task, run=None):

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from config.schema import ModelConfig, TrainConfig
+from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
 from engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+
+SCHEMAS = {"model_config": ModelConfig, "train_config": TrainConfig, "deepspeed_config": DeepSpeedConfig}
 
 # The keys are read by editors and not by us: they may stand in any of the files.
 EDITOR_KEYS = {"$schema"}
@@ -122,7 +124,8 @@ def _describe_one(spec):
         return "one of " + ", ".join(json.dumps(choice) for choice in spec["enum"])
     if "pattern" in spec:
         return '"auto", "cpu", "mps", "cuda" or "cuda:N"'
-    nouns = {"integer": "an integer", "number": "a number", "string": "a string", "boolean": "true or false"}
+    nouns = {"integer": "an integer", "number": "a number", "string": "a string", "boolean": "true or false",
+             "object": "a JSON object"}  # fmt: skip
     words = nouns.get(spec.get("type"), spec.get("type", "a value"))
     if spec.get("type") == "array":
         words = "a list of [train, validation] pairs of file names"
@@ -160,11 +163,13 @@ def reference():
         "# Configuration reference",
         "",
         "Made from `config/schema.py` by `python -m engine.config`; do not edit by hand.",
-        "Every key may also be given on the command line: `python train.py -t pretrain --set batch_size=8`.",
+        "Every key but those of DeepSpeed may also be given on the command line:",
+        "`python train.py -t pretrain --set batch_size=8`.",
     ]
     for title, schema in (
         ("config/model_config.json", ModelConfig),
         ("config/config_pretrain.json, config/config_sft.json", TrainConfig),
+        ("config/deepspeed_config.json", DeepSpeedConfig),
     ):
         json_schema = schema.model_json_schema()
         lines += ["", f"## {title}", "", "| key | value | default | meaning |", "|-|-|-|-|"]
@@ -176,7 +181,7 @@ def reference():
 
 def write_reference():
     (ROOT / "doc" / "configuration.md").write_text(reference(), encoding="utf-8")
-    for name, schema in (("model_config", ModelConfig), ("train_config", TrainConfig)):
+    for name, schema in SCHEMAS.items():
         text = json.dumps(schema.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
         (ROOT / "config" / f"{name}.schema.json").write_text(text, encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
     Alone()            one process: train.py, problem.py
     DataParallel()     one process a device, each with the whole model: train_ddp.py
+    Zero()             the same, with weights, gradients and moments spread out: engine/zero.py
 
 Every process draws the same global batch and computes its own rows of it (`rows`), and the gradient is
 the sum over all rows, wherever they were computed. So the number of processes changes how fast a run
@@ -60,7 +61,14 @@ class Alone:
         self.forward = torch.compile(model) if config.compile else model
 
     def restore(self, start):
-        checkpoints.restore(self.optimizer, self.scaler, start)
+        groups = self.optimizer.param_groups
+        state = checkpoints.moments(start, [p.shape for group in groups for p in group["params"]])
+        try:
+            # The optimizer's settings stay those of the configuration.
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+            self.scaler.load_state_dict(start.checkpoint.scaler or self.scaler.state_dict())
+        except (ValueError, KeyError, RuntimeError, TypeError):
+            raise checkpoints.unfit(start) from None
 
     def micro_batch(self, last):
         return contextlib.nullcontext()

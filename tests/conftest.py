@@ -199,3 +199,11 @@ def train(tmp_path, tiny_data, monkeypatch, capsys):
     trainer = Trainer(root, capsys)
     trainer.furnish(tiny_data)
     return trainer
+
+
+@pytest.fixture
+def other_project(tmp_path_factory, tiny_data):
+    """A second one, to compare with."""
+    other = Project(tmp_path_factory.mktemp("other"))
+    other.furnish(tiny_data)
+    return other

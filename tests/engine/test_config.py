@@ -7,7 +7,7 @@ import string
 
 import pytest
 
-from config.schema import ModelConfig, TrainConfig
+from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
 from engine import config
 from engine.config import ROOT, load, parse_overrides
 from engine.errors import UserError
@@ -154,7 +154,7 @@ def test_wrong_overrides(tmp_path, assignment, sentence):
 
 def test_the_reference_is_up_to_date():
     assert (ROOT / "doc" / "configuration.md").read_text("utf-8") == config.reference()
-    for name, schema in (("model_config", ModelConfig), ("train_config", TrainConfig)):
+    for name, schema in config.SCHEMAS.items():
         text = (ROOT / "config" / f"{name}.schema.json").read_text("utf-8")
         assert json.loads(text) == schema.model_json_schema()
 
@@ -163,7 +163,8 @@ def test_every_configuration_that_comes_with_nano_is_sound():
     paths = [path for path in sorted((ROOT / "config").rglob("*.json")) if ".schema" not in path.name]
     assert len(paths) >= 3
     for path in paths:
-        load(ModelConfig if path.name.startswith("model") else TrainConfig, path)
+        kind = path.name.partition("_")[0]
+        load({"model": ModelConfig, "config": TrainConfig, "deepspeed": DeepSpeedConfig}[kind], path)
 
 
 # ---- damage ------------------------------------------------------------------------------------------------

@@ -1,0 +1,170 @@
+"""ZeRO (Rajbhandari et al. 2020): DeepSpeed spreads moments, gradients and weights over the processes.
+
+Loop, data and checkpoint file are those of train.py. A checkpoint is gathered parameter by parameter
+and kept by the first process, so none holds more at once than its share and one whole parameter.
+"""
+
+import math
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+    set_log_level_from_string,
+)
+from pydantic import ValidationError
+
+from engine import checkpoint as checkpoints
+from engine.errors import UserError
+from engine.optimizer import make_optimizer
+from engine.parallel import DataParallel
+
+# A shared-memory helper for CPUs, which takes a compiler and a minute to build; gloo does without.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Zero(DataParallel):
+    """settings: a `DeepSpeedConfig`; name: of its file."""
+
+    def __init__(self, settings, name, backend, choice):
+        self.settings, self.name = settings.model_dump(), name
+        try:
+            self.stage = int(DeepSpeedZeroConfig(**settings.zero_optimization).stage)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"{name}: zero_optimization: {key}: {first['msg'].lower()}") from None
+        super().__init__(backend, choice)
+
+    def rows(self, config):
+        rows = super().rows(config)
+        given = {key: value for key, value in self.settings.items() if type(value) is int}
+        accumulation = given.get("gradient_accumulation_steps")
+        micro_batch = given.get("train_micro_batch_size_per_gpu") or (
+            len(rows) * rows.step // accumulation if accumulation else rows.step
+        )
+        accumulation = accumulation or len(rows) * rows.step // micro_batch
+        product = micro_batch * accumulation * self.world
+        global_batch = config.batch_size * config.gradient_accumulation_steps
+        batch = given.get("train_batch_size", global_batch)
+        if not batch == product == global_batch:
+            raise UserError(
+                f"{self.name}: train_batch_size {batch} must be train_micro_batch_size_per_gpu "
+                f"{micro_batch} x gradient_accumulation_steps {accumulation} x {self.world} processes = "
+                f"{product}, and the global batch of the run, {global_batch}; \"auto\" is always right"
+            )
+        self.settings |= {
+            "train_batch_size": batch,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+        }
+        return range(rows.start, rows.stop, micro_batch)
+
+    def prepare(self, model, config, choice):
+        if config.compile:
+            raise UserError("compile is for train.py and train_ddp.py; set it to false")
+        if self.settings["gradient_clipping"] not in ("auto", config.grad_clip):
+            raise UserError(
+                f"{self.name}: gradient_clipping is {self.settings['gradient_clipping']}, "
+                f"but grad_clip of the run is {config.grad_clip}; \"auto\" is always right"
+            )
+        if self.stage == 3:
+            model.use_cpu_kernels(False)  # they take the head's weights, which are there in its layer only
+        self.model = model
+        optimizer = make_optimizer(model, config)
+        self.groups = optimizer.state_dict()["param_groups"]
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.shapes = [p.shape for p in self.parameters]
+        set_log_level_from_string("error")
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config={
+                **self.settings,
+                "gradient_clipping": config.grad_clip,
+                # Gradients are summed up in float32, as in all other ways to train.
+                "torch_autocast": {
+                    "enabled": choice.autocast,
+                    "dtype": choice.dtype,
+                    "lower_precision_safe_modules": [],
+                },
+                "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW does it; DeepSpeed's needs a compiler
+            },
+        )
+        self.optimizer, self.forward = self.engine.optimizer, self.engine
+        self.clip = config.grad_clip or math.inf
+        self.scaler = torch.amp.GradScaler(choice.device_type, enabled=False)
+
+    def micro_batch(self, last):
+        self.engine.set_gradient_accumulation_boundary(last)
+        return super().micro_batch(True)
+
+    def backward(self, loss):
+        self.engine.backward(loss * self.world, scale_wrt_gas=False)  # it takes the mean, too
+
+    def step(self, rate, sound):
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = None
+        if not self.stage:  # DeepSpeed clips here, too, but does not tell the norm
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def restore(self, start):
+        moments = checkpoints.moments(start, self.shapes)
+        if not self.stage:
+            return super().restore(start)
+        if not moments:
+            return
+        # DeepSpeed makes the moments in its first step. One of rate 0 without gradient changes no weight.
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self.micro_batch(last=True)
+        self.backward(0 * self.engine(token, token)[1])
+        self.step(0.0, True)
+        self._link_moments()
+        for state in self.optimizer.optimizer.state.values():
+            state["step"].fill_(moments[0]["step"].item())
+        for parameter, state in zip(self.parameters, moments.values(), strict=True):
+            for key in MOMENTS:
+                self._set_moment(parameter, state[key].to(self.device), key)
+
+    def _set_moment(self, parameter, value, key):
+        if self.stage < 3:
+            return safe_set_full_optimizer_state(parameter, value, key)
+        # Not safe_set_full_...: it fails where the numbers do not divide by the processes.
+        share = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, share * self.world - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded[self.rank * share :][:share], key)
+
+    def _link_moments(self):
+        """DeepSpeed's own link, made in its first step, misses all groups of parameters but the first."""
+        if self.stage < 3:
+            zero = self.optimizer
+            for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+                lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
+
+    def states(self):
+        if not self.stage:
+            return super().states()
+        self._link_moments()
+        step = next(iter(self.optimizer.optimizer.state.values()))["step"]
+        weights, moments = {}, {}
+        for number, parameter in enumerate(self.parameters):
+            full = [safe_get_full_fp32_param(parameter)]
+            full += [safe_get_full_optimizer_state(parameter, key) for key in MOMENTS]
+            if not self.rank:
+                weights[parameter], *full = (tensor.cpu() for tensor in full)
+                moments[number] = {"step": step.cpu().clone(), **dict(zip(MOMENTS, full, strict=True))}
+        names = self.model.named_parameters(remove_duplicate=False) if not self.rank else ()
+        return {
+            "model": {name: weights[parameter] for name, parameter in names},
+            "optimizer": {"state": moments, "param_groups": self.groups},
+            "scaler": {},
+        }

@@ -1,0 +1,84 @@
+"""Runs of several processes on this machine: started by a launcher, waited for, looked at."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ENDLESS = dict(max_steps=0, decay_lr="false", log_interval=5)
+RUN = dict(max_steps=50, gradient_accumulation_steps=2, eval_interval=25, eval_iters=3, n_layer=2,
+           learning_rate=2e-3, min_lr=2e-4)  # fmt: skip
+
+
+def deepspeed():
+    """DeepSpeed's launcher, at a port of its own: other tests may run at the same time."""
+    with contextlib.closing(socket.socket()) as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    return ("deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port))
+
+
+def settings_of(settings):
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def start(project, launcher, script, *args, **settings):
+    """launcher: a module and its arguments. Returns the Popen of a session of its own."""
+    command = [sys.executable, "-m", *launcher, str(project.root / script), *args, *settings_of(settings)]
+    return subprocess.Popen(
+        list(map(str, command)), cwd=project.elsewhere, env=project.environment | {"DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process, seconds=30):
+    """(stdout, stderr) of a launched run, which ends by itself, all of it, within so many seconds."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"it did not end: {process.communicate()}")
+
+
+def launched(*args, **settings):
+    """stdout of a run that succeeds; for the arguments see `start`."""
+    output, errors = finish(process := start(*args, **settings), 240)
+    assert process.returncode == 0, output + errors
+    return output
+
+
+def in_training(project, launcher, script, *args, **settings):
+    """The same, running, when it has trained for some steps."""
+    process = start(project, launcher, script, "-t", "pretrain", *args, **{**ENDLESS, **settings})
+    for line in process.stdout:
+        if " | Train | " in line:
+            return process
+    pytest.fail(finish(process)[1])
+
+
+def processes_of(project):
+    """{rank: pid} of the processes that train."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = open(f"/proc/{name}/cmdline", "rb").read().decode().split("\0")
+            values = open(f"/proc/{name}/environ", "rb").read().decode().split("\0")
+        except OSError:
+            continue
+        if any(str(project.root / "train_d") in word for word in words[:3]):
+            found |= {int(value[5:]): int(name) for value in values if value.startswith("RANK=")}
+    return found
+
+
+def losses(project, kind="Train"):
+    return [float(loss) for _, loss in project.logged(kind, "Loss")]
+
+
+def largest_difference(one, two):
+    assert len(one) == len(two) > 0
+    return max(abs(a - b) for a, b in zip(one, two, strict=True))
