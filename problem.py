@@ -83,6 +83,7 @@ def learn(args):
     shape = check(ModelConfig, shape, here)
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
     from engine import checkpoint, hardware
+    from engine.parallel import Alone
     from train import Job, initial_model, train
 
     choice = hardware.prepare(config)
@@ -96,7 +97,8 @@ def learn(args):
     batches = tasks.Examples(problem, tokenizer, config.batch_size, args.seed)
     test = tasks.Test(problem, tokenizer, config.batch_size, args.seed, N_TEST)
     began = time.perf_counter()
-    log = train(Job(problem.name, config, choice, start, model, tokenizer, batches, test, exact=True))
+    job = Job(problem.name, config, choice, start, model, tokenizer, batches, test, exact=True)
+    log = train(job, Alone())
     if log is None:  # stopped before its end
         return
     seconds = time.perf_counter() - began

@@ -52,6 +52,7 @@ def parse_arguments(doc, extend=None):
     args.set = parse_overrides(args.set)
     args.config = find(args.config or f"config/config_{args.task}.json")
     args.model = find(args.model)
+    args.since = 0.0
     return args
 
 
@@ -81,8 +82,10 @@ def main():
     model_config = load(ModelConfig, args.model, args.set)
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
     from engine import hardware
+    from engine.parallel import Alone
 
-    train(text_job(args, config, model_config, hardware.prepare(config)), plan_only=args.plan)
+    choice, parallel = hardware.prepare(config), Alone()
+    train(text_job(args, config, model_config, choice, parallel), parallel, plan_only=args.plan)
 
 
 def enter_launch(example):
@@ -104,22 +107,27 @@ def main_launched(args, strategy):
         raise UserError("--plan is for one process: python train.py --plan")
     config = load(TrainConfig, args.config, args.set)
     model_config = load(ModelConfig, args.model, args.set)
+    import psutil
+
     from engine import hardware
 
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        # The launcher brings the run back (--max-restarts): from what this launch has saved, if anything.
+        args.resume, args.since = True, 0.0 if args.resume else psutil.Process().parent().create_time()
     # PyTorch's launcher and DeepSpeed's have different names for it.
     local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"]
     choice = hardware.prepare(config, (int(os.environ["LOCAL_RANK"]), int(local_world)))
     with strategy(config, choice) as parallel:
-        train(text_job(args, config, model_config, choice), parallel)
+        train(text_job(args, config, model_config, choice, parallel), parallel)
 
 
-def text_job(args, config, model_config, choice):
+def text_job(args, config, model_config, choice, parallel):
     """What -t, --resume and the two configurations ask for."""
     import tokenizer as tokenizers
     from data import Batches, TokenFile
     from engine import checkpoint
 
-    start = checkpoint.starting_point(args.task, config, args.resume)
+    start = parallel.first(lambda: checkpoint.starting_point(args.task, config, args.resume, args.since))
     model, tokenizer = initial_model(
         start, config, model_config, choice, lambda: tokenizers.load(find(config.tokenizer_path))
     )
@@ -127,6 +135,10 @@ def text_job(args, config, model_config, choice):
     for file in (file for pair in files for file in pair):
         if file.meta["kind"] != args.task:
             raise UserError(f"{shown(file.path)} was prepared for {file.meta['kind']}, not for {args.task}")
+    parallel.agree(
+        {**config.model_dump(mode="json"), **model.config.model_dump()}
+        | {shown(file.path): file.meta for pair in files for file in pair}
+    )
     block_size, batch_size = model.config.block_size, config.batch_size
     global_batch = batch_size * config.gradient_accumulation_steps
     batches = Batches([pair[0] for pair in files], block_size, global_batch, config.random_seed)
@@ -161,10 +173,10 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
     return GPT(shape), tokenizer
 
 
-def train(job, parallel=None, plan_only=False):
+def train(job, parallel, plan_only=False):
     """The training loop. Returns the path of its log; None if it was stopped, or had nothing to do.
 
-    parallel: how the run is spread over processes (engine/parallel.py); None: it is not.
+    parallel: how the run is spread over processes (engine/parallel.py).
     """
     import torch
 
@@ -172,11 +184,9 @@ def train(job, parallel=None, plan_only=False):
     from engine import hardware, plan
     from engine.log import RunLog, duration, notice
     from engine.optimizer import learning_rate_at
-    from engine.parallel import Alone
 
     config, choice, start = job.config, job.choice, job.start
     batches, validation = job.batches, job.validation
-    parallel = parallel or Alone()
     rows = parallel.rows(config)
 
     # -- model and optimizer ----------------------------------------------------------------------

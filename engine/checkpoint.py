@@ -186,14 +186,14 @@ class Start:
     notices: tuple = ()
 
 
-def starting_point(task, config, resume):
-    """What the run starts from, by --resume and the key from_checkpoint.
+def starting_point(task, config, resume, since=0.0):
+    """What the run starts from, by --resume and the key from_checkpoint. since: see `newest`.
 
     A checkpoint of the same task and the same data is gone on with: its step, optimizer and data
     order. Of any other, only model and tokenizer are taken.
     """
     if resume:
-        if found := newest(task):
+        if found := newest(task, since):
             checkpoint, path, notices = found
             return _continued(checkpoint, path, config, notices)
     notices = [f"there is no {task} checkpoint to resume from: starting a new run"] if resume else []
@@ -263,9 +263,13 @@ def of_task(task, run=None):
     return sorted(entry for entry in found if run in (None, entry[0]))
 
 
-def newest(task):
-    """The newest good checkpoint of the newest run of a task: (checkpoint, path, notices) or None."""
-    entries, notices = of_task(task), []
+def newest(task, since=0.0):
+    """The newest good checkpoint of the newest run of a task: (checkpoint, path, notices) or None.
+
+    since: only of those written after this time, in seconds since 1970.
+    """
+    entries = [entry for entry in of_task(task) if os.path.getmtime(entry[2]) >= since]
+    notices = []
     for _, _, path in reversed([entry for entry in entries if entry[0] == entries[-1][0]]):
         try:
             return load(path), path, notices

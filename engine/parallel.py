@@ -11,6 +11,8 @@ is, and nothing else: the same data order, the same losses up to rounding, the s
 A strategy has these parts, in the order in which the loop uses them:
 
     rank, world                      which process this is, of how many
+    first(make)                      make() of the first process, for all: others may lack its files
+    agree(facts)                     refuses to start if these are not the same everywhere
     rows(config) -> range            its rows of the global batch; the step of the range is its micro-batch
     prepare(model, config, choice)   builds the optimizer; `forward` is then the model to call in training
     restore(start)                   puts the optimizer's state back
@@ -26,6 +28,7 @@ import datetime
 import math
 import os
 import re
+import socket
 
 import torch
 import torch.distributed as dist
@@ -39,6 +42,12 @@ TIMEOUT = datetime.timedelta(minutes=30)  # one process may be long over a valid
 
 class Alone:
     rank, world = 0, 1
+
+    def first(self, make):
+        return make()
+
+    def agree(self, facts):
+        pass
 
     def rows(self, config):
         """Its part of the rows of a global batch, cut into micro-batches of equal size."""
@@ -121,6 +130,23 @@ class DataParallel(Alone):
             dist.destroy_process_group()
         elif issubclass(kind, RuntimeError) and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
             raise UserError("the connection to another process of this run was lost") from None
+
+    def first(self, make):
+        made = [None if self.rank else make()]
+        dist.broadcast_object_list(made)
+        return made[0]
+
+    def agree(self, facts):
+        """facts: {name: plain value}. UserError naming the first machine that differs, and in what."""
+        everyone = [None] * self.world
+        dist.all_gather_object(everyone, (socket.gethostname(), facts))
+        for rank, (host, theirs) in enumerate(everyone):
+            for name, value in everyone[0][1].items():
+                if theirs[name] != value:
+                    raise UserError(
+                        f"process {rank} on {host} differs from the first one: {name} is "
+                        f"{theirs[name]} there and {value} here; copy configuration and data to all machines"
+                    )
 
     def prepare(self, model, config, choice):
         super().prepare(model, config, choice)
