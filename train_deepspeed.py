@@ -4,27 +4,36 @@
     deepspeed train_deepspeed.py -t pretrain --deepspeed_config config/deepspeed_zero3.json
     deepspeed --hostfile=config/hostfile.txt train_deepspeed.py -t pretrain
     deepspeed --num_gpus 2 train_deepspeed.py -t sft --resume
+    python train_deepspeed.py -t pretrain --convert checkpoint/ds
 
 Configuration, data order, losses and checkpoint files are those of train.py: a run can go on with any
 number of devices, with or without DeepSpeed. The stage of ZeRO, and what is offloaded to the CPU, is
-read from DeepSpeed's own file. Without a GPU, write `DS_ACCELERATOR=cpu deepspeed --num_gpus 2 ...`.
+read from DeepSpeed's own file.
 """
 
+import os
+import re
+
 import train
-from config.schema import DeepSpeedConfig
+from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
 from engine.config import find, load, shown
-from engine.errors import run
+from engine.errors import UserError, run
 
 EXAMPLE = "deepspeed --num_gpus 2 train_deepspeed.py -t pretrain"
 
 
 def main():
     args = train.parse_arguments(__doc__, more_arguments)
+    if args.convert:
+        return convert(args)
     train.enter_launch(EXAMPLE)
+    if args.hostfile:
+        check_hosts(find(args.hostfile))
     path = find(args.deepspeed_config)
     settings = load(DeepSpeedConfig, path)
 
     def strategy(config, choice):
+        os.environ.setdefault("DS_ACCELERATOR", choice.device_type)
         from engine.zero import Zero
 
         return Zero(settings, shown(path), config.backend, choice)
@@ -36,9 +45,40 @@ def more_arguments(parser):
     # fmt: off
     parser.add_argument("--deepspeed_config", default="config/deepspeed_config.json", metavar="FILE",
                         help="DeepSpeed's settings (default: %(default)s)")
+    parser.add_argument("--convert", metavar="FOLDER",
+                        help="no training: make an ordinary checkpoint of a folder written by DeepSpeed")
     parser.add_argument("--deepspeed", action="store_true", help="may be given, as to other scripts")
+    parser.add_argument("--hostfile", help="for the launcher: give it before the script's name")
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     # fmt: on
+
+
+def check_hosts(path):
+    """Refuse a --hostfile that the launcher has not seen, rather than train on fewer machines than asked."""
+    try:
+        slots = re.findall(r"^\s*[^\s#]\S*\s+slots=(\d+)", path.read_text("utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{shown(path)} cannot be read, or is no text") from None
+    wanted, started = sum(map(int, slots)), int(os.environ["WORLD_SIZE"])
+    if wanted != started:
+        raise UserError(
+            f"{shown(path)} has {wanted} slots, but {started} processes were started: the launcher reads it "
+            f"only before the script's name: deepspeed --hostfile={shown(path)} train_deepspeed.py ..."
+        )
+
+
+def convert(args):
+    config = load(TrainConfig, args.config, args.set)
+    model_config = load(ModelConfig, args.model, args.set)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import tokenizer as tokenizers
+    from engine import zero
+
+    tokenizer = tokenizers.load(find(config.tokenizer_path))
+    shape = model_config.resolved(tokenizer.vocab_size)
+    path = zero.convert(find(args.convert), args.task, config, shape, tokenizer)
+    print(f"Written: {shown(path)}")
+    print(f"Try it: python inference.py -m {shown(path)}")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,18 @@ Loop, data and checkpoint file are those of train.py. A checkpoint is gathered p
 and kept by the first process, so none holds more at once than its share and one whole parameter.
 """
 
+import contextlib
 import math
+import os
+import time
+from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 from deepspeed.utils import (
+    fragment_address,
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -17,12 +23,15 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
     set_log_level_from_string,
 )
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from pydantic import ValidationError
 
 from engine import checkpoint as checkpoints
+from engine.config import shown
 from engine.errors import UserError
 from engine.optimizer import make_optimizer
 from engine.parallel import DataParallel
+from model import GPT
 
 # A shared-memory helper for CPUs, which takes a compiler and a minute to build; gloo does without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -168,3 +177,51 @@ class Zero(DataParallel):
             "optimizer": {"state": moments, "param_groups": self.groups},
             "scaler": {},
         }
+
+
+def read_folder(folder):
+    """(weights, step) of a folder that DeepSpeed's save_checkpoint has written: {name: float32 tensor}, int.
+
+    Its files are pickles: they are read with PyTorch's weights_only, and nothing in them is run.
+    UserError if the folder is missing, damaged, or holds something else.
+    """
+    folder = Path(folder)
+    plain = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks torch.load for the opposite
+    try:
+        tag = (folder / "latest").read_text("utf-8").strip()
+        *_, path = sorted((folder / tag).glob("*model_states.pt"))
+        with torch.serialization.safe_globals(plain), contextlib.redirect_stdout(None):
+            states = torch.load(path, map_location="cpu", weights_only=True)
+            weights = states["module"]
+            if any((folder / tag).glob("*_optim_states.pt")):  # ZeRO: its own copy, in float32
+                weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
+            return {name: weight.float() for name, weight in weights.items()}, int(states["global_steps"])
+    except MemoryError:
+        raise
+    except Exception as error:  # each kind of damage is another one
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{shown(folder)} is no sound checkpoint folder of DeepSpeed: {why}") from None
+    finally:
+        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        if before is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def convert(folder, task, config, shape, tokenizer):
+    """Write the model of such a folder as an ordinary checkpoint; returns its path. No moments are taken."""
+    weights, step = read_folder(folder)
+    with torch.device("meta"):
+        expected = {name: tuple(weight.shape) for name, weight in GPT(shape).state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise UserError(
+                f"{shown(folder)} holds another model than the configuration: {name} is "
+                f"{found.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
+            )
+    return checkpoints.Checkpoint(
+        task, time.strftime("%Y%m%d_%H%M%S"), step, shape.model_dump(), config.model_dump(mode="json"),
+        tokenizer.to_dict(), weights, {"state": {}, "param_groups": []},
+    ).save()  # fmt: skip

@@ -61,6 +61,14 @@ def in_training(project, launcher, script, *args, **settings):
     pytest.fail(finish(process)[1])
 
 
+def with_prelude(project, prelude, script="train_ddp.py"):
+    """A script that does this first, and then what the other one does."""
+    name = f"prelude_{script}"
+    then = "\nimport runpy\nrunpy.run_path(__file__.replace('prelude_', ''), run_name='__main__')\n"
+    (project.root / name).write_text(prelude + then, "utf-8")
+    return name
+
+
 def processes_of(project):
     """{rank: pid} of the processes that train."""
     found = {}
@@ -70,7 +78,7 @@ def processes_of(project):
             values = open(f"/proc/{name}/environ", "rb").read().decode().split("\0")
         except OSError:
             continue
-        if any(str(project.root / "train_d") in word for word in words[:3]):
+        if any(word.startswith(str(project.root)) and word.endswith(".py") for word in words[:3]):
             found |= {int(value[5:]): int(name) for value in values if value.startswith("RANK=")}
     return found
 

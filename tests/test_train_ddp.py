@@ -18,6 +18,7 @@ from launching import (
     processes_of,
     settings_of,
     start,
+    with_prelude,
 )
 
 from engine.checkpoint import load
@@ -77,14 +78,6 @@ def test_without_a_launcher_it_says_how(tiny_project):
     assert done.returncode == 2 and "python -m torch.distributed.run --nproc_per_node 2" in done.stderr
 
 
-def faulty(project, prelude):
-    """A script that does this first, and then what train_ddp.py does."""
-    script = project.root / "train_d_faulty.py"
-    then = "import runpy\nrunpy.run_path(__file__.replace('d_faulty', 'ddp'), run_name='__main__')\n"
-    script.write_text(prelude + then, "utf-8")
-    return script.name
-
-
 NAN = """
 import os
 import torch.nn.functional as F
@@ -105,7 +98,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
 
 def test_nan_in_one_process_ends_all(tiny_project):
-    process = start(tiny_project, TORCHRUN, faulty(tiny_project, NAN), "-t", "pretrain",
+    process = start(tiny_project, TORCHRUN, with_prelude(tiny_project, NAN), "-t", "pretrain",
                     **ENDLESS, save_interval=10, sdp_kernel="math")  # fmt: skip
     _, errors = finish(process, 60)
     assert process.returncode and errors.count("error: ") == 1, errors
@@ -118,8 +111,8 @@ def test_nan_in_one_process_ends_all(tiny_project):
 
 def test_a_full_disk_under_the_first_process_ends_all(tiny_project):
     launched(tiny_project, *DDP, "-t", "pretrain", max_steps=5, decay_lr="false")
-    process = start(tiny_project, TORCHRUN, faulty(tiny_project, FULL_DISK), "-t", "pretrain", "--resume",
-                    **ENDLESS, save_interval=20)  # fmt: skip
+    script = with_prelude(tiny_project, FULL_DISK)
+    process = start(tiny_project, TORCHRUN, script, "-t", "pretrain", "--resume", **ENDLESS, save_interval=20)
     _, errors = finish(process)
     assert errors.count("error: ") == 1 and "earlier checkpoints are untouched" in errors, errors
     assert list(tiny_project.checkpoints()) == [5] and load(tiny_project.checkpoints()[5]).step == 5

@@ -1,6 +1,8 @@
 """train_deepspeed.py on two processes of this machine: ZeRO draws the curve of train.py, and its files."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -9,11 +11,14 @@ from launching import (
     TORCHRUN,
     deepspeed,
     finish,
+    in_training,
     largest_difference,
     launched,
     losses,
+    processes_of,
     settings_of,
     start,
+    with_prelude,
 )
 
 from engine.checkpoint import load
@@ -92,6 +97,26 @@ def test_resume_is_exact(tiny_project, other_project, stage):
         assert torch.equal(value, two.model[name]), name
 
 
+def test_ctrl_c_saves_and_ends(tiny_project):
+    process = in_training(tiny_project, deepspeed(), SCRIPT, *settings_file(tiny_project, "ZeRO-3"))
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = finish(process)
+    [step] = tiny_project.checkpoints()
+    assert f"Stopped after step {step}" in output, errors
+    assert load(tiny_project.checkpoints()[step]).step == step
+    assert not processes_of(tiny_project)
+
+
+def test_a_killed_process_ends_the_run(tiny_project):
+    args = settings_file(tiny_project, "ZeRO-2")
+    process = in_training(tiny_project, deepspeed(), SCRIPT, *args, save_interval=5)
+    os.kill(processes_of(tiny_project)[0], signal.SIGKILL)
+    output, errors = finish(process)
+    assert process.returncode and "return code = -9" in output
+    assert not processes_of(tiny_project) and 'train_deepspeed.py", line' not in errors
+    assert load(list(tiny_project.checkpoints().values())[-1]).step >= 5
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -125,3 +150,76 @@ def test_batch_keys_are_honoured(tiny_project):
 def test_without_a_launcher_it_says_how(tiny_project):
     done = tiny_project.run(SCRIPT, "-t", "pretrain")
     assert done.returncode == 2 and "deepspeed --num_gpus 2 train_deepspeed.py" in done.stderr
+
+
+def test_a_hostfile_that_the_launcher_has_not_seen(tiny_project):
+    hosts = tiny_project.root / "config" / "hostfile.txt"
+    hosts.write_text("# two machines\n10.0.0.1 slots=2\n10.0.0.2 slots=2\n")
+    arguments = ("-t", "pretrain", "--deepspeed", f"--hostfile={hosts}")
+    _, errors = finish(process := start(tiny_project, TORCHRUN, SCRIPT, *arguments))
+    assert process.returncode and "4 slots, but 2 processes were started" in errors
+    hosts.write_text("localhost slots=2\n")
+    launched(tiny_project, TORCHRUN, SCRIPT, *arguments, *settings_file(tiny_project, "ZeRO-1"))
+
+
+# ---- folders that DeepSpeed writes -----------------------------------------------------------------------
+
+SAVING = """
+import os, sys
+sys.path.insert(0, os.path.dirname(__file__))
+os.environ["DS_ACCELERATOR"] = "cpu"
+from engine.zero import Zero
+
+def states(self, original=Zero.states):
+    self.engine.save_checkpoint(os.path.join(os.path.dirname(__file__), "checkpoint", "ds"))
+    return original(self)
+
+Zero.states = states
+"""
+
+
+@pytest.mark.parametrize("stage", ["ZeRO-2", pytest.param("ZeRO-3", marks=pytest.mark.slow)])
+def test_a_folder_of_deepspeed_is_converted(tiny_project, stage):
+    script = with_prelude(tiny_project, SAVING, SCRIPT)
+    launched(tiny_project, TORCHRUN, script, "-t", "pretrain", *settings_file(tiny_project, stage))
+    [(step, path)] = tiny_project.checkpoints().items()
+    ours = load(path)
+    path.unlink()
+    convert = (SCRIPT, "-t", "pretrain", "--convert", tiny_project.root / "checkpoint" / "ds")
+    done = tiny_project.run(*convert)
+    assert done.returncode == 0, done.stderr
+    [(converted_step, converted_path)] = tiny_project.checkpoints().items()
+    theirs = load(converted_path)
+    assert converted_step == step and ours.model.keys() == theirs.model.keys()
+    assert all(torch.equal(weight, theirs.model[name]) for name, weight in ours.model.items())
+    assert tiny_project.run("inference.py", "--prompt", "1 + 1", "-l", 8).returncode == 0
+
+    done = tiny_project.run(*convert, "--set", "n_embd=64")
+    assert done.returncode == 2 and "holds another model than the configuration" in done.stderr
+    damaged = next((tiny_project.root / "checkpoint" / "ds").rglob("*optim_states.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    done = tiny_project.run(*convert)
+    assert done.returncode == 2 and "is no sound checkpoint folder of DeepSpeed" in done.stderr
+
+
+def test_a_hostile_folder_of_deepspeed_is_not_run(tiny_project):
+    folder, proof = tiny_project.root / "checkpoint" / "ds", tiny_project.root / "proof"
+    (folder / "step1").mkdir(parents=True)
+    (folder / "latest").write_text("step1")
+    torch.save({"module": Payload(proof), "global_steps": 1}, folder / "step1" / "mp_rank_00_model_states.pt")
+    torch.save({"optimizer_state_dict": Payload(proof)}, folder / "step1" / "x_optim_states.pt")
+    done = tiny_project.run(SCRIPT, "-t", "pretrain", "--convert", folder)
+    assert done.returncode == 2 and not proof.exists(), done.stderr
+    torch.save({"module": {}, "global_steps": 1}, folder / "step1" / "mp_rank_00_model_states.pt")
+    done = tiny_project.run(SCRIPT, "-t", "pretrain", "--convert", folder)
+    assert done.returncode == 2 and not proof.exists(), done.stderr
+
+
+class Payload:
+    """Touches a file when it is unpickled without care."""
+
+    def __init__(self, proof):
+        self.proof = str(proof)
+
+    def __reduce__(self):
+        return open, (self.proof, "w")
