@@ -4,6 +4,7 @@
     python train.py -t sft                              from config/config_sft.json
     python train.py -t pretrain --resume                go on where the newest good checkpoint ends
     python train.py -t pretrain --plan                  no training: size, memory, speed, time to finish
+    python train.py -t pretrain --plan --world 2 --link 1     the same for two machines, 1 Gbit/s between them
     python train.py -t pretrain --set batch_size=8 --set device=cpu
 
 A step takes one global batch of batch_size x gradient_accumulation_steps sequences. Batch, dropout
@@ -44,7 +45,6 @@ def parse_arguments(doc, extend=None):
                         help="override a key; repeatable")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the newest good checkpoint of this task")
-    parser.add_argument("--plan", action="store_true", help="train nothing; say what training would take")
     # fmt: on
     if extend:
         extend(parser)
@@ -76,8 +76,21 @@ class Job:
     exact: bool = False
 
 
+def plan_arguments(parser):
+    # fmt: off
+    parser.add_argument("--plan", action="store_true", help="train nothing; say what training would take")
+    parser.add_argument("--world", type=int, default=1, metavar="N", help="plan for N such machines")
+    parser.add_argument("--link", type=float, default=1.0, metavar="GBIT",
+                        help="... joined by a link of so many Gbit/s (default: %(default)s)")
+    # fmt: on
+
+
 def main():
-    args = parse_arguments(__doc__)
+    args = parse_arguments(__doc__, plan_arguments)
+    if args.world < 1 or not 0 < args.link < math.inf:
+        raise UserError("--world is a number of machines, 1 or more, and --link a speed in Gbit/s, above 0")
+    if args.world > 1 and not args.plan:
+        raise UserError("--world is for --plan; train_ddp.py trains on several devices")
     config = load(TrainConfig, args.config, args.set)
     model_config = load(ModelConfig, args.model, args.set)
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
@@ -85,7 +98,8 @@ def main():
     from engine.parallel import Alone
 
     choice, parallel = hardware.prepare(config), Alone()
-    train(text_job(args, config, model_config, choice, parallel), parallel, plan_only=args.plan)
+    spread = (args.world, args.link) if args.plan else None
+    train(text_job(args, config, model_config, choice, parallel), parallel, plan_for=spread)
 
 
 def enter_launch(example):
@@ -103,8 +117,6 @@ def enter_launch(example):
 
 def main_launched(args, strategy):
     """The rest of such a script. strategy(config, choice): how the run is spread (engine/parallel.py)."""
-    if args.plan:
-        raise UserError("--plan is for one process: python train.py --plan")
     config = load(TrainConfig, args.config, args.set)
     model_config = load(ModelConfig, args.model, args.set)
     import psutil
@@ -173,10 +185,11 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
     return GPT(shape), tokenizer
 
 
-def train(job, parallel, plan_only=False):
+def train(job, parallel, plan_for=None):
     """The training loop. Returns the path of its log; None if it was stopped, or had nothing to do.
 
-    parallel: how the run is spread over processes (engine/parallel.py).
+    parallel: how the run is spread over processes (engine/parallel.py). plan_for: (world, link), to train
+    nothing and show what the run would take.
     """
     import torch
 
@@ -268,7 +281,7 @@ def train(job, parallel, plan_only=False):
 
     # -- the loop ---------------------------------------------------------------------------------
 
-    if config.max_steps and step >= config.max_steps and not plan_only:
+    if config.max_steps and step >= config.max_steps and not plan_for:
         print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
         return None
     facts = plan.Facts(job.task, model, choice, batches, validation, config)
@@ -276,8 +289,8 @@ def train(job, parallel, plan_only=False):
         with facts.advice_when_out_of_memory():
             compile_step()
     speed = Speedometer(model)
-    if plan_only:
-        plan.show(facts, speed, lambda: one_step(step))
+    if plan_for:
+        plan.show(facts, speed, lambda: one_step(step), *plan_for)
         return None
     print(facts.summary())
     if facts.too_large:

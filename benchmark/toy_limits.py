@@ -22,9 +22,9 @@ from engine.errors import UserError, run  # noqa: E402
 from problem import RESULTS, read_results, show_results  # noqa: E402
 
 SIZES = {
-    "q": (6, 12, 24),
+    "q": (6, 12, 24, 48),
     "sort": (6, 12, 20, 32),
-    "palindrome": (6, 12, 24, 48),
+    "palindrome": (6, 12, 24, 48, 96),
     "calculator": (3, 4, 6),
 }
 

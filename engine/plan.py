@@ -81,6 +81,40 @@ class Facts:
             "activations": tokens * per_token,
         }
 
+    def memory_spread(self, world):
+        """{way to spread: bytes of weights, gradients and moments in each of `world` processes}.
+
+        Rajbhandari et al. 2020 (ZeRO), figure 1. DeepSpeed has a copy of the weights among what the
+        optimizer needs, in float32, too; doc/several_machines.md has these formulas beside measured numbers.
+        """
+        sizes = self.memory()
+        weights, gradients, moments = sizes["weights"], sizes["gradients"], sizes["optimizer"]
+        spread = weights + moments
+        return {
+            "DDP": weights + gradients + moments,
+            "ZeRO-1": weights + gradients + spread / world,
+            "ZeRO-2": weights + (gradients + spread) / world,
+            "ZeRO-3": (weights + gradients + spread) / world,
+        }
+
+    def exchange_seconds(self, world, link):
+        """Time to sum the gradients of `world` processes over a link of so many Gbit/s.
+
+        Each sends and receives 2 (N - 1) / N times the gradients' size: a ring (Patarasuk & Yuan 2009).
+        """
+        return 2 * (world - 1) / world * self.memory()["gradients"] * 8 / (link * 1e9)
+
+    def speed_up(self, world, link, seconds):
+        """(least, most): how much faster `world` processes are than one, whose step takes so many seconds.
+
+        Least if the exchange waits for the backward pass, most if it hides behind it: behind that of the
+        last micro-batch, two thirds of whose time are backward.
+        """
+        exchange, computing = self.exchange_seconds(world, link), seconds / world
+        micro_batches = max(1, self.config.gradient_accumulation_steps / world)
+        hidden = min(exchange, computing / micro_batches * 2 / 3)
+        return seconds / (computing + exchange), seconds / (computing + exchange - hidden)
+
     def largest_batch(self):
         """The largest batch_size whose estimate leaves a tenth of the device's memory free; 0: none."""
         if not self.choice.memory:
@@ -128,8 +162,11 @@ def refuse_too_large(shape, choice):
         )
 
 
-def show(facts, speed, one_step):
-    """Print the plan: everything above, and this machine's speed, measured on a few real steps."""
+def show(facts, speed, one_step, world, link):
+    """Print the plan: everything above, and this machine's speed, measured on a few real steps.
+
+    world, link: how many such machines, and the Gbit/s between them.
+    """
     config, model, choice = facts.config, facts.model, facts.choice
     console = Console(highlight=False)
     with console.status("measuring ..."), facts.advice_when_out_of_memory():
@@ -161,6 +198,17 @@ def show(facts, speed, one_step):
     ]  # fmt: skip
     if config.max_steps:
         rows.append((f"time for {config.max_steps} steps", duration(config.max_steps * seconds)))
+    if world > 1:
+        exchange, computing = facts.exchange_seconds(world, link), seconds / world
+        least, most = facts.speed_up(world, link, seconds)
+        spread = facts.memory_spread(world).items()
+        rows += [
+            (f"{world} of them, {link:g} Gbit/s",
+             f"{computing * 1000:.0f} ms of computing a step, {exchange * 1000:.0f} ms to exchange "
+             f"{memory['gradients'] / 2**20:,.1f} MiB of gradients\n"
+             f"{least:.2f} to {most:.2f} times as fast as one"),
+            ("memory in each, without\nactivations", "\n".join(f"{gib(size)} {way}" for way, size in spread)),
+        ]  # fmt: skip
     table = Table(title=f"plan: {facts.task}", show_header=False)
     for row in rows:
         table.add_row(*row)

@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 import time
+import warnings
 from pathlib import Path
 
 import deepspeed
@@ -35,6 +36,7 @@ from model import GPT
 
 # A shared-memory helper for CPUs, which takes a compiler and a minute to build; gloo does without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # what DeepSpeed has yet to mend
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

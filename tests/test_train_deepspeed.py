@@ -25,12 +25,13 @@ from engine.checkpoint import load
 
 SCRIPT = "train_deepspeed.py"
 CPU = {"device": "cpu"}
+THREE = {"stage": 3, "stage3_param_persistence_threshold": 0}  # small weights are spread, too
 STAGES = {
     "ZeRO-0": {"stage": 0},
     "ZeRO-1": {"stage": 1},
     "ZeRO-2": {"stage": 2},
-    "ZeRO-3": {"stage": 3},
-    "ZeRO-3, offload": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
+    "ZeRO-3": THREE,
+    "ZeRO-3, offload": {**THREE, "offload_optimizer": CPU, "offload_param": CPU},
 }
 
 

@@ -60,6 +60,45 @@ def test_the_plan(train, monkeypatch):
     assert "time for an epoch" in rows
 
 
+def test_the_plan_for_two_machines(train, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    done = train("pretrain", "--plan", "--world", 2, "--link", 0.001)
+    assert (done.returncode, done.stderr) == (0, "")
+    n_params = int(re.search(r"parameters +│ ([\d,]+)", done.stdout)[1].replace(",", ""))
+    row = re.search(r"2 of them, 0.001 Gbit/s │ \d+ ms of computing a step, (\d+) ms to", done.stdout)
+    assert int(row[1]) == pytest.approx(4 * n_params * 8 / 1e6 * 1000, abs=1)  # all bytes, once
+    assert re.search(r"0\.\d\d to 0\.\d\d times as fast as one", done.stdout)  # slower than one
+    for way in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
+        assert f"GiB {way}" in done.stdout
+
+
+@pytest.mark.parametrize("wrong", [("--world", 0), ("--link", 0), ("--link", "nan")])
+def test_a_plan_for_nothing_is_refused(train, wrong):
+    done = train("pretrain", "--plan", *wrong)
+    assert done.returncode == 2 and "--world is a number of machines" in done.stderr
+    done = train("pretrain", "--world", 2)
+    assert done.returncode == 2 and "train_ddp.py trains on several devices" in done.stderr
+
+
+def test_what_several_machines_gain():
+    facts = facts_of(choice_of(), batch_size=8)
+    gradients = 4 * facts.model.n_params
+    assert facts.exchange_seconds(2, 1.0) == pytest.approx(gradients * 8 / 1e9)
+    assert facts.exchange_seconds(4, 1.0) == pytest.approx(1.5 * gradients * 8 / 1e9)
+    assert facts.speed_up(4, 1e9, 1.0) == pytest.approx((4, 4), rel=1e-4)  # a link without limit
+    one = 2 * facts.exchange_seconds(2, 1.0)  # a step of which half takes as long as the exchange
+    least, most = facts.speed_up(2, 1.0, one)
+    assert least == pytest.approx(1.0) and most == pytest.approx(2 / (4 / 3))
+    accumulating = facts_of(choice_of(), batch_size=8, gradient_accumulation_steps=8)
+    assert least < accumulating.speed_up(2, 1.0, one)[1] < most  # less backward pass to hide behind
+
+
+def test_memory_that_zero_spreads():
+    facts = facts_of(choice_of())
+    psi, spread = facts.model.n_params, facts.memory_spread(4)
+    assert spread == {"DDP": 16 * psi, "ZeRO-1": 11 * psi, "ZeRO-2": 8 * psi, "ZeRO-3": 5 * psi}
+
+
 def test_a_plan_is_there_for_a_finished_run_and_asks_for_the_same_data(train):
     train("pretrain", max_steps=2, decay_lr=False)
     logs = sorted(train.root.glob("train_*"))
