@@ -115,7 +115,7 @@ def enter_launch(example):
         mute()
 
 
-def main_launched(args, strategy):
+def main_launched(args, strategy, loss_scaling=True):
     """The rest of such a script. strategy(config, choice): how the run is spread (engine/parallel.py)."""
     config = load(TrainConfig, args.config, args.set)
     model_config = load(ModelConfig, args.model, args.set)
@@ -128,7 +128,8 @@ def main_launched(args, strategy):
         args.resume, args.since = True, 0.0 if args.resume else psutil.Process().parent().create_time()
     # PyTorch's launcher and DeepSpeed's have different names for it.
     local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"]
-    choice = hardware.prepare(config, (int(os.environ["LOCAL_RANK"]), int(local_world)))
+    place = int(os.environ["LOCAL_RANK"]), int(local_world)
+    choice = hardware.prepare(config, place, loss_scaling)
     with strategy(config, choice) as parallel:
         train(text_job(args, config, model_config, choice, parallel), parallel)
 

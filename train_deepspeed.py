@@ -38,7 +38,7 @@ def main():
 
         return Zero(settings, shown(path), config.backend, choice)
 
-    train.main_launched(args, strategy)
+    train.main_launched(args, strategy, loss_scaling=False)
 
 
 def more_arguments(parser):

@@ -101,10 +101,15 @@ def detect(device="auto"):
     )
 
 
-def choose(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True, dropout=0.0):
-    """Resolve every "auto" for `machine` -> Choice. UserError if what was set by hand cannot be."""
+def choose(
+    machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True, dropout=0.0, loss_scaling=True
+):
+    """Resolve every "auto" for `machine` -> Choice. UserError if what was set by hand cannot be.
+
+    loss_scaling: whether the training loop has what float16 needs.
+    """
     device, gpu, why_device = _choose_device(machine, device)
-    dtype, why_dtype = _choose_dtype(machine, device, gpu, dtype, use_amp)
+    dtype, why_dtype = _choose_dtype(machine, device, gpu, dtype, use_amp, loss_scaling)
     kernel, kernels, why_kernel = _choose_kernel(machine, device, gpu, dtype, sdp_kernel, dropout)
     return Choice(
         machine=machine,
@@ -120,17 +125,20 @@ def choose(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True
     )
 
 
-def prepare(config, place=None):
+def prepare(config, place=None, loss_scaling=True):
     """The `Choice` for a training run's configuration; says what it is, and sets the process up for it.
 
     place: (i, n) if this is process i of n on this machine: each has a GPU, or a share of the cores.
+    loss_scaling: see `choose`.
     """
     import torch
 
     machine, device = detect(config.device), config.device
     if place and machine.gpus and device in ("auto", "cuda"):
         device = f"cuda:{place[0]}"
-    choice = choose(machine, device, config.dtype, config.sdp_kernel, config.use_amp, config.dropout)
+    choice = choose(
+        machine, device, config.dtype, config.sdp_kernel, config.use_amp, config.dropout, loss_scaling
+    )
     if place and choice.device_type == "cpu":
         torch.set_num_threads(max(1, machine.cores // place[1]))
     keep_freed_memory()
@@ -174,15 +182,19 @@ def _choose_device(machine, device):
     return device, machine.gpus[index], "set by hand"
 
 
-def _choose_dtype(machine, device, gpu, dtype, use_amp):
+def _choose_dtype(machine, device, gpu, dtype, use_amp, loss_scaling):
     if dtype == "float16" and not use_amp:
         raise UserError("float16 needs use_amp: weights kept in float16 lose their small updates")
+    if dtype == "float16" and not loss_scaling:
+        raise UserError('float16 needs loss scaling, which is not done under DeepSpeed; set dtype to "auto"')
     if gpu:
         why = f"compute capability {_dot(gpu)}"
         if gpu.capability >= (8, 0):
             best = "bfloat16"
         elif gpu.capability >= (7, 0):
             best, why = "float16", why + " has float16 matrix units, but no bfloat16"
+            if not loss_scaling:
+                best, why = "float32", why + ", and loss scaling is not done under DeepSpeed"
         else:
             best, why = "float32", why + " has no fast half precision"
         if dtype == "bfloat16" and best != "bfloat16":

@@ -80,6 +80,8 @@ class Zero(DataParallel):
     def prepare(self, model, config, choice):
         if config.compile:
             raise UserError("compile is for train.py and train_ddp.py; set it to false")
+        if choice.dtype != "float32" and not choice.autocast:
+            raise UserError("DeepSpeed is given float32 weights here: set use_amp to true")
         if self.settings["gradient_clipping"] not in ("auto", config.grad_clip):
             raise UserError(
                 f"{self.name}: gradient_clipping is {self.settings['gradient_clipping']}, "

@@ -68,6 +68,34 @@ def test_the_curve_is_that_of_one_process(tiny_project, other_project, stage):
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
+def test_mixed_precision_is_that_of_one_process(tiny_project, other_project, stage):
+    settings = {**RUN, "dtype": "bfloat16", "max_steps": 20}
+    alone(tiny_project, "-t", "pretrain", **settings)
+    args = ("-t", "pretrain", *settings_file(other_project, stage))
+    launched(other_project, TORCHRUN, SCRIPT, *args, **settings)
+    assert largest_difference(losses(tiny_project), losses(other_project)) <= 2e-3
+    one, two = (load(project.checkpoints()[20]) for project in (tiny_project, other_project))
+    assert {str(value.dtype) for value in two.model.values()} == {"torch.float32"}
+    for name, value in one.model.items():
+        torch.testing.assert_close(two.model[name], value, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"dtype": "float16"}, "float16"),
+        ({"dtype": "bfloat16", "use_amp": "false"}, "set use_amp to true"),
+        ({"compile": "true"}, "compile is for train.py and train_ddp.py"),
+    ],
+)
+def test_what_deepspeed_is_not_used_with(tiny_project, settings, sentence):
+    args = ("-t", "pretrain", *settings_file(tiny_project, "ZeRO-2"))
+    _, errors = finish(process := start(tiny_project, TORCHRUN, SCRIPT, *args, **settings))
+    assert process.returncode and errors.count("error: ") == 1 and sentence in errors
+
+
 def test_a_run_moves_between_engines(tiny_project, train):
     """One process, DDP with two, ZeRO-3 with two, one again: as if nothing had happened."""
     assert train("pretrain", **RUN).returncode == 0

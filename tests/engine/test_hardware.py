@@ -89,6 +89,15 @@ def test_auto(row):
 
 
 @pytest.mark.parametrize("row", MACHINES, ids=lambda row: row[0].gpus[0].name if row[0].gpus else row[0].cpu)
+def test_without_loss_scaling_there_is_no_float16(row):
+    machine, _, dtype, _, grad_scaling = row
+    choice = choose(machine, loss_scaling=False)
+    assert choice.dtype == ("float32" if grad_scaling else dtype) and not choice.grad_scaling
+    with pytest.raises(UserError, match="float16"):
+        choose(machine, dtype="float16", loss_scaling=False)
+
+
+@pytest.mark.parametrize("row", MACHINES, ids=lambda row: row[0].gpus[0].name if row[0].gpus else row[0].cpu)
 def test_without_mixed_precision_the_weights_stay_float32(row):
     choice = choose(row[0], use_amp=False)
     assert choice.dtype == "float32" and not choice.autocast and not choice.grad_scaling
