@@ -32,7 +32,7 @@ WAYS = {  # name -> DeepSpeed's section zero_optimization; None: without DeepSpe
 }
 SETTINGS = dict(device="cpu", dtype="float32", max_steps=50, warmup_iters=10, log_interval=1,
                 eval_interval=25, batch_size=8, gradient_accumulation_steps=2,
-                learning_rate=1e-3, min_lr=1e-4)  # fmt: skip
+                learning_rate=5e-4, min_lr=5e-5)  # fmt: skip
 
 
 def train(way, task, project):

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,33 @@ def test_why_a_calculator_stops_runs_to_its_table_and_chart(tmp_path):
     assert process.returncode == 0, process.stderr
     assert all(name in process.stdout for name in calculator_plateau.VARIANTS)
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_one_result_holds_for_all_ways_to_train(tiny_project):
+    chart = tiny_project.root / "curves.png"
+    done = tiny_project.run("benchmark/one_result.py", "-o", chart, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"│ +(DDP|ZeRO-\d|ZeRO-3, offload) │ +(\S+) │ +(\S+) │", done.stdout)
+    assert len(rows) == 5
+    for way, *differences in rows:
+        assert all(float(difference) <= (1e-5 if way == "DDP" else 1e-4) for difference in differences), way
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_memory_of_zero_follows_its_formula(tiny_project):
+    done = tiny_project.run("benchmark/spread_cost.py", "memory", timeout=300, COLUMNS="120")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"│ +(DDP|ZeRO-\d) │ .* │ +(\S+) │ +(\S+) │ +(\S+) │", done.stdout)
+    found = {way: (float(formula), float(backward)) for way, formula, backward, _ in rows}
+    assert len(found) == 4
+    for way in ("DDP", "ZeRO-2", "ZeRO-3"):
+        assert found[way][1] == pytest.approx(found[way][0], abs=0.3)
+    assert found["ZeRO-1"][1] <= found["ZeRO-1"][0]  # DeepSpeed frees what the formula counts
+
+
+@pytest.mark.slow
+def test_time_and_link_are_measured(tiny_project):
+    done = tiny_project.run("benchmark/spread_cost.py", "time", "--rounds", 1, "--steps", 2, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("13 M") == 2, done.stderr
