@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig  # noqa: E402
 
 MODELS = {  # name -> (shape, rows of a global batch)
-    "3 M": (dict(block_size=256, vocab_size=4000, n_layer=4, n_head=4, n_embd=256), 16),
-    "13 M": (dict(block_size=256, vocab_size=4000, n_layer=6, n_head=8, n_embd=512), 8),
+    "4 M": (dict(block_size=256, vocab_size=4000, n_layer=4, n_head=4, n_embd=256), 8),
+    "21 M": (dict(block_size=256, vocab_size=4000, n_layer=6, n_head=8, n_embd=512), 4),
 }
 MEMORY_MODEL = dict(block_size=64, vocab_size=4000, n_layer=8, n_head=8, n_embd=512)
 WAYS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
@@ -39,7 +39,7 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("what", choices=("time", "memory", "link", "check"))
-    parser.add_argument("--steps", type=int, default=30, help="steps of each measurement (default: 30)")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each measurement (default: 10)")
     parser.add_argument("--rounds", type=int, default=3, help="how often, in turns (default: 3)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
