@@ -52,7 +52,7 @@ def parse_arguments(doc, extend=None):
     args.set = parse_overrides(args.set)
     args.config = find(args.config or f"config/config_{args.task}.json")
     args.model = find(args.model)
-    args.since = 0.0
+    args.since = None
     return args
 
 
@@ -123,9 +123,9 @@ def main_launched(args, strategy, loss_scaling=True):
 
     from engine import hardware
 
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        # The launcher brings the run back (--max-restarts): from what this launch has saved, if anything.
-        args.resume, args.since = True, 0.0 if args.resume else psutil.Process().parent().create_time()
+    if not args.resume and "TORCHELASTIC_RUN_ID" in os.environ:
+        # When the launcher brings a run back (--max-restarts), it goes on from what this launch has saved.
+        args.since = psutil.Process().parent().create_time()
     # PyTorch's launcher and DeepSpeed's have different names for it.
     local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"]
     place = int(os.environ["LOCAL_RANK"]), int(local_world)

@@ -186,14 +186,16 @@ class Start:
     notices: tuple = ()
 
 
-def starting_point(task, config, resume, since=0.0):
-    """What the run starts from, by --resume and the key from_checkpoint. since: see `newest`.
+def starting_point(task, config, resume, since=None):
+    """What the run starts from, by --resume and the key from_checkpoint.
+
+    since: --resume is also meant if there is a checkpoint written after this time (see `newest`).
 
     A checkpoint of the same task and the same data is gone on with: its step, optimizer and data
     order. Of any other, only model and tokenizer are taken.
     """
-    if resume:
-        if found := newest(task, since):
+    if resume or since is not None:
+        if found := newest(task, since or 0.0):
             checkpoint, path, notices = found
             return _continued(checkpoint, path, config, notices)
     notices = [f"there is no {task} checkpoint to resume from: starting a new run"] if resume else []

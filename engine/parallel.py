@@ -120,7 +120,24 @@ class DataParallel(Alone):
         if choice.device_type == "cuda":
             torch.cuda.set_device(choice.device)
         automatic = "nccl" if choice.device_type == "cuda" else "gloo"
-        dist.init_process_group(automatic if backend == "auto" else backend, timeout=TIMEOUT)
+        backend = automatic if backend == "auto" else backend
+        dist.init_process_group(
+            backend, store=self._store(), rank=self.rank, world_size=self.world, timeout=TIMEOUT
+        )
+
+    def _store(self):
+        """Where the processes find each other; None: PyTorch's own choice.
+
+        When torch.distributed.run brings a run back, its store still holds the addresses of the processes
+        that have ended: PyTorch 2.13 may then connect to one of those.
+        """
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        if attempt == "0" or not on_one_machine or os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True":
+            return None
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, world_size=None, is_master=False, timeout=TIMEOUT)
+        return dist.PrefixStore(f"attempt_{attempt}", store)
 
     def __enter__(self):
         return self

@@ -52,11 +52,11 @@ def launched(*args, **settings):
     return output
 
 
-def in_training(project, launcher, script, *args, **settings):
-    """The same, running, when it has trained for some steps."""
+def in_training(project, launcher, script, *args, until=" | Train | ", **settings):
+    """The same, running, when it has trained for some steps: when it has printed a line with `until`."""
     process = start(project, launcher, script, "-t", "pretrain", *args, **{**ENDLESS, **settings})
     for line in process.stdout:
-        if " | Train | " in line:
+        if until in line:
             return process
     pytest.fail(finish(process)[1])
 

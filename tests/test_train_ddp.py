@@ -55,7 +55,7 @@ def test_a_signal_to_the_launcher_saves_and_ends(tiny_project, number):
 
 
 def test_a_killed_process_ends_the_run(tiny_project):
-    process = in_training(tiny_project, *DDP, save_interval=5)
+    process = in_training(tiny_project, *DDP, until=" | Save | ", save_interval=5)
     began = time.monotonic()
     os.kill(processes_of(tiny_project)[1], signal.SIGKILL)
     _, errors = finish(process)

@@ -82,18 +82,11 @@ def test_mixed_precision_is_that_of_one_process(tiny_project, other_project, sta
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"dtype": "float16"}, "float16"),
-        ({"dtype": "bfloat16", "use_amp": "false"}, "set use_amp to true"),
-        ({"compile": "true"}, "compile is for train.py and train_ddp.py"),
-    ],
-)
-def test_what_deepspeed_is_not_used_with(tiny_project, settings, sentence):
+def test_what_deepspeed_is_not_used_with(tiny_project):
     args = ("-t", "pretrain", *settings_file(tiny_project, "ZeRO-2"))
-    _, errors = finish(process := start(tiny_project, TORCHRUN, SCRIPT, *args, **settings))
-    assert process.returncode and errors.count("error: ") == 1 and sentence in errors
+    _, errors = finish(process := start(tiny_project, TORCHRUN, SCRIPT, *args, compile="true"))
+    assert process.returncode and errors.count("error: ") == 1
+    assert "compile is for train.py and train_ddp.py" in errors
 
 
 def test_a_run_moves_between_engines(tiny_project, train):
@@ -138,7 +131,9 @@ def test_ctrl_c_saves_and_ends(tiny_project):
 
 def test_a_killed_process_ends_the_run(tiny_project):
     args = settings_file(tiny_project, "ZeRO-2")
-    process = in_training(tiny_project, deepspeed(), SCRIPT, *args, save_interval=5)
+    process = in_training(
+        tiny_project, deepspeed(), SCRIPT, *args, until=" | Save | ", save_interval=5
+    )
     os.kill(processes_of(tiny_project)[0], signal.SIGKILL)
     output, errors = finish(process)
     assert process.returncode and "return code = -9" in output
@@ -146,28 +141,12 @@ def test_a_killed_process_ends_the_run(tiny_project):
     assert load(list(tiny_project.checkpoints().values())[-1]).step >= 5
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        (
-            {"train_batch_size": 7},
-            "train_batch_size 7 must be train_micro_batch_size_per_gpu 4 x gradient_accumulation_steps 1 x "
-            "2 processes = 8, and the global batch of the run, 8",
-        ),
-        ({"train_micro_batch_size_per_gpu": 3}, "_per_gpu 3 x gradient_accumulation_steps 1 x 2"),
-        ({"zero_optimization": {"stage": 4}}, "zero_optimization: stage: input should be 0, 1, 2, 3"),
-        ({"zero_optimization": {"stge": 3}}, "zero_optimization: stge: extra inputs are not permitted"),
-        ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, but grad_clip of the run is 1.0"),
-        ({"optimizer": {"type": "Adam"}}, "only there; remove optimizer"),
-        ({"zero_optimisation": {}}, 'unknown key "zero_optimisation"; did you mean "zero_optimization"?'),
-    ],
-)
-def test_a_wrong_deepspeed_file(tiny_project, settings, sentence):
-    args = settings_file(tiny_project, "ZeRO-2", **{"zero_optimization": {"stage": 2}, **settings})
-    _, errors = finish(process := start(tiny_project, TORCHRUN, SCRIPT, "-t", "pretrain", *args,
-                                        gradient_accumulation_steps=2))  # fmt: skip
+def test_a_wrong_deepspeed_file(tiny_project):
+    args = settings_file(tiny_project, "ZeRO-2", zero_optimization={"stge": 3})
+    _, errors = finish(process := start(tiny_project, TORCHRUN, SCRIPT, "-t", "pretrain", *args))
     assert process.returncode and errors.count("error: ") == 1
-    assert sentence in errors and 'train_deepspeed.py", line' not in errors
+    assert "config/mine.json: zero_optimization: stge: extra inputs are not permitted" in errors
+    assert 'train_deepspeed.py", line' not in errors
 
 
 def test_batch_keys_are_honoured(tiny_project):

@@ -159,6 +159,19 @@ def test_the_reference_is_up_to_date():
         assert json.loads(text) == schema.model_json_schema()
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"zero_optimization": {}, "optimizer": {}, "bf16": {}}', "only there; remove bf16, optimizer"),
+        ('{"zero_optimisation": {}}', 'unknown key "zero_optimisation"; did you mean "zero_optimization"?'),
+        ('{"train_batch_size": "many", "zero_optimization": {}}', 'needs an integer >= 1 or "auto"'),
+        ('{"zero_optimization": 3}', "found 3; needs a JSON object"),
+    ],
+)
+def test_a_wrong_file_for_deepspeed(tmp_path, text, sentence):
+    assert sentence in refusal(DeepSpeedConfig, tmp_path / "deepspeed.json", text)
+
+
 def test_every_configuration_that_comes_with_nano_is_sound():
     paths = [path for path in sorted((ROOT / "config").rglob("*.json")) if ".schema" not in path.name]
     assert len(paths) >= 3
