@@ -1,7 +1,8 @@
 """ZeRO (Rajbhandari et al. 2020): DeepSpeed spreads moments, gradients and weights over the processes.
 
-Loop, data and checkpoint file are those of train.py. A checkpoint is gathered parameter by parameter
-and kept by the first process, so none holds more at once than its share and one whole parameter.
+Loop, data and checkpoint file are those of train.py. A checkpoint is gathered parameter by parameter in
+the first process's main memory; on the devices, and in all other processes, there is never more than
+each one's share and one whole parameter.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Zero(DataParallel):
-    """settings: a `DeepSpeedConfig`; name: of its file."""
+    """settings: a `DeepSpeedConfig`; name: of its file. UserError where it does not fit the run."""
 
     def __init__(self, settings, name, backend, choice):
         self.settings, self.name = settings.model_dump(), name
