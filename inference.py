@@ -345,7 +345,7 @@ def answer_greedily(model, prompts, max_tokens, stop_tokens, on_answers=lambda c
         with torch.inference_mode():
             while len(drawn) < steps and not is_done.all():
                 last = model.hidden(tokens, cache)[:, -1]
-                tokens = model.lm_head(last).argmax(-1, keepdim=True)  # [rows, 1]
+                tokens = model.logits(last).argmax(-1, keepdim=True)  # [rows, 1]
                 is_done |= torch.isin(tokens[:, 0], stops)
                 drawn.append(tokens)
         for i, ids in zip(rows, torch.cat(drawn, dim=1).tolist(), strict=True):

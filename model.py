@@ -13,6 +13,7 @@ Worth knowing before reading:
   a few large products are faster than many small ones.
 - Attention and loss have a faster version for training on a CPU in `engine/kernels.py`:
   `use_cpu_kernels`. Everything else is PyTorch's operations.
+- Other architectures are subclasses of `GPT` in `models/`, which change some of its parts.
 
 Shapes: B rows, T tokens, C = n_embd, H = n_head, G = n_kv_head, D = head_dim, V = vocab_size.
 """
@@ -39,14 +40,45 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotary_table(head_dim, length, theta):
+def rotary_table(head_dim, length, theta, scaling=None):
     """cos and sin of position x frequency, each [length, head_dim / 2], float32.
 
     Su et al. 2021, "RoFormer", section 3.4.2: pair i turns by position * theta^(-2i / D).
+    scaling: the configuration's rope_scaling.
     """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling:
+        frequencies = stretched(frequencies, theta, scaling)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
+
+
+def stretched(frequencies, theta, scaling):
+    """Frequencies [D / 2] for a context `factor` times longer than that of the pretraining.
+
+    Pairs that turn often in the original context are kept, those that hardly turn are slowed down by
+    `factor`, and between the two lies a ramp: linear in the number of turns for Llama 3.1, in the
+    number of the pair for YaRN (Peng et al. 2023, "YaRN", section 3.2).
+    """
+    context = scaling.original_max_position_embeddings
+    if scaling.rope_type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = (context * frequencies / (2 * math.pi) - low) / (high - low)
+    else:
+
+        def pair_with(turns):
+            return len(frequencies) * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
+
+        first = max(math.floor(pair_with(scaling.beta_fast)), 0)
+        last = min(math.ceil(pair_with(scaling.beta_slow)), 2 * len(frequencies) - 1)
+        keep = 1 - (torch.arange(len(frequencies)) - first) / max(last - first, 0.001)
+    keep = keep.clamp(0, 1)
+    return frequencies * keep + frequencies / scaling.factor * (1 - keep)
+
+
+def attention_factor(scaling):
+    """What queries and keys are multiplied with for a longer context (YaRN, section 3.4, equation 22)."""
+    return 0.1 * math.log(scaling.factor) + 1 if scaling and scaling.rope_type == "yarn" else 1.0
 
 
 def rotate(x, cos, sin):
@@ -58,14 +90,15 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of the tokens already seen, so that a new token costs one position.
 
-    `keys[l]`, `values[l]`: [B, G, capacity, D] of layer l. `lengths` [B] counts the tokens each
-    row holds: rows of a batch may differ, and what lies behind a row's length is never looked at.
+    `keys[l]`, `values[l]`: [B, heads, capacity, size of a key or a value] of layer l. `lengths` [B] counts
+    the tokens each row holds: rows of a batch may differ, and what lies behind a row's length is never
+    looked at.
     """
 
-    def __init__(self, config, batch_size, capacity, device=None, dtype=None):
-        shape = (config.n_layer, batch_size, config.n_kv_head, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, n_layer, batch_size, heads, capacity, key_size, value_size, device=None, dtype=None):
+        shape = (n_layer, batch_size, heads, capacity)
+        self.keys = torch.zeros(*shape, key_size, device=device, dtype=dtype)
+        self.values = torch.zeros(*shape, value_size, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         # The same on the host, where known to be equal for all rows: spares a device round trip.
         self.uniform_length = 0
@@ -75,16 +108,16 @@ class KVCache:
         return self.keys.shape[3]
 
     def update(self, layer, positions, k, v):
-        """Store k, v [B, G, T, D] at positions [B, T]; returns all of this layer up to the last of them."""
+        """Store k, v [B, heads, T, size] at positions [B, T]; returns all of this layer up to the last."""
         keys, values = self.keys[layer], self.values[layer]
         if self.uniform_length is not None:
             end = self.uniform_length + k.shape[2]
             keys[:, :, self.uniform_length : end] = k
             values[:, :, self.uniform_length : end] = v
             return keys[:, :, :end], values[:, :, :end]
-        index = positions[:, None, :, None].expand_as(k)
-        keys.scatter_(2, index, k.to(keys.dtype))
-        values.scatter_(2, index, v.to(values.dtype))
+        index = positions[:, None, :, None]
+        keys.scatter_(2, index.expand_as(k), k.to(keys.dtype))
+        values.scatter_(2, index.expand_as(v), v.to(values.dtype))
         return keys, values
 
     def advance(self, counts):
@@ -172,7 +205,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole network. `config`: a `ModelConfig` whose vocab_size is set."""
+    """The whole network. `config`: a `ModelConfig` whose vocab_size is set.
+
+    Another architecture is a subclass that has other `make_block` and `make_norm`, or changes `embed`,
+    `logits`, or more; everything else (loss, cache, decoding, training) is here.
+    """
 
     by_hand = False  # see use_cpu_kernels
 
@@ -184,57 +221,97 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = None if config.use_rope else nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(config.n_layer))
+        self.norm = self.make_norm()
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         if config.use_rope:
-            cos, sin = rotary_table(config.head_dim, config.block_size, config.rope_theta)
+            scaling = config.rope_scaling
+            table = rotary_table(self.rotary_size, config.block_size, config.rope_theta, scaling)
+            cos, sin = (values * attention_factor(scaling) for values in table)
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
-        self.apply(self._init_weights)
+        self.init_weights()
+        # Trainable numbers; a tied matrix counts once. Counted now: ZeRO-3 takes the weights away.
+        self.n_params = sum(p.numel() for p in self.parameters())
+
+    # -- parts that an architecture may have otherwise ---------------------------------------------------
+
+    def make_block(self, layer):
+        return Block(self.config, layer)
+
+    def make_norm(self):
+        return RMSNorm(self.config.n_embd, self.config.norm_eps)
+
+    @property
+    def rotary_size(self):
+        """How many numbers of a head are turned."""
+        return self.config.head_dim
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         for block in self.blocks:
             # 2 n_layer sublayers add to the stream; keep its variance at the start near that of one
             # (Radford et al. 2019, GPT-2, section 2.3).
             for linear in (block.attn.proj, block.mlp.down):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layer))
-        # Trainable numbers; a tied matrix counts once. Counted now: ZeRO-3 takes the weights away.
-        self.n_params = sum(p.numel() for p in self.parameters())
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def embed(self, tokens, positions):
+        """tokens [B, T], positions [1 or B, T] -> the vectors [B, T, C] with which the first block begins."""
+        x = self.wte(tokens)
+        return x if self.wpe is None else x + self.wpe(positions)
+
+    def logits(self, x):
+        """final vectors [..., C] -> scores of the next token [..., V]"""
+        return self.lm_head(x)
+
+    def total_loss(self, x, targets, weights):
+        """x [N, C], targets, weights [N] -> (logits [N, V], weighted sum of the cross-entropies in nats)."""
+        if self.by_hand:
+            return kernels.linear_cross_entropy(x, self.lm_head.weight, targets, weights)
+        logits = self.logits(x)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        return logits, (losses * weights).sum()
+
+    def new_cache(self, batch_size=1, capacity=None):
+        c, weight = self.config, self.wte.weight
+        return KVCache(
+            c.n_layer, batch_size, c.n_kv_head, capacity or c.block_size, c.head_dim, c.head_dim,
+            weight.device, weight.dtype,
+        )  # fmt: skip
+
+    def after_step(self, sum_over_processes):
+        """Called after each step of the optimizer. sum_over_processes(*numbers) -> list of floats."""
+
+    # -- what all architectures do alike -------------------------------------------------------------------
 
     def forward(self, tokens, targets=None, loss_mask=None, loss_divisor=None, cache=None, lengths=None):
-        """tokens [B, T] -> (logits [B, T, V], loss).
+        """tokens [B, T] -> (logits [B, T, V], loss, other_vars).
 
         targets [B, T] gives the loss: the cross-entropy in nats of each position, weighted by
         loss_mask [B, T] (default: all ones), summed, and divided by loss_divisor (default: the
         sum of loss_mask). A step that is cut into several passes gives each of them the divisor
         of the whole, so that their losses, and gradients, add up to those of the whole batch.
 
+        other_vars: {name: scalar tensor} of what is worth watching; training logs each one's mean over the
+        passes of a step. Names of one curve a layer end in "/" and the layer's number.
+
         cache, lengths: see `hidden`.
         """
         x = self.hidden(tokens, cache, lengths)
         if targets is None:
-            return self.lm_head(x), None
+            return self.logits(x), None, {}
         if loss_mask is None:
             loss_mask = torch.ones_like(targets, dtype=torch.float32)
         if loss_divisor is None:
             loss_divisor = loss_mask.sum()
-        targets, weights = targets.flatten(), loss_mask.flatten()
-        if self.by_hand:
-            logits, total = kernels.linear_cross_entropy(
-                x.flatten(0, 1), self.lm_head.weight, targets, weights
-            )
-            return logits.unflatten(0, tokens.shape), total / loss_divisor
-        logits = self.lm_head(x)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
-        return logits, (losses * weights).sum() / loss_divisor
+        logits, total = self.total_loss(x.flatten(0, 1), targets.flatten(), loss_mask.flatten())
+        return logits.unflatten(0, tokens.shape), total / loss_divisor, {}
 
     def hidden(self, tokens, cache=None, lengths=None):
         """tokens [B, T] -> the final vectors [B, T, C], before the output head.
@@ -244,8 +321,18 @@ class GPT(nn.Module):
         Raises ValueError when more than block_size tokens, or than the cache holds, would be needed,
         and for a cache with is_causal = false: there, a later token changes all earlier ones.
         """
-        B, T = tokens.shape
-        config = self.config
+        positions, mask = self.places(tokens, cache, lengths)
+        rotary = self.rotary_at(positions)
+        x = self.dropout(self.embed(tokens, positions))
+        for block in self.blocks:
+            x = block(x, rotary, cache, positions, mask)
+        if cache is not None:
+            cache.advance(tokens.shape[1] if lengths is None else lengths)
+        return self.norm(x)
+
+    def places(self, tokens, cache, lengths):
+        """Positions [1 or B, T] of the tokens, and who sees whom, [1 or B, 1, 1 or T, S]; None: as usual."""
+        T, config = tokens.shape[1], self.config
         if cache is not None and not config.is_causal:
             raise ValueError("only a causal model can continue from a cache, and is_causal is false")
         room = config.block_size if cache is None else min(cache.capacity, config.block_size)
@@ -254,31 +341,23 @@ class GPT(nn.Module):
             past = int(cache.lengths.max())
         if past + T > room:
             raise ValueError(f"{past} + {T} tokens do not fit in a context of {room}")
-        mask = None
         if cache is None or cache.uniform_length is not None:
-            positions = torch.arange(past, past + T, device=tokens.device)[None]  # [1, T]
+            positions = torch.arange(past, past + T, device=tokens.device)[None]
             if past and T > 1:
                 mask = positions[0, :, None] >= torch.arange(past + T, device=tokens.device)  # [T, S]
-                mask = mask[None, None]
-            elif lengths is not None and not config.is_causal:
-                mask = (positions < lengths[:, None])[:, None, None]  # [B, 1, 1, S]
-        else:
-            positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)  # [B, T]
-            slots = torch.arange(cache.capacity, device=tokens.device)
-            mask = (positions[:, :, None] >= slots)[:, None]  # [B, 1, T, S]
+                return positions, mask[None, None]
+            if lengths is not None and not config.is_causal:
+                return positions, (positions < lengths[:, None])[:, None, None]  # [B, 1, 1, S]
+            return positions, None
+        positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
+        slots = torch.arange(cache.capacity, device=tokens.device)
+        return positions, (positions[:, :, None] >= slots)[:, None]  # [B, 1, T, S]
 
-        x = self.wte(tokens)
-        rotary = None
-        if config.use_rope:
-            rotary = self.rotary_cos[positions].unsqueeze(2), self.rotary_sin[positions].unsqueeze(2)
-        else:
-            x = x + self.wpe(positions)
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rotary, cache, positions, mask)
-        if cache is not None:
-            cache.advance(T if lengths is None else lengths)
-        return self.norm(x)
+    def rotary_at(self, positions):
+        """cos and sin at positions [1 or B, T], each [1 or B, T, 1, rotary_size / 2]; None without RoPE."""
+        if not self.config.use_rope:
+            return None
+        return self.rotary_cos[positions].unsqueeze(2), self.rotary_sin[positions].unsqueeze(2)
 
     def use_cpu_kernels(self, on):
         """Train with `engine.kernels` (float32 on a CPU only) or with PyTorch's operations."""
@@ -294,17 +373,28 @@ class GPT(nn.Module):
         2022, appendix B) and nanoGPT count it, though a causal kernel may skip half of it.
         The backward pass costs twice the forward pass.
         """
-        matrices = [m for m in self.modules() if isinstance(m, nn.Linear)]
-        config = self.config
-        attention = 4 * (length or config.block_size) * config.n_head * config.head_dim * config.n_layer
-        forward = 2 * sum(m.in_features * m.out_features for m in matrices) + attention
+        forward = 2 * self.active_weights + self.attention_flops(length or self.config.block_size)
         return 3 * forward if training else forward
 
-    def new_cache(self, batch_size=1, capacity=None):
-        weight = self.wte.weight
-        return KVCache(
-            self.config, batch_size, capacity or self.config.block_size, weight.device, weight.dtype
-        )
+    @property
+    def active_weights(self):
+        """How many weights of matrices a token is multiplied with."""
+        matrices = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        return sum(matrix.in_features * matrix.out_features for matrix in matrices)
+
+    def attention_flops(self, length):
+        """Of the products of one token's queries with `length` keys, and of its weights with the values."""
+        return 4 * length * self.config.n_head * self.config.head_dim * self.config.n_layer
+
+    def activations_per_token(self, keeps_attention):
+        """About how many numbers the blocks keep of a token for the backward pass, counted from the shapes.
+
+        keeps_attention: whether the attention weights are among them.
+        """
+        c = self.config
+        heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim
+        layer = 6 * c.n_embd + 3 * heads + c.n_head * c.head_dim + 4 * c.n_hidden
+        return c.n_layer * (layer + keeps_attention * c.n_head * c.block_size)
 
     @torch.inference_mode()
     def generate(
@@ -340,7 +430,7 @@ class GPT(nn.Module):
                 pending = context[-keep:]
                 cache = self.new_cache()
             last = self.hidden(torch.tensor([pending], device=device), cache)[:, -1]
-            logits = self.lm_head(last)[0].float()
+            logits = self.logits(last)[0].float()
             token = sample(logits, temperature, top_k, top_p, repetition_penalty, context, generator)
             if token in stop_tokens:
                 return
@@ -351,7 +441,7 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def transduce(self, tokens):
         """Sequence to sequence in one pass, for is_causal = false: tokens [B, T] -> best output [B, T]."""
-        return self.lm_head(self.hidden(tokens)).argmax(-1)
+        return self.logits(self.hidden(tokens)).argmax(-1)
 
 
 def sample(

@@ -163,9 +163,9 @@ def answers(model, problem, tokenizer, questions):
     with torch.inference_mode():
         last = model.hidden(ids, cache, lengths)[torch.arange(len(prompts), device=device), lengths - 1]
         for _ in range(problem.longest[1]):
-            written.append(model.lm_head(last).argmax(-1, keepdim=True))
+            written.append(model.logits(last).argmax(-1, keepdim=True))
             last = model.hidden(written[-1], cache)[:, 0]
-        written.append(model.lm_head(last).argmax(-1, keepdim=True))
+        written.append(model.logits(last).argmax(-1, keepdim=True))
     rows = torch.cat(written, 1).tolist()
     return [tokenizer.decode(row[: (row + [tokenizer.eos_id]).index(tokenizer.eos_id)]) for row in rows]
 

@@ -23,8 +23,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from config.schema import ModelConfig, TrainConfig
-from engine.config import find, load, parse_overrides, shown
+from config.schema import TrainConfig
+from engine.config import find, load_run, parse_overrides, shown
 from engine.errors import UserError, is_out_of_memory, run
 
 
@@ -91,8 +91,7 @@ def main():
         raise UserError("--world is a number of machines, 1 or more, and --link a speed in Gbit/s, above 0")
     if args.world > 1 and not args.plan:
         raise UserError("--world is for --plan; train_ddp.py trains on several devices")
-    config = load(TrainConfig, args.config, args.set)
-    model_config = load(ModelConfig, args.model, args.set)
+    config, model_config = load_run(args)
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
     from engine import hardware
     from engine.parallel import Alone
@@ -117,8 +116,7 @@ def enter_launch(example):
 
 def main_launched(args, strategy, loss_scaling=True):
     """The rest of such a script. strategy(config, choice): how the run is spread (engine/parallel.py)."""
-    config = load(TrainConfig, args.config, args.set)
-    model_config = load(ModelConfig, args.model, args.set)
+    config, model_config = load_run(args)
     import psutil
 
     from engine import hardware
@@ -163,9 +161,9 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
     """(model, tokenizer): those of the checkpoint to start from, or new ones."""
     import torch
 
+    import models
     from engine import checkpoint, plan
     from engine.log import notice
-    from model import GPT
 
     for line in start.notices:
         notice(line)
@@ -183,7 +181,7 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
         )
     plan.refuse_too_large(shape, choice)
     torch.manual_seed(config.random_seed)
-    return GPT(shape), tokenizer
+    return models.build(shape), tokenizer
 
 
 def train(job, parallel, plan_for=None):
@@ -235,7 +233,7 @@ def train(job, parallel, plan_for=None):
             i = first + parallel.rank
             x, y, mask = tensors(validation(min(i, n_validations - 1)))
             with hardware.forward_context(choice):
-                logits, loss = model(x, y, mask, loss_divisor=1)
+                logits, loss, _ = model(x, y, mask, loss_divisor=1)
             if i >= n_validations:  # a surplus process only keeps the others company
                 continue
             total, weight = total + loss.item(), weight + mask.sum().item()
@@ -246,17 +244,17 @@ def train(job, parallel, plan_for=None):
         total, weight, n_exact, n_sequences = parallel.sum(total, weight, n_exact, n_sequences)
         return total / weight, n_exact / max(1, n_sequences)
 
-    def total_loss(batch, first):
-        """Of the micro-batch that begins with this row of a batch: the sum of its tokens' losses."""
+    def forward(batch, first):
+        """Of the micro-batch that begins with this row: the sum of its tokens' losses, and what to watch."""
         x, y, mask = tensors(array[first : first + rows.step] for array in batch)
         with hardware.forward_context(choice):
-            return parallel.forward(x, y, mask, loss_divisor=1)[1]
+            return parallel.forward(x, y, mask, loss_divisor=1)[1:]
 
     def compile_step():
         """Has torch.compile do now, before the clock starts, what it puts off until the first pass."""
         print("Compiling the training step: about a minute, this once.", flush=True)
         try:
-            total_loss(batches(step), rows.start).backward()
+            forward(batches(step), rows.start)[0].backward()
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -265,20 +263,24 @@ def train(job, parallel, plan_for=None):
         parallel.clear()
 
     def one_step(step):
-        """Train on the batch of this step; returns its loss and the norm of its gradient."""
+        """Train on the batch of this step -> its loss, the norm of its gradient, {name: what is watched}."""
         seed = config.random_seed * 1_000_003 + step + (parallel.rank << 40)
         torch.manual_seed(seed % (1 << 63))  # dropout
         batch = batches(step)
         speed.add(batch[0].shape)
         divisor = max(1.0, float(batch[2].sum()))  # a batch of questions cut before their answers has none
-        step_loss = 0.0
+        step_loss, watched = 0.0, {}
         for first in rows:
             with parallel.micro_batch(last=first == rows[-1]):
-                loss = total_loss(batch, first) / divisor
-                parallel.backward(loss)
-            step_loss += loss.detach()
-        (step_loss,) = parallel.sum(step_loss)
-        return step_loss, parallel.step(learning_rate_at(step, config), math.isfinite(step_loss))
+                loss, other_vars = forward(batch, first)
+                parallel.backward(loss / divisor)
+            step_loss += loss.detach() / divisor
+            for name, value in other_vars.items():
+                watched[name] = watched.get(name, 0.0) + value.detach() / (len(rows) * parallel.world)
+        step_loss, *means = parallel.sum(step_loss, *watched.values())
+        norm = parallel.step(learning_rate_at(step, config), math.isfinite(step_loss))
+        model.after_step(parallel.sum)
+        return step_loss, norm, dict(zip(watched, means, strict=True))
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -327,7 +329,7 @@ def train(job, parallel, plan_for=None):
             if stopping := any(parallel.sum(stop.asked)):
                 break
             epoch, stage, sequence = batches.position(step)
-            loss, norm = one_step(step)
+            loss, norm, watched = one_step(step)
             if not math.isfinite(loss) or not (choice.grad_scaling or math.isfinite(norm)):
                 raise diverged(f"step {step + 1}: loss {loss}, gradient norm {norm}")
             step += 1
@@ -339,6 +341,7 @@ def train(job, parallel, plan_for=None):
                     "Loss": f"{loss:.6f}",
                     "LR": f"{learning_rate_at(step - 1, config):.2e}",
                     "Grad-Norm": f"{norm:.3f}",
+                    **{name: f"{value:.4g}" for name, value in watched.items()},
                     **speed.read(),
                 }
                 if config.max_steps:

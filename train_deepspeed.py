@@ -15,8 +15,8 @@ import os
 import re
 
 import train
-from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
-from engine.config import find, load, shown
+from config.schema import DeepSpeedConfig
+from engine.config import find, load, load_run, shown
 from engine.errors import UserError, run
 
 EXAMPLE = "deepspeed --num_gpus 2 train_deepspeed.py -t pretrain"
@@ -68,8 +68,7 @@ def check_hosts(path):
 
 
 def convert(args):
-    config = load(TrainConfig, args.config, args.set)
-    model_config = load(ModelConfig, args.model, args.set)
+    config, model_config = load_run(args)
     os.environ["DS_ACCELERATOR"] = "cpu"
     import tokenizer as tokenizers
     from engine import zero

@@ -119,7 +119,7 @@ def learn(name, steps, shape, rate, seed):
         divisor = float(mask.sum())
         if over_all:  # padding is one more thing that can be foreseen: it adds nothing to the sum
             mask, divisor = (y != tokenizer.padding_id).float(), 64 * len(x)
-        _, loss = model(x, y, mask, loss_divisor=divisor)
+        _, loss, _ = model(x, y, mask, loss_divisor=divisor)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

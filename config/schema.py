@@ -1,8 +1,9 @@
 """The keys of the JSON files: their types, ranges, defaults and meaning, each in one place.
 
-`ModelConfig` is config/model_config.json, `TrainConfig` is config/config_pretrain.json and
-config/config_sft.json, `DeepSpeedConfig` is config/deepspeed_config.json. The same classes check what
-a user wrote (engine/config.py), fill in defaults, and yield the reference page doc/configuration.md.
+`ModelConfig` is config/model_config.json (other architectures have theirs in models/), `TrainConfig` is
+config/config_pretrain.json and config/config_sft.json, `DeepSpeedConfig` is config/deepspeed_config.json.
+The same classes check what a user wrote (engine/config.py), fill in defaults, and yield the reference
+page doc/configuration.md.
 """
 
 from typing import Annotated, Any, Literal
@@ -19,30 +20,73 @@ class Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
-class ModelConfig(Schema):
-    """config/model_config.json: the shape of the network."""
+class Llama3Rope(Schema):
+    """rope_scaling of Llama 3.1: long wavelengths are stretched, short ones are kept."""
 
-    architecture: Literal["nano"] = Field("nano", description="which model to build")
+    rope_type: Literal["llama3"]
+    factor: float = Field(ge=1, description="how many times longer the long wavelengths become")
+    original_max_position_embeddings: int = Field(ge=1, description="context of the pretraining, in tokens")
+    low_freq_factor: float = Field(1.0, gt=0, description="turns in it up to which all is stretched")
+    high_freq_factor: float = Field(4.0, gt=0, description="turns in it from which all is kept")
+
+    @model_validator(mode="after")
+    def _factors_fit(self):
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError("low_freq_factor must be below high_freq_factor")
+        return self
+
+
+class YarnRope(Schema):
+    """rope_scaling of YaRN (Peng et al. 2023): much the same, and attention is sharpened."""
+
+    rope_type: Literal["yarn"]
+    factor: float = Field(ge=1, description="how many times longer the context becomes")
+    original_max_position_embeddings: int = Field(ge=1, description="context of the pretraining, in tokens")
+    beta_fast: float = Field(32.0, gt=0, description="turns in it from which all is kept")
+    beta_slow: float = Field(1.0, gt=0, description="turns in it up to which all is stretched")
+
+
+class ArchitectureConfig(Schema):
+    """What every architecture has. Its own keys, and what it fixes (a ClassVar), are in its own class."""
+
+    architecture: str = Field(description="which model to build: nano, or a file of models/")
     block_size: int = Field(256, ge=1, le=1 << 20, description="context window, in tokens")
     vocab_size: int | None = Field(None, ge=1, le=1 << 24, description="null: taken from the tokenizer")
     n_layer: int = Field(4, ge=1, le=1024, description="depth: number of transformer blocks")
     n_head: int = Field(4, ge=1, le=1024, description="query heads per layer")
+    n_embd: int = Field(256, ge=1, le=1 << 16, description="width: size of a token's vector")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
+    rope_theta: float = Field(10000.0, ge=1, description="base of the rotary wavelengths")
+    rope_scaling: Annotated[Llama3Rope | YarnRope, Field(discriminator="rope_type")] | None = Field(
+        None, description="for a context longer than that of the pretraining; null: none"
+    )
+    norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the mean square in RMSNorm")
+    tie_embeddings: bool = Field(True, description="the output head shares the embedding's matrix")
+
+    def resolved(self, vocab_size):
+        """The same shape with nothing left open: every null replaced by what it stands for."""
+        return self.model_copy(update={"vocab_size": self.vocab_size or vocab_size, **self.implied()})
+
+    def implied(self):
+        """{key: what its null stands for}"""
+        return {}
+
+
+class ModelConfig(ArchitectureConfig):
+    """config/model_config.json: the shape of the network of model.py."""
+
+    architecture: Literal["nano"] = Field("nano", description="which model to build")
     n_kv_head: int | None = Field(
         None, ge=1, le=1024, description="key/value heads per layer; must divide n_head; null: n_head"
     )
-    n_embd: int = Field(256, ge=1, le=1 << 16, description="width: size of a token's vector")
     head_dim: int | None = Field(None, ge=1, le=4096, description="size of one head; null: n_embd / n_head")
     n_hidden: int | None = Field(
         None, ge=1, le=1 << 18, description="width inside the MLP; null: 8/3 n_embd, rounded up to 32"
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
     bias: bool = Field(False, description="give the linear layers a bias")
     use_rope: bool = Field(True, description="rotary positions; false: learned positions")
-    rope_theta: float = Field(10000.0, ge=1, description="base of the rotary wavelengths")
-    norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the mean square in RMSNorm")
     is_causal: bool = Field(True, description="a token sees only those before it; false: all of them")
     qk_norm: bool = Field(True, description="RMSNorm on queries and keys, per head")
-    tie_embeddings: bool = Field(True, description="the output head shares the embedding's matrix")
 
     @model_validator(mode="after")
     def _shapes_fit(self):
@@ -53,24 +97,18 @@ class ModelConfig(Schema):
             )
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
-        if self.use_rope and self.resolved_head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, found {self.resolved_head_dim}")
+        if self.use_rope and self.implied()["head_dim"] % 2:
+            raise ValueError(f"rotary positions need an even head_dim, found {self.implied()['head_dim']}")
+        if self.rope_scaling and not self.use_rope:
+            raise ValueError("rope_scaling is for rotary positions, and use_rope is false")
         return self
 
-    @property
-    def resolved_head_dim(self):
-        return self.head_dim or self.n_embd // self.n_head
-
-    def resolved(self, vocab_size):
-        """The same shape with nothing left open: every null replaced by what it stands for."""
-        return self.model_copy(
-            update={
-                "vocab_size": self.vocab_size or vocab_size,
-                "n_kv_head": self.n_kv_head or self.n_head,
-                "head_dim": self.resolved_head_dim,
-                "n_hidden": self.n_hidden or -(-8 * self.n_embd // (3 * 32)) * 32,
-            }
-        )
+    def implied(self):
+        return {
+            "n_kv_head": self.n_kv_head or self.n_head,
+            "head_dim": self.head_dim or self.n_embd // self.n_head,
+            "n_hidden": self.n_hidden or -(-8 * self.n_embd // (3 * 32)) * 32,
+        }
 
 
 class TrainConfig(Schema):

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 
+import models
 import tokenizer as tokenizers
-from config.schema import LAST_STEP, ModelConfig
-from engine.config import ROOT, check, find, shown
+from config.schema import LAST_STEP
+from engine.config import ROOT, check_model, find, shown
 from engine.errors import UserError
-from model import GPT
 
 FORMAT, VERSION = "nano-checkpoint", 1
 TIME = r"[0-9]{8}_[0-9]{6}"  # a run's name
@@ -141,13 +141,13 @@ def build(checkpoint, source, dropout=0.0):
         tokenizer = tokenizers.from_dict(checkpoint.tokenizer)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    config = check(ModelConfig, {**checkpoint.model_config, "dropout": dropout}, f"{source}: model_config")
+    config = check_model({**checkpoint.model_config, "dropout": dropout}, f"{source}: model_config")
     config = config.resolved(tokenizer.vocab_size)
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+        expected = {name: tensor.shape for name, tensor in models.build(config).state_dict().items()}
     if not _fit(checkpoint.model, expected) or tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{source}: its weights do not fit its own configuration")
-    model = GPT(config)
+    model = models.build(config)
     model.load_state_dict(checkpoint.model)
     return model.eval(), tokenizer
 
@@ -171,6 +171,8 @@ def _fit(tensors, shapes):
 
 def differences(found, wanted):
     """One sentence if the model of a checkpoint is not the configured one, none if it is."""
+    if found.architecture != wanted.architecture:
+        return [f"the model stays {found.architecture}, as in the checkpoint, not {wanted.architecture}"]
     differ = [f"{key} {value} (configured: {getattr(wanted, key)})" for key, value in found
               if key != "dropout" and value != getattr(wanted, key)]  # fmt: skip
     return [f"the model keeps the shape it has in the checkpoint: {', '.join(differ)}"] if differ else []

@@ -1,22 +1,23 @@
 """Reading the JSON files: every mistake is named with its file, its key and what would do.
 
 `python -m engine.config` writes doc/configuration.md and the JSON Schemas beside the
-configurations, from the classes in config/schema.py.
+configurations, from the classes in config/schema.py and models/.
 """
 
 import difflib
+import functools
 import json
+import operator
 import os
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
+import models
+from config.schema import DeepSpeedConfig, Llama3Rope, TrainConfig, YarnRope
 from engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-SCHEMAS = {"model_config": ModelConfig, "train_config": TrainConfig, "deepspeed_config": DeepSpeedConfig}
 
 # The keys are read by editors and not by us: they may stand in any of the files.
 EDITOR_KEYS = {"$schema"}
@@ -65,9 +66,6 @@ def parse_overrides(assignments):
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise UserError(f'--set {assignment}: write it as key=value, such as "--set batch_size=8"')
-        known = {**ModelConfig.model_fields, **TrainConfig.model_fields}
-        if key not in known:
-            raise UserError(f'--set {assignment}: unknown key "{key}"{_nearest(key, known)}')
         try:
             overrides[key] = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
@@ -80,6 +78,23 @@ def load(schema, path, overrides=None):
     values = read_json(path)
     overrides = {k: v for k, v in (overrides or {}).items() if k in schema.model_fields}
     return check(schema, {**values, **overrides}, shown(path), overrides)
+
+
+def load_run(args):
+    """(TrainConfig, the configuration of the model) of a command line: its --config, --model and --set."""
+    config = load(TrainConfig, args.config, args.set)
+    others = {k: v for k, v in args.set.items() if k not in TrainConfig.model_fields or k == "dropout"}
+    return config, check_model({**read_json(args.model), **others}, shown(args.model), others)
+
+
+def check_model(values, source, overrides=()):
+    """`values` as an instance of the schema of their architecture; see `check`."""
+    name = values.get("architecture", "nano")
+    if name not in models.names():
+        where = "--set" if "architecture" in overrides else source
+        choices = ", ".join(f'"{name}"' for name in models.names())
+        raise UserError(f'{where}: key "architecture": found {_show(name)}; needs one of {choices}')
+    return check(models.config_class(name), values, source, overrides)
 
 
 def check(schema, values, source, overrides=()):
@@ -95,18 +110,22 @@ def check(schema, values, source, overrides=()):
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key = str(first["loc"][0]) if first["loc"] else None
         where = "--set" if key in overrides else source
-        raise UserError(f"{where}: {_explain(schema, key, first)}") from None
+        known = {**schema.model_fields, **(TrainConfig.model_fields if key in overrides else {})}
+        raise UserError(f"{where}: {_explain(schema, key, first, known)}") from None
 
 
-def _explain(schema, key, error):
-    if error["type"] == "extra_forbidden":
-        return f'unknown key "{key}"{_nearest(key, schema.model_fields)}'
+def _explain(schema, key, error, known):
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
+        return f'unknown key "{key}"{_nearest(key, known)}'
     if error["type"] == "missing" and len(error["loc"]) == 1:
         needs = describe_type(schema.model_json_schema(), key)
         return f'key "{key}" is missing: {schema.model_fields[key].description} ({needs})'
     if key is None:  # an impossible combination, in our own words
         return str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
     needs = describe_type(schema.model_json_schema(), key)
+    if len(error["loc"]) > 2 and isinstance(error["loc"][2], str):  # inside one of several kinds of objects
+        found = "" if error["type"] == "missing" else f", found {_show(error['input'])}"
+        return f'key "{key}": its key "{error["loc"][2]}": {error["msg"].lower()}{found}'
     return f'key "{key}": found {_show(error["input"])}; needs {needs}'
 
 
@@ -118,6 +137,9 @@ def describe_type(json_schema, key):
 
 
 def _describe_one(spec):
+    if "oneOf" in spec:
+        kinds = " or ".join(json.dumps(name) for name in spec["discriminator"]["mapping"])
+        return f'a JSON object whose "{spec["discriminator"]["propertyName"]}" is {kinds}'
     if "const" in spec:
         return json.dumps(spec["const"])
     if "enum" in spec:
@@ -162,15 +184,19 @@ def reference():
     lines = [
         "# Configuration reference",
         "",
-        "Made from `config/schema.py` by `python -m engine.config`; do not edit by hand.",
-        "Every key but those of DeepSpeed may also be given on the command line:",
+        "Made from the schemas in `config/schema.py` and `models/` by `python -m engine.config`; do not edit",
+        "by hand. Every key but those of DeepSpeed may also be given on the command line:",
         "`python train.py -t pretrain --set batch_size=8`.",
     ]
-    for title, schema in (
-        ("config/model_config.json", ModelConfig),
-        ("config/config_pretrain.json, config/config_sft.json", TrainConfig),
-        ("config/deepspeed_config.json", DeepSpeedConfig),
-    ):
+    sections = {
+        "config/config_pretrain.json, config/config_sft.json": TrainConfig,
+        **{f"config/model_config.json, architecture {name}": models.config_class(name)
+           for name in models.names()},
+        "rope_scaling, llama3": Llama3Rope,
+        "rope_scaling, yarn": YarnRope,
+        "config/deepspeed_config.json": DeepSpeedConfig,
+    }  # fmt: skip
+    for title, schema in sections.items():
         json_schema = schema.model_json_schema()
         lines += ["", f"## {title}", "", "| key | value | default | meaning |", "|-|-|-|-|"]
         for key, field in schema.model_fields.items():
@@ -179,10 +205,20 @@ def reference():
     return "\n".join(lines) + "\n"
 
 
+def editor_schemas():
+    """{name: JSON Schema} of the files, for editors. A model's is that of any architecture."""
+    shapes = functools.reduce(operator.or_, map(models.config_class, models.names()))
+    return {
+        "model_config": TypeAdapter(shapes).json_schema(),
+        "train_config": TrainConfig.model_json_schema(),
+        "deepspeed_config": DeepSpeedConfig.model_json_schema(),
+    }
+
+
 def write_reference():
     (ROOT / "doc" / "configuration.md").write_text(reference(), encoding="utf-8")
-    for name, schema in SCHEMAS.items():
-        text = json.dumps(schema.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+    for name, schema in editor_schemas().items():
+        text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
         (ROOT / "config" / f"{name}.schema.json").write_text(text, encoding="utf-8")
 
 

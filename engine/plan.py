@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import models
 from engine import hardware
 from engine.errors import UserError, is_out_of_memory
 from engine.log import duration
-from model import GPT
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -68,12 +68,9 @@ class Facts:
         parameters = self.model.n_params
         weight = 4 if self.choice.autocast else BYTES[self.choice.dtype]
         tokens = (batch_size or self.config.batch_size) * c.block_size
-        heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim
-        layer = 6 * c.n_embd + 3 * heads + c.n_head * c.head_dim + 4 * c.n_hidden
-        blocked = self.model.blocks[0].attn.by_hand and c.block_size >= 256
-        if blocked or self.choice.sdp_kernel == "math":
-            layer += c.n_head * c.block_size  # the attention weights are kept
-        per_token = c.n_layer * layer * BYTES[self.choice.dtype] + 3 * 4 * c.vocab_size + 2 * 4 * c.n_embd
+        blocked = getattr(self.model.blocks[0].attn, "by_hand", False) and c.block_size >= 256
+        numbers = self.model.activations_per_token(blocked or self.choice.sdp_kernel == "math")
+        per_token = numbers * BYTES[self.choice.dtype] + 3 * 4 * c.vocab_size + 2 * 4 * c.n_embd
         return {
             "weights": parameters * weight,
             "gradients": parameters * weight,
@@ -153,7 +150,7 @@ class Facts:
 def refuse_too_large(shape, choice):
     """UserError if not even the weights, gradients and moments of a model of this shape fit in memory."""
     with torch.device("meta"):
-        n_params = GPT(shape).n_params
+        n_params = models.build(shape).n_params
     needs = 4 * n_params * (4 if choice.autocast else BYTES[choice.dtype])
     if choice.memory and needs > choice.memory:
         raise UserError(
@@ -184,7 +181,8 @@ def show(facts, speed, one_step, world, link):
     if choice.memory:
         needed[-1] += f" of {gib(choice.memory)}; batch_size up to {facts.largest_batch()} fits"
     rows = [
-        ("model", f"{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads ({c.n_kv_head} key/value), "
+        ("model", f"{c.architecture}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads"
+                  f"{f' ({c.n_kv_head} key/value)' if hasattr(c, 'n_kv_head') else ''}, "
                   f"context {c.block_size}, vocabulary {c.vocab_size}"),
         ("parameters", f"{model.n_params:,}"),
         ("FLOPs per token", f"{facts.flops_per_token:,} (training)"),

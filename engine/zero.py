@@ -28,12 +28,12 @@ from deepspeed.utils import (
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from pydantic import ValidationError
 
+import models
 from engine import checkpoint as checkpoints
 from engine.config import shown
 from engine.errors import UserError
 from engine.optimizer import make_optimizer
 from engine.parallel import DataParallel
-from model import GPT
 
 # A shared-memory helper for CPUs, which takes a compiler and a minute to build; gloo does without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -177,8 +177,10 @@ class Zero(DataParallel):
                 weights[parameter], *full = (tensor.cpu() for tensor in full)
                 moments[number] = {"step": step.cpu().clone(), **dict(zip(MOMENTS, full, strict=True))}
         names = self.model.named_parameters(remove_duplicate=False) if not self.rank else ()
+        buffers = {name: buffer.cpu().clone() for name, buffer in self.model.named_buffers()
+                   if name in self.model.state_dict().keys()}  # fmt: skip
         return {
-            "model": {name: weights[parameter] for name, parameter in names},
+            "model": {name: weights[parameter] for name, parameter in names} | buffers,
             "optimizer": {"state": moments, "param_groups": self.groups},
             "scaler": {},
         }
@@ -218,7 +220,7 @@ def convert(folder, task, config, shape, tokenizer):
     """Write the model of such a folder as an ordinary checkpoint; returns its path. No moments are taken."""
     weights, step = read_folder(folder)
     with torch.device("meta"):
-        expected = {name: tuple(weight.shape) for name, weight in GPT(shape).state_dict().items()}
+        expected = {name: tuple(weight.shape) for name, weight in models.build(shape).state_dict().items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):

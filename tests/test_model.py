@@ -86,7 +86,7 @@ def test_state_dict_is_the_parameters_and_nothing_else():
 def test_a_fresh_model_knows_nothing():
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=500, n_embd=64, n_layer=8, bias=True))
-    _, loss = model(random_tokens(4, 50, vocab_size=500), random_tokens(4, 50, seed=2, vocab_size=500))
+    _, loss, _ = model(random_tokens(4, 50, vocab_size=500), random_tokens(4, 50, seed=2, vocab_size=500))
     assert loss.item() == pytest.approx(math.log(500), abs=0.1)
     assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.03)
     for block in model.blocks:
@@ -95,6 +95,7 @@ def test_a_fresh_model_knows_nothing():
             assert not linear.bias.any()
 
 
+LONGER = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 # What is changed, beside which other settings, and where it has to show.
 CHANGES = {
     "architecture": ("llama", {}, "refused"),
@@ -109,6 +110,7 @@ CHANGES = {
     "dropout": (0.5, {}, "training"),
     "bias": (True, {}, "weights"),
     "use_rope": (False, {}, "weights"),
+    "rope_scaling": (LONGER, {}, "output"),
     "rope_theta": (100.0, {}, "output"),
     "norm_eps": (0.1, {}, "output"),
     "is_causal": (False, {}, "output"),
@@ -223,7 +225,7 @@ def test_a_model_trains_alike_with_the_kernels_for_a_cpu(fields):
     for on in (False, True):
         model.use_cpu_kernels(on)
         model.zero_grad()
-        y, loss = model(tokens, targets, mask)
+        y, loss, _ = model(tokens, targets, mask)
         names = graph_of(loss)
         assert ("_LinearCrossEntropy" in names) == on
         assert ("_CausalAttention" in names) == (on and length >= 256)
@@ -388,7 +390,7 @@ def masked_batch():
 def test_masked_loss_by_hand():
     model = build()
     tokens, targets, mask = masked_batch()
-    logits, loss = model(tokens, targets)
+    logits, loss, _ = model(tokens, targets)
     ones = torch.ones_like(mask)
     assert loss.item() == pytest.approx(loss_by_hand(logits, targets, ones), abs=1e-5)
     assert loss.item() == pytest.approx(model(tokens, targets, ones)[1].item(), abs=1e-7)
@@ -818,7 +820,7 @@ def test_bfloat16_autocast_is_close(use_rope, qk_norm, length):
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logits, loss = model(tokens, targets)
+            logits, loss, _ = model(tokens, targets)
             with torch.no_grad():
                 cache = model.new_cache(2)
                 model(tokens[:, :6], cache=cache, lengths=torch.tensor([3, 6]))
@@ -843,6 +845,6 @@ def test_weights_in_bfloat16():
 
 
 def test_a_cache_can_be_made_by_itself():
-    config = ModelConfig(**SMALL).resolved(None)
-    cache = KVCache(config, 2, 5, dtype=torch.float64)
-    assert cache.keys.shape == (2, 2, 2, 5, 6) and cache.keys.dtype == torch.float64
+    cache = KVCache(3, 2, 4, 5, 6, 7, dtype=torch.float64)
+    assert cache.keys.shape == (3, 2, 4, 5, 6) and cache.keys.dtype == torch.float64
+    assert cache.values.shape == (3, 2, 4, 5, 7)
