@@ -1,4 +1,4 @@
-"""Charts from training logs: loss, validation loss, learning rate and speed over the steps.
+"""Charts from training logs: loss, validation loss, learning rate, speed, and what a model has to watch.
 
 Reads the logs that train.py writes and those of the original Nano. Both are lines of fields
 joined by " | "; a line that is neither a training nor a validation step is passed over, so is
@@ -38,6 +38,7 @@ TRAIN_LOSS = re.compile(r"(?:\bLoss:?|Train loss =) *" + NUMBER)
 VAL_LOSS = re.compile(r"(?:Val[_ ]loss:?|\| Val \|.*\| Loss:) *" + NUMBER)
 LEARNING_RATE = re.compile(r"\| LR: *" + NUMBER)
 ACCURACY = re.compile(r"\| Accuracy: *" + NUMBER + "%")
+WATCHED = re.compile(r"\| ([a-z][a-z0-9_]*)(?:/(\d{1,5}))?: *" + NUMBER)  # "expert_load/2: 1.31": of layer 2
 SPEED = re.compile(NUMBER + r" ([GT])FLOP(?:/s|S)")
 BLUE, ORANGE, INK, GREY = "#2563eb", "#e8590c", "#1f2933", "#7b8794"
 PALETTE = (BLUE, ORANGE, "#0f9d72", "#9333ea", "#d6336c", "#8a6d3b", "#0891b2", "#64748b")
@@ -52,6 +53,7 @@ class Log:
     """One log file, read as far as it has been written.
 
     `train`, `val`, `accuracy`, `rate`, `speed`: lists of (step, value); accuracy in percent, speed in FLOP/s.
+    `watched`: {name: {layer, or None: such a list}}, what the model gave in training.
     """
 
     def __init__(self, path):
@@ -61,6 +63,7 @@ class Log:
     def restart(self):
         self.offset, self.header, self.first_time, self.last_time = 0, {}, None, None
         self.train, self.val, self.accuracy, self.rate, self.speed = [], [], [], [], []
+        self.watched = {}
 
     def read(self):
         """Take in the lines added since the last call; True if there were any."""
@@ -97,6 +100,9 @@ class Log:
             self.train.append((step, float(found[1])))
             if found := LEARNING_RATE.search(line):
                 self.rate.append((step, float(found[1])))
+            for name, layer, value in WATCHED.findall(line):
+                curves = self.watched.setdefault(name, {})
+                curves.setdefault(int(layer) if layer else None, []).append((step, float(value)))
             if found := SPEED.search(line):
                 self.speed.append((step, float(found[1]) * {"G": 1e9, "T": 1e12}[found[2]]))
         else:
@@ -196,6 +202,8 @@ def draw(figure, logs):
         columns.setdefault(log.task or (named[0] if named else "Training"), []).append(log)
     heights = {"train": 4.2, "accuracy": 2.2, "rate": 1.1, "speed": 1.1}
     heights = {name: height for name, height in heights.items() if any(getattr(log, name) for log in logs)}
+    watched = dict.fromkeys(name for log in logs for name in log.watched)
+    heights |= dict.fromkeys(watched, 1.6)
     figure.set_size_inches(9 if len(columns) == 1 else 7 * len(columns), 1.5 + sum(heights.values()))
     figure.set_layout_engine("constrained", h_pad=0.08, hspace=0.02, wspace=0.04, w_pad=0.12)
     grid = figure.subplots(
@@ -207,7 +215,10 @@ def draw(figure, logs):
         panels[0].set_title(f"{title}\n", loc="left", fontsize=14, fontweight="bold", color=INK)
         panels[0].text(0, 1.03, subtitle, transform=panels[0].transAxes, fontsize=9, color=GREY)
         for name, panel in zip(heights, panels, strict=True):
-            DRAW[name](panel, group)
+            if name in watched:
+                draw_watched(panel, group, name)
+            else:
+                DRAW[name](panel, group)
         for panel in panels:
             dress(panel)
         panels[-1].set_xlabel("step")
@@ -305,6 +316,24 @@ def draw_speed(panel, group):
     panel.set_ylabel(f"speed\n({name})")
     panel.set_ylim(0, 1.15 * top / unit or 1)
     panel.locator_params(axis="y", nbins=3)
+
+
+def draw_watched(panel, group, name):
+    """One of the model's own numbers: a line, or one for each layer that has it, the deeper the lighter."""
+    from matplotlib.colors import to_rgb
+
+    for i, log in enumerate(group):
+        curves = log.watched.get(name, {})
+        for k, (layer, points) in enumerate(curves.items()):
+            shade = 0.6 * k / len(curves)
+            color = [c + (1 - c) * shade for c in to_rgb(PALETTE[i % len(PALETTE)])]
+            steps, values = finite(points)
+            label = f"layer {layer}" if layer is not None and len(group) == 1 else None
+            panel.plot(*thin(steps, smooth(values)), color=color, linewidth=1.2, label=label)
+    if panel.get_legend_handles_labels()[1]:
+        panel.legend(fontsize=8, frameon=False, ncols=4)
+    panel.set_ylabel(name.replace("_", "\n", 1).replace("_", " "))
+    panel.locator_params(axis="y", nbins=4)
 
 
 DRAW = {"train": draw_loss, "accuracy": draw_accuracy, "rate": draw_rate, "speed": draw_speed}

@@ -161,6 +161,8 @@ class TrainConfig(Schema):
         False, description="torch.compile the step: a minute at the start, faster then; needs a C++ compiler"
     )
 
+    tensorboard: bool = Field(False, description="write runs/train_<time> for TensorBoard, besides the log")
+
     @model_validator(mode="after")
     def _schedule_fits(self):
         end = self.lr_decay_iters or self.max_steps

@@ -3,10 +3,12 @@
 The file train_<time>.log begins with one line that a program can read, "# " and a JSON object;
 then comes one line an event, of fields joined by " | ". In a terminal a single progress line moves
 instead of the Train lines; elsewhere (a pipe, nohup, systemd) the same lines are printed plainly.
+With the key "tensorboard" all numbers go to runs/train_<time> as well.
 """
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,7 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from engine import errors
 from engine.config import ROOT
+from engine.errors import UserError
 
+NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|-?inf|nan)(?:%| \S+)?")  # and its unit
 muted = False  # see `mute`
 
 
@@ -39,6 +43,9 @@ class RunLog:
         self.path = Path(self.file.name)
         header = {"format": "nano-log", "version": 1, **header}
         self.file.write("# " + json.dumps(header, ensure_ascii=False) + "\n")
+        self.tensorboard = None
+        if header.get("train_config", {}).get("tensorboard") and not muted:
+            self.tensorboard = self._tensorboard()
         self.console = Console(highlight=False)
         self.progress = None
         if self.console.is_terminal:
@@ -60,6 +67,15 @@ class RunLog:
             except FileExistsError:
                 time.sleep(0.1)
 
+    def _tensorboard(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "tensorboard is true, but the package is missing: pip install tensorboard, or set it to false"
+            ) from None
+        return SummaryWriter(ROOT / "runs" / self.path.stem)
+
     def __enter__(self):
         if self.progress:
             self.progress.start()
@@ -69,12 +85,18 @@ class RunLog:
         if self.progress:
             self.progress.stop()
         self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
 
     def event(self, kind, position, fields):
         """One line: kind 'Train', 'Val', 'Save', ...; position (epoch, step); fields name -> text."""
         parts = [time.strftime("%Y-%m-%d %H:%M:%S"), kind, f"Epoch-Step: {position[0]}-{position[1]}"]
         line = " | ".join(parts + [f"{name}: {text}" if name else text for name, text in fields.items()])
         self.file.write(line + "\n")
+        if self.tensorboard:
+            for name, text in fields.items():
+                if name != "Remaining" and (number := NUMBER.fullmatch(text)):
+                    self.tensorboard.add_scalar(f"{kind}/{name}", float(number[1]), position[1])
         if kind == "Train" and self.progress:
             names = ("Loss", "LR", "Speed", "Tokens/s", "Remaining")
             facts = "  ".join(f"{name.lower()} {fields[name]}" for name in names if name in fields)

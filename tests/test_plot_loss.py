@@ -299,3 +299,33 @@ def test_help_is_quick_and_without_matplotlib():
     assert done.returncode == 0 and "examples:" in done.stdout and time.perf_counter() - start < 2
     code = "import sys, plot_loss; sys.exit('numpy' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent).returncode == 0
+
+
+def test_what_a_model_gives_to_watch_has_panels_of_its_own(tmp_path):
+    path = tmp_path / "train_x.log"
+    lines = ["# " + json.dumps(HEADER | {"task": "pretrain"}) + "\n"]
+    for step in range(1, 101):
+        line = TRAIN.format(step % 60, step, 7 - step / 100)
+        lines.append(line.replace(" | Time", f" | mtp_loss: {8 - step / 100} | expert_load/1: 1.{step:03d}"
+                                         f" | expert_load/12: 2.5e+00 | Time"))  # fmt: skip
+    path.write_text("".join(lines), "utf-8")
+    (log := Log(path)).read()
+    assert list(log.watched) == ["mtp_loss", "expert_load"] and list(log.watched["expert_load"]) == [1, 12]
+    assert log.watched["expert_load"][12] == [(step, 2.5) for step in range(1, 101)]
+    assert log.watched["mtp_loss"] == {None: [(step, 8 - step / 100) for step in range(1, 101)]}
+    assert len(log.train) == len(log.rate) == len(log.speed) == 100 and log.train[0] == (1, 6.99)
+
+    plain = Log(write_log(tmp_path / "plain.log"))
+    plain.read()
+    for logs in ([log], [log, plain]):
+        figure = Figure()
+        draw(figure, logs)
+        panels = {panel.get_ylabel().replace("\n", " "): panel for panel in figure.axes}
+        assert list(panels)[-2:] == ["mtp loss", "expert load"]
+        load, loss = panels["expert load"], panels["mtp loss"]
+        assert [len(line.get_xdata()) for line in load.lines] == [100, 100]
+        assert loss.lines[0].get_ydata()[-1] == pytest.approx(7.0, abs=0.02)
+    assert load.get_legend() is None  # with several runs, colour tells the run
+    draw(figure := Figure(), [log])
+    [load] = [panel for panel in figure.axes if panel.get_ylabel() == "expert\nload"]
+    assert [text.get_text() for text in load.get_legend().get_texts()] == ["layer 1", "layer 12"]

@@ -1,6 +1,7 @@
 """The training loop: that it computes what it should, that it can be interrupted at any instant, and
 what it tells. Runs whose process matters are real ones, the others share this process (`train`)."""
 
+import itertools
 import json
 import math
 import random
@@ -363,3 +364,45 @@ def test_one_line_moves_in_a_terminal(tiny_project, colour):
     assert " | Val | " in text and " | Save | " in text and "Done: step 30" in text
     assert bool(re.search(r"\x1b\[[\d;]*3[\d;]*m", text)) is not bool(colour)
     assert len(losses(tiny_project)) == 30  # in the log they all are
+
+
+# ---- what a model gives to watch -------------------------------------------------------------------------
+
+
+def test_other_vars_land_in_the_log_the_chart_and_tensorboard(train, monkeypatch):
+    """One mean over the passes of a step, each curve under its own name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from model import GPT
+    from plot_loss import Log
+
+    original, passes = GPT.forward, itertools.count(1)
+
+    def forward(self, *args, **options):
+        logits, loss, other_vars = original(self, *args, **options)
+        assert other_vars == {}
+        load = torch.tensor(float(next(passes))) if self.training else torch.tensor(math.nan)
+        return logits, loss, {"expert_load/2": load, "mtp_loss": load.exp()}
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    assert train("pretrain", max_steps=3, gradient_accumulation_steps=2, tensorboard=True).returncode == 0
+    assert train.logged("Train", "expert_load/2") == [(1, "1.5"), (2, "3.5"), (3, "5.5")]
+    [path] = train.root.glob("train_*.log")
+    (log := Log(path)).read()
+    assert log.watched["expert_load"] == {2: [(1, 1.5), (2, 3.5), (3, 5.5)]}
+    assert log.watched["mtp_loss"][None][0] == (1, pytest.approx((math.e + math.e**2) / 2, rel=1e-3))
+
+    events = EventAccumulator(str(train.root / "runs" / path.stem)).Reload()
+    logged = dict(train.logged("Train", "Loss"))
+    scalars = {event.step: event.value for event in events.Scalars("Train/Loss")}
+    assert scalars == {step: pytest.approx(float(loss)) for step, loss in logged.items()}
+    assert [event.value for event in events.Scalars("Train/expert_load/2")] == [1.5, 3.5, 5.5]
+    assert {"Train/LR", "Train/Speed", "Train/Time", "Val/Loss", "Val/BPB"} <= {*events.Tags()["scalars"]}
+    assert "Train/Remaining" not in events.Tags()["scalars"]
+
+
+def test_tensorboard_that_is_missing_is_named(train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    done = train("pretrain", tensorboard=True)
+    assert done.returncode == 2 and "pip install tensorboard" in done.stderr
+    assert train("pretrain").returncode == 0 and not (train.root / "runs").exists()
