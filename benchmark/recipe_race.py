@@ -114,7 +114,7 @@ def train_nanogpt(clone, folder):
 def train_ours(steps, folder):
     """Train ours on the files in `folder` -> (model, seconds)."""
     copy = Path(tempfile.mkdtemp(dir=folder))  # train.py writes its log and checkpoints beside itself
-    for source in (*ROOT.glob("*.py"), *ROOT.glob("config/*.py"), *ROOT.glob("engine/*.py")):
+    for source in (path for place in ("", "config/", "engine/", "models/") for path in ROOT.glob(f"{place}*.py")):
         target = copy / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
