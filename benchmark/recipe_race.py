@@ -17,16 +17,14 @@ import argparse
 import contextlib
 import json
 import pickle
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmark.copies import copy_of_project, timed  # noqa: E402
 from benchmark.train_speed import check_nanogpt, load_nanogpt  # noqa: E402
 from engine.errors import UserError, run  # noqa: E402
 
@@ -78,24 +76,6 @@ def prepare(text, folder):
     return {"Nano": ids, "nanoGPT": ids - N_SPECIAL}
 
 
-def timed(name, script, *arguments):
-    """Seconds that a script takes, run in its own folder. UserError with its last line if it fails."""
-    start = time.perf_counter()
-    process = subprocess.run(
-        [sys.executable, script.name, *arguments],
-        cwd=script.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-    )
-    seconds = time.perf_counter() - start
-    if process.returncode:
-        last = (process.stdout.strip().splitlines() or ["nothing"])[-1]
-        raise UserError(f"{name}'s train.py failed; the last it said is: {last}")
-    return seconds
-
-
 def train_nanogpt(clone, folder):
     """Train it on the files in `folder` -> (model, seconds)."""
     import torch
@@ -113,11 +93,7 @@ def train_nanogpt(clone, folder):
 
 def train_ours(steps, folder):
     """Train ours on the files in `folder` -> (model, seconds)."""
-    copy = Path(tempfile.mkdtemp(dir=folder))  # train.py writes its log and checkpoints beside itself
-    for source in (path for place in ("", "config/", "engine/", "models/") for path in ROOT.glob(f"{place}*.py")):
-        target = copy / source.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
+    copy = copy_of_project(folder)
     config = OUR_RUN | {
         "max_steps": steps,
         "warmup_iters": min(OUR_RUN["warmup_iters"], steps - 1),

@@ -1,0 +1,188 @@
+"""All architectures on one text: the same number of parameters, for the same steps and for the same time.
+
+    python benchmark/architectures.py --text book.txt -o architectures.png     # about half an hour
+    python benchmark/architectures.py --text book.txt --steps 200 --minutes 1
+
+Each is trained by train.py, as a user starts it, on the first 95 % of the text's paragraphs, with a
+character tokenizer, in float32. First all take the same number of steps; then each takes as many as it
+can in the same time, by the speed of its first run. Every run has a schedule of its own that ends with
+it. The loss is that of all of the held-out text.
+
+To come to the same size, the width inside the MLP (of an expert) is chosen for each; of an architecture
+with experts a token uses a part of the weights only, so it computes less for its size.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import models  # noqa: E402
+from benchmark.copies import copy_of_project, timed  # noqa: E402
+from engine.config import check_model  # noqa: E402
+from engine.errors import UserError, run  # noqa: E402
+from plot_loss import PALETTE, Log  # noqa: E402
+
+COMMON = {"block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128}
+# name -> (what it has otherwise, the key by which it comes to the common number of parameters)
+ARCHITECTURES = {
+    "nano": ({"n_kv_head": 2}, "n_hidden"),
+    "llama3": (
+        {"n_kv_head": 2, "qk_norm": False, "tie_embeddings": False, "rope_theta": 500000.0},
+        "n_hidden",
+    ),
+    "nanochat": ({"architecture": "nanochat", "n_kv_head": 2}, "n_hidden"),
+    "deepseek_v3": (
+        {
+            "architecture": "deepseek_v3", "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+            "v_head_dim": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        },
+        "moe_intermediate_size",
+    ),
+}  # fmt: skip
+RUN = {
+    "device": "cpu", "dtype": "float32", "batch_size": 16, "learning_rate": 3e-3, "min_lr": 0.0,
+    "warmup_iters": 30, "log_interval": 10, "eval_interval": 100, "eval_iters": 100_000,
+    "save_interval": 1 << 40,
+}  # fmt: skip
+
+
+def sized(name, vocab_size, n_params):
+    """The configuration of an architecture that comes nearest to so many parameters."""
+    import torch
+
+    shape, key = ARCHITECTURES[name]
+
+    def built(width):
+        config = check_model({**COMMON, **shape, key: width}, name).resolved(vocab_size)
+        with torch.device("meta"):
+            return config, models.build(config).n_params
+
+    low, high = 1, 1 << 14
+    while high - low > 1:  # the number of parameters grows with the width
+        middle = (low + high) // 2
+        low, high = (middle, high) if built(middle)[1] <= n_params else (low, middle)
+    return min((built(low), built(high)), key=lambda pair: abs(pair[1] - n_params))[0]
+
+
+def train(config, steps, folder):
+    """Train for so many steps on the data in `folder` -> Result."""
+    import torch
+
+    copy = copy_of_project(folder)
+    paths = [str(folder / f"pretrain_{split}.bin") for split in ("train", "val")]
+    settings = RUN | {"max_steps": steps, "warmup_iters": min(RUN["warmup_iters"], steps - 1)}
+    settings |= {"dataset_path": [paths], "tokenizer_path": str(folder / "tokenizer.json")}
+    (copy / "run.json").write_text(json.dumps(settings), "utf-8")
+    (copy / "model.json").write_text(config.model_dump_json(), "utf-8")
+    timed(config.architecture, copy / "train.py", "-t", "pretrain", "-c", "run.json", "-m", "model.json")
+    [path] = copy.glob("train_*.log")
+    log, text = Log(path), path.read_text("utf-8")
+    log.read()
+    times = list(map(int, re.findall(r"\| Train \|.*\| Time: (\d+) ms", text)))
+    seconds = statistics.median(times[1:] or times) / 1000  # the first steps also load libraries
+    tokens = RUN["batch_size"] * config.block_size / seconds
+    with torch.device("meta"):
+        model = models.build(config)
+    cache = model.new_cache(1)
+    n_bytes = 4 * (cache.keys.numel() + cache.values.numel()) // cache.capacity  # of float32
+    row = {
+        "parameters": f"{model.n_params:,}",
+        "weights used a token": f"{model.active_weights:,}",
+        "steps": f"{steps:,}",
+        "loss": f"{log.val[-1][1]:.4f}",
+        "bits per byte": re.findall(r"\| BPB: ([\d.]+)", text)[-1],
+        "tokens/s": f"{tokens:,.0f}",
+        "GFLOP/s": f"{tokens * model.flops_per_token() / 1e9:.0f}",
+        "cache, bytes a token": f"{n_bytes:,}",
+    }
+    return Result(row, seconds, log)
+
+
+@dataclass
+class Result:
+    row: dict
+    seconds_per_step: float
+    log: Log
+
+
+def draw(results, path):
+    """results: {"equal steps": {name: Result}, "equal time": ...}. Losses over steps, and over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axes, (title, runs) in zip(figure.subplots(1, 2, sharey=True), results.items(), strict=True):
+        lowest = []
+        for i, (name, result) in enumerate(runs.items()):
+            scale = result.seconds_per_step if title == "equal time" else 1
+            thin, dots = {"alpha": 0.35, "linewidth": 1}, {"marker": "o", "markersize": 4, "label": name}
+            for points, style in ((result.log.train, thin), (result.log.val, dots)):
+                x, y = zip(*((step * scale, loss) for step, loss in points), strict=True)
+                axes.plot(x, y, color=PALETTE[i], **style)
+            lowest.append(result.log.val[-1][1])
+        axes.set(title=title, xlabel="seconds" if title == "equal time" else "step")
+        axes.set_ylim(0.97 * min(lowest), 1.35 * max(lowest))
+        axes.grid(alpha=0.3)
+        axes.legend(title="validation loss", frameon=False)
+    figure.axes[0].set_ylabel("loss (nats per token)")
+    figure.savefig(path, dpi=120)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--text", type=Path, required=True, metavar="FILE", help="any text in UTF-8")
+    add("--steps", type=int, default=600, help="of the first comparison (600)")
+    add("--minutes", type=float, default=2.0, help="of training in the second one (2)")
+    add("--parameters", type=int, default=1_500_000, metavar="N", help="of every model (1,500,000)")
+    add("--only", choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES), help="some of them")
+    add("-o", "--output", metavar="FILE", help="draw the losses")
+    args = parser.parse_args()
+    if args.steps < 2 or args.minutes <= 0:
+        raise UserError("--steps must be 2 or more, and --minutes above 0")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    from rich.console import Console
+    from rich.table import Table
+
+    from data import prepare
+
+    console, results = Console(highlight=False), {"equal steps": {}, "equal time": {}}
+    with tempfile.TemporaryDirectory() as folder, console.status("preparing the text") as status:
+        folder = Path(folder)
+        _, tokenizer, _ = prepare([args.text], [], folder)
+        for name in args.only:
+            config = sized(name, tokenizer.vocab_size, args.parameters)
+            status.update(f"{name} trains {args.steps:,} steps")
+            first = results["equal steps"][name] = train(config, args.steps, folder)
+            steps = max(2, round(60 * args.minutes / first.seconds_per_step))
+            status.update(f"{name} trains {steps:,} steps, {args.minutes:g} minutes")
+            results["equal time"][name] = train(config, steps, folder)
+    for title, runs in results.items():
+        table = Table("", title=title)
+        for name in runs:
+            table.add_column(name, justify="right")
+        for fact in next(iter(runs.values())).row:
+            table.add_row(fact, *(result.row[fact] for result in runs.values()))
+        console.print(table)
+    if args.output:
+        draw(results, args.output)
+        print(f"chart: {args.output}")
+
+
+if __name__ == "__main__":
+    run(main)

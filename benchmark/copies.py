@@ -1,0 +1,42 @@
+"""A copy of the project for a benchmark: what train.py writes beside itself then stays out of the way."""
+
+import itertools
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from engine.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def copy_of_project(folder):
+    """-> the path of a new copy of all that train.py needs, inside `folder`."""
+    copy = Path(tempfile.mkdtemp(dir=folder))
+    rooms = (ROOT.glob(f"{room}*.py") for room in ("", "config/", "engine/", "models/"))
+    for source in itertools.chain.from_iterable(rooms):
+        target = copy / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    return copy
+
+
+def timed(name, script, *arguments):
+    """Seconds that a script takes, run in its own folder. UserError with its last line if it fails."""
+    start = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, script.name, *map(str, arguments)],
+        cwd=script.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        last = (process.stdout.strip().splitlines() or ["nothing"])[-1]
+        raise UserError(f"{name}'s {script.name} failed; the last it said is: {last}")
+    return seconds
