@@ -29,6 +29,7 @@ import math
 import os
 import re
 import socket
+import time
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ from engine import checkpoint as checkpoints
 from engine.errors import UserError
 from engine.optimizer import make_optimizer
 
+PATIENCE = datetime.timedelta(seconds=5)
 TIMEOUT = datetime.timedelta(minutes=30)  # one process may be long over a validation or a checkpoint
 
 
@@ -128,22 +130,37 @@ class DataParallel(Alone):
     def _store(self):
         """Where the processes find each other; None: PyTorch's own choice.
 
-        When torch.distributed.run brings a run back, its store still holds the addresses of the processes
-        that have ended: PyTorch 2.13 may then connect to one of those.
+        torch.distributed.run has a store that outlives the processes. When it brings a run back, the
+        addresses of those that have ended still stand in it, and PyTorch 2.13 connects to them. So each
+        time the first process opens a store of its own, and only its address goes through the launcher's.
         """
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-        if attempt == "0" or not on_one_machine or os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True":
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return None
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*address, world_size=None, is_master=False, timeout=TIMEOUT)
-        return dist.PrefixStore(f"attempt_{attempt}", store)
+        launchers = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)
+        if not self.rank:
+            with socket.create_connection(address) as connection:
+                host = connection.getsockname()[0]  # by which the others reach this machine
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+            launchers.set("first process", f"{host} {store.port}")
+            return store
+        until = time.monotonic() + TIMEOUT.total_seconds()
+        while True:
+            host, port = launchers.get("first process").decode().split()
+            try:
+                store = dist.TCPStore(host, int(port), is_master=False, timeout=PATIENCE)
+                store.set_timeout(TIMEOUT)
+                return store
+            except dist.DistError:  # that was the address of one that has ended
+                if time.monotonic() > until:
+                    raise
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, _):
         if not kind:
+            dist.barrier()  # the first process has the store: it leaves last
             dist.destroy_process_group()
         elif issubclass(kind, RuntimeError) and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
             raise UserError("the connection to another process of this run was lost") from None
@@ -168,7 +185,10 @@ class DataParallel(Alone):
     def prepare(self, model, config, choice):
         super().prepare(model, config, choice)
         devices = [torch.device(choice.device)] if choice.device_type == "cuda" else None
-        self.spread = torch.nn.parallel.DistributedDataParallel(self.forward, device_ids=devices)
+        # What is no parameter changes in all processes alike: it need not be sent with every pass.
+        self.spread = torch.nn.parallel.DistributedDataParallel(
+            self.forward, device_ids=devices, broadcast_buffers=False
+        )
         self.forward = self.spread
 
     def micro_batch(self, last):

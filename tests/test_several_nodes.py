@@ -8,7 +8,7 @@ import shlex
 import subprocess
 
 import pytest
-from launching import RUN, largest_difference, losses, settings_of
+from launching import RUN, largest_difference, losses, settings_of, with_prelude
 
 from engine.checkpoint import load
 
@@ -56,7 +56,9 @@ def run_on_both(room, projects, launcher, script, *args, **settings):
     for rank, project in enumerate(projects):
         hostfile = project.root / "config" / "hostfile.txt"
         hostfile.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
-        module = launcher.format(rank=rank, hostfile=shlex.quote(str(hostfile)))
+        module = launcher.format(
+            rank=rank, node=rank + 1, first=not rank, hostfile=shlex.quote(str(hostfile))
+        )
         rest = shlex.join(map(str, [project.root / script, *args, *settings_of(settings)]))
         commands.append(
             f"cd {shlex.quote(str(project.elsewhere))}; GLOO_SOCKET_IFNAME=cable{rank + 1} "
@@ -92,3 +94,42 @@ def test_machines_that_are_not_furnished_alike_are_refused(room, tiny_project, o
     done = run_on_both(room, (tiny_project, other_project), TORCHRUN, "train_ddp.py", "-t", "pretrain")
     assert "learning_rate is 0.02 there and 0.01 here" in done.stderr
     assert done.stderr.count("error: ") <= 2  # at most once on each
+
+
+ELASTIC = "torch.distributed.run --nnodes 2 --nproc_per_node 1 --max-restarts 3 --rdzv_backend c10d " \
+          "--rdzv_endpoint 10.77.0.1:29500 --rdzv_conf is_host={first} " \
+          "--local_addr 10.77.0.{node}"  # fmt: skip
+
+KILLED = """
+import os, signal
+import engine.parallel
+
+original, calls = engine.parallel.DataParallel.step, 0
+
+def step(*args):
+    global calls
+    calls += 1
+    if calls == 30 and os.environ["RANK"] == "VICTIM" and not os.path.exists(__file__ + ".killed"):
+        open(__file__ + ".killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+
+engine.parallel.DataParallel.step = step
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_brought_back_on_both(room, tiny_project, other_project, train, victim):
+    """The way back of doc/several_machines.md: each machine's launcher starts its process anew."""
+    settings = {**RUN, "save_interval": 10}
+    assert train("pretrain", **settings).returncode == 0
+    for project in (tiny_project, other_project):
+        script = with_prelude(project, KILLED.replace("VICTIM", str(victim)))
+    done = run_on_both(room, (tiny_project, other_project), ELASTIC, script, "-t", "pretrain", **settings)
+    assert "first: 0" in done.stdout and "second: 0" in done.stdout, done.stdout + done.stderr
+    assert ((tiny_project, other_project)[victim].root / f"{script}.killed").exists()
+    assert done.stdout.count("Done: step 50") == 1
+    curve, again = (dict(place.logged("Train", "Loss")) for place in (train, tiny_project))
+    assert curve.keys() == again.keys()
+    assert max(abs(float(curve[step]) - float(again[step])) for step in curve) <= 1e-5
