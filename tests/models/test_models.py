@@ -1,0 +1,42 @@
+"""How an architecture is found and used: the example of the guide, with all that there is."""
+
+import re
+from pathlib import Path
+
+import models
+from engine.checkpoint import load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_file_is_an_architecture():
+    files = {path.stem for path in (ROOT / "models").glob("*.py")} - {"__init__"}
+    assert {*models.names()} == {"nano", *files}
+    for name in models.names():
+        assert models.config_class(name)(architecture=name).architecture == name
+
+
+def test_the_guides_example_is_an_architecture(tiny_project):
+    guide = (ROOT / "doc" / "extending.md").read_text("utf-8")
+    [code] = re.findall(r"`models/parallel.py`:\n\n```python\n(.*?)```", guide, re.DOTALL)
+    (tiny_project.root / "models" / "parallel.py").write_text(code, "utf-8")
+
+    def succeed(*args):
+        done = tiny_project.run(*args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    chosen = ("-t", "pretrain", "--set", "architecture=parallel")
+    assert "parallel: 1 layers" in succeed("train.py", *chosen, "--plan")
+    succeed("train.py", *chosen, "--set", "max_steps=3", "--set", "lr_decay_iters=6")
+    succeed("train.py", *chosen, "--resume")
+    checkpoint = load(tiny_project.checkpoints()[6])
+    assert checkpoint.model_config["architecture"] == "parallel"
+    assert "blocks.0.attn_norm.weight" in checkpoint.model
+    assert "blocks.0.mlp_norm.weight" not in checkpoint.model
+    watched = tiny_project.logged("Train", "logit_size")
+    assert [step for step, _ in watched] == [1, 2, 3, 4, 5, 6] and all(float(size) > 0 for _, size in watched)
+    succeed("train.py", "-t", "sft")
+    succeed("inference.py", "-i", "--prompt", "1 + 1?", "-l", 12)
+    done = tiny_project.run("train.py", *chosen, "--set", "n_heads=3")
+    assert done.returncode == 2 and 'unknown key "n_heads"; did you mean "n_head"?' in done.stderr
