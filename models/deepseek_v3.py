@@ -18,7 +18,7 @@ and here as all first halves, then all second halves. An expert's matrices are t
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ from model import GPT, MLP, Attention, Block, KVCache, RMSNorm, attention_factor
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever norm_eps is
 
 
+Size = Annotated[int, Field(ge=1, le=1 << 16)]
+
+
 class Config(ArchitectureConfig):
     """config/model_config.json for this architecture; the names are those of DeepSeek's own config.json."""
 
@@ -38,64 +41,54 @@ class Config(ArchitectureConfig):
     use_rope: ClassVar[bool] = True
     bias: ClassVar[bool] = False
 
+    # fmt: off
     architecture: Literal["deepseek_v3"] = Field(description="which model to build")
     norm_eps: float = Field(1e-6, gt=0, lt=1, description="added to the mean square in RMSNorm")
     tie_embeddings: bool = Field(False, description="the output head shares the embedding's matrix")
-    n_hidden: int | None = Field(
-        None, ge=1, le=1 << 18, description="width inside a dense MLP; null: 8/3 n_embd, rounded up to 32"
-    )
-    q_lora_rank: int | None = Field(
-        None, ge=1, le=1 << 16, description="size of the queries' latent; null: they have none"
-    )
-    kv_lora_rank: int = Field(64, ge=1, le=1 << 16, description="size of the latent of keys and values")
-    qk_nope_head_dim: int = Field(32, ge=1, le=4096, description="part of a head's key without position")
-    qk_rope_head_dim: int = Field(32, ge=2, le=4096, description="part that is turned, one for all heads")
-    v_head_dim: int = Field(
-        64, ge=1, le=4096, description="size of a head's value, at most that of its key, the fastest if equal"
-    )
-    n_routed_experts: int = Field(16, ge=1, le=4096, description="experts of a layer to choose from")
+    n_hidden: Size | None = Field(None, description="width in an MLP; null: 8/3 n_embd, rounded up to 32")
+    q_lora_rank: Size | None = Field(None, description="size of the queries' latent; null: they have none")
+    kv_lora_rank: Size = Field(64, description="size of the latent of keys and values")
+    qk_nope_head_dim: Size = Field(32, description="part of a head's key without position")
+    qk_rope_head_dim: Size = Field(32, description="part of it that is turned, one for all heads; even")
+    v_head_dim: Size = Field(64, description="size of a head's value; fastest if a head's key is as large")
+    n_routed_experts: Size = Field(16, description="experts of a layer to choose from")
     n_shared_experts: int = Field(1, ge=0, le=1024, description="experts that every token passes through")
-    num_experts_per_tok: int = Field(4, ge=1, le=1024, description="routed experts that a token chooses")
-    n_group: int = Field(4, ge=1, le=1024, description="groups of routed experts")
-    topk_group: int = Field(2, ge=1, le=1024, description="groups from which a token may choose")
-    moe_intermediate_size: int = Field(128, ge=1, le=1 << 18, description="width inside an expert")
+    num_experts_per_tok: Size = Field(4, description="routed experts that a token chooses")
+    n_group: Size = Field(4, description="groups of routed experts")
+    topk_group: Size = Field(2, description="groups from which a token may choose")
+    moe_intermediate_size: Size = Field(128, description="width inside an expert")
     first_k_dense_replace: int = Field(1, ge=0, le=1024, description="first layers, with a dense MLP instead")
     routed_scaling_factor: float = Field(
-        2.0, gt=0, le=1000, description="of the experts' weighted sum; about sqrt(num_experts_per_tok)"
-    )
+        2.0, gt=0, le=1000, description="of the experts' weighted sum; about sqrt(num_experts_per_tok)")
     norm_topk_prob: bool = Field(True, description="the weights of a token's experts sum to one")
-    num_nextn_predict_layers: int = Field(
-        1, ge=0, le=1, description="1: also predict the token after the next one"
-    )
+    num_nextn_predict_layers: int = Field(1, ge=0, le=1, description="1: predict the token after next, too")
     bias_update_speed: float = Field(
-        0.001, ge=0, le=1, description="how far a step moves the bias that balances the experts; 0: off"
-    )
+        0.001, ge=0, le=1, description="how far a step moves the bias that balances the experts; 0: off")
     aux_loss_alpha: float = Field(1e-4, ge=0, le=10, description="weight of the balance loss of a sequence")
     mtp_loss_weight: float = Field(0.3, ge=0, le=10, description="weight of the loss of the token after next")
+    # fmt: on
 
     @model_validator(mode="after")
     def _shapes_fit(self):
-        size, rest = divmod(self.n_routed_experts, self.n_group)
-        head = self.qk_nope_head_dim + self.qk_rope_head_dim
-        if rest:
-            raise ValueError(
-                f"n_routed_experts={self.n_routed_experts} does not divide into n_group={self.n_group} groups"
-            )
-        if self.topk_group > self.n_group:
-            raise ValueError(f"topk_group={self.topk_group} is more than there are groups, {self.n_group}")
-        if self.num_experts_per_tok > self.topk_group * size:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than topk_group={self.topk_group} "
-                f"groups of {size} experts hold"
-            )
-        if self.first_k_dense_replace > self.n_layer:
-            raise ValueError(
-                f"first_k_dense_replace={self.first_k_dense_replace} is more than n_layer={self.n_layer}"
-            )
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(f"rotary positions need an even qk_rope_head_dim, found {self.qk_rope_head_dim}")
-        if self.v_head_dim > head:
-            raise ValueError(f"v_head_dim={self.v_head_dim} is more than a key's size, {head}")
+        c, size = self, self.n_routed_experts // self.n_group
+        key = c.qk_nope_head_dim + c.qk_rope_head_dim
+        for is_wrong, sentence in (
+            (c.n_routed_experts % c.n_group,
+             f"n_routed_experts={c.n_routed_experts} does not divide into n_group={c.n_group} groups"),
+            (c.topk_group > c.n_group,
+             f"topk_group={c.topk_group} is more than there are groups, n_group={c.n_group}"),
+            (c.num_experts_per_tok > c.topk_group * size,
+             f"num_experts_per_tok={c.num_experts_per_tok} is more than topk_group={c.topk_group} groups of "
+             f"{size} experts hold"),
+            (c.first_k_dense_replace > c.n_layer,
+             f"first_k_dense_replace={c.first_k_dense_replace} is more than n_layer={c.n_layer}"),
+            (c.qk_rope_head_dim % 2,
+             f"rotary positions need an even qk_rope_head_dim, found {c.qk_rope_head_dim}"),
+            (c.v_head_dim > key,
+             f"v_head_dim={c.v_head_dim} is more than qk_nope_head_dim + qk_rope_head_dim = {key}"),
+        ):  # fmt: skip
+            if is_wrong:
+                raise ValueError(sentence)
         return self
 
     def implied(self):
@@ -334,14 +327,13 @@ class Model(GPT):
             weights = F.pad(loss_mask[:, 1:], (0, 1))
             total = self.total_loss(y.flatten(0, 1), targets.roll(-1, 1).flatten(), weights.flatten())[1]
             extra = self.config.mtp_loss_weight * total / loss_divisor
-            other_vars["mtp_loss"] = total / weights.sum().clamp(min=1)
+            other_vars["mtp_loss"] = total.detach() / weights.sum().clamp(min=1)
         if mixtures := self.mixtures():
             # A sequence weighs what its tokens weigh in the loss, so passes add up as they do there.
             balance, counts = self.balance(mixtures, loss_mask)
-            extra = extra + self.config.aux_loss_alpha * (
-                balance.sum(0) * (loss_mask.sum(1) / loss_divisor)
-            ).sum()
-            other_vars["balance_loss"] = balance.mean()
+            by_sequence = balance.sum(0) * loss_mask.sum(1)
+            extra = extra + self.config.aux_loss_alpha * by_sequence.sum() / loss_divisor
+            other_vars["balance_loss"] = balance.detach().mean()
             self.counts = counts if self.counts is None else self.counts + counts
             for (layer, _), count in zip(mixtures, counts, strict=True):
                 other_vars[f"expert_load/{layer}"] = count.max() / count.mean().clamp(min=1e-9)
@@ -389,38 +381,25 @@ class Model(GPT):
         return flops
 
     def activations_per_token(self, keeps_attention):
-        c = self.config
-        query = c.n_head * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-        expanded = c.n_head * (c.qk_nope_head_dim + c.v_head_dim)
-        attention = 5 * query + expanded + 2 * (c.q_lora_rank or 0) + 3 * c.kv_lora_rank
-        attention += 6 * c.n_embd + keeps_attention * c.n_head * c.block_size
+        c, n_dense, n_mixtures = self.config, self.config.first_k_dense_replace, len(self.mixtures())
+        head = 6 * c.qk_nope_head_dim + 5 * c.qk_rope_head_dim + c.v_head_dim + keeps_attention * c.block_size
+        attention = c.n_head * head + 2 * (c.q_lora_rank or 0) + 3 * c.kv_lora_rank + 6 * c.n_embd
         experts = 4 * (c.n_shared_experts + c.num_experts_per_tok) * c.moe_intermediate_size
         experts += 3 * c.num_experts_per_tok * c.n_embd + 6 * c.n_routed_experts
-        mtp = c.num_nextn_predict_layers
-        dense = c.first_k_dense_replace
-        n_mixtures = c.n_layer - dense + mtp
-        predicting = mtp * (5 * c.n_embd + 3 * c.vocab_size)
-        return (c.n_layer + mtp) * attention + dense * 4 * c.n_hidden + n_mixtures * experts + predicting
+        predicting = (5 * c.n_embd + 3 * c.vocab_size) * c.num_nextn_predict_layers
+        dense = 4 * c.n_hidden
+        return n_dense * (attention + dense) + n_mixtures * (attention + experts) + predicting
 
     # -- decoding ------------------------------------------------------------------------------------------
 
     def generate(
-        self,
-        tokens,
-        max_tokens,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        repetition_penalty=1.0,
-        stop_tokens=(),
-        seed=None,
+        self, tokens, max_tokens, temperature=1.0, *, repetition_penalty=1.0, stop_tokens=(), **options
     ):
         """See GPT. Greedy, without a penalty, the prediction module drafts: the same tokens, sooner."""
         if self.mtp and temperature == 0 and repetition_penalty == 1.0:
             return self.generate_drafted(tokens, max_tokens, stop_tokens)
-        return super().generate(
-            tokens, max_tokens, temperature, top_k, top_p, repetition_penalty, stop_tokens, seed
-        )
+        options |= {"repetition_penalty": repetition_penalty, "stop_tokens": stop_tokens}
+        return super().generate(tokens, max_tokens, temperature, **options)
 
     @torch.inference_mode()
     def generate_drafted(self, tokens, max_tokens, stop_tokens):
