@@ -121,7 +121,7 @@ class KVCache:
         return keys, values
 
     def advance(self, counts):
-        """The rows have grown by `counts`: an int, or a tensor [B] where they differ."""
+        """The rows have grown by `counts`, or shrunk: an int, or a tensor [B] where they differ."""
         self.lengths += counts
         if self.uniform_length is not None:
             self.uniform_length = self.uniform_length + counts if isinstance(counts, int) else None
@@ -191,12 +191,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    """attn, mlp: what another architecture has in their places."""
+
+    def __init__(self, config, layer, attn=None, mlp=None):
         super().__init__()
         self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = Attention(config, layer)
+        self.attn = attn or Attention(config, layer)
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = mlp or MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotary, cache, positions, mask):
@@ -229,7 +231,7 @@ class GPT(nn.Module):
         if config.use_rope:
             scaling = config.rope_scaling
             table = rotary_table(self.rotary_size, config.block_size, config.rope_theta, scaling)
-            cos, sin = (values * attention_factor(scaling) for values in table)
+            cos, sin = (values * self.rotary_factor for values in table)
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
         self.init_weights()
@@ -248,6 +250,11 @@ class GPT(nn.Module):
     def rotary_size(self):
         """How many numbers of a head are turned."""
         return self.config.head_dim
+
+    @property
+    def rotary_factor(self):
+        """What they are multiplied with as they are turned."""
+        return attention_factor(self.config.rope_scaling)
 
     def init_weights(self):
         for module in self.modules():
@@ -285,6 +292,13 @@ class GPT(nn.Module):
             weight.device, weight.dtype,
         )  # fmt: skip
 
+    def training_loss(self, loss, x, targets, loss_mask, loss_divisor):
+        """(the same number, its gradient being that of all that is to become small; other_vars)
+
+        Only in training; loss_mask and loss_divisor as in `forward`, x [B, T, C]: the final vectors.
+        """
+        return loss, {}
+
     def after_step(self, sum_over_processes):
         """Called after each step of the optimizer. sum_over_processes(*numbers) -> list of floats."""
 
@@ -311,7 +325,10 @@ class GPT(nn.Module):
         if loss_divisor is None:
             loss_divisor = loss_mask.sum()
         logits, total = self.total_loss(x.flatten(0, 1), targets.flatten(), loss_mask.flatten())
-        return logits.unflatten(0, tokens.shape), total / loss_divisor, {}
+        loss, other_vars = total / loss_divisor, {}
+        if self.training:
+            loss, other_vars = self.training_loss(loss, x, targets, loss_mask, loss_divisor)
+        return logits.unflatten(0, tokens.shape), loss, other_vars
 
     def hidden(self, tokens, cache=None, lengths=None):
         """tokens [B, T] -> the final vectors [B, T, C], before the output head.
@@ -414,13 +431,7 @@ class GPT(nn.Module):
         is forgotten. Switch to eval() first. Raises ValueError for an empty prompt, for one with ids outside
         the vocabulary, and where `sample` does.
         """
-        context = [int(token) for token in tokens]
-        if not context:
-            raise ValueError("the prompt holds no token")
-        if not 0 <= min(context) <= max(context) < self.config.vocab_size:
-            raise ValueError(f"the prompt holds a token id outside 0 .. {self.config.vocab_size - 1}")
-        device = self.wte.weight.device
-        generator = None
+        context, device, generator = self.prompt(tokens), self.wte.weight.device, None
         if seed is not None:
             generator = torch.Generator(device).manual_seed(seed)
         cache, pending = None, None
@@ -437,6 +448,15 @@ class GPT(nn.Module):
             yield token
             context.append(token)
             pending = [token]
+
+    def prompt(self, tokens):
+        """The ids as a list of int. ValueError if there is none, or one outside the vocabulary."""
+        context = [int(token) for token in tokens]
+        if not context:
+            raise ValueError("the prompt holds no token")
+        if not 0 <= min(context) <= max(context) < self.config.vocab_size:
+            raise ValueError(f"the prompt holds a token id outside 0 .. {self.config.vocab_size - 1}")
+        return context
 
     @torch.inference_mode()
     def transduce(self, tokens):

@@ -1,0 +1,441 @@
+"""DeepSeek-V3 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report"), small enough for a desk.
+
+Three parts differ from model.py's network:
+
+- Multi-head latent attention (section 2.1.1): keys and values of all heads are made from one short vector
+  per token, the latent. It is all that the KV cache holds, with one rotary key that the heads share.
+- Mixture of experts (section 2.1.2): a token passes through the shared experts and those
+  `num_experts_per_tok` of many small routed ones that its scores choose. A bias on the choice, moved after
+  each step, keeps the experts equally busy; no token is ever dropped.
+- Multi-token prediction (section 2.2): one more block predicts the token after the next one. In training it
+  is a second loss, in greedy decoding it drafts tokens that the network then accepts or corrects.
+
+Weights beside the released ones: `q_a`, `q_norm`, `q_b` (or `q`), `kv_a`, `kv_norm`, `kv_b` and `proj` are
+q_a_proj, q_a_layernorm, q_b_proj (q_proj), kv_a_proj_with_mqa, kv_a_layernorm, kv_b_proj and o_proj. Rotary
+rows (the last qk_rope_head_dim of each head in q_b or q, and of kv_a) stand there as pairs 0 1, 2 3, ...,
+and here as all first halves, then all second halves. An expert's matrices are transposed here,
+[E, in, out], gate beside up. `mtp.norm` is the released shared_head.norm.
+"""
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import nn
+
+from config.schema import ArchitectureConfig
+from model import GPT, MLP, Attention, Block, KVCache, RMSNorm, attention_factor, rotate
+
+LATENT_EPS = 1e-6  # of the norms of the latents, whatever norm_eps is
+
+
+Size = Annotated[int, Field(ge=1, le=1 << 16)]
+
+
+class Config(ArchitectureConfig):
+    """config/model_config.json for this architecture; the names are those of DeepSeek's own config.json."""
+
+    is_causal: ClassVar[bool] = True
+    use_rope: ClassVar[bool] = True
+    bias: ClassVar[bool] = False
+
+    # fmt: off
+    architecture: Literal["deepseek_v3"] = Field(description="which model to build")
+    norm_eps: float = Field(1e-6, gt=0, lt=1, description="added to the mean square in RMSNorm")
+    tie_embeddings: bool = Field(False, description="the output head shares the embedding's matrix")
+    n_hidden: Size | None = Field(None, description="width in an MLP; null: 8/3 n_embd, rounded up to 32")
+    q_lora_rank: Size | None = Field(None, description="size of the queries' latent; null: they have none")
+    kv_lora_rank: Size = Field(64, description="size of the latent of keys and values")
+    qk_nope_head_dim: Size = Field(32, description="part of a head's key without position")
+    qk_rope_head_dim: Size = Field(32, description="part of it that is turned, one for all heads; even")
+    v_head_dim: Size = Field(64, description="size of a head's value; fastest if a head's key is as large")
+    n_routed_experts: Size = Field(16, description="experts of a layer to choose from")
+    n_shared_experts: int = Field(1, ge=0, le=1024, description="experts that every token passes through")
+    num_experts_per_tok: Size = Field(4, description="routed experts that a token chooses")
+    n_group: Size = Field(4, description="groups of routed experts")
+    topk_group: Size = Field(2, description="groups from which a token may choose")
+    moe_intermediate_size: Size = Field(128, description="width inside an expert")
+    first_k_dense_replace: int = Field(1, ge=0, le=1024, description="first layers, with a dense MLP instead")
+    routed_scaling_factor: float = Field(
+        2.0, gt=0, le=1000, description="of the experts' weighted sum; about sqrt(num_experts_per_tok)")
+    norm_topk_prob: bool = Field(True, description="the weights of a token's experts sum to one")
+    num_nextn_predict_layers: int = Field(1, ge=0, le=1, description="1: predict the token after next, too")
+    bias_update_speed: float = Field(
+        0.001, ge=0, le=1, description="how far a step moves the bias that balances the experts; 0: off")
+    aux_loss_alpha: float = Field(1e-4, ge=0, le=10, description="weight of the balance loss of a sequence")
+    mtp_loss_weight: float = Field(0.3, ge=0, le=10, description="weight of the loss of the token after next")
+    # fmt: on
+
+    @model_validator(mode="after")
+    def _shapes_fit(self):
+        c, size = self, self.n_routed_experts // self.n_group
+        key = c.qk_nope_head_dim + c.qk_rope_head_dim
+        for is_wrong, sentence in (
+            (c.n_routed_experts % c.n_group,
+             f"n_routed_experts={c.n_routed_experts} does not divide into n_group={c.n_group} groups"),
+            (c.topk_group > c.n_group,
+             f"topk_group={c.topk_group} is more than there are groups, n_group={c.n_group}"),
+            (c.num_experts_per_tok > c.topk_group * size,
+             f"num_experts_per_tok={c.num_experts_per_tok} is more than topk_group={c.topk_group} groups of "
+             f"{size} experts hold"),
+            (c.first_k_dense_replace > c.n_layer,
+             f"first_k_dense_replace={c.first_k_dense_replace} is more than n_layer={c.n_layer}"),
+            (c.qk_rope_head_dim % 2,
+             f"rotary positions need an even qk_rope_head_dim, found {c.qk_rope_head_dim}"),
+            (c.v_head_dim > key,
+             f"v_head_dim={c.v_head_dim} is more than qk_nope_head_dim + qk_rope_head_dim = {key}"),
+        ):  # fmt: skip
+            if is_wrong:
+                raise ValueError(sentence)
+        return self
+
+    def implied(self):
+        return {"n_hidden": self.n_hidden or -(-8 * self.n_embd // (3 * 32)) * 32}
+
+
+class LatentAttention(Attention):
+    """Multi-head latent attention (DeepSeek-V2, section 2.1). H heads, latents of size R."""
+
+    def __init__(self, config, layer):
+        nn.Module.__init__(self)  # of Attention only `attend` is used
+        c = self.config = config
+        self.layer, self.is_causal, self.dropout = layer, True, c.dropout
+        self.sizes = c.qk_nope_head_dim, c.qk_rope_head_dim
+        self.gain = attention_factor(c.rope_scaling) ** 2
+        n_query = c.n_head * sum(self.sizes)
+        if c.q_lora_rank:
+            self.q_a = nn.Linear(c.n_embd, c.q_lora_rank, bias=False)
+            self.q_norm = RMSNorm(c.q_lora_rank, LATENT_EPS)
+            self.q_b = nn.Linear(c.q_lora_rank, n_query, bias=False)
+        else:
+            self.q = nn.Linear(c.n_embd, n_query, bias=False)
+        self.kv_a = nn.Linear(c.n_embd, c.kv_lora_rank + c.qk_rope_head_dim, bias=False)
+        self.kv_norm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
+        self.kv_b = nn.Linear(c.kv_lora_rank, c.n_head * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
+        self.proj = nn.Linear(c.n_head * c.v_head_dim, c.n_embd, bias=False)
+
+    def forward(self, x, rotary, cache, positions, mask):
+        B, T, _ = x.shape
+        c = self.config
+        q = self.q_b(self.q_norm(self.q_a(x))) if c.q_lora_rank else self.q(x)
+        q_nope, q_rope = q.view(B, T, c.n_head, -1).split(self.sizes, dim=-1)
+        q_rope = rotate(q_rope, *rotary).to(q.dtype)
+        latent, k_rope = self.kv_a(x).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+        latent, k_rope = self.kv_norm(latent), rotate(k_rope.unsqueeze(2), *rotary).to(q.dtype)
+        kept = None
+        if cache is not None:
+            new = torch.cat((latent, k_rope.squeeze(2)), dim=-1).unsqueeze(1)
+            kept, _ = cache.update(self.layer, positions, new, new[..., :0])  # [B, 1, S, R + rope]
+        if kept is None or kept.shape[2] == T:
+            y = self.attend_expanded(q_nope, q_rope, latent, k_rope, mask)
+        else:
+            y = self.attend_latents(q_nope, q_rope, kept, mask)
+        return self.proj(y.reshape(B, T, -1))
+
+    def attend_expanded(self, q_nope, q_rope, latent, k_rope, mask):
+        """Tokens among themselves, every head with keys and values of its own; -> [B, T, H, v_head_dim]."""
+        c = self.config
+        k, v = self.kv_b(latent).unflatten(-1, (c.n_head, -1)).split((self.sizes[0], c.v_head_dim), dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k, k_rope.expand_as(q_rope)), dim=-1)
+        v = F.pad(v, (0, sum(self.sizes) - c.v_head_dim))  # not all kernels take values of another size
+        q = q if self.gain == 1 else q * self.gain
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        return y.transpose(1, 2)[..., : c.v_head_dim]
+
+    def attend_latents(self, q_nope, q_rope, kept, mask):
+        """A few tokens after a past, of which `kept` [B, 1, S, R + rope] is there; -> [B, T, H, v_head_dim].
+
+        kv_b is applied to the queries instead of the keys, and to the sum instead of the values, so a past
+        token costs no product (DeepSeek-V2, section 2.1.2). All heads look at the same vectors.
+        """
+        c = self.config
+        weight = self.kv_b.weight.view(c.n_head, -1, c.kv_lora_rank)
+        to_key, to_value = weight.split((self.sizes[0], c.v_head_dim), dim=1)
+        q = torch.cat((torch.einsum("bthd,hdr->bhtr", q_nope, to_key), q_rope.transpose(1, 2)), dim=-1)
+        if mask is not None:  # [B or 1, 1, T or 1, S] -> a row for each row of the queries
+            mask = mask.expand(-1, c.n_head, q.shape[2], -1).flatten(1, 2).unsqueeze(1)
+        y = F.scaled_dot_product_attention(
+            q.flatten(1, 2).unsqueeze(1), kept, kept, mask, scale=self.gain / math.sqrt(sum(self.sizes))
+        )
+        y = y.view(*q.shape)[..., : c.kv_lora_rank]
+        return torch.einsum("bhtr,hdr->bthd", y, to_value)
+
+
+class Router(nn.Linear):
+    """Which experts a token chooses. In float32, whatever the rest is in."""
+
+    def __init__(self, config):
+        super().__init__(config.n_embd, config.n_routed_experts, bias=False)
+        self.config = config
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def _apply(self, fn, *args):
+        bias = self.e_score_correction_bias
+        super()._apply(fn, *args)
+        # A change of its type would lose the small steps by which it moves.
+        self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
+    def forward(self, x):
+        """x [B, T, C] -> scores [B, T, E] between 0 and 1, experts chosen [B, T, K]"""
+        c = self.config
+        with torch.autocast(x.device.type, enabled=False):
+            scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        choice = scores.detach() + self.e_score_correction_bias
+        if c.topk_group < c.n_group:
+            groups = choice.unflatten(-1, (c.n_group, -1))
+            best = groups.topk(min(2, groups.shape[-1])).values.sum(-1).topk(c.topk_group).indices
+            others = torch.ones_like(groups[..., :1], dtype=torch.bool).scatter(-2, best.unsqueeze(-1), False)
+            choice = groups.masked_fill(others, -math.inf).flatten(-2)
+        return scores, choice.topk(c.num_experts_per_tok).indices
+
+
+class Experts(nn.Module):
+    """The MLPs of all routed experts, [E, in, out] each."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, C, M = config.n_routed_experts, config.n_embd, config.moe_intermediate_size
+        self.gate_up = nn.Parameter(torch.empty(E, C, 2 * M))
+        self.down = nn.Parameter(torch.empty(E, M, C))
+        self.active_weights = config.num_experts_per_tok * 3 * C * M
+
+    def forward(self, x, chosen, weights):
+        """x [N, C], its experts and their weights [N, K] -> weighted sum of what they make of it [N, C]"""
+        N, K = chosen.shape
+        order = chosen.flatten().argsort(stable=True)  # [N * K] pairs of token and expert, expert by expert
+        sizes = chosen.flatten().bincount(minlength=len(self.gate_up))
+        gate, up = grouped_product(x[order // K], self.gate_up, sizes).chunk(2, dim=-1)
+        y = grouped_product(F.silu(gate) * up, self.down, sizes)
+        y = torch.empty_like(y).index_copy(0, order, y).view(N, K, -1)
+        return (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)
+
+
+def grouped_product(x, weight, sizes):
+    """x [N, I] times weight [E, I, O]: the first sizes[0] rows with the first matrix, and so on; -> [N, O]"""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if hasattr(F, "grouped_mm") and aligned and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda"):
+        return F.grouped_mm(x, weight, offs=sizes.cumsum(0, dtype=torch.int32))
+    parts = zip(x.split(sizes.tolist()), weight.unbind(), strict=True)
+    return torch.cat([rows @ matrix for rows, matrix in parts])
+
+
+class MoE(nn.Module):
+    """Shared experts, which are one MLP, plus the routed ones that a token chooses (equations 12 to 16)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gate, self.experts = Router(config), Experts(config)
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.shared = MLP(config.model_copy(update={"n_hidden": shared})) if shared else None
+
+    def forward(self, x):
+        scores, chosen = self.gate(x)
+        weights = scores.gather(-1, chosen)
+        if self.config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.config.routed_scaling_factor
+        # What `Model.training_loss` balances.
+        self.routing = (scores, chosen) if self.training else None
+        y = self.experts(*(t.flatten(0, 1) for t in (x, chosen, weights))).view_as(x)
+        return y if self.shared is None else y + self.shared(x)
+
+
+class Prediction(nn.Module):
+    """The module of multi-token prediction; embedding and output head are the network's (section 2.2)."""
+
+    def __init__(self, config, block):
+        super().__init__()
+        self.enorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.hnorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.eh_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
+        self.block = block
+        self.block.attn.layer = 0  # of a cache of its own
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+
+    def forward(self, x, embedded, *place):
+        """x, embedded [B, T, C]: final vectors, and the tokens that follow; place: what a block needs."""
+        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(x)), dim=-1))
+        return self.norm(self.block(x, *place))
+
+
+class Model(GPT):
+    counts = None  # tokens of each layer's experts since the last step [layers, E]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mtp = None
+        if config.num_nextn_predict_layers:
+            self.mtp = Prediction(self.config, self.make_block(config.n_layer))
+            self.n_params += sum(p.numel() for p in self.mtp.parameters())
+            self.init_weights()
+
+    def make_block(self, layer):
+        c = self.config
+        mlp = MLP(c) if layer < c.first_k_dense_replace else MoE(c)
+        return Block(c, layer, LatentAttention(c, layer), mlp)
+
+    @property
+    def rotary_size(self):
+        return self.config.qk_rope_head_dim
+
+    rotary_factor = 1.0  # YaRN's is in LatentAttention, for all of the key: most of it is not turned
+
+    def init_weights(self):
+        for name, weight in self.named_parameters():
+            if weight.dim() > 1:
+                adds = name.endswith(("attn.proj.weight", "down.weight", "experts.down"))  # see GPT
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if adds else 0.02)
+
+    def new_cache(self, batch_size=1, capacity=None, n_layer=None):
+        c, weight = self.config, self.wte.weight
+        return KVCache(
+            n_layer or c.n_layer, batch_size, 1, capacity or c.block_size,
+            c.kv_lora_rank + c.qk_rope_head_dim, 0, weight.device, weight.dtype,
+        )  # fmt: skip
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def mixtures(self):
+        """(number of the layer, its MoE); that of the prediction module comes last."""
+        blocks = [*self.blocks, self.mtp.block] if self.mtp else self.blocks
+        return [(n, block.mlp) for n, block in enumerate(blocks) if isinstance(block.mlp, MoE)]
+
+    def predict(self, x, following, cache=None):
+        """Final vectors x [B, T, C] and the tokens that follow [B, T] -> vectors of the ones after these."""
+        positions, mask = self.places(following, cache, None)
+        embedded = self.dropout(self.embed(following, positions))
+        y = self.mtp(x, embedded, self.rotary_at(positions), cache, positions, mask)
+        if cache is not None:
+            cache.advance(following.shape[1])
+        return y
+
+    def training_loss(self, loss, x, targets, loss_mask, loss_divisor):
+        """See GPT. other_vars: mtp_loss in nats per token; balance_loss, of all layers the mean, before its
+        weight (1: every expert is as busy as any other); expert_load/<layer>, largest over mean."""
+        extra, other_vars = 0.0, {}
+        if self.mtp:
+            # Where the target is the next token, it is the input here, and the one after it the target.
+            y = self.predict(x, targets)
+            weights = F.pad(loss_mask[:, 1:], (0, 1))
+            total = self.total_loss(y.flatten(0, 1), targets.roll(-1, 1).flatten(), weights.flatten())[1]
+            extra = self.config.mtp_loss_weight * total / loss_divisor
+            other_vars["mtp_loss"] = total.detach() / weights.sum().clamp(min=1)
+        if mixtures := self.mixtures():
+            # A sequence weighs what its tokens weigh in the loss, so passes add up as they do there.
+            balance, counts = self.balance(mixtures, loss_mask)
+            by_sequence = balance.sum(0) * loss_mask.sum(1)
+            extra = extra + self.config.aux_loss_alpha * by_sequence.sum() / loss_divisor
+            other_vars["balance_loss"] = balance.detach().mean()
+            self.counts = counts if self.counts is None else self.counts + counts
+            for (layer, _), count in zip(mixtures, counts, strict=True):
+                other_vars[f"expert_load/{layer}"] = count.max() / count.mean().clamp(min=1e-9)
+        return loss + (extra - extra.detach()) if other_vars else loss, other_vars
+
+    def balance(self, mixtures, loss_mask):
+        """Equations 17 to 20 without alpha [layers, B], and the tokens of every expert [layers, E]."""
+        scores, chosen = map(torch.stack, zip(*(moe.routing for _, moe in mixtures), strict=True))
+        # What lies behind a sequence's last word that counts is padding, all of it alike.
+        is_text = (loss_mask.flip(1).cumsum(1).flip(1) > 0).to(scores.dtype).unsqueeze(-1)
+        picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * is_text  # [layers, B, T, E]
+        length = is_text.sum(1).clamp(min=1)
+        share = (scores / scores.sum(-1, keepdim=True) * is_text).sum(2) / length
+        frequency = picked.sum(2) / length * (scores.shape[-1] / chosen.shape[-1])
+        return (frequency * share).sum(-1), picked.sum((1, 2))
+
+    @torch.no_grad()
+    def after_step(self, sum_over_processes):
+        """Balance without a loss (section 2.1.2): a busy expert becomes less likely, an idle one more."""
+        counts, self.counts = self.counts, None
+        if counts is None or not self.config.bias_update_speed:
+            return
+        counts = torch.tensor(sum_over_processes(*counts.flatten().tolist())).view(counts.shape)
+        for (_, moe), count in zip(self.mixtures(), counts, strict=True):
+            step = self.config.bias_update_speed * (count.mean() - count).sign()
+            moe.gate.e_score_correction_bias += step.to(moe.gate.e_score_correction_bias.device)
+
+    # -- operations and memory -----------------------------------------------------------------------------
+
+    @property
+    def active_weights(self):
+        return active_weights(self) - active_weights(self.mtp)
+
+    def attention_flops(self, length):
+        c = self.config
+        head = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
+        return 2 * length * c.n_head * head * c.n_layer
+
+    def flops_per_token(self, length=None, training=True):
+        """As in GPT: of the experts that a token chooses, and of multi-token prediction in training only."""
+        c, flops = self.config, super().flops_per_token(length, training)
+        if self.mtp and training:
+            weights = active_weights(self.mtp) + c.n_embd * c.vocab_size
+            flops += 3 * (2 * weights + self.attention_flops(length or c.block_size) // c.n_layer)
+        return flops
+
+    def activations_per_token(self, keeps_attention):
+        c, n_dense, n_mixtures = self.config, self.config.first_k_dense_replace, len(self.mixtures())
+        head = 6 * c.qk_nope_head_dim + 5 * c.qk_rope_head_dim + c.v_head_dim + keeps_attention * c.block_size
+        attention = c.n_head * head + 2 * (c.q_lora_rank or 0) + 3 * c.kv_lora_rank + 6 * c.n_embd
+        experts = 4 * (c.n_shared_experts + c.num_experts_per_tok) * c.moe_intermediate_size
+        experts += 3 * c.num_experts_per_tok * c.n_embd + 6 * c.n_routed_experts
+        predicting = (5 * c.n_embd + 3 * c.vocab_size) * c.num_nextn_predict_layers
+        dense = 4 * c.n_hidden
+        return n_dense * (attention + dense) + n_mixtures * (attention + experts) + predicting
+
+    # -- decoding ------------------------------------------------------------------------------------------
+
+    def generate(
+        self, tokens, max_tokens, temperature=1.0, *, repetition_penalty=1.0, stop_tokens=(), **options
+    ):
+        """See GPT. Greedy, without a penalty, the prediction module drafts: the same tokens, sooner."""
+        if self.mtp and temperature == 0 and repetition_penalty == 1.0:
+            return self.generate_drafted(tokens, max_tokens, stop_tokens)
+        options |= {"repetition_penalty": repetition_penalty, "stop_tokens": stop_tokens}
+        return super().generate(tokens, max_tokens, temperature, **options)
+
+    @torch.inference_mode()
+    def generate_drafted(self, tokens, max_tokens, stop_tokens):
+        """Self-speculative decoding (Leviathan et al. 2023, with section 2.2's module as the drafter).
+
+        The network reads its last token and a draft of the next one at once, which takes hardly longer than
+        reading one. If the draft is what it would have said itself, a second token is won.
+        """
+        context, cache = self.prompt(tokens), None
+        while max_tokens > 0:
+            if cache is None or cache.uniform_length == cache.capacity:  # as in GPT.generate
+                keep = self.config.block_size if cache is None else max(1, self.config.block_size // 2)
+                pending, draft = context[-keep:], []
+                cache, its_cache = self.new_cache(), self.new_cache(n_layer=1)
+            if max_tokens == 1 or cache.uniform_length + 2 > cache.capacity:
+                draft = []
+            read = torch.tensor([pending + draft], device=self.wte.weight.device)
+            x = self.hidden(read, cache)
+            found = self.logits(x[0, len(pending) - 1 :]).argmax(-1).tolist()
+            if draft and draft != found[:1]:
+                found.pop()
+                cache.advance(-1)
+            for token in found:
+                if token in stop_tokens:
+                    return
+                yield token
+            context += found
+            max_tokens -= len(found)
+            pending = found[-1:]
+            n_read = read.shape[1] - len(draft) + len(found) - 1
+            following = torch.tensor([read[0, 1:n_read].tolist() + pending], device=read.device)
+            draft = [int(self.logits(self.predict(x[:, :n_read], following, its_cache)[0, -1]).argmax())]
+
+
+def active_weights(module):
+    """How many weights of matrices a token is multiplied with in a module, or in None."""
+    parts = [] if module is None else [*module.modules()]
+    linear = sum(part.in_features * part.out_features for part in parts if isinstance(part, nn.Linear))
+    return linear + sum(part.active_weights for part in parts if isinstance(part, Experts))
