@@ -10,7 +10,7 @@ import pytest
 
 from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
 from engine import config
-from engine.config import ROOT, load, load_run, parse_overrides
+from engine.config import ROOT, check_model, load, load_run, parse_overrides, read_json, shown
 from engine.errors import UserError
 
 PAIRS = [["a.bin", "b.bin"]]
@@ -208,7 +208,10 @@ def test_every_configuration_that_comes_with_nano_is_sound():
     assert len(paths) >= 3
     for path in paths:
         kind = path.name.partition("_")[0]
-        load({"model": ModelConfig, "config": TrainConfig, "deepspeed": DeepSpeedConfig}[kind], path)
+        if kind == "model":
+            check_model(read_json(path), shown(path))
+        else:
+            load({"config": TrainConfig, "deepspeed": DeepSpeedConfig}[kind], path)
 
 
 # ---- damage ------------------------------------------------------------------------------------------------
