@@ -168,6 +168,8 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
     for line in start.notices:
         notice(line)
     if start.checkpoint:
+        for line in checkpoint.extend_context(start, model_config):
+            notice(line)
         model, tokenizer = checkpoint.build(start.checkpoint, start.name, dropout=config.dropout)
         for line in checkpoint.differences(model.config, model_config.resolved(tokenizer.vocab_size)):
             notice(line)

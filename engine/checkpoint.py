@@ -178,6 +178,30 @@ def differences(found, wanted):
     return [f"the model keeps the shape it has in the checkpoint: {', '.join(differ)}"] if differ else []
 
 
+def extend_context(start, wanted):
+    """Where a new run's configuration, `wanted`, stretches the rotary positions otherwise than the checkpoint it
+    starts from, give the checkpoint that block_size and rope_scaling. Returns what to tell of it.
+
+    UserError if the checkpoint is of another architecture; `build` refuses one with learned positions.
+    """
+    if start.run or not wanted.rope_scaling:
+        return []
+    shape, scaling = start.checkpoint.model_config, wanted.rope_scaling.model_dump()
+    if shape.get("rope_scaling") == scaling:
+        return []
+    if (found := shape.get("architecture")) != wanted.architecture:
+        raise UserError(
+            f"rope_scaling is to stretch the context of {start.name}, but the model there is {found}, "
+            f"not {wanted.architecture}: set architecture to it, or rope_scaling to null"
+        )
+    told = (
+        f"the context of {start.name} is stretched as rope_scaling says ({scaling['rope_type']}, "
+        f"factor {scaling['factor']:g}): block_size {shape.get('block_size')} -> {wanted.block_size}"
+    )
+    shape.update(block_size=wanted.block_size, rope_scaling=scaling)
+    return [told]
+
+
 @dataclass
 class Start:
     """Where a run begins: `checkpoint` None is from scratch; `run` is set if it goes on with one."""

@@ -22,14 +22,16 @@ def causal_attention(q, k, v):
     return _CausalAttention.apply(*(t.flatten(0, 1) for t in (q, k, v))).view(q.shape)
 
 
-def linear_cross_entropy(x, weight, targets, weights):
+def linear_cross_entropy(x, weight, targets, weights, softcap=None):
     """The output head and its loss in one: x [N, C], weight [V, C], targets and weights [N] ->
     (logits [N, V], the sum of each position's weight * cross-entropy in nats).
+
+    softcap: of the logits, which become softcap * tanh(logits / softcap) (Gemma Team 2024, section 2).
 
     A vocabulary is rarely a multiple of anything, and a product that writes rows of an odd length is
     a third slower; here rows are as long as the next multiple of 64, and the rest of them is -inf.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets, weights)
+    return _LinearCrossEntropy.apply(x, weight, targets, weights, softcap)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -71,25 +73,32 @@ class _CausalAttention(torch.autograd.Function):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, weights):
+    def forward(ctx, x, weight, targets, weights, softcap):
         size = weight.shape[0]
         rows = x.new_empty(x.shape[0], -(-size // ALIGNMENT) * ALIGNMENT)
         rows[:, size:] = -math.inf
         logits = rows[:, :size]
         torch.mm(x, weight.mT, out=logits)
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
         p = rows.softmax(-1)
         # log sum exp(logits), by way of each row's largest, whose p cannot underflow
         log_sums = rows.amax(-1) - p.amax(-1).log()
         losses = log_sums - logits.gather(1, targets[:, None])[:, 0]
-        ctx.save_for_backward(x, weight, targets, weights, p)
+        ctx.save_for_backward(x, weight, targets, weights, p, rows if softcap else None)
+        ctx.softcap = softcap
         ctx.set_materialize_grads(False)
         return logits, (losses * weights).sum()
 
     @staticmethod
     def backward(ctx, grad_logits, grad_loss):
-        x, weight, targets, weights, p = ctx.saved_tensors
+        x, weight, targets, weights, p, rows = ctx.saved_tensors
         weights = (weights * (0 if grad_loss is None else grad_loss))[:, None]
         grad = p.mul_(weights).scatter_add_(1, targets[:, None], -weights)[:, : weight.shape[0]]
         if grad_logits is not None:
             grad += grad_logits
-        return grad @ weight, grad.mT @ x, None, None
+        if ctx.softcap:
+            # d tanh = 1 - tanh²
+            slope = (rows[:, : weight.shape[0]] / ctx.softcap).square_().neg_().add_(1)
+            grad.mul_(slope)
+        return grad @ weight, grad.mT @ x, None, None, None

@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 def in_transformers(model):
     """The same network as a LlamaForCausalLM or a Qwen3ForCausalLM, and with the same weights."""
     c = model.config
+    scaling = c.rope_scaling.model_dump() if c.rope_scaling else {"rope_type": "default"}
     fields = dict(
         vocab_size=c.vocab_size,
         hidden_size=c.n_embd,
@@ -25,7 +26,7 @@ def in_transformers(model):
         head_dim=c.head_dim,
         max_position_embeddings=c.block_size,
         rms_norm_eps=c.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        rope_parameters={"rope_theta": c.rope_theta, **scaling},
         tie_word_embeddings=c.tie_embeddings,
         attention_bias=c.bias,
         bos_token_id=None,
@@ -64,6 +65,9 @@ def in_transformers(model):
     return other.eval()
 
 
+LONG = dict(block_size=200, head_dim=20)  # so that pairs turn much, little and not once
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 50}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 50}
 SHAPES = {
     "plain": {},
     "one kv head": dict(n_kv_head=1),
@@ -79,6 +83,13 @@ SHAPES = {
         n_head=6, n_kv_head=2, head_dim=10, rope_theta=500.0, norm_eps=1e-3, tie_embeddings=False, bias=True,
         n_layer=4, n_hidden=37, block_size=64,
     ),
+    "llama3": dict(LONG, rope_theta=5e5, rope_scaling=LLAMA3),
+    "llama3, other turns": dict(
+        LONG, rope_scaling={**LLAMA3, "factor": 2.5, "low_freq_factor": 0.4, "high_freq_factor": 1.5}
+    ),
+    "yarn": dict(LONG, rope_scaling=YARN),
+    "yarn, other turns": dict(LONG, rope_scaling={**YARN, "factor": 16.0, "beta_fast": 5.0, "beta_slow": 0.5}),
+    "yarn without a ramp": dict(LONG, rope_scaling={**YARN, "beta_fast": 2.0, "beta_slow": 2.0}),
 }  # fmt: skip
 EVERY_SHAPE = pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES)
 BOTH = pytest.mark.parametrize("qk_norm", [False, True], ids=["Llama", "Qwen3"])

@@ -11,8 +11,10 @@ import signal
 import pytest
 import torch
 
+from data import Batches, TokenFile
 from engine.checkpoint import load
 from engine.errors import UserError
+from model import GPT, ModelConfig
 
 # ---- policies --------------------------------------------------------------------------------------------
 
@@ -134,6 +136,56 @@ def test_fine_tuning_starts_from_the_newest_pretrained_model(train):
         torch.testing.assert_close(weights, pretrained.model[name], atol=1e-8, rtol=0)
     # The optimizer starts anew.
     assert {float(state["step"]) for state in tuned.optimizer["state"].values()} == {1}
+
+
+STRETCH = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
+           "beta_fast": 4.0, "beta_slow": 1.0}  # fmt: skip
+
+
+def test_a_new_run_stretches_the_context_of_the_weights_it_starts_from(train):
+    train("pretrain", max_steps=3)
+    [before] = train.checkpoints().values()
+    wanted = dict(block_size=64, rope_scaling=STRETCH)
+    done = train("sft", **wanted, max_steps=2, decay_lr=False)
+    assert done.returncode == 0 and done.stderr == (
+        f"starting from the weights of checkpoint/{before.name}\n"
+        f"the context of checkpoint/{before.name} is stretched as rope_scaling says (yarn, factor 4): "
+        "block_size 32 -> 64\n"
+    )
+    after = load(train.checkpoints("sft")[2])
+    assert {key: after.model_config[key] for key in wanted} == wanted
+    shape = ModelConfig(**{**load(before).model_config, **wanted})
+    model = GPT(shape)
+    model.load_state_dict(load(before).model)
+    data = TokenFile(train.root / "dataset" / "prepared" / "sft_train.bin")
+    loss = model(*map(torch.from_numpy, Batches([data], 64, 4, 1337)(0)))[1]
+    assert float(train.logged("Train", "Loss")[3][1]) == pytest.approx(loss.item(), abs=2e-6)
+
+    # Its own checkpoints stay as they are: resumed with the same settings or others, and started from.
+    done = train("sft", "--resume", **wanted, max_steps=3, decay_lr=False)
+    assert done.returncode == 0 and "stretched" not in done.stderr and "keeps the shape" not in done.stderr
+    done = train("sft", "--resume", block_size=128, rope_scaling=STRETCH, max_steps=4, decay_lr=False)
+    assert "keeps the shape it has in the checkpoint: block_size 64 (configured: 128)" in done.stderr
+    again = {"from_checkpoint": f"checkpoint/{next(iter(train.checkpoints('sft').values())).name}"}
+    done = train("pretrain", **again, max_steps=1, decay_lr=False)
+    assert done.returncode == 0 and "stretched" not in done.stderr
+    assert load(train.checkpoints()[1]).model_config["rope_scaling"] == STRETCH
+
+
+def test_a_context_that_cannot_be_stretched_is_refused(train):
+    train("pretrain", max_steps=1, decay_lr=False, use_rope=False)
+    [path] = train.checkpoints().values()
+    done = train("sft", rope_scaling=STRETCH)
+    assert done.returncode == 2 and done.stderr.endswith(
+        f"error: checkpoint/{path.name}: model_config: rope_scaling is for rotary positions, "
+        "and use_rope is false\n"
+    )
+    done = train("sft", architecture="nanochat", rope_scaling=STRETCH)
+    assert done.returncode == 2 and done.stderr.endswith(
+        f"error: rope_scaling is to stretch the context of checkpoint/{path.name}, but the model there is nano, "
+        "not nanochat: set architecture to it, or rope_scaling to null\n"
+    )
+    assert not train.checkpoints("sft")
 
 
 # ---- killed while it is written ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
 from engine import config
-from engine.config import ROOT, load, load_run, parse_overrides
+from engine.config import ROOT, check_model, load, load_run, parse_overrides, read_json, shown
 from engine.errors import UserError
 
 PAIRS = [["a.bin", "b.bin"]]
@@ -209,7 +209,7 @@ def test_every_configuration_that_comes_with_nano_is_sound():
     for path in paths:
         kind = path.name.partition("_")[0]
         if kind == "model":
-            config.check_model(config.read_json(path), path.name)
+            check_model(read_json(path), shown(path))
         else:
             load({"config": TrainConfig, "deepspeed": DeepSpeedConfig}[kind], path)
 

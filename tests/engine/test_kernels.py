@@ -37,20 +37,27 @@ def test_causal_attention_of_heads_that_lie_apart():
     assert_same(kernels.causal_attention(q, k, v), expected, (qkv,))
 
 
+def head(x, weight, softcap):
+    logits = x @ weight.T
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 @pytest.mark.parametrize("vocab_size", [2, 63, 64, 65, 200])
 @pytest.mark.parametrize("scale", [1, 100], ids=["mild", "huge logits"])
-def test_linear_cross_entropy(vocab_size, scale):
+@pytest.mark.parametrize("softcap", [None, 15.0])
+def test_linear_cross_entropy(vocab_size, scale, softcap):
     torch.manual_seed(0)
     x, weight = draw(31, 6, scale=scale), draw(vocab_size, 6)
     targets, weights = torch.randint(vocab_size, (31,)), torch.rand(31, dtype=torch.float64)
     weights[3:9] = 0
-    logits, total = kernels.linear_cross_entropy(x, weight, targets, weights)
-    losses = F.cross_entropy(x @ weight.T, targets, reduction="none")
-    torch.testing.assert_close(logits, x @ weight.T)
+    logits, total = kernels.linear_cross_entropy(x, weight, targets, weights, softcap)
+    losses = F.cross_entropy(head(x, weight, softcap), targets, reduction="none")
+    torch.testing.assert_close(logits, head(x, weight, softcap))
     assert_same(total, (losses * weights).sum(), (x, weight))
 
 
-def test_linear_cross_entropy_has_gradients_through_its_logits_too():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_linear_cross_entropy_has_gradients_through_its_logits_too(softcap):
     torch.manual_seed(0)
     x, weight, targets = draw(7, 6), draw(65, 6), torch.randint(65, (7,))
     weights = torch.ones(7, dtype=torch.float64)
@@ -58,7 +65,10 @@ def test_linear_cross_entropy_has_gradients_through_its_logits_too():
     def both(logits, total):
         return torch.cat((logits.flatten(), total[None]))
 
-    expected = both(x @ weight.T, F.cross_entropy(x @ weight.T, targets, reduction="sum"))
-    assert_same(both(*kernels.linear_cross_entropy(x, weight, targets, weights)), expected, (x, weight))
-    logits, _ = kernels.linear_cross_entropy(x, weight, targets, weights)
-    assert_same(logits, x @ weight.T, (x, weight))
+    expected = both(
+        head(x, weight, softcap), F.cross_entropy(head(x, weight, softcap), targets, reduction="sum")
+    )
+    found = both(*kernels.linear_cross_entropy(x, weight, targets, weights, softcap))
+    assert_same(found, expected, (x, weight))
+    logits, _ = kernels.linear_cross_entropy(x, weight, targets, weights, softcap)
+    assert_same(logits, head(x, weight, softcap), (x, weight))

@@ -1,0 +1,135 @@
+"""nanochat (Karpathy 2025): a decoder of few parts, whose shape follows from its depth alone.
+
+What it has otherwise than model.py: the RMSNorms have no gain, and one more of them follows the embedding;
+the MLP squares what ReLU leaves (So et al. 2021, "Primer", section 3); the head is untied, and its logits
+stay within 15. Rotary positions turn the other way round: published weights then fit as they are.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+import model
+from config.schema import ArchitectureConfig
+from engine import kernels
+
+LOGIT_SOFTCAP = 15.0
+
+
+class Config(ArchitectureConfig):
+    """config/model_config.json for nanochat: n_layer is the dial, and the other sizes may stay null."""
+
+    bias: ClassVar[bool] = False
+    use_rope: ClassVar[bool] = True
+    is_causal: ClassVar[bool] = True
+    qk_norm: ClassVar[bool] = False  # model.py's, which has a gain
+    tie_embeddings: ClassVar[bool] = False
+
+    architecture: Literal["nanochat"] = Field("nanochat", description="which model to build")
+    n_embd: int | None = Field(
+        None, ge=1, le=1 << 16, description="width: size of a token's vector; null: 64 n_layer"
+    )
+    n_head: int | None = Field(
+        None, ge=1, le=1024, description="query heads per layer; null: as few as make head_dim 128 or less"
+    )
+    n_kv_head: int | None = Field(
+        None, ge=1, le=1024, description="key/value heads per layer; must divide n_head; null: n_head"
+    )
+    head_dim: int | None = Field(None, ge=1, le=4096, description="size of one head; null: n_embd / n_head")
+    n_hidden: int | None = Field(None, ge=1, le=1 << 18, description="width inside the MLP; null: 4 n_embd")
+    norm_eps: float = Field(1e-6, gt=0, lt=1, description="added to the mean square in RMSNorm")
+
+    @model_validator(mode="after")
+    def _shapes_fit(self):
+        c = self.resolved(None)
+        if not self.head_dim and c.n_embd % (2 * c.n_head):
+            raise ValueError(
+                f"n_embd={c.n_embd} does not divide into {c.n_head} heads of an even size; "
+                f"change n_embd or n_head, or set head_dim"
+            )
+        if c.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, found {c.head_dim}")
+        if c.n_head % c.n_kv_head:
+            raise ValueError(f"n_kv_head={c.n_kv_head} does not divide n_head={c.n_head}")
+        return self
+
+    def implied(self):
+        width = self.n_embd or 64 * self.n_layer
+        fewest = -(-width // (self.head_dim or 128))
+        even = (n for n in range(fewest, min(width // 2, 1024) + 1) if width % (2 * n) == 0)
+        n_head = self.n_head or (fewest if self.head_dim else next(even, fewest))
+        return {
+            "n_embd": width,
+            "n_head": n_head,
+            "n_kv_head": self.n_kv_head or n_head,
+            "head_dim": self.head_dim or width // n_head,
+            "n_hidden": self.n_hidden or 4 * width,
+        }
+
+
+class MLP(nn.Module):
+    """down(relu(up(x))²)"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu().square())
+
+
+class Block(model.Block):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.attn_norm = self.mlp_norm = norm(config, config.n_embd)
+        self.attn.q_norm = self.attn.k_norm = norm(config, config.head_dim)
+        self.mlp = MLP(config)
+
+
+def norm(config, size):
+    return nn.RMSNorm(size, config.norm_eps, elementwise_affine=False)
+
+
+class Model(model.GPT):
+    def make_block(self, layer):
+        return Block(self.config, layer)
+
+    def make_norm(self):
+        return norm(self.config, self.config.n_embd)
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+        nn.init.normal_(self.wte.weight, std=0.02)  # the norm behind it makes all of one length
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for block in self.blocks:
+            # All blocks begin as the identity, whatever the depth.
+            nn.init.zeros_(block.attn.proj.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+
+    def embed(self, tokens, positions):
+        return self.norm(super().embed(tokens, positions))
+
+    def rotary_at(self, positions):
+        cos, sin = super().rotary_at(positions)
+        return cos, -sin
+
+    def logits(self, x):
+        logits = super().logits(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
+
+    def total_loss(self, x, targets, weights):
+        if self.by_hand:
+            return kernels.linear_cross_entropy(x, self.lm_head.weight, targets, weights, LOGIT_SOFTCAP)
+        return super().total_loss(x, targets, weights)
+
+    def activations_per_token(self, keeps_attention):
+        # There is no gate, of which two products are needed again, and no gain, of which the input is.
+        less = 2 * self.config.n_layer * (self.config.n_hidden + self.config.n_embd)
+        return super().activations_per_token(keeps_attention) - less
