@@ -70,18 +70,48 @@ def stacked(prefix, **rows):
     return Parts([prefix + name for name in rows], lambda tensor: tensor.split(list(rows.values())), joined)
 
 
-def joined(parts):
+def joined(parts, dim=0):
     import torch
 
-    return torch.cat(parts)
+    return torch.cat(parts, dim)
+
+
+def interleaved(name, n_head, size):
+    """The last `size` rows of each head are turned in pairs, which are rows 0 1, 2 3, ... there; here all
+    first ones come before all second ones."""
+
+    def reordered(tensor, shape):
+        heads = tensor.unflatten(0, (n_head, -1))
+        still, turned = heads.split((heads.shape[1] - size, size), dim=1)
+        turned = turned.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+        return joined((still, turned), dim=1).flatten(0, 1)
+
+    return Parts([name], lambda ours: [reordered(ours, (2, -1))], lambda parts: reordered(parts[0], (-1, 2)))
+
+
+def experts(n_experts, *names):
+    """Matrices of all experts, transposed, those of `names` side by side: [E, in, len(names) * out]."""
+
+    def split(tensor):
+        return [part.mT for matrix in tensor for part in matrix.chunk(len(names), dim=1)]
+
+    def join(parts):
+        import torch
+
+        rows = torch.stack(parts).unflatten(0, (n_experts, len(names)))  # [E, names, out, in]
+        return rows.flatten(1, 2).mT
+
+    prefix = "model.layers.N.mlp.experts."
+    return Parts([f"{prefix}{e}.{name}.weight" for e in range(n_experts) for name in names], split, join)
 
 
 @dataclass(frozen=True)
 class Family:
     """One architecture of ours and the class of Transformers that computes the same.
 
-    weights(config): {module of ours: their name, or Parts}; N is the number of the layer.
+    weights(config): {module or tensor of ours: their name, or Parts}; N is the number of the layer.
     keys: {their key: ours}. ours, theirs: what the family fixes in our configuration, and in theirs.
+    needs: {what their class cannot do without: function of our configuration that tells if it is there}.
     """
 
     architecture: str
@@ -91,6 +121,7 @@ class Family:
     keys: dict
     ours: dict = field(default_factory=dict)
     theirs: dict = field(default_factory=dict)
+    needs: dict = field(default_factory=dict)
     yarn: dict = field(default_factory=dict)  # what their rope_scaling says beyond ours
 
 
@@ -100,16 +131,19 @@ KEYS = {
     "intermediate_size": "n_hidden",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_kv_head",
-    "head_dim": "head_dim",
     "max_position_embeddings": "block_size",
     "rms_norm_eps": "norm_eps",
 }
 HEADS = {"num_key_value_heads": "n_kv_head", "head_dim": "head_dim"}
-# What their keys mean when a config.json leaves them out; None: what it means in ours.
+# What their keys mean when a config.json leaves them out; None: what it means to leave ours out.
 DEFAULTS = {
     "num_key_value_heads": None,
     "head_dim": None,
+    "q_lora_rank": None,
+    "num_nextn_predict_layers": None,
+    "bias_update_speed": None,
+    "aux_loss_alpha": None,
+    "mtp_loss_weight": None,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "attention_bias": False,
@@ -152,6 +186,33 @@ def nanochat_weights(c):
     }
 
 
+def deepseek_v3_weights(c):
+    attention, mlp, mtp = (f"model.layers.{part}." for part in ("N.self_attn", "N.mlp", c.n_layer))
+    n_shared = c.n_shared_experts * c.moe_intermediate_size
+    rope = c.qk_rope_head_dim
+    return block_weights(c) | {
+        "blocks.N.attn.q": interleaved(attention + "q_proj", c.n_head, rope),
+        "blocks.N.attn.q_a": attention + "q_a_proj",
+        "blocks.N.attn.q_norm": attention + "q_a_layernorm",
+        "blocks.N.attn.q_b": interleaved(attention + "q_b_proj", c.n_head, rope),
+        "blocks.N.attn.kv_a": interleaved(attention + "kv_a_proj_with_mqa", 1, rope),
+        "blocks.N.attn.kv_norm": attention + "kv_a_layernorm",
+        "blocks.N.attn.kv_b": attention + "kv_b_proj",
+        "blocks.N.mlp.gate_up": stacked(mlp, gate_proj=c.n_hidden, up_proj=c.n_hidden),
+        "blocks.N.mlp.down": mlp + "down_proj",
+        "blocks.N.mlp.gate": mlp + "gate",
+        "blocks.N.mlp.experts.gate_up": experts(c.n_routed_experts, "gate_proj", "up_proj"),
+        "blocks.N.mlp.experts.down": experts(c.n_routed_experts, "down_proj"),
+        "blocks.N.mlp.shared.gate_up": stacked(mlp + "shared_experts.", gate_proj=n_shared, up_proj=n_shared),
+        "blocks.N.mlp.shared.down": mlp + "shared_experts.down_proj",
+        # The module of multi-token prediction is the layer behind the last one.
+        "mtp.enorm": mtp + "enorm",
+        "mtp.hnorm": mtp + "hnorm",
+        "mtp.eh_proj": mtp + "eh_proj",
+        "mtp.norm": mtp + "shared_head.norm",
+    }
+
+
 FAMILIES = (
     Family(
         "nano", "LlamaForCausalLM", "llama", nano_weights,
@@ -159,6 +220,7 @@ FAMILIES = (
         | {"tie_word_embeddings": "tie_embeddings", "attention_bias": "bias", "mlp_bias": "bias"},
         ours={"qk_norm": False, "use_rope": True, "is_causal": True},
         theirs={"hidden_act": "silu"},
+        needs={"an n_embd that n_head divides": lambda c: c.n_embd % c.n_head == 0},
     ),
     Family(
         "nano", "Qwen3ForCausalLM", "qwen3", nano_weights,
@@ -173,6 +235,25 @@ FAMILIES = (
             "hidden_act": "relu2", "attention_bias": False, "tie_word_embeddings": False,
             "final_logit_softcapping": 15.0,
         },
+    ),
+    Family(
+        "deepseek_v3", "DeepseekV3ForCausalLM", "deepseek_v3", deepseek_v3_weights,
+        KEYS | {"num_key_value_heads": "n_head", "tie_word_embeddings": "tie_embeddings"}
+        | {key: key for key in (
+            "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+            "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
+            "moe_intermediate_size", "first_k_dense_replace", "routed_scaling_factor", "norm_topk_prob",
+            "num_nextn_predict_layers", "bias_update_speed", "aux_loss_alpha", "mtp_loss_weight",
+        )},
+        theirs={
+            "hidden_act": "silu", "attention_bias": False, "rope_interleave": True, "moe_layer_freq": 1,
+            "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+        },
+        needs={
+            "a shared expert": lambda c: c.n_shared_experts,
+            "groups of two experts or more": lambda c: c.n_routed_experts >= 2 * c.n_group,
+        },
+        yarn={"mscale": 1.0, "mscale_all_dim": 1.0},
     ),
 )  # fmt: skip
 
@@ -194,11 +275,9 @@ def family_of(config):
     for key in differing(family):
         found, needed = (json.dumps(value) for value in (getattr(config, key), family.ours[key]))
         raise UserError(f"{key} is {found} in this model, and a {family.class_name} has only {needed}")
-    if family.model_type == "llama" and config.n_embd % config.n_head:
-        raise UserError(
-            f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}, and a "
-            f"{family.class_name} needs that"
-        )
+    for what, is_there in family.needs.items():
+        if not is_there(config):
+            raise UserError(f"a {family.class_name} needs {what}, and this model has none")
     return family
 
 
@@ -236,7 +315,7 @@ def from_config(found, source):
         if theirs not in found and theirs not in DEFAULTS:
             raise UserError(f"{source}: {theirs} is missing")
         value = found.get(theirs, DEFAULTS.get(theirs))
-        if values.setdefault(ours, value) != value:
+        if value is not None and values.setdefault(ours, value) != value:
             raise UserError(f"{source}: {theirs} differs from what else is {ours} in Nano, and is one there")
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -261,13 +340,13 @@ def counterparts(family, config, names):
     for name in names:
         if name == "lm_head.weight" and config.tie_embeddings:
             continue
-        module, _, kind = name.rpartition(".")
-        number = re.search(r"(?<=^blocks\.)\d+", name)
-        module = re.sub(r"^blocks\.\d+", "blocks.N", module)
-        parts = table[module]
-        parts = parts if isinstance(parts, Parts) else Parts([parts])
-        number = number and number[0]
-        theirs = [f"{their.replace('.N.', f'.{number}.')}.{kind}" for their in parts.names]
+        place = name.replace("mtp.block.", f"blocks.{config.n_layer}.")
+        number = re.match(r"blocks\.(\d+)|", place)[1]
+        place = re.sub(r"^blocks\.\d+", "blocks.N", place)
+        module, _, kind = place.rpartition(".")
+        found, suffix = (table[place], "") if place in table else (table[module], "." + kind)
+        parts = found if isinstance(found, Parts) else Parts([found])
+        theirs = [their.replace(".N.", f".{number}.") + suffix for their in parts.names]
         yield name, parts._replace(names=theirs)
 
 
@@ -314,8 +393,12 @@ def from_weights(family, config, read):
 
 
 def needless(name, config):
-    """Whether it follows from the rest."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings)
+    """Whether it follows from the rest, or stands there twice."""
+    return bool(
+        name.endswith("rotary_emb.inv_freq")
+        or (name == "lm_head.weight" and config.tie_embeddings)
+        or re.fullmatch(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight", name)
+    )
 
 
 # ---- the tokenizer ---------------------------------------------------------------------------------
@@ -397,6 +480,7 @@ def from_library(path):
 
 def write_folder(checkpoint, name, folder):
     """Write the model of a checkpoint. The folder is there whole or not at all."""
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -442,9 +526,10 @@ def write_folder(checkpoint, name, folder):
         for file, text in texts.items():
             (beside / file).write_text(text, encoding="utf-8")
         try:
-            # Copies: parts of one matrix would be stored as the whole of it.
-            copies = {their: tensor.clone() for their, tensor in weights.items()}
-            save_file(copies, beside / "model.safetensors", {"format": "pt", "task": checkpoint.task})
+            # Copies, as a part of a matrix cannot be stored without the whole of it.
+            dense = torch.contiguous_format
+            weights = {their: tensor.clone(memory_format=dense) for their, tensor in weights.items()}
+            save_file(weights, beside / "model.safetensors", {"format": "pt", "task": checkpoint.task})
         except SafetensorError as error:
             raise UserError(f"{shown(folder)} could not be written ({error})") from None
         for path in beside.iterdir():
@@ -503,6 +588,10 @@ def read_folder(folder, task, tokenizer_path):
             f"the tokenizer has {tokenizer.vocab_size:,} tokens, and the model only {config.vocab_size:,}"
         )
     read, metadata = open_weights(folder)
+    if getattr(config, "num_nextn_predict_layers", 0):
+        if not any(name.startswith(f"model.layers.{config.n_layer}.") for name in read):
+            # Transformers leaves the module out when it saves, and the key as it is.
+            config = config.model_copy(update={"num_nextn_predict_layers": 0})
     try:
         state = from_weights(family, config, read)
     except UserError as error:
