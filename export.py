@@ -215,18 +215,18 @@ def deepseek_v3_weights(c):
 
 FAMILIES = (
     Family(
+        "nano", "Qwen3ForCausalLM", "qwen3", nano_weights,
+        KEYS | HEADS | {"tie_word_embeddings": "tie_embeddings"},
+        ours={"qk_norm": True, "use_rope": True, "is_causal": True, "bias": False},
+        theirs={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+    ),
+    Family(
         "nano", "LlamaForCausalLM", "llama", nano_weights,
         KEYS | HEADS
         | {"tie_word_embeddings": "tie_embeddings", "attention_bias": "bias", "mlp_bias": "bias"},
         ours={"qk_norm": False, "use_rope": True, "is_causal": True},
         theirs={"hidden_act": "silu"},
         needs={"an n_embd that n_head divides": lambda c: c.n_embd % c.n_head == 0},
-    ),
-    Family(
-        "nano", "Qwen3ForCausalLM", "qwen3", nano_weights,
-        KEYS | HEADS | {"tie_word_embeddings": "tie_embeddings"},
-        ours={"qk_norm": True, "use_rope": True, "is_causal": True, "bias": False},
-        theirs={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
     ),
     Family(
         "nanochat", "NanoChatForCausalLM", "nanochat", nanochat_weights,
@@ -574,19 +574,20 @@ def open_weights(folder):
 def read_folder(folder, task, tokenizer_path):
     """Write the checkpoint of a folder's model. `task`, `tokenizer_path`: instead of what the folder says."""
     import tokenizer as tokenizers
-    from engine.checkpoint import Checkpoint
-    from engine.config import find, read_json, shown
+    from engine.config import read_json, shown
 
     source = folder / "config.json"
     family, config = from_config(read_json(source), shown(source))
     if tokenizer_path is None:
         tokenizer = from_library(folder / "tokenizer.json")
     else:
-        tokenizer = tokenizers.load(find(tokenizer_path))
+        tokenizer = tokenizers.load(tokenizer_path)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens, and the model only {config.vocab_size:,}"
         )
+    from engine.checkpoint import Checkpoint
+
     read, metadata = open_weights(folder)
     if getattr(config, "num_nextn_predict_layers", 0):
         if not any(name.startswith(f"model.layers.{config.n_layer}.") for name in read):
@@ -610,13 +611,15 @@ def read_folder(folder, task, tokenizer_path):
 
 def main():
     args = parse_arguments()
-    from engine.config import find
+    from engine.config import find, shown
 
+    for path in (args.model, args.tokenizer):
+        if path is not None and not find(path).is_file():
+            raise UserError(f"there is no file {shown(find(path))}")
     if args.read is not None:
-        folder = find(args.read)
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}")
-        read_folder(folder, args.task, args.tokenizer)
+        if not find(args.read).is_dir():
+            raise UserError(f"there is no folder {shown(find(args.read))}")
+        read_folder(find(args.read), args.task, args.tokenizer and find(args.tokenizer))
         return
     from inference import load_checkpoint
 
