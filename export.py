@@ -20,6 +20,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -125,6 +126,7 @@ class Family:
     yarn: dict = field(default_factory=dict)  # what their rope_scaling says beyond ours
 
 
+# What all families have.
 KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "n_embd",
@@ -133,6 +135,14 @@ KEYS = {
     "num_attention_heads": "n_head",
     "max_position_embeddings": "block_size",
     "rms_norm_eps": "norm_eps",
+}
+WEIGHTS = {
+    "wte": "model.embed_tokens",
+    "blocks.N.attn_norm": "model.layers.N.input_layernorm",
+    "blocks.N.attn.proj": "model.layers.N.self_attn.o_proj",
+    "blocks.N.mlp_norm": "model.layers.N.post_attention_layernorm",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
 }
 HEADS = {"num_key_value_heads": "n_kv_head", "head_dim": "head_dim"}
 # What their keys mean when a config.json leaves them out; None: what it means to leave ours out.
@@ -151,25 +161,13 @@ DEFAULTS = {
 }
 
 
-def block_weights(c):
-    """What all families have."""
-    return {
-        "wte": "model.embed_tokens",
-        "blocks.N.attn_norm": "model.layers.N.input_layernorm",
-        "blocks.N.attn.proj": "model.layers.N.self_attn.o_proj",
-        "blocks.N.mlp_norm": "model.layers.N.post_attention_layernorm",
-        "norm": "model.norm",
-        "lm_head": "lm_head",
-    }
-
-
 def qkv(c):
     queries, keys = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     return stacked("model.layers.N.self_attn.", q_proj=queries, k_proj=keys, v_proj=keys)
 
 
 def nano_weights(c):
-    return block_weights(c) | {
+    return WEIGHTS | {
         "blocks.N.attn.qkv": qkv(c),
         "blocks.N.attn.q_norm": "model.layers.N.self_attn.q_norm",
         "blocks.N.attn.k_norm": "model.layers.N.self_attn.k_norm",
@@ -179,7 +177,7 @@ def nano_weights(c):
 
 
 def nanochat_weights(c):
-    return block_weights(c) | {
+    return WEIGHTS | {
         "blocks.N.attn.qkv": qkv(c),
         "blocks.N.mlp.up": "model.layers.N.mlp.fc1",
         "blocks.N.mlp.down": "model.layers.N.mlp.fc2",
@@ -190,7 +188,7 @@ def deepseek_v3_weights(c):
     attention, mlp, mtp = (f"model.layers.{part}." for part in ("N.self_attn", "N.mlp", c.n_layer))
     n_shared = c.n_shared_experts * c.moe_intermediate_size
     rope = c.qk_rope_head_dim
-    return block_weights(c) | {
+    return WEIGHTS | {
         "blocks.N.attn.q": interleaved(attention + "q_proj", c.n_head, rope),
         "blocks.N.attn.q_a": attention + "q_a_proj",
         "blocks.N.attn.q_norm": attention + "q_a_layernorm",
@@ -322,11 +320,14 @@ def from_config(found, source):
         raise UserError(f"{source}: its rope_parameters are no JSON object")
     rope = {"rope_type" if key == "type" else key: rope[key] for key in rope if rope[key] is not None}
     values["rope_theta"] = rope.pop("rope_theta", found.get("rope_theta", 10000.0))
+    share = rope.pop("partial_rotary_factor", found.get("partial_rotary_factor", 1.0))
+    if share != 1.0:
+        raise UserError(f"{source}: partial_rotary_factor is {json.dumps(share)}; Nano has only 1.0")
     if rope.get("rope_type") == "yarn":
         for key, value in family.yarn.items():
             if rope.pop(key, None) != value:
                 raise UserError(f"{source}: {key} of YaRN must be {json.dumps(value)}")
-    values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    values["rope_scaling"] = None if rope in ({}, {"rope_type": "default"}) else rope
     config = check_model(values, f"{source}, in Nano's names")
     return family, config.resolved(config.vocab_size)
 
@@ -451,13 +452,14 @@ def from_library(path):
     """The tokenizer of ours that a tokenizer.json is. UserError if it is none."""
     from tokenizers import Tokenizer
 
+    from engine.config import shown
     from tokenizer import BPETokenizer, CharTokenizer
 
     try:
         library = Tokenizer.from_file(str(path))
         found = json.loads(library.to_str())
     except Exception as error:  # the library knows no other kind
-        raise UserError(f"{path} could not be read ({error})") from None
+        raise UserError(f"{shown(path)} could not be read ({error})") from None
     try:
         if found["pre_tokenizer"]:
             tokenizer = BPETokenizer(found["model"]["merges"])
@@ -469,8 +471,8 @@ def from_library(path):
     parts = ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")
     if any(found.get(part) != ours.get(part, ...) for part in parts):
         raise UserError(
-            f"{path} is not a tokenizer that Nano has written, and Nano has no way to cut text as it does; "
-            "the model can be read with a tokenizer of Nano's that it was trained with: --tokenizer"
+            f"{shown(path)} is not a tokenizer that Nano has written, and Nano cannot cut text as it does; "
+            "--tokenizer reads the model with another one, if it was trained with that"
         )
     return tokenizer
 
@@ -532,6 +534,8 @@ def write_folder(checkpoint, name, folder):
             save_file(weights, beside / "model.safetensors", {"format": "pt", "task": checkpoint.task})
         except SafetensorError as error:
             raise UserError(f"{shown(folder)} could not be written ({error})") from None
+        # The library gives its file to its owner alone.
+        shutil.copymode(beside / "config.json", beside / "model.safetensors")
         for path in beside.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())

@@ -42,7 +42,7 @@ CASES = {
     "Qwen3, all of it": (
         SMALL | dict(qk_norm=True, n_kv_head=2, head_dim=14, tie_embeddings=False, rope_scaling=YARN,
                      vocab_size=400), BPE),
-    "nanochat": (SMALL | dict(architecture="nanochat", n_kv_head=2), BPE),
+    "nanochat": (SMALL | dict(architecture="nanochat", n_kv_head=2, head_dim=10), BPE),
     "DeepSeek V3": (MIXTURE, CHAR),
     "DeepSeek V3, all of it": (
         MIXTURE | dict(q_lora_rank=20, n_shared_experts=2, tie_embeddings=True, rope_scaling=YARN,
@@ -176,6 +176,25 @@ def test_there_and_back(case, written, command):
     build(back, "the test")
 
 
+@torch.no_grad()
+def test_the_prediction_module_is_theirs(written, monkeypatch):
+    """Transformers reads it for drafting; which layer it is stands in the class, for the released size."""
+    from transformers import modeling_layers
+
+    if not hasattr(modeling_layers, "MtpModel"):
+        pytest.skip("this release of Transformers has no multi-token prediction")
+    their_class = transformers.DeepseekV3ForCausalLM
+    monkeypatch.setattr(their_class, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.3\."])
+    checkpoint = random_checkpoint(*CASES["DeepSeek V3"])
+    model, tokenizer = build(checkpoint, "the test")
+    module = modeling_layers.MtpModel.from_pretrained(in_transformers(written(checkpoint))[0])
+    tokens = random_tokens(2, 20, vocab_size=tokenizer.vocab_size)
+    x, following = model.hidden(tokens)[:, :-1], tokens[:, 1:]
+    ours = model.predict(x, following)
+    theirs = module.forward_layer(0, x, torch.arange(19)[None], None, input_ids=following)
+    assert ours.std() > 0.5 and differ(ours, theirs) < 1e-4
+
+
 SIZES = dict(
     vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=32, pad_token_id=0, bos_token_id=2, eos_token_id=3,
@@ -229,6 +248,16 @@ def test_old_keys_of_a_config_mean_the_same(written, command):
     assert newest().model_config == load(max(engine.checkpoint.FOLDER.glob("*_step_7.pt"))).model_config
 
 
+def test_what_stands_there_twice_may_stay(written, command):
+    checkpoint = random_checkpoint(SMALL | dict(qk_norm=False), CHAR)
+    folder = written(checkpoint)
+    other_tensors(
+        lm_head__weight=torch.ones(3), model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(3)
+    )(folder)
+    assert command("--read", folder).returncode == 0
+    assert all(torch.equal(newest().model[name], checkpoint.model[name]) for name in checkpoint.model)
+
+
 def test_half_precision_stays(written, command):
     checkpoint = random_checkpoint(*CASES["Qwen3"], task="pretrain")
     checkpoint.model = {name: tensor.bfloat16() for name, tensor in checkpoint.model.items()}
@@ -248,6 +277,7 @@ def test_from_training_to_the_folder_and_back_to_fine_tuning(train, command, mon
     done = command()
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"checkpoint/{path.stem}: Qwen3ForCausalLM, ")
+    assert len({file.stat().st_mode for file in path.with_suffix("").iterdir()}) == 1
     path.rename(tmp_path / path.name)
     done = command("--read", path.with_suffix(""))
     assert done.returncode == 0, done.stderr
@@ -430,6 +460,7 @@ def foreign_tokenizer(folder):
         (change("config.json", rope_scaling=[1]), "its rope_parameters are no JSON object"),
         (change("config.json", rope_scaling={"rope_type": "linear", "factor": 2.0}), 'key "rope_scaling"'),
         (change("config.json", rope_scaling=YARN | {"mscale": 0.7}), 'its key "mscale"'),
+        (change("config.json", partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; Nano has only 1.0"),
         (other_tensors(model__norm__weight=torch.ones(24, 1)), "model.norm.weight is [24, 1], and [24] by"),
         (other_tensors(model__norm__weight=torch.ones(24).int()), "is torch.int32; float32, bfloat16 or"),
         (other_tensors(model__norm__weight=None), "the weights lack model.norm.weight"),
