@@ -644,7 +644,7 @@ def read_folder(folder, task, tokenizer_path):
         tied = config.tie_embeddings
         state["lm_head.weight"] = state["wte.weight"] if tied else renumbered(state["lm_head.weight"], rows)
         new = [token for token, row in zip(tokenizers.SPECIAL_TOKENS, rows, strict=False) if row is None]
-        print(f"Its tokens have Nano's numbers now; it knows nothing of {', '.join(new)} yet.")
+        print(f"Its tokens have Nano's numbers now; new to it are {', '.join(new) or 'none'}.")
     if task is None:
         task = "sft" if metadata.get("task") == "sft" else "pretrain"
     now = time.strftime("%Y%m%d_%H%M%S")

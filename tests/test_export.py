@@ -253,7 +253,7 @@ def test_a_tokenizer_of_others_is_read(tied, command, tmp_path):
         part.save_pretrained(tmp_path / "theirs")
     done = command("--read", tmp_path / "theirs")
     assert done.returncode == 0, done.stderr
-    assert "knows nothing of <|padding|>, <|unknown|>, <|instruct_mark|>" in done.stdout
+    assert "new to it are <|padding|>, <|unknown|>, <|instruct_mark|>" in done.stdout
     model, tokenizer = build(newest(), "the test")
     assert model.config.vocab_size == tokenizer.vocab_size == len(theirs) - 3 + len(SPECIAL_TOKENS)
     assert model.config.tie_embeddings == tied
