@@ -16,6 +16,7 @@ model that continues tokenizer(text), and answers tokenizer.apply_chat_template(
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -448,33 +449,69 @@ def to_library(tokenizer):
     return library
 
 
-def from_library(path):
-    """The tokenizer of ours that a tokenizer.json is. UserError if it is none."""
+def from_library(path, config):
+    """(tokenizer of ours, rows) of a tokenizer.json: rows[i] is the number there of our token i, or None.
+
+    config: the content of config.json, which names the special tokens. UserError if it is of no kind of ours.
+    """
     from tokenizers import Tokenizer
 
     from engine.config import shown
-    from tokenizer import BPETokenizer, CharTokenizer
+    from tokenizer import N_SPECIAL, SPECIAL_TOKENS
 
     try:
         library = Tokenizer.from_file(str(path))
         found = json.loads(library.to_str())
     except Exception as error:  # the library knows no other kind
         raise UserError(f"{shown(path)} could not be read ({error})") from None
-    try:
-        if found["pre_tokenizer"]:
-            tokenizer = BPETokenizer(found["model"]["merges"])
-        else:
-            tokenizer = CharTokenizer("".join(sorted(w for w in found["model"]["vocab"] if len(w) == 1)))
-        ours = json.loads(to_library(tokenizer).to_str())
-    except (KeyError, TypeError, ValueError, UserError):
-        ours = {}
-    parts = ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")
-    if any(found.get(part) != ours.get(part, ...) for part in parts):
+    tokenizer, numbers = of_our_kind(found), library.get_vocab()
+    ours = to_library(tokenizer).get_vocab() if tokenizer else {}
+    words = sorted(ours, key=ours.get)[N_SPECIAL:]
+    if not words or not numbers.keys() >= set(words):
         raise UserError(
-            f"{shown(path)} is not a tokenizer that Nano has written, and Nano cannot cut text as it does; "
-            "--tokenizer reads the model with another one, if it was trained with that"
+            f"{shown(path)} cuts text in a way that Nano does not know; --tokenizer reads the model with "
+            "another tokenizer, if it was trained with that"
         )
-    return tokenizer
+    eos = config.get("eos_token_id")
+    roles = {
+        "<|padding|>": config.get("pad_token_id"),
+        "<|unknown|>": numbers.get(found["model"]["unk_token"]),
+        "<|bos|>": config.get("bos_token_id"),
+        "<|eos|>": eos[0] if isinstance(eos, list) and eos else eos,
+    }
+    rows = [numbers.get(token, roles.get(token)) for token in SPECIAL_TOKENS]
+    rows = [row if type(row) is int and row >= 0 else None for row in rows]
+    return tokenizer, rows + [numbers[word] for word in words]
+
+
+def of_our_kind(found):
+    """The tokenizer of ours that cuts text as this content of a tokenizer.json does, or None.
+
+    Either one character is one token, or it is byte-level BPE within the words of GPT-2's regular expression.
+    """
+    from tokenizer import BPETokenizer, CharTokenizer
+
+    model, cut, decoder = found["model"], found["pre_tokenizer"] or {}, found["decoder"] or {}
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+               "ignore_merges")  # fmt: skip
+    if found["normalizer"] or any(model.get(key) for key in options):
+        return None
+    kinds = model.get("type"), cut.get("type"), decoder.get("type")
+    if kinds == ("BPE", None, "Fuse") and not model["merges"]:
+        words = sorted(model["vocab"].keys() - {token["content"] for token in found["added_tokens"]})
+        return CharTokenizer("".join(words)) if all(len(word) == 1 for word in words) else None
+    if kinds == ("BPE", "ByteLevel", "ByteLevel") and cut["use_regex"] and not cut["add_prefix_space"]:
+        with contextlib.suppress(KeyError):  # for a merge of other letters than those of the bytes
+            return BPETokenizer(model["merges"])
+    return None
+
+
+def renumbered(matrix, rows):
+    """matrix [V, C] with its rows in the order of our tokens; a token that has none gets their mean."""
+    import torch
+
+    mean = matrix.float().mean(0).to(matrix.dtype)
+    return torch.stack([mean if row is None else matrix[row] for row in rows])
 
 
 # ---- folders ---------------------------------------------------------------------------------------
@@ -581,15 +618,15 @@ def read_folder(folder, task, tokenizer_path):
     from engine.config import read_json, shown
 
     source = folder / "config.json"
-    family, config = from_config(read_json(source), shown(source))
+    found = read_json(source)
+    family, config = from_config(found, shown(source))
     if tokenizer_path is None:
-        tokenizer = from_library(folder / "tokenizer.json")
+        tokenizer, rows = from_library(folder / "tokenizer.json", found)
     else:
         tokenizer = tokenizers.load(tokenizer_path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens, and the model only {config.vocab_size:,}"
-        )
+        rows = list(range(tokenizer.vocab_size))
+    if (n_tokens := 1 + max(row for row in rows if row is not None)) > config.vocab_size:
+        raise UserError(f"the tokenizer has {n_tokens:,} tokens, and the model only {config.vocab_size:,}")
     from engine.checkpoint import Checkpoint
 
     read, metadata = open_weights(folder)
@@ -601,6 +638,13 @@ def read_folder(folder, task, tokenizer_path):
         state = from_weights(family, config, read)
     except UserError as error:
         raise UserError(f"{shown(folder)}: {error}") from None
+    if rows != list(range(len(rows))):
+        config = config.model_copy(update={"vocab_size": len(rows)})
+        state["wte.weight"] = renumbered(state["wte.weight"], rows)
+        tied = config.tie_embeddings
+        state["lm_head.weight"] = state["wte.weight"] if tied else renumbered(state["lm_head.weight"], rows)
+        new = [token for token, row in zip(tokenizers.SPECIAL_TOKENS, rows, strict=False) if row is None]
+        print(f"Its tokens have Nano's numbers now; new to it are {', '.join(new) or 'none'}.")
     if task is None:
         task = "sft" if metadata.get("task") == "sft" else "pretrain"
     now = time.strftime("%Y%m%d_%H%M%S")

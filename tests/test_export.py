@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import told
 from test_model import differ, random_tokens
-from test_tokenizer import BPE, CHAR, any_text, awkward
+from test_tokenizer import BPE, CHAR, SAMPLE, any_text, awkward
 
 import engine.checkpoint
 import export
@@ -233,6 +233,43 @@ def test_a_model_of_transformers_is_read(family, command, tmp_path):
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20, eos_token_id=None
     )
     assert list(model.generate(prompt[0], 20, temperature=0)) == answer[0, 5:].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_tokenizer_of_others_is_read(tied, command, tmp_path):
+    """Byte-level BPE as in GPT-2: its numbers become ours, and the rows of the embedding follow."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    library = ByteLevelBPETokenizer()
+    library.train_from_iterator([SAMPLE] * 3, vocab_size=330, special_tokens=["<s>", "</s>", "<mask>"])
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>")
+    sizes = SIZES | dict(vocab_size=340, bos_token_id=0, eos_token_id=[1], pad_token_id=None)
+    torch.manual_seed(0)
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=tied)).eval()
+    for name, tensor in other.state_dict().items():
+        tensor.normal_(float("norm" in name), 0.2)
+    for part in (other, theirs):
+        part.save_pretrained(tmp_path / "theirs")
+    done = command("--read", tmp_path / "theirs")
+    assert done.returncode == 0, done.stderr
+    assert "new to it are <|padding|>, <|unknown|>, <|instruct_mark|>" in done.stdout
+    model, tokenizer = build(newest(), "the test")
+    assert model.config.vocab_size == tokenizer.vocab_size == len(theirs) - 3 + len(SPECIAL_TOKENS)
+    assert model.config.tie_embeddings == tied
+    left_out = [2, *range(len(theirs), 340)]  # <mask>, and rows that no token has
+    for text in ("The fox", "狐狸 é\r\n", SAMPLE[:20]):
+        prompt = theirs(text, return_tensors="pt")
+        ids = tokenizer.encode(text).tolist()
+        assert theirs.convert_ids_to_tokens(prompt["input_ids"][0]) == [
+            export.to_library(tokenizer).id_to_token(i) for i in ids
+        ]
+        answer = other.generate(**prompt, do_sample=False, max_new_tokens=10, suppress_tokens=left_out)
+        ours = model.generate(ids, 10, temperature=0, stop_tokens=[tokenizer.eos_id])
+        answer = theirs.decode(answer[0, len(ids) :], skip_special_tokens=True)
+        assert answer == tokenizer.decode(list(ours))
+    first = model(torch.tensor([[tokenizer.bos_id]]))[0][0, 0, tokenizer.eos_id]
+    assert first.item() == pytest.approx(other(torch.tensor([[0]])).logits[0, 0, 1].item(), abs=1e-4)
 
 
 def test_old_keys_of_a_config_mean_the_same(written, command):
@@ -468,8 +505,8 @@ def foreign_tokenizer(folder):
         (index(a="../model.safetensors"), "its weight_map names no file of the folder for some tensor"),
         (index(a=[1]), "its weight_map names no file of the folder for some tensor"),
         (index(a="model-2.safetensors"), "there is no "),
-        (foreign_tokenizer, "is not a tokenizer that Nano has written"),
-        (change("tokenizer.json", normalizer={"type": "NFC"}), "is not a tokenizer that Nano has written"),
+        (foreign_tokenizer, "tokenizer.json cuts text in a way that"),
+        (change("tokenizer.json", normalizer={"type": "NFC"}), "tokenizer.json cuts text in a way that"),
     ],
 )
 def test_a_damaged_folder(damage, sentence, written, command):
