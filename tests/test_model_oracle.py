@@ -88,7 +88,9 @@ SHAPES = {
         LONG, rope_scaling={**LLAMA3, "factor": 2.5, "low_freq_factor": 0.4, "high_freq_factor": 1.5}
     ),
     "yarn": dict(LONG, rope_scaling=YARN),
-    "yarn, other turns": dict(LONG, rope_scaling={**YARN, "factor": 16.0, "beta_fast": 5.0, "beta_slow": 0.5}),
+    "yarn, other turns": dict(
+        LONG, rope_scaling={**YARN, "factor": 16.0, "beta_fast": 5.0, "beta_slow": 0.5}
+    ),
     "yarn without a ramp": dict(LONG, rope_scaling={**YARN, "beta_fast": 2.0, "beta_slow": 2.0}),
 }  # fmt: skip
 EVERY_SHAPE = pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES)
