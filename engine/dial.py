@@ -3,8 +3,8 @@
 Hoffmann et al. 2022 ("Chinchilla", table 3): a model of N parameters is best trained on D = 20 N tokens.
 Li et al. 2025 ("Predictable Scale, Part I", equation 1): AdamW is then best with batches of 0.58 D^0.571
 tokens and a learning rate of 1.79 N^-0.713 D^0.307. They leave the embeddings out of N, in models of 60
-million parameters and more. Here all parameters count: in small models, most are embeddings, and the
-rate would grow without bound.
+million parameters and more. In ours, which may be a thousand times smaller, all parameters count, most of
+which are embeddings then, and the rate ends at 0.03: it would grow without bound.
 """
 
 import math
@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.plan import Facts
 
 TOKENS_PER_PARAMETER = 20
+LARGEST_RATE = 0.03
 # These follow from the model, and the other keys from these.
 OF_THE_MODEL = ("batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate")
 
@@ -67,7 +68,8 @@ def chosen(config, model, largest_batch):
     batch_size = given("batch_size", max(1, sequences // passes))
     max_steps = given("max_steps", -(-horizon // (batch_size * passes * block_size)))
     warmup = (config.lr_decay_iters or max_steps) // 20
-    rate = given("learning_rate", float(f"{1.79 * n**-0.713 * horizon**0.307:.2g}"))
+    rate = min(LARGEST_RATE, float(f"{1.79 * n**-0.713 * horizon**0.307:.2g}"))
+    rate = given("learning_rate", rate)
     law = f"for {n:,} parameters and {horizon:,} tokens"
     return {
         "batch_size": (batch_size, f"about {tokens:,.0f} tokens a step, {law}"),
