@@ -137,7 +137,7 @@ class TrainConfig(Schema):
     dropout: float = Field(0.0, ge=0, lt=1, description="overrides the model's dropout")
     optimizer: Literal["adamw"] = Field("adamw", description="how gradients become steps")
     learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = Field(
-        6e-4, description='peak learning rate; "auto": 1.79 N^-0.713 D^0.307, at most 0.03, for N parameters '
+        6e-4, description='peak learning rate; "auto": 1.79 N^-0.713 D^0.307, at most 0.01, for N parameters '
         "and D = 20 N (Li et al. 2025)"
     )
     weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled decay of all matrices")
