@@ -29,8 +29,8 @@ def build(seed=0, **fields):
     model = Model(Config(**{**SMALL, **fields}))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, 0.5)
-        model.lm_head.weight.normal_(0, 2)
+            parameter.normal_(0, 2.5 / math.sqrt(parameter.shape[1]))
+        model.lm_head.weight.normal_(0, 10 / math.sqrt(model.config.n_embd))
     return model.eval()
 
 
