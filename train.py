@@ -136,12 +136,13 @@ def text_job(args, config, model_config, choice, parallel):
     """What -t, --resume and the two configurations ask for."""
     import tokenizer as tokenizers
     from data import Batches, TokenFile
-    from engine import checkpoint
+    from engine import checkpoint, dial
 
     start = parallel.first(lambda: checkpoint.starting_point(args.task, config, args.resume, args.since))
     model, tokenizer = initial_model(
         start, config, model_config, choice, lambda: tokenizers.load(find(config.tokenizer_path))
     )
+    config = parallel.first(lambda: dial.resolved(config, model, choice, args.task, start))
     files = [[TokenFile(find(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
     for file in (file for pair in files for file in pair):
         if file.meta["kind"] != args.task:

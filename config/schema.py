@@ -123,21 +123,34 @@ class TrainConfig(Schema):
     )
     tokenizer_path: str = Field("dataset/prepared/tokenizer.json", description="the data's tokenizer")
     random_seed: int = Field(1337, ge=0, lt=1 << 63, description="seed of weights, data order and dropout")
-    batch_size: int = Field(32, ge=1, le=1 << 20, description="sequences in one forward pass")
-    gradient_accumulation_steps: int = Field(
-        1, ge=1, le=1 << 20, description="forward passes per step; times batch_size is the global batch"
+    batch_size: Annotated[int, Field(ge=1, le=1 << 20)] | Auto = Field(
+        32, description='sequences in one forward pass; "auto": a global batch of 0.58 D^0.571 tokens, where '
+        "D is 20 per parameter of the model (Li et al. 2025)"
     )
-    max_steps: int = Field(0, ge=0, le=LAST_STEP, description="optimizer steps in all; 0: until stopped")
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1 << 20)] | Auto = Field(
+        1, description="forward passes per step; times batch_size is the global batch; "
+        '"auto": as few as fit in memory'
+    )
+    max_steps: Annotated[int, Field(ge=0, le=LAST_STEP)] | Auto = Field(
+        0, description='optimizer steps in all; 0: until stopped; "auto": 20 tokens per parameter'
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="overrides the model's dropout")
     optimizer: Literal["adamw"] = Field("adamw", description="how gradients become steps")
-    learning_rate: float = Field(6e-4, gt=0, le=10, description="peak learning rate")
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = Field(
+        6e-4, description='peak learning rate; "auto": 1.79 N^-0.713 D^0.307, at most 0.01, for N parameters '
+        "and D = 20 N (Li et al. 2025)"
+    )
     weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled decay of all matrices")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
     decay_lr: bool = Field(True, description="warm up, then cosine decay; false: constant")
-    warmup_iters: int = Field(300, ge=0, description="steps of linear warm-up")
+    warmup_iters: Annotated[int, Field(ge=0)] | Auto = Field(
+        300, description='steps of linear warm-up; "auto": a twentieth of the steps'
+    )
     lr_decay_iters: int = Field(0, ge=0, description="step at which min_lr is reached; 0: max_steps")
-    min_lr: float = Field(6e-5, ge=0, le=10, description="final learning rate")
+    min_lr: Annotated[float, Field(ge=0, le=10)] | Auto = Field(
+        6e-5, description='final learning rate; "auto": a tenth of learning_rate'
+    )
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: unlimited")
     eval_interval: int = Field(100, ge=1, description="steps between validations")
     eval_iters: int = Field(5, ge=1, description="batches per validation")
@@ -163,8 +176,16 @@ class TrainConfig(Schema):
 
     tensorboard: bool = Field(False, description="write runs/train_<time> for TensorBoard, besides the log")
 
+    @property
+    def automatic(self):
+        """The keys whose "auto" stands for a number that follows from the model: engine/dial.py."""
+        keys = ("batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate", "min_lr")
+        return [key for key in (*keys, "warmup_iters") if getattr(self, key) == "auto"]
+
     @model_validator(mode="after")
     def _schedule_fits(self):
+        if self.automatic:  # checked again when they are numbers
+            return self
         end = self.lr_decay_iters or self.max_steps
         if self.decay_lr and not end:
             raise ValueError(

@@ -179,8 +179,8 @@ def differences(found, wanted):
 
 
 def extend_context(start, wanted):
-    """Where a new run's configuration, `wanted`, stretches the rotary positions otherwise than the checkpoint it
-    starts from, give the checkpoint that block_size and rope_scaling. Returns what to tell of it.
+    """Give the checkpoint that a new run starts from the configured block_size and rope_scaling, where that
+    stretches its positions, or stretches them otherwise. Returns what to tell of it.
 
     UserError if the checkpoint is of another architecture; `build` refuses one with learned positions.
     """
@@ -248,8 +248,9 @@ def starting_point(task, config, resume, since=None):
 def _continued(checkpoint, path, config, notices):
     """Go on with the run of a checkpoint; say where the configuration has changed meanwhile."""
     now = config.model_dump(mode="json")
-    changes = [f"{key}: {checkpoint.train_config.get(key)} -> {now[key]}" for key in now
-               if key != "from_checkpoint" and checkpoint.train_config.get(key) != now[key]]  # fmt: skip
+    changes = [f"{key}: {checkpoint.train_config.get(key)} -> {value}" for key, value in now.items()
+               if key not in ("from_checkpoint", *config.automatic)
+               and checkpoint.train_config.get(key) != value]  # fmt: skip
     notices = [*notices, f"going on with {shown(path)} at step {checkpoint.step}"]
     if changes:
         notices.append("changed since then: " + ", ".join(changes))

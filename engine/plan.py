@@ -23,7 +23,10 @@ class Facts:
         self.task, self.model, self.choice, self.config = task, model, choice, config
         self.batches, self.validation = batches, validation
         self.flops_per_token = model.flops_per_token()
-        self.steps_per_epoch = batches.sequences_per_epoch / batches.batch_size
+
+    @property
+    def steps_per_epoch(self):
+        return self.batches.sequences_per_epoch / self.batches.batch_size
 
     def header(self):
         """The log's first line: the configuration and the machine."""

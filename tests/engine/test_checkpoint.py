@@ -182,8 +182,8 @@ def test_a_context_that_cannot_be_stretched_is_refused(train):
     )
     done = train("sft", architecture="nanochat", rope_scaling=STRETCH)
     assert done.returncode == 2 and done.stderr.endswith(
-        f"error: rope_scaling is to stretch the context of checkpoint/{path.name}, but the model there is nano, "
-        "not nanochat: set architecture to it, or rope_scaling to null\n"
+        f"error: rope_scaling is to stretch the context of checkpoint/{path.name}, but the model there is "
+        "nano, not nanochat: set architecture to it, or rope_scaling to null\n"
     )
     assert not train.checkpoints("sft")
 

@@ -38,6 +38,7 @@ def refusal(schema, path, text, overrides=()):
         ({"dataset_path": [["a"]]}, 'key "dataset_path": found ["a"]; needs a list'),
         ({"dataset_path": [["a", 1]]}, 'key "dataset_path": found 1; needs a list'),
         ({"batch_size": "8"}, 'key "batch_size": found "8"; needs an integer >= 1 and <= 1048576'),
+        ({"batch_size": "Auto"}, 'found "Auto"; needs an integer >= 1 and <= 1048576 or "auto"'),
         ({"batch_size": 0}, 'key "batch_size": found 0; needs an integer >= 1'),
         ({"batch_size": 8.0}, 'key "batch_size": found 8.0; needs an integer'),
         ({"batch_size": True}, 'key "batch_size": found true; needs an integer'),
@@ -262,6 +263,7 @@ def damage(text, dice):
 
 def is_small(model, run):
     """Whether a test can wait for a step of it."""
+    run = run.model_copy(update=dict.fromkeys(run.automatic, 1))  # all of it follows from a small model
     return (
         model.n_layer * model.n_embd * model.implied()["head_dim"] * model.n_head <= 1 << 18
         and (model.n_hidden or 0) <= 1024

@@ -1,6 +1,7 @@
 """models/nanochat.py against Transformers' NanoChatForCausalLM, against float64, and its dial."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,12 @@ from test_model import differ, graph_of, random_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import inference
+import models
+from engine.checkpoint import build as open_checkpoint
+from engine.checkpoint import load
+from engine.config import ROOT, check_model, read_json
+from engine.errors import UserError
 from models.nanochat import Config, Model
 
 transformers = pytest.importorskip("transformers")
@@ -22,8 +29,8 @@ def build(seed=0, **fields):
     model = Model(Config(**{**SMALL, **fields}))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, 0.5)
-        model.lm_head.weight.normal_(0, 2)
+            parameter.normal_(0, 2.5 / math.sqrt(parameter.shape[1]))
+        model.lm_head.weight.normal_(0, 10 / math.sqrt(model.config.n_embd))
     return model.eval()
 
 
@@ -162,3 +169,146 @@ def test_activations_are_near_what_autograd_keeps():
     measured = sum(size for pointer, size in kept.items() if pointer not in own) / (4 * tokens.numel())
     assert model.activations_per_token(keeps_attention=False) == pytest.approx(measured, rel=0.2)
     assert math.isfinite(loss.item())
+
+
+CHANGES = {
+    "block_size": 15,
+    "vocab_size": 24,
+    "n_layer": 3,
+    "n_head": 2,
+    "n_embd": 32,
+    "dropout": 0.5,
+    "rope_theta": 100.0,
+    "rope_scaling": {**LONGER, "original_max_position_embeddings": 8},
+    "norm_eps": 0.1,
+    "n_kv_head": 4,
+    "head_dim": 8,
+    "n_hidden": 41,
+}
+
+
+@pytest.mark.parametrize("field", sorted(Config.model_fields.keys() - {"architecture"}))
+def test_every_key_changes_something(field):
+    before, after = build(), build(**{field: CHANGES[field]})
+    tokens = random_tokens(1, 16)
+    if field == "block_size":
+        with pytest.raises(ValueError, match="do not fit in a context of 15"):
+            after(tokens)
+    elif field in ("dropout", "rope_theta", "rope_scaling", "norm_eps"):
+        after.load_state_dict(before.state_dict())
+        assert torch.equal(before(tokens)[0], after(tokens)[0]) == (field == "dropout")
+        assert not torch.equal(before.train()(tokens)[0], after.train()(tokens)[0])
+    else:
+        shapes = [[p.shape for p in model.parameters()] for model in (before, after)]
+        assert shapes[0] != shapes[1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_bfloat16_autocast_is_close():
+    model = build().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3)
+    tokens, gradients = random_tokens(2, 16), []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits, loss, _ = model(tokens, random_tokens(2, 16, seed=2))
+        loss.backward()
+        assert logits.dtype == loss.dtype == torch.float32  # the soft-cap, too
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
+
+
+# ---- the dial and the presets ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "shape"),
+    [
+        (1, (64, 1, 64)),
+        (2, (128, 1, 128)),
+        (3, (192, 2, 96)),
+        (4, (256, 2, 128)),
+        (5, (320, 4, 80)),  # 3 heads do not divide 320
+        (6, (384, 3, 128)),
+        (12, (768, 6, 128)),
+        (20, (1280, 10, 128)),
+    ],
+)
+def test_all_follows_from_the_depth(n_layer, shape):
+    config = Config(n_layer=n_layer).resolved(100)
+    assert (config.n_embd, config.n_head, config.head_dim) == shape
+    assert (config.n_kv_head, config.n_hidden) == (config.n_head, 4 * config.n_embd)
+
+
+@pytest.mark.parametrize("n_layer", range(1, 101))
+def test_any_depth_has_a_sound_shape(n_layer):
+    config = Config(n_layer=n_layer).resolved(100)
+    assert config.n_head * config.head_dim == config.n_embd == 64 * n_layer
+    assert config.head_dim % 2 == 0 and 40 <= config.head_dim <= 128
+    assert Config(**config.model_dump()) == config  # as a checkpoint has it
+
+
+def test_what_is_set_by_hand_is_obeyed():
+    config = Config(n_layer=4, n_head=8, n_kv_head=2, n_hidden=100).resolved(9)
+    assert (config.n_embd, config.head_dim, config.n_kv_head, config.n_hidden) == (256, 32, 2, 100)
+    config = Config(n_layer=4, n_embd=100, head_dim=30).resolved(9)
+    assert (config.n_head, config.head_dim) == (4, 30)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"n_embd": 100, "n_head": 8}, "n_embd=100 does not divide into 8 heads of an even size; change"),
+        ({"n_embd": 33}, "n_embd=33 does not divide into 1 heads of an even size"),
+        ({"head_dim": 7}, "rotary positions need an even head_dim, found 7"),
+        ({"n_head": 4, "n_kv_head": 3}, "n_kv_head=3 does not divide n_head=4"),
+        ({"tie_embeddings": True}, 'unknown key "tie_embeddings"'),
+        ({"n_layers": 3}, 'unknown key "n_layers"; did you mean "n_layer"?'),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(fields, sentence):
+    with pytest.raises(UserError) as refusal:
+        check_model({"architecture": "nanochat", **fields}, "a file")
+    assert str(refusal.value).startswith(f"a file: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("preset", "n_params"),
+    [("_small", 49_016_832), ("_base", 161_734_656), ("_large", 776_454_144), ("", 28_745_728)],
+)
+def test_the_presets_have_these_parameters_with_a_vocabulary_of_50000(preset, n_params):
+    config = check_model(read_json(ROOT / f"config/nanochat/model_config{preset}.json"), "a preset")
+    with torch.device("meta"):
+        assert models.build(config.resolved(50_000)).n_params == n_params
+
+
+# ---- through the command lines -----------------------------------------------------------------------------
+
+
+def test_from_pretraining_to_answers(train, capsys, monkeypatch):
+    shape = dict(architecture="nanochat", n_head=2, n_kv_head=1)
+    settings = dict(lr_decay_iters=6, gradient_accumulation_steps=2, **shape)
+    plan = train("pretrain", "--plan", **shape)
+    assert plan.returncode == 0 and "nanochat: 1 layers, width 32, 2 heads (1 key/value)" in plan.stdout
+    for steps in (3, 6):
+        assert train("pretrain", "--resume", max_steps=steps, **settings).returncode == 0
+    resumed = load(train.checkpoints()[6])
+    losses = [float(loss) for _, loss in train.logged("Train", "Loss")]
+    assert len(losses) == 6 and losses[5] < losses[0] - 0.2
+    for path in train.checkpoints().values():
+        path.unlink()
+    assert train("pretrain", max_steps=6, **settings).returncode == 0
+    assert train.same(load(train.checkpoints()[6]), resumed)
+    assert train("sft", max_steps=2, decay_lr=False, **shape).returncode == 0
+
+    [path] = train.checkpoints("sft").values()
+    monkeypatch.setattr(sys, "argv", ["inference.py", "-m", str(path), "-t", "0", "--prompt", "3 + 4"])
+    inference.main()
+    said = capsys.readouterr().out
+    model, tokenizer = open_checkpoint(load(path), "a test's")
+    tokens = [tokenizer.bos_id, *tokenizer.encode("3 + 4")]
+    stop = (tokenizer.eos_id, tokenizer.padding_id)
+    answer = model.generate(tokens, 32, temperature=0, repetition_penalty=1.2, stop_tokens=stop)
+    assert tokenizer.decode(list(answer)).strip() in said
