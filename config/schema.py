@@ -129,13 +129,34 @@ class TrainConfig(Schema):
     )
     max_steps: int = Field(0, ge=0, le=LAST_STEP, description="optimizer steps in all; 0: until stopped")
     dropout: float = Field(0.0, ge=0, lt=1, description="overrides the model's dropout")
-    optimizer: Literal["adamw"] = Field("adamw", description="how gradients become steps")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="how gradients become steps; muon: those of the blocks' matrices, adamw the rest"
+    )
     learning_rate: float = Field(6e-4, gt=0, le=10, description="peak learning rate")
+    matrix_lr: float | None = Field(
+        None, gt=0, le=10, description="muon: peak learning rate of its matrices; null: 0.02"
+    )
+    embedding_lr: float | None = Field(
+        None, gt=0, le=10, description="peak learning rate of the embeddings; null: learning_rate"
+    )
+    unembedding_lr: float | None = Field(
+        None, gt=0, le=10, description="peak learning rate of an untied head; null: learning_rate"
+    )
+    momentum: float | None = Field(
+        None, gt=0, lt=1, description="muon: decay of the mean gradient of its matrices; null: 0.95"
+    )
     weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled decay of all matrices")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
-    decay_lr: bool = Field(True, description="warm up, then cosine decay; false: constant")
+    decay_lr: bool = Field(True, description="warm up, then decay; false: constant")
     warmup_iters: int = Field(300, ge=0, description="steps of linear warm-up")
+    warmup_ratio: float | None = Field(
+        None, ge=0, lt=1, description="the same as a share of lr_decay_iters; null: warmup_iters counts"
+    )
+    warmdown_ratio: float | None = Field(
+        None, gt=0, le=1, description="share of lr_decay_iters in which a constant rate falls linearly to "
+        "min_lr at the end; null: a cosine from the warm-up on"
+    )
     lr_decay_iters: int = Field(0, ge=0, description="step at which min_lr is reached; 0: max_steps")
     min_lr: float = Field(6e-5, ge=0, le=10, description="final learning rate")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: unlimited")
@@ -168,10 +189,24 @@ class TrainConfig(Schema):
             raise ValueError(
                 "decay_lr needs an end: give lr_decay_iters or max_steps, or set decay_lr to false"
             )
-        if self.decay_lr and self.warmup_iters >= end:
+        if self.decay_lr and self.warmup_ratio is None and self.warmup_iters >= end:
             raise ValueError(f"warmup_iters={self.warmup_iters} must be below the end of the decay, {end}")
+        if not self.decay_lr and (self.warmup_ratio or self.warmdown_ratio):
+            raise ValueError("warmup_ratio and warmdown_ratio are for decay_lr, and decay_lr is false")
+        if (self.warmup_ratio or 0) + (self.warmdown_ratio or 0) > 1:
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio} and warmdown_ratio={self.warmdown_ratio} are more than 1 "
+                "together"
+            )
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self):
+        for key in ("matrix_lr", "momentum"):
+            if self.optimizer != "muon" and getattr(self, key) is not None:
+                raise ValueError(f'{key} is for optimizer "muon", and optimizer is "{self.optimizer}"')
         return self
 
 
