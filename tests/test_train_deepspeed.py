@@ -68,6 +68,29 @@ def test_the_curve_is_that_of_one_process(tiny_project, other_project, stage):
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "stage", [pytest.param(name, marks=[pytest.mark.slow] if name != "ZeRO-1" else [])
+              for name in ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3")]
+)  # fmt: skip
+def test_muon_moves_between_engines(tiny_project, train, stage):
+    """Two processes with ZeRO, then one: the curve and the momentum of one alone."""
+    settings = {**RUN, "optimizer": "muon", "lr_decay_iters": 50}
+    assert train("pretrain", **settings, save_interval=30).returncode == 0
+    zero = settings_file(tiny_project, stage)
+    launched(tiny_project, TORCHRUN, SCRIPT, "-t", "pretrain", *zero, **{**settings, "max_steps": 30})
+    one, two = (load(project.checkpoints()[30]) for project in (train, tiny_project))
+    assert one.optimizer["state"].keys() == two.optimizer["state"].keys()
+    for number, state in one.optimizer["state"].items():
+        assert state.keys() == two.optimizer["state"][number].keys()
+        for key, value in state.items():
+            torch.testing.assert_close(two.optimizer["state"][number][key], value, rtol=0.01, atol=1e-5)
+    for name, value in one.model.items():
+        torch.testing.assert_close(two.model[name], value, rtol=0, atol=1e-4)
+    launched(tiny_project, TORCHRUN, SCRIPT, "-t", "pretrain", "--resume", *zero, **{**settings, "max_steps": 40})
+    alone(tiny_project, "-t", "pretrain", "--resume", **settings)
+    assert largest_difference(losses(train), losses(tiny_project)) <= 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
 def test_mixed_precision_is_that_of_one_process(tiny_project, other_project, stage):

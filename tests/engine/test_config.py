@@ -49,7 +49,7 @@ def refusal(schema, path, text, overrides=()):
         ({"decay_lr": 1}, 'key "decay_lr": found 1; needs true or false'),
         ({"device": "gpu"}, 'key "device": found "gpu"; needs "auto", "cpu", "mps", "cuda" or "cuda:N"'),
         ({"dtype": "fp16"}, 'found "fp16"; needs one of "auto", "float32", "bfloat16", "float16"'),
-        ({"optimizer": "sgd"}, 'key "optimizer": found "sgd"; needs "adamw"'),
+        ({"optimizer": "sgd"}, 'key "optimizer": found "sgd"; needs one of "adamw", "muon"'),
         ({"random_seed": 1 << 63}, "needs an integer >= 0 and < 9223372036854775808"),
         ({"max_steps": 0}, "decay_lr needs an end: give lr_decay_iters or max_steps, or set decay_lr to"),
         ({"max_steps": 300}, "warmup_iters=300 must be below the end of the decay, 300"),
