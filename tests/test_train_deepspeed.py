@@ -86,7 +86,8 @@ def test_muon_moves_between_engines(tiny_project, train, stage):
             torch.testing.assert_close(two.optimizer["state"][number][key], value, rtol=0.01, atol=1e-5)
     for name, value in one.model.items():
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=1e-4)
-    launched(tiny_project, TORCHRUN, SCRIPT, "-t", "pretrain", "--resume", *zero, **{**settings, "max_steps": 40})
+    resumed = {**settings, "max_steps": 40}
+    launched(tiny_project, TORCHRUN, SCRIPT, "-t", "pretrain", "--resume", *zero, **resumed)
     alone(tiny_project, "-t", "pretrain", "--resume", **settings)
     assert largest_difference(losses(train), losses(tiny_project)) <= 1e-4
 

@@ -54,6 +54,10 @@ def refusal(schema, path, text, overrides=()):
         ({"max_steps": 0}, "decay_lr needs an end: give lr_decay_iters or max_steps, or set decay_lr to"),
         ({"max_steps": 300}, "warmup_iters=300 must be below the end of the decay, 300"),
         ({"min_lr": 0.1}, "min_lr=0.1 is above learning_rate=0.0006"),
+        ({"matrix_lr": 0.02}, 'matrix_lr is for optimizer "muon", and optimizer is "adamw"'),
+        ({"momentum": 0.9}, 'momentum is for optimizer "muon", and optimizer is "adamw"'),
+        ({"warmup_ratio": 0.6, "warmdown_ratio": 0.5}, "and warmdown_ratio=0.5 are more than 1 together"),
+        ({"decay_lr": False, "warmdown_ratio": 0.5}, "are for decay_lr, and decay_lr is false"),
     ],
 )
 def test_a_wrong_key_of_a_run(tmp_path, change, sentence):
