@@ -173,8 +173,8 @@ def test_the_rate_of_a_step(settings, rates):
 
 def test_all_rates_follow_the_schedule(train):
     rates = {"learning_rate": 4e-3, "min_lr": 4e-4, "embedding_lr": 0.1, "matrix_lr": 0.05}
-    settings = {"optimizer": "muon", "warmup_iters": 1, "warmdown_ratio": 0.5, "max_steps": 4, "log_interval": 1}
-    assert train("pretrain", **rates, **settings).returncode == 0
+    settings = {"warmup_iters": 1, "warmdown_ratio": 0.5, "max_steps": 4, "log_interval": 1}
+    assert train("pretrain", optimizer="muon", **rates, **settings).returncode == 0
     assert [float(rate) for _, rate in train.logged("Train", "LR")] == [4e-3, 4e-3, 4e-3, 2.2e-3]
     from engine.checkpoint import load
 
