@@ -154,9 +154,9 @@ class Zero(DataParallel):
         self._link_moments()
         for counter in self._step_counters():
             counter.fill_(next(float(state["step"]) for state in moments.values() if "step" in state))
-        for parameter, state in zip(self.parameters, moments.values(), strict=True):
-            for key in state.keys() - {"step"}:
-                self._set_moment(parameter, state[key].to(self.device), key)
+        for number, parameter in enumerate(self.parameters):
+            for key in sorted(moments[number].keys() - {"step"}):
+                self._set_moment(parameter, moments[number][key].to(self.device), key)
 
     def _step_counters(self):
         return [state["step"] for state in self.optimizer.optimizer.state.values() if "step" in state]
