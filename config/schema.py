@@ -193,10 +193,11 @@ class TrainConfig(Schema):
             raise ValueError(f"warmup_iters={self.warmup_iters} must be below the end of the decay, {end}")
         if not self.decay_lr and (self.warmup_ratio or self.warmdown_ratio):
             raise ValueError("warmup_ratio and warmdown_ratio are for decay_lr, and decay_lr is false")
-        if (self.warmup_ratio or 0) + (self.warmdown_ratio or 0) > 1:
+        warmup = self.warmup_iters if self.warmup_ratio is None else self.warmup_ratio * end
+        if self.warmdown_ratio and warmup + self.warmdown_ratio * end > end * (1 + 1e-9):
             raise ValueError(
-                f"warmup_ratio={self.warmup_ratio} and warmdown_ratio={self.warmdown_ratio} are more than 1 "
-                "together"
+                f"warmdown_ratio={self.warmdown_ratio} of {end} steps begins before the warm-up of "
+                f"{warmup:g} steps ends; lower one of them"
             )
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")

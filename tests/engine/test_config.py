@@ -56,7 +56,8 @@ def refusal(schema, path, text, overrides=()):
         ({"min_lr": 0.1}, "min_lr=0.1 is above learning_rate=0.0006"),
         ({"matrix_lr": 0.02}, 'matrix_lr is for optimizer "muon", and optimizer is "adamw"'),
         ({"momentum": 0.9}, 'momentum is for optimizer "muon", and optimizer is "adamw"'),
-        ({"warmup_ratio": 0.6, "warmdown_ratio": 0.5}, "and warmdown_ratio=0.5 are more than 1 together"),
+        ({"warmup_ratio": 0.6, "warmdown_ratio": 0.5}, "begins before the warm-up of 600 steps ends; lower"),
+        ({"warmdown_ratio": 0.8}, "warmdown_ratio=0.8 of 1000 steps begins before the warm-up of 300 steps"),
         ({"decay_lr": False, "warmdown_ratio": 0.5}, "are for decay_lr, and decay_lr is false"),
     ],
 )
