@@ -237,6 +237,7 @@ class GPT(nn.Module):
         self.init_weights()
         # Trainable numbers; a tied matrix counts once. Counted now: ZeRO-3 takes the weights away.
         self.n_params = sum(p.numel() for p in self.parameters())
+        self.n_matrix_params = sum(p.numel() for p in self.matrices())
 
     # -- parts that an architecture may have otherwise ---------------------------------------------------
 
@@ -267,6 +268,12 @@ class GPT(nn.Module):
             # (Radford et al. 2019, GPT-2, section 2.3).
             for linear in (block.attn.proj, block.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def matrices(self):
+        """The blocks' matrices [outputs, inputs] and stacks of them [E, inputs, outputs], for Muon."""
+        named = self.blocks.named_parameters()
+        # A router's rows are chosen one by one: they are no map from one space to another.
+        return [p for name, p in named if p.dim() >= 2 and "router" not in name]
 
     def embed(self, tokens, positions):
         """tokens [B, T], positions [1 or B, T] -> the vectors [B, T, C] with which the first block begins."""

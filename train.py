@@ -182,7 +182,7 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
             f"vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; "
             "set it to null"
         )
-    plan.refuse_too_large(shape, choice)
+    plan.refuse_too_large(shape, choice, config.optimizer)
     torch.manual_seed(config.random_seed)
     return models.build(shape), tokenizer
 
@@ -198,7 +198,7 @@ def train(job, parallel, plan_for=None):
     from engine import checkpoint as checkpoints
     from engine import hardware, plan
     from engine.log import RunLog, duration, notice
-    from engine.optimizer import learning_rate_at
+    from engine.optimizer import learning_rate_at, rate_multiplier
 
     config, choice, start = job.config, job.choice, job.start
     batches, validation = job.batches, job.validation
@@ -281,7 +281,7 @@ def train(job, parallel, plan_for=None):
             for name, value in other_vars.items():
                 watched[name] = watched.get(name, 0.0) + value.detach() / (len(rows) * parallel.world)
         step_loss, *means = parallel.sum(step_loss, *watched.values())
-        norm = parallel.step(learning_rate_at(step, config), math.isfinite(step_loss))
+        norm = parallel.step(rate_multiplier(step, config), math.isfinite(step_loss))
         model.after_step(parallel.sum)
         return step_loss, norm, dict(zip(watched, means, strict=True))
 

@@ -135,17 +135,38 @@ class TrainConfig(Schema):
         0, description='optimizer steps in all; 0: until stopped; "auto": 20 tokens per parameter'
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="overrides the model's dropout")
-    optimizer: Literal["adamw"] = Field("adamw", description="how gradients become steps")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="how gradients become steps; muon: those of the blocks' matrices, adamw the rest"
+    )
     learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = Field(
         6e-4, description='peak learning rate; "auto": 1.79 N^-0.713 D^0.307, at most 0.01, for N parameters '
         "and D = 20 N (Li et al. 2025)"
     )
+    matrix_lr: float | None = Field(
+        None, gt=0, le=10, description="muon: peak learning rate of its matrices; null: 0.02"
+    )
+    embedding_lr: float | None = Field(
+        None, gt=0, le=10, description="peak learning rate of the embeddings; null: learning_rate"
+    )
+    unembedding_lr: float | None = Field(
+        None, gt=0, le=10, description="peak learning rate of an untied head; null: learning_rate"
+    )
+    momentum: float | None = Field(
+        None, gt=0, lt=1, description="muon: decay of the mean gradient of its matrices; null: 0.95"
+    )
     weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled decay of all matrices")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
-    decay_lr: bool = Field(True, description="warm up, then cosine decay; false: constant")
+    decay_lr: bool = Field(True, description="warm up, then decay; false: constant")
     warmup_iters: Annotated[int, Field(ge=0)] | Auto = Field(
         300, description='steps of linear warm-up; "auto": a twentieth of the steps'
+    )
+    warmup_ratio: float | None = Field(
+        None, ge=0, lt=1, description="the same as a share of lr_decay_iters; null: warmup_iters counts"
+    )
+    warmdown_ratio: float | None = Field(
+        None, gt=0, le=1, description="share of lr_decay_iters in which a constant rate falls linearly to "
+        "min_lr at the end; null: a cosine from the warm-up on"
     )
     lr_decay_iters: int = Field(0, ge=0, description="step at which min_lr is reached; 0: max_steps")
     min_lr: Annotated[float, Field(ge=0, le=10)] | Auto = Field(
@@ -191,10 +212,25 @@ class TrainConfig(Schema):
             raise ValueError(
                 "decay_lr needs an end: give lr_decay_iters or max_steps, or set decay_lr to false"
             )
-        if self.decay_lr and self.warmup_iters >= end:
+        if self.decay_lr and self.warmup_ratio is None and self.warmup_iters >= end:
             raise ValueError(f"warmup_iters={self.warmup_iters} must be below the end of the decay, {end}")
+        if not self.decay_lr and (self.warmup_ratio or self.warmdown_ratio):
+            raise ValueError("warmup_ratio and warmdown_ratio are for decay_lr, and decay_lr is false")
+        warmup = self.warmup_iters if self.warmup_ratio is None else self.warmup_ratio * end
+        if self.warmdown_ratio and warmup + self.warmdown_ratio * end > end * (1 + 1e-9):
+            raise ValueError(
+                f"warmdown_ratio={self.warmdown_ratio} of {end} steps begins before the warm-up of "
+                f"{warmup:g} steps ends; lower one of them"
+            )
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self):
+        for key in ("matrix_lr", "momentum"):
+            if self.optimizer != "muon" and getattr(self, key) is not None:
+                raise ValueError(f'{key} is for optimizer "muon", and optimizer is "{self.optimizer}"')
         return self
 
 

@@ -258,19 +258,16 @@ def _continued(checkpoint, path, config, notices):
 
 
 def moments(start, shapes):
-    """AdamW's state of each parameter, {number: {"step", "exp_avg", "exp_avg_sq"}}, as `optimizer` has it.
+    """What the optimizer keeps of each parameter, {number: {name: tensor}}, as `optimizer` has it.
 
-    shapes: those of the parameters, in the optimizer's order. Empty if there is none yet: all of the
-    first steps in float16 may have been skipped. UserError if the state is not one of these parameters.
+    shapes: {name: shape} of each parameter, in the optimizer's order. Empty if there is none yet: all of
+    the first steps in float16 may have been skipped. UserError if the state is not one of these parameters.
     """
     state, shapes = start.checkpoint.optimizer.get("state"), dict(enumerate(shapes))
     fits = state == {} or (
         isinstance(state, dict)
         and state.keys() == shapes.keys()
-        and all(
-            _fit(state[number], {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape})
-            for number, shape in shapes.items()
-        )
+        and all(_fit(state[number], kept) for number, kept in shapes.items())
     )
     if not fits:
         raise unfit(start)

@@ -18,7 +18,8 @@ A strategy has these parts, in the order in which the loop uses them:
     restore(start)                   puts the optimizer's state back
     micro_batch(last)                a context for one forward and backward pass; `last`: of this step
     backward(loss)                   adds its gradients
-    step(rate, sound) -> norm        clips, updates the weights if the loss was `sound`, clears the gradients
+    step(multiplier, sound) -> norm  clips, updates the weights if the loss was `sound`, clears the gradients;
+                                     multiplier: of all peak learning rates
     sum(values) -> values            numbers, each summed over all processes
     states() -> {...}                model, optimizer and scaler as a checkpoint stores them
 """
@@ -36,7 +37,7 @@ import torch.distributed as dist
 
 from engine import checkpoint as checkpoints
 from engine.errors import UserError
-from engine.optimizer import make_optimizer
+from engine.optimizer import make_optimizer, state_shapes
 
 PATIENCE = datetime.timedelta(seconds=5)
 TIMEOUT = datetime.timedelta(minutes=30)  # one process may be long over a validation or a checkpoint
@@ -66,14 +67,14 @@ class Alone:
 
     def prepare(self, model, config, choice):
         self.model, self.clip = model, config.grad_clip or math.inf
-        self.optimizer = make_optimizer(model, config)
+        self.optimizer = make_optimizer(model, config, choice.dtype)
         # float16 underflows: the loss is multiplied up before the backward pass, the gradients down after it.
         self.scaler = torch.amp.GradScaler(choice.device_type, enabled=choice.grad_scaling)
         self.forward = torch.compile(model) if config.compile else model
 
     def restore(self, start):
         groups = self.optimizer.param_groups
-        state = checkpoints.moments(start, [p.shape for group in groups for p in group["params"]])
+        state = checkpoints.moments(start, [state_shapes(g, p.shape) for g in groups for p in g["params"]])
         try:
             # The optimizer's settings stay those of the configuration.
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
@@ -87,9 +88,9 @@ class Alone:
     def backward(self, loss):
         self.scaler.scale(loss).backward()
 
-    def step(self, rate, sound):
+    def step(self, multiplier, sound):
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["initial_lr"] * multiplier
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip))
         if sound and (self.scaler.is_enabled() or math.isfinite(norm)):

@@ -64,7 +64,7 @@ class Facts:
     def memory(self, batch_size=None):
         """{part: bytes} on the device while training with this batch_size (default: the run's).
 
-        Weights, gradients and AdamW's two moments per parameter; activations are what the backward
+        Weights, gradients and the optimizer's moments per parameter; activations are what the backward
         pass needs again, counted from the shapes (an estimate: kernels keep copies of their own).
         """
         c = self.model.config
@@ -77,7 +77,7 @@ class Facts:
         return {
             "weights": parameters * weight,
             "gradients": parameters * weight,
-            "optimizer": 2 * parameters * weight,
+            "optimizer": n_moments(self.model, self.config.optimizer) * weight,
             "activations": tokens * per_token,
         }
 
@@ -150,15 +150,21 @@ class Facts:
             ) from None
 
 
-def refuse_too_large(shape, choice):
+def n_moments(model, optimizer):
+    """How many numbers the optimizer keeps: AdamW two per parameter, Muon one per parameter of a matrix."""
+    return 2 * model.n_params - (model.n_matrix_params if optimizer == "muon" else 0)
+
+
+def refuse_too_large(shape, choice, optimizer="adamw"):
     """UserError if not even the weights, gradients and moments of a model of this shape fit in memory."""
     with torch.device("meta"):
-        n_params = models.build(shape).n_params
-    needs = 4 * n_params * (4 if choice.autocast else BYTES[choice.dtype])
+        model = models.build(shape)
+    numbers = 2 * model.n_params + n_moments(model, optimizer)
+    needs = numbers * (4 if choice.autocast else BYTES[choice.dtype])
     if choice.memory and needs > choice.memory:
         raise UserError(
-            f"a model of {n_params:,} parameters needs {gib(needs)} of memory in training, and there are "
-            f"{gib(choice.memory)}; lower n_layer or n_embd"
+            f"a model of {model.n_params:,} parameters needs {gib(needs)} of memory in training, and there "
+            f"are {gib(choice.memory)}; lower n_layer or n_embd"
         )
 
 

@@ -6,6 +6,7 @@ each one's share and one whole parameter.
 """
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 from deepspeed.utils import (
@@ -32,13 +34,12 @@ import models
 from engine import checkpoint as checkpoints
 from engine.config import shown
 from engine.errors import UserError
-from engine.optimizer import make_optimizer
+from engine.optimizer import Muon, make_optimizer, orthogonal, state_shapes
 from engine.parallel import DataParallel
 
 # A shared-memory helper for CPUs, which takes a compiler and a minute to build; gloo does without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # what DeepSpeed has yet to mend
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Zero(DataParallel):
@@ -88,13 +89,20 @@ class Zero(DataParallel):
                 f"{self.name}: gradient_clipping is {self.settings['gradient_clipping']}, "
                 f"but grad_clip of the run is {config.grad_clip}; \"auto\" is always right"
             )
+        offloads = self.settings["zero_optimization"].get("offload_optimizer") or {}
+        if config.optimizer == "muon" and offloads.get("device", "none") != "none":
+            raise UserError(
+                f'{self.name}: optimizer "muon" makes its steps of whole matrices, on the device: remove '
+                'offload_optimizer, or set optimizer to "adamw"'
+            )
         if self.stage == 3:
             model.use_cpu_kernels(False)  # they take the head's weights, which are there in its layer only
         self.model = model
-        optimizer = make_optimizer(model, config)
+        muon = functools.partial(SpreadMuon, zero=self) if self.stage else None
+        optimizer = make_optimizer(model, config, choice.dtype, muon)
         self.groups = optimizer.state_dict()["param_groups"]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.shapes = [p.shape for p in self.parameters]
+        self.shapes = [state_shapes(g, p.shape) for g in optimizer.param_groups for p in g["params"]]
         set_log_level_from_string("error")
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -109,6 +117,7 @@ class Zero(DataParallel):
                     "lower_precision_safe_modules": [],
                 },
                 "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW does it; DeepSpeed's needs a compiler
+                "zero_allow_untested_optimizer": True,  # our Muon
             },
         )
         self.optimizer, self.forward = self.engine.optimizer, self.engine
@@ -122,9 +131,9 @@ class Zero(DataParallel):
     def backward(self, loss):
         self.engine.backward(loss * self.world, scale_wrt_gas=False)  # it takes the mean, too
 
-    def step(self, rate, sound):
+    def step(self, multiplier, sound):
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["initial_lr"] * multiplier
         norm = None
         if not self.stage:  # DeepSpeed clips here, too, but does not tell the norm
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -143,11 +152,14 @@ class Zero(DataParallel):
         self.backward(0 * self.engine(token, token)[1])
         self.step(0.0, True)
         self._link_moments()
-        for state in self.optimizer.optimizer.state.values():
-            state["step"].fill_(moments[0]["step"].item())
-        for parameter, state in zip(self.parameters, moments.values(), strict=True):
-            for key in MOMENTS:
-                self._set_moment(parameter, state[key].to(self.device), key)
+        for counter in self._step_counters():
+            counter.fill_(next(float(state["step"]) for state in moments.values() if "step" in state))
+        for number, parameter in enumerate(self.parameters):
+            for key in sorted(moments[number].keys() - {"step"}):
+                self._set_moment(parameter, moments[number][key].to(self.device), key)
+
+    def _step_counters(self):
+        return [state["step"] for state in self.optimizer.optimizer.state.values() if "step" in state]
 
     def _set_moment(self, parameter, value, key):
         if self.stage < 3:
@@ -168,14 +180,15 @@ class Zero(DataParallel):
         if not self.stage:
             return super().states()
         self._link_moments()
-        step = next(iter(self.optimizer.optimizer.state.values()))["step"]
+        step = self._step_counters()[0]
         weights, moments = {}, {}
-        for number, parameter in enumerate(self.parameters):
-            full = [safe_get_full_fp32_param(parameter)]
-            full += [safe_get_full_optimizer_state(parameter, key) for key in MOMENTS]
+        for number, (parameter, kept) in enumerate(zip(self.parameters, self.shapes, strict=True)):
+            weight, state = safe_get_full_fp32_param(parameter), {}
+            for key in kept:
+                full = step.clone() if key == "step" else safe_get_full_optimizer_state(parameter, key)
+                state[key] = full.cpu()
             if not self.rank:
-                weights[parameter], *full = (tensor.cpu() for tensor in full)
-                moments[number] = {"step": step.cpu().clone(), **dict(zip(MOMENTS, full, strict=True))}
+                weights[parameter], moments[number] = weight.cpu(), state
         names = self.model.named_parameters(remove_duplicate=False) if not self.rank else ()
         buffers = {name: buffer.cpu().clone() for name, buffer in self.model.named_buffers()
                    if name in self.model.state_dict().keys()}  # fmt: skip
@@ -184,6 +197,49 @@ class Zero(DataParallel):
             "optimizer": {"state": moments, "param_groups": self.groups},
             "scaler": {},
         }
+
+
+class SpreadMuon(Muon):
+    """Muon whose parameters and gradients are shares of what DeepSpeed has laid one behind the other.
+
+    Its own Muon makes updates orthogonal before gradients are clipped, which gives other steps than those
+    of one process. Momentum stays spread out; the updates of a group are gathered for as long as it takes.
+    """
+
+    def __init__(self, groups, zero):
+        super().__init__(groups)
+        self.zero = zero
+
+    def direction(self, parameter, update):
+        """update: this process's share, flat. Needs the others' for the matrices of which it has a part."""
+        zero, size = self.zero, update.numel()
+        engine, first = zero.optimizer, zero.rank * size
+        shares = update.new_empty(zero.world, size)
+        dist.all_gather_into_tensor(shares.view(-1), update)
+        if zero.stage == 3:  # each matrix is spread over all processes
+            at = _place(engine.fp32_partitioned_groups_flat, parameter)
+            start = 0
+            for matrix in engine.fp16_groups[at]:
+                share = matrix.ds_tensor.numel()
+                whole = shares[:, start : start + share].flatten()
+                numbers = whole[: matrix.ds_numel]  # without padding
+                numbers.copy_(orthogonal(numbers.view(matrix.ds_shape)).flatten())
+                update[start : start + share] = whole[zero.rank * share :][:share]
+                start += share
+            return update
+        at, start, flat = _place(engine.single_partition_of_fp32_groups, parameter), 0, shares.view(-1)
+        for matrix in engine.round_robin_bit16_groups[at]:
+            end = start + matrix.numel()
+            low, high = max(start, first), min(end, first + size)
+            if low < high:
+                whole = orthogonal(flat[start:end].view(matrix.shape)).flatten()
+                update[low - first : high - first] = whole[low - start : high - start]
+            start = end
+        return update
+
+
+def _place(tensors, one):
+    return next(i for i, tensor in enumerate(tensors) if tensor is one)
 
 
 def read_folder(folder):

@@ -36,6 +36,13 @@ def test_two_processes_draw_the_curve_of_one(tiny_project, other_project):
     assert done.returncode == 0, done.stderr
 
 
+def test_two_processes_with_muon_draw_the_curve_of_one(tiny_project, train):
+    settings = {**RUN, "optimizer": "muon"}
+    assert train("pretrain", **settings).returncode == 0
+    launched(tiny_project, *DDP, "-t", "pretrain", **settings)
+    assert largest_difference(losses(train), losses(tiny_project)) <= 1e-5
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_saves_and_ends(tiny_project, number):
     process = in_training(tiny_project, *DDP)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -66,6 +67,43 @@ def test_the_curve_is_that_of_one_process(tiny_project, other_project, stage):
             torch.testing.assert_close(two.optimizer["state"][number][key], value, rtol=0.01, atol=1e-5)
     for name, value in one.model.items():
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=1e-4)
+
+
+MUON = {**RUN, "optimizer": "muon", "lr_decay_iters": 50}
+
+
+def assert_same_state(one, two):
+    """Weights and what the optimizer keeps, in two checkpoints, up to rounding."""
+    assert one.optimizer["state"].keys() == two.optimizer["state"].keys()
+    for number, state in one.optimizer["state"].items():
+        assert state.keys() == two.optimizer["state"][number].keys()
+        for key, value in state.items():
+            torch.testing.assert_close(two.optimizer["state"][number][key], value, rtol=0.01, atol=1e-5)
+    for name, value in one.model.items():
+        torch.testing.assert_close(two.model[name], value, rtol=0, atol=1e-4)
+
+
+def test_muon_goes_on_with_two_processes(tiny_project, train):
+    assert train("pretrain", **MUON, save_interval=5, keep_checkpoints=0).returncode == 0
+    (tiny_project.root / "checkpoint").mkdir()
+    shutil.copy(train.checkpoints()[5], tiny_project.root / "checkpoint")
+    zero = settings_file(tiny_project, "ZeRO-1")
+    launched(tiny_project, TORCHRUN, SCRIPT, "-t", "pretrain", "--resume", *zero, **MUON)
+    assert largest_difference(losses(train)[5:], losses(tiny_project)) <= 1e-4
+    assert_same_state(*(load(project.checkpoints()[50]) for project in (train, tiny_project)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
+def test_muon_moves_between_engines(tiny_project, train, stage):
+    """Two processes, two that go on, one that goes on: as one alone."""
+    assert train("pretrain", **MUON, save_interval=30).returncode == 0
+    args = (tiny_project, TORCHRUN, SCRIPT, "-t", "pretrain", *settings_file(tiny_project, stage))
+    launched(*args, **{**MUON, "max_steps": 30})
+    assert_same_state(*(load(project.checkpoints()[30]) for project in (train, tiny_project)))
+    launched(*args, "--resume", **{**MUON, "max_steps": 40})
+    alone(tiny_project, "-t", "pretrain", "--resume", **MUON)
+    assert largest_difference(losses(train), losses(tiny_project)) <= 1e-4
 
 
 @pytest.mark.slow

@@ -79,7 +79,11 @@ def test_resuming(train):
     assert [group["weight_decay"] for group in groups] == [0.5, 0] and groups[0]["betas"][0] == 0.5
 
 
-@pytest.mark.parametrize("precision", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "use_amp": False}])
+@pytest.mark.parametrize(
+    "precision",
+    [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "use_amp": False}, {"optimizer": "muon"},
+     {"optimizer": "muon", "dtype": "bfloat16"}],
+)  # fmt: skip
 def test_resuming_changes_nothing(train, precision):
     settings = dict(lr_decay_iters=6, dropout=0.1, gradient_accumulation_steps=2, **precision)
     for steps in (3, 6):
@@ -90,6 +94,14 @@ def test_resuming_changes_nothing(train, precision):
     shutil.rmtree(train.root / "checkpoint")
     assert train("sft", from_checkpoint="", **settings).returncode == 0
     assert train.same(resumed, load(train.checkpoints("sft")[6]))
+
+
+def test_the_state_of_another_optimizer_is_refused(train):
+    for before, now in (("adamw", "muon"), ("muon", "adamw")):
+        shutil.rmtree(train.root / "checkpoint", ignore_errors=True)
+        assert train("pretrain", max_steps=3, optimizer=before).returncode == 0
+        done = train("pretrain", "--resume", max_steps=4, optimizer=now)
+        assert done.returncode == 2 and "its optimizer state does not fit this optimizer; set" in done.stderr
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(train):

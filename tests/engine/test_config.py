@@ -50,11 +50,16 @@ def refusal(schema, path, text, overrides=()):
         ({"decay_lr": 1}, 'key "decay_lr": found 1; needs true or false'),
         ({"device": "gpu"}, 'key "device": found "gpu"; needs "auto", "cpu", "mps", "cuda" or "cuda:N"'),
         ({"dtype": "fp16"}, 'found "fp16"; needs one of "auto", "float32", "bfloat16", "float16"'),
-        ({"optimizer": "sgd"}, 'key "optimizer": found "sgd"; needs "adamw"'),
+        ({"optimizer": "sgd"}, 'key "optimizer": found "sgd"; needs one of "adamw", "muon"'),
         ({"random_seed": 1 << 63}, "needs an integer >= 0 and < 9223372036854775808"),
         ({"max_steps": 0}, "decay_lr needs an end: give lr_decay_iters or max_steps, or set decay_lr to"),
         ({"max_steps": 300}, "warmup_iters=300 must be below the end of the decay, 300"),
         ({"min_lr": 0.1}, "min_lr=0.1 is above learning_rate=0.0006"),
+        ({"matrix_lr": 0.02}, 'matrix_lr is for optimizer "muon", and optimizer is "adamw"'),
+        ({"momentum": 0.9}, 'momentum is for optimizer "muon", and optimizer is "adamw"'),
+        ({"warmup_ratio": 0.6, "warmdown_ratio": 0.5}, "begins before the warm-up of 600 steps ends; lower"),
+        ({"warmdown_ratio": 0.8}, "warmdown_ratio=0.8 of 1000 steps begins before the warm-up of 300 steps"),
+        ({"decay_lr": False, "warmdown_ratio": 0.5}, "are for decay_lr, and decay_lr is false"),
     ],
 )
 def test_a_wrong_key_of_a_run(tmp_path, change, sentence):

@@ -120,6 +120,9 @@ def test_memory_counts_weights_gradients_and_moments():
     assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (n_bytes, n_bytes, 2 * n_bytes)
     assert facts.memory(8)["activations"] == 2 * memory["activations"]
     assert facts.memory(8)["weights"] == n_bytes
+    with_muon = facts_of(choice_of(), batch_size=4, optimizer="muon")
+    matrices = sum(p.numel() for p in with_muon.model.blocks.parameters() if p.dim() == 2)
+    assert with_muon.memory()["optimizer"] == 2 * n_bytes - 4 * matrices
 
 
 @pytest.mark.parametrize("kernel", ["math", "auto"])

@@ -16,7 +16,7 @@ def zero_of(**settings):
     """The first of two processes, without a connection to the other."""
     zero = object.__new__(Zero)
     zero.rank, zero.world, zero.stage, zero.name = 0, 2, 2, "config/mine.json"
-    zero.settings = DeepSpeedConfig(zero_optimization={"stage": 2}, **settings).model_dump()
+    zero.settings = DeepSpeedConfig(**{"zero_optimization": {"stage": 2}, **settings}).model_dump()
     return zero
 
 
@@ -70,6 +70,12 @@ def test_batch_keys_that_cannot_be(settings, sentence):
         ({"gradient_clipping": 0.5}, {}, {}, "gradient_clipping is 0.5, but grad_clip of the run is 1.0"),
         ({}, {"compile": True}, {}, "compile is for train.py and train_ddp.py"),
         ({}, {}, {"dtype": "bfloat16"}, "set use_amp to true"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            {"optimizer": "muon"},
+            {},
+            'remove offload_optimizer, or set optimizer to "adamw"',
+        ),
     ],
 )
 def test_what_is_refused(settings, run, choice, sentence):
