@@ -42,7 +42,7 @@ def test_the_plan(train, monkeypatch):
     tokenizer_size = TokenFile(train.root / "dataset" / "prepared" / "pretrain_train.bin").meta["vocab_size"]
     model = GPT(ModelConfig(block_size=32, n_layer=1, n_head=2, n_embd=32).resolved(tokenizer_size))
     assert rows["model"] == (
-        f"1 layers, width 32, 2 heads (2 key/value), context 32, vocabulary {tokenizer_size}"
+        f"nano: 1 layers, width 32, 2 heads (2 key/value), context 32, vocabulary {tokenizer_size}"
     )
     assert rows["parameters"] == f"{model.n_params:,}"
     assert rows["FLOPs per token"] == f"{model.flops_per_token():,} (training)"
