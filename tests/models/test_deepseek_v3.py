@@ -42,6 +42,13 @@ def alone(*numbers):
     return list(numbers)
 
 
+def routing(moe):
+    """A list to which each pass adds scores [B, T, E] and experts chosen [B, T, K]."""
+    seen = []
+    moe.gate.register_forward_hook(lambda _, __, output: seen.append(output))
+    return seen
+
+
 # ---- Transformers ----------------------------------------------------------------------------------------
 
 
@@ -327,11 +334,11 @@ def test_the_bias_moves_loads_together():
 def test_the_bias_moves_by_the_counts_of_all_passes_and_processes():
     model = build(num_nextn_predict_layers=0, n_layer=2).train()
     gate, before = model.blocks[1].mlp.gate, model.blocks[1].mlp.gate.e_score_correction_bias.clone()
-    counts = torch.zeros(8)
+    seen = routing(model.blocks[1].mlp)
     for seed in range(3):
         tokens = random_tokens(2, 16, seed=seed)
         model(tokens, tokens)
-        counts += model.blocks[1].mlp.routing[1].flatten().bincount(minlength=8)
+    counts = sum(chosen.flatten().bincount(minlength=8) for _, chosen in seen)
     assert counts.sum() == 3 * 2 * 16 * 3
     elsewhere, asked = torch.tensor([500.0, 0, 0, 0, 0, 0, 0, 0]), []
 
@@ -343,7 +350,7 @@ def test_the_bias_moves_by_the_counts_of_all_passes_and_processes():
     assert len(asked) == 1 and asked[0] == tuple(counts.tolist())
     total = counts + elsewhere
     moved = gate.e_score_correction_bias - before
-    assert torch.allclose(moved, 0.001 * (total.mean() - total).sign(), atol=1e-7) and moved[0] < 0 < moved[1]
+    assert torch.allclose(moved, 0.01 * (total.mean() - total).sign(), atol=1e-7) and moved[0] < 0 < moved[1]
     model.after_step(with_another)  # nothing was seen since
     assert len(asked) == 1
     model.eval()(tokens, tokens)
@@ -422,15 +429,16 @@ def test_the_balance_loss_is_its_formula():
     model = build(n_layer=2, num_nextn_predict_layers=0).train()
     tokens, mask = random_tokens(3, 16), torch.ones(3, 16)
     mask[1, 10:] = 0  # padding
+    seen = routing(model.blocks[1].mlp)
     _, _, watched = model(tokens, tokens, mask)
-    scores, chosen = model.blocks[1].mlp.routing
+    [(scores, chosen)] = seen
     values, counts = [], torch.zeros(8)
     for row, T in enumerate((16, 10, 16)):
         count = chosen[row, :T].flatten().bincount(minlength=8)
-        s = scores[row, :T]
+        s = scores[row, :T].detach()
         values.append((8 / (3 * T) * count * (s / s.sum(-1, keepdim=True)).mean(0)).sum())
         counts += count
-    assert float(watched["balance_loss"]) == pytest.approx(float(sum(values).detach()) / 3, abs=1e-5)
+    assert float(watched["balance_loss"]) == pytest.approx(float(sum(values)) / 3, abs=1e-5)
     assert float(watched["expert_load/1"]) == pytest.approx(float(counts.max() / counts.mean()))
 
 
@@ -749,7 +757,7 @@ def test_train_resume_fine_tune_and_talk(train, project, monkeypatch, capsys):
     assert train("pretrain", max_steps=6, save_interval=3, keep_checkpoints=0).returncode == 0
     checkpoints = train.checkpoints()
     whole = load(checkpoints[6])
-    assert whole.model["blocks.1.mlp.gate.e_score_correction_bias"].abs().max() > 0.0005
+    assert whole.model["blocks.1.mlp.gate.e_score_correction_bias"].abs().max() > 0.005
     checkpoints[6].unlink()
     done = train("pretrain", "--resume", max_steps=6, save_interval=3, keep_checkpoints=0)
     assert done.returncode == 0 and "at step 3" in done.stderr
