@@ -61,8 +61,8 @@ class Config(ArchitectureConfig):
     norm_topk_prob: bool = Field(True, description="the weights of a token's experts sum to one")
     num_nextn_predict_layers: int = Field(1, ge=0, le=1, description="1: predict the token after next, too")
     bias_update_speed: float = Field(
-        0.01, ge=0, le=1, description="how far a step moves the bias that balances experts; 0: off; DeepSeek's "
-        "0.001 is for runs of very many steps")
+        0.01, ge=0, le=1, description="how far a step moves the bias that balances the experts; "
+        "DeepSeek's 0.001 is for far longer runs; 0: off")
     aux_loss_alpha: float = Field(1e-4, ge=0, le=10, description="weight of the balance loss of a sequence")
     mtp_loss_weight: float = Field(0.3, ge=0, le=10, description="weight of the loss of the token after next")
     # fmt: on
