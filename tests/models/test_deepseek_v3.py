@@ -823,3 +823,17 @@ def test_zero_draws_the_curve_of_one_and_resumes(tiny_project, other_project, st
     assert one.model.keys() == two.model.keys()
     for name, value in one.model.items():
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_expert_load_stays_even_with_balancing_and_drifts_without(train):
+    """As training logs it: the mean of the last 50 of 300 steps, in each layer."""
+    give_model(train)
+    settings = dict(batch_size=16, max_steps=300, learning_rate=4e-3, min_lr=4e-4, warmup_iters=20, n_layer=3)
+    last = []
+    for balancing in ({}, dict(bias_update_speed=0.0, aux_loss_alpha=0.0)):
+        before = len(train.logged("Train", "Loss"))
+        assert train("pretrain", **settings, **balancing).returncode == 0
+        runs = [train.logged("Train", f"expert_load/{layer}")[before:] for layer in (1, 2, 3)]
+        last.append([sum(float(load) for _, load in run[-50:]) / 50 for run in runs])
+    assert max(last[0]) < 1.25 and min(last[1]) > 1.3
