@@ -202,6 +202,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(E, M, C))
         self.active_weights = config.num_experts_per_tok * 3 * C * M
 
+    @torch.compiler.disable  # how many tokens an expert gets is not known before
     def forward(self, x, chosen, weights):
         """x [N, C], its experts and their weights [N, K] -> weighted sum of what they make of it [N, C]"""
         N, K = chosen.shape

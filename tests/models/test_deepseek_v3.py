@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -823,6 +824,21 @@ def test_zero_draws_the_curve_of_one_and_resumes(tiny_project, other_project, st
     assert one.model.keys() == two.model.keys()
     for name, value in one.model.items():
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_step_computes_the_same(tiny_project, other_project):
+    """The pass that compiles, before the first step, must not count for the balance either."""
+    settings = dict(max_steps=4, gradient_accumulation_steps=2)
+    run_alone(other_project, "-t", "pretrain", **settings)
+    arguments = ["-t", "pretrain", *settings_of({**settings, "compile": "true"})]
+    done = give_model(tiny_project).run("train.py", *arguments, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert largest_difference(losses(tiny_project), losses(other_project)) <= 1e-5
+    one, two = (load(project.checkpoints()[4]).model for project in (tiny_project, other_project))
+    biases = [name for name in one if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2 and all(torch.equal(one[name], two[name]) for name in biases)
 
 
 @pytest.mark.slow
