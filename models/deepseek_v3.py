@@ -29,8 +29,6 @@ from config.schema import ArchitectureConfig
 from model import GPT, MLP, Attention, Block, KVCache, RMSNorm, attention_factor, rotate
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever norm_eps is
-
-
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
@@ -63,7 +61,8 @@ class Config(ArchitectureConfig):
     norm_topk_prob: bool = Field(True, description="the weights of a token's experts sum to one")
     num_nextn_predict_layers: int = Field(1, ge=0, le=1, description="1: predict the token after next, too")
     bias_update_speed: float = Field(
-        0.001, ge=0, le=1, description="how far a step moves the bias that balances the experts; 0: off")
+        0.01, ge=0, le=1, description="how far a step moves the bias that balances the experts; "
+        "DeepSeek's 0.001 is for far longer runs; 0: off")
     aux_loss_alpha: float = Field(1e-4, ge=0, le=10, description="weight of the balance loss of a sequence")
     mtp_loss_weight: float = Field(0.3, ge=0, le=10, description="weight of the loss of the token after next")
     # fmt: on
@@ -203,6 +202,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(E, M, C))
         self.active_weights = config.num_experts_per_tok * 3 * C * M
 
+    @torch.compiler.disable  # how many tokens an expert gets is not known before
     def forward(self, x, chosen, weights):
         """x [N, C], its experts and their weights [N, K] -> weighted sum of what they make of it [N, C]"""
         N, K = chosen.shape
@@ -242,8 +242,7 @@ class MoE(nn.Module):
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.config.routed_scaling_factor
-        # What `Model.training_loss` balances.
-        self.routing = (scores, chosen) if self.training else None
+        self.routing = (scores, chosen) if self.training else None  # for `Model.balance`
         y = self.experts(*(t.flatten(0, 1) for t in (x, chosen, weights))).view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
@@ -342,6 +341,8 @@ class Model(GPT):
     def balance(self, mixtures, loss_mask):
         """Equations 17 to 20 without alpha [layers, B], and the tokens of every expert [layers, E]."""
         scores, chosen = map(torch.stack, zip(*(moe.routing for _, moe in mixtures), strict=True))
+        for _, moe in mixtures:
+            moe.routing = None  # it would keep the graph of this pass alive
         # What lies behind a sequence's last word that counts is padding, all of it alike.
         is_text = (loss_mask.flip(1).cumsum(1).flip(1) > 0).to(scores.dtype).unsqueeze(-1)
         picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * is_text  # [layers, B, T, E]

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -40,6 +41,13 @@ def build(seed=0, std=0.2, **fields):
 
 def alone(*numbers):
     return list(numbers)
+
+
+def routing(moe):
+    """A list to which each pass adds scores [B, T, E] and experts chosen [B, T, K]."""
+    seen = []
+    moe.gate.register_forward_hook(lambda _, __, output: seen.append(output))
+    return seen
 
 
 # ---- Transformers ----------------------------------------------------------------------------------------
@@ -327,11 +335,11 @@ def test_the_bias_moves_loads_together():
 def test_the_bias_moves_by_the_counts_of_all_passes_and_processes():
     model = build(num_nextn_predict_layers=0, n_layer=2).train()
     gate, before = model.blocks[1].mlp.gate, model.blocks[1].mlp.gate.e_score_correction_bias.clone()
-    counts = torch.zeros(8)
+    seen = routing(model.blocks[1].mlp)
     for seed in range(3):
         tokens = random_tokens(2, 16, seed=seed)
         model(tokens, tokens)
-        counts += model.blocks[1].mlp.routing[1].flatten().bincount(minlength=8)
+    counts = sum(chosen.flatten().bincount(minlength=8) for _, chosen in seen)
     assert counts.sum() == 3 * 2 * 16 * 3
     elsewhere, asked = torch.tensor([500.0, 0, 0, 0, 0, 0, 0, 0]), []
 
@@ -343,7 +351,7 @@ def test_the_bias_moves_by_the_counts_of_all_passes_and_processes():
     assert len(asked) == 1 and asked[0] == tuple(counts.tolist())
     total = counts + elsewhere
     moved = gate.e_score_correction_bias - before
-    assert torch.allclose(moved, 0.001 * (total.mean() - total).sign(), atol=1e-7) and moved[0] < 0 < moved[1]
+    assert torch.allclose(moved, 0.01 * (total.mean() - total).sign(), atol=1e-7) and moved[0] < 0 < moved[1]
     model.after_step(with_another)  # nothing was seen since
     assert len(asked) == 1
     model.eval()(tokens, tokens)
@@ -422,15 +430,16 @@ def test_the_balance_loss_is_its_formula():
     model = build(n_layer=2, num_nextn_predict_layers=0).train()
     tokens, mask = random_tokens(3, 16), torch.ones(3, 16)
     mask[1, 10:] = 0  # padding
+    seen = routing(model.blocks[1].mlp)
     _, _, watched = model(tokens, tokens, mask)
-    scores, chosen = model.blocks[1].mlp.routing
+    [(scores, chosen)] = seen
     values, counts = [], torch.zeros(8)
     for row, T in enumerate((16, 10, 16)):
         count = chosen[row, :T].flatten().bincount(minlength=8)
-        s = scores[row, :T]
+        s = scores[row, :T].detach()
         values.append((8 / (3 * T) * count * (s / s.sum(-1, keepdim=True)).mean(0)).sum())
         counts += count
-    assert float(watched["balance_loss"]) == pytest.approx(float(sum(values).detach()) / 3, abs=1e-5)
+    assert float(watched["balance_loss"]) == pytest.approx(float(sum(values)) / 3, abs=1e-5)
     assert float(watched["expert_load/1"]) == pytest.approx(float(counts.max() / counts.mean()))
 
 
@@ -749,7 +758,7 @@ def test_train_resume_fine_tune_and_talk(train, project, monkeypatch, capsys):
     assert train("pretrain", max_steps=6, save_interval=3, keep_checkpoints=0).returncode == 0
     checkpoints = train.checkpoints()
     whole = load(checkpoints[6])
-    assert whole.model["blocks.1.mlp.gate.e_score_correction_bias"].abs().max() > 0.0005
+    assert whole.model["blocks.1.mlp.gate.e_score_correction_bias"].abs().max() > 0.005
     checkpoints[6].unlink()
     done = train("pretrain", "--resume", max_steps=6, save_interval=3, keep_checkpoints=0)
     assert done.returncode == 0 and "at step 3" in done.stderr
@@ -815,3 +824,32 @@ def test_zero_draws_the_curve_of_one_and_resumes(tiny_project, other_project, st
     assert one.model.keys() == two.model.keys()
     for name, value in one.model.items():
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_step_computes_the_same(tiny_project, other_project):
+    """The pass that compiles, before the first step, must not count for the balance either."""
+    settings = dict(max_steps=4, gradient_accumulation_steps=2)
+    run_alone(other_project, "-t", "pretrain", **settings)
+    arguments = ["-t", "pretrain", *settings_of({**settings, "compile": "true"})]
+    done = give_model(tiny_project).run("train.py", *arguments, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert largest_difference(losses(tiny_project), losses(other_project)) <= 1e-5
+    one, two = (load(project.checkpoints()[4]).model for project in (tiny_project, other_project))
+    biases = [name for name in one if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2 and all(torch.equal(one[name], two[name]) for name in biases)
+
+
+@pytest.mark.slow
+def test_expert_load_stays_even_with_balancing_and_drifts_without(train):
+    """As training logs it: the mean of the last 50 of 300 steps, in each layer."""
+    give_model(train)
+    settings = dict(batch_size=16, max_steps=300, learning_rate=4e-3, min_lr=4e-4, warmup_iters=20, n_layer=3)
+    last = []
+    for balancing in ({}, dict(bias_update_speed=0.0, aux_loss_alpha=0.0)):
+        before = len(train.logged("Train", "Loss"))
+        assert train("pretrain", **settings, **balancing).returncode == 0
+        runs = [train.logged("Train", f"expert_load/{layer}")[before:] for layer in (1, 2, 3)]
+        last.append([sum(float(load) for _, load in run[-50:]) / 50 for run in runs])
+    assert max(last[0]) < 1.25 and min(last[1]) > 1.3

@@ -1,0 +1,122 @@
+"""What drafting is worth: greedy text of a deepseek_v3 model, a token at a time and with its own drafts.
+
+    python benchmark/speculative.py -m checkpoint/x.pt --text dataset/pretrain.txt
+    python benchmark/speculative.py --text dataset/pretrain.txt          # trains a small model first: minutes
+
+The prompts are pieces of the text's last tenth, which the model that is trained here does not see. Both
+ways write the same tokens, which is checked, in turns, because the speed of a machine drifts.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine.config import find, shown  # noqa: E402
+from engine.errors import UserError, run  # noqa: E402
+
+SHAPE = {"architecture": "deepseek_v3", "block_size": 256, "n_layer": 6, "n_head": 4, "n_embd": 128,
+         "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32,
+         "moe_intermediate_size": 64}  # fmt: skip
+BATCH, RATE, WARM_UP, PROMPT = 8, 3e-3, 50, 32
+
+
+def train(text, steps):
+    """-> (model, tokenizer) after so many steps on a text, of characters."""
+    import torch
+
+    import models
+    from engine.config import check_model
+    from tokenizer import CharTokenizer
+
+    tokenizer = CharTokenizer.train([text])
+    torch.manual_seed(0)
+    model = models.build(check_model(SHAPE, "SHAPE").resolved(tokenizer.vocab_size))
+    ids, size = torch.from_numpy(tokenizer.encode(text).astype("int64")), model.config.block_size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99))
+    for step in range(steps):
+        starts = torch.randint(len(ids) - size - 1, (BATCH,)).tolist()
+        batch = torch.stack([ids[start : start + size + 1] for start in starts])
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min((step + 1) / WARM_UP, 1 - step / steps)
+        model(batch[:, :-1], batch[:, 1:])[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step(lambda *numbers: numbers)
+    return model.eval(), tokenizer
+
+
+def measure(model, prompts, length):
+    """Texts of `length` tokens -> seconds {way: ...}, numbers of drafts and of those accepted."""
+    from model import GPT
+
+    seconds, n_drafts, n_accepted = {"one at a time": 0.0, "drafted": 0.0}, 0, 0
+    read = []  # tokens in each pass
+    hook = model.blocks[0].register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape[1]))
+    for prompt in prompts:
+        answers = []
+        for way, generate in (("one at a time", GPT.generate), ("drafted", type(model).generate)):
+            read.clear()
+            start = time.perf_counter()
+            answers.append(list(generate(model, prompt, length, temperature=0)))
+            seconds[way] += time.perf_counter() - start
+        if answers[0] != answers[1]:
+            raise UserError("the drafted text is another one: two tokens were equally likely up to rounding")
+        n_drafts, n_accepted = n_drafts + read[1:].count(2), n_accepted + length - len(read)
+    hook.remove()
+    return seconds, n_drafts, n_accepted
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-m", "--model", help="a checkpoint, instead of training one")
+    parser.add_argument("--text", required=True, help="a file of UTF-8 text")
+    parser.add_argument("--steps", type=int, default=600, help="of training, without -m (600)")
+    parser.add_argument("--prompts", type=int, default=20, help="texts to write (20)")
+    parser.add_argument("--length", type=int, default=200, help="tokens of each, as the context allows (200)")
+    args = parser.parse_args()
+    if min(args.steps, args.prompts, args.length - 1) < 1:
+        raise UserError("--steps and --prompts must be 1 or more, and --length 2 or more")
+    try:
+        text = find(args.text).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{args.text} cannot be read: {error}") from None
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console, cut = Console(highlight=False), len(text) * 9 // 10
+    if args.model:
+        from engine.checkpoint import build, load
+
+        model, tokenizer = build(load(find(args.model)), shown(find(args.model)))
+    else:
+        with console.status("training ..."):
+            model, tokenizer = train(text[:cut], args.steps)
+    if getattr(model, "mtp", None) is None:
+        raise UserError(f"{args.model} has no module that predicts the token after next")
+    ids = tokenizer.encode(text[cut:]).tolist()
+    length = min(args.length, model.config.block_size - PROMPT)
+    if len(ids) < PROMPT * args.prompts or length < 2:
+        raise UserError(f"{args.text} or the model's context is too short for prompts of {PROMPT} tokens")
+    starts = [len(ids) * n // args.prompts for n in range(args.prompts)]
+    measure(model, [ids[:PROMPT]], length)  # warms up
+    seconds, n_drafts, n_accepted = measure(model, [ids[start : start + PROMPT] for start in starts], length)
+    table = Table(title=f"{model.n_params / 1e6:.1f} M parameters, {args.prompts} texts of {length} tokens")
+    for name in ("", "tokens/s", "gain", "drafts accepted", "tokens a pass"):
+        table.add_column(name, justify="right" if name else "left")
+    n_tokens, (first, _) = args.prompts * length, seconds.values()
+    accepted = f"{n_accepted / max(1, n_drafts):.1%}", f"{n_tokens / (n_tokens - n_accepted):.2f}"
+    for (way, taken), cells in zip(seconds.items(), (("", "1.00"), accepted), strict=True):
+        table.add_row(way, f"{n_tokens / taken:.0f}", f"{first / taken:.2f}", *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run(main)

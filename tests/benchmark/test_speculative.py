@@ -1,0 +1,40 @@
+"""benchmark/speculative.py: what it counts, and what it says of a model that cannot draft."""
+
+import re
+
+from test_benchmarks import benchmark
+
+from benchmark import speculative
+
+TEXT = "".join(f"{n} and {n + 1} are {2 * n + 1}. " for n in range(600))
+
+
+def test_a_model_that_is_trained_drafts(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, "utf-8")
+    process = benchmark(
+        "speculative.py", "--text", tmp_path / "text.txt", "--steps", 1, "--prompts", 2, "--length", 8
+    )
+    assert process.returncode == 0, process.stderr
+    assert "2 texts of 8 tokens" in process.stdout
+    one, drafted = re.findall(r"│ (?:one at a time|drafted) +│ +(\d+) +│ +([\d.]+) +│", process.stdout)
+    assert one[1] == "1.00" and int(drafted[0]) > 0
+
+
+def test_passes_and_drafts_are_counted(monkeypatch):
+    small = {"block_size": 32, "n_layer": 1, "first_k_dense_replace": 0}
+    monkeypatch.setattr(speculative, "SHAPE", speculative.SHAPE | small)
+    model, _ = speculative.train(TEXT, 1)
+    seconds, n_drafts, n_accepted = speculative.measure(model, [[1, 2, 3], [4, 5, 6]], 12)
+    assert all(value > 0 for value in seconds.values())
+    assert 0 <= n_accepted <= n_drafts <= 2 * 10
+    # A drafter that always knows what the network will say: it says the same, whatever it has read.
+    model.lm_head.weight.requires_grad_(False).zero_()
+    _, n_drafts, n_accepted = speculative.measure(model, [[1, 2, 3]], 13)
+    assert (n_drafts, n_accepted) == (6, 6)
+
+
+def test_bad_input_is_named(tmp_path, monkeypatch):
+    process = benchmark("speculative.py", "--text", tmp_path / "none.txt")
+    assert process.returncode == 2 and "none.txt cannot be read" in process.stderr
+    process = benchmark("speculative.py", "--text", __file__, "--length", 1)
+    assert process.returncode == 2 and "--length 2 or more" in process.stderr
