@@ -112,6 +112,8 @@ class Model(model.GPT):
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.down.weight)
 
+    rotary_factor = 1.0  # the norms of queries and keys would undo it where nanochat has them
+
     def embed(self, tokens, positions):
         return self.norm(super().embed(tokens, positions))
 

@@ -64,6 +64,7 @@ SHAPES = {
     "wide heads": dict(head_dim=14, n_kv_head=4),
     "large eps": dict(norm_eps=0.3),
     "wavelengths": dict(rope_theta=500.0, block_size=128, rope_scaling=LONGER),
+    "YaRN": dict(block_size=128, rope_scaling={**LONGER, "rope_type": "yarn"}),
     "by the dial": dict(n_layer=3, n_embd=None, n_head=None, n_kv_head=None, n_hidden=None),
 }
 EVERY_SHAPE = pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES)
