@@ -234,6 +234,7 @@ class GPT(nn.Module):
             cos, sin = (values * self.rotary_factor for values in table)
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
+        self.make_rest()
         self.init_weights()
         # Trainable numbers; a tied matrix counts once. Counted now: ZeRO-3 takes the weights away.
         self.n_params = sum(p.numel() for p in self.parameters())
@@ -243,6 +244,9 @@ class GPT(nn.Module):
 
     def make_block(self, layer):
         return Block(self.config, layer)
+
+    def make_rest(self):
+        """Further modules, beside the blocks."""
 
     def make_norm(self):
         return RMSNorm(self.config.n_embd, self.config.norm_eps)
@@ -271,9 +275,7 @@ class GPT(nn.Module):
 
     def matrices(self):
         """The blocks' matrices [outputs, inputs] and stacks of them [E, inputs, outputs], for Muon."""
-        named = self.blocks.named_parameters()
-        # A router's rows are chosen one by one: they are no map from one space to another.
-        return [p for name, p in named if p.dim() >= 2 and "router" not in name]
+        return [p for p in self.blocks.parameters() if p.dim() >= 2]
 
     def embed(self, tokens, positions):
         """tokens [B, T], positions [1 or B, T] -> the vectors [B, T, C] with which the first block begins."""

@@ -42,8 +42,7 @@ ARCHITECTURES = {
     "deepseek_v3": (
         {
             "architecture": "deepseek_v3", "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
-            "v_head_dim": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
+            "v_head_dim": 32, "n_routed_experts": 8, "num_experts_per_tok": 2,
         },
         "moe_intermediate_size",
     ),

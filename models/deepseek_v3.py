@@ -268,18 +268,20 @@ class Prediction(nn.Module):
 class Model(GPT):
     counts = None  # tokens of each layer's experts since the last step [layers, E]
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.mtp = None
-        if config.num_nextn_predict_layers:
-            self.mtp = Prediction(self.config, self.make_block(config.n_layer))
-            self.n_params += sum(p.numel() for p in self.mtp.parameters())
-            self.init_weights()
-
     def make_block(self, layer):
         c = self.config
         mlp = MLP(c) if layer < c.first_k_dense_replace else MoE(c)
         return Block(c, layer, LatentAttention(c, layer), mlp)
+
+    def make_rest(self):
+        c = self.config
+        self.mtp = Prediction(c, self.make_block(c.n_layer)) if c.num_nextn_predict_layers else None
+
+    def matrices(self):
+        """See GPT; also those of the prediction module, but no router, whose rows are chosen one by one."""
+        parts = [self.blocks, self.mtp] if self.mtp else [self.blocks]
+        routers = {moe.gate.weight for _, moe in self.mixtures()}
+        return [p for part in parts for p in part.parameters() if p.dim() >= 2 and p not in routers]
 
     @property
     def rotary_size(self):

@@ -853,3 +853,13 @@ def test_expert_load_stays_even_with_balancing_and_drifts_without(train):
         runs = [train.logged("Train", f"expert_load/{layer}")[before:] for layer in (1, 2, 3)]
         last.append([sum(float(load) for _, load in run[-50:]) / 50 for run in runs])
     assert max(last[0]) < 1.25 and min(last[1]) > 1.3
+
+
+def test_muon_takes_the_matrices_and_leaves_the_routers():
+    model = build()
+    names = {p: name for name, p in model.named_parameters()}
+    taken = {names[p] for p in model.matrices()}
+    assert {"blocks.1.mlp.experts.gate_up", "blocks.1.attn.kv_b.weight", "mtp.eh_proj.weight"} <= taken
+    assert not any("norm" in name or name.endswith("gate.weight") for name in taken)
+    assert not taken & {"wte.weight", "lm_head.weight"}
+    assert model.n_matrix_params == sum(p.numel() for p in model.matrices())

@@ -1,7 +1,10 @@
 """How an architecture is found and used: the example of the guide, with all that there is."""
 
+import json
 import re
 from pathlib import Path
+
+import pytest
 
 import models
 from engine.checkpoint import load
@@ -40,3 +43,21 @@ def test_the_guides_example_is_an_architecture(tiny_project):
     succeed("inference.py", "-i", "--prompt", "1 + 1?", "-l", 12)
     done = tiny_project.run("train.py", *chosen, "--set", "n_heads=3")
     assert done.returncode == 2 and 'unknown key "n_heads"; did you mean "n_head"?' in done.stderr
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_each_trains_with_muon_and_goes_on_exactly(train, name):
+    settings = dict(architecture=name, optimizer="muon", lr_decay_iters=6, save_interval=3)
+    assert train("pretrain", **settings, max_steps=6).returncode == 0
+    whole = load(train.checkpoints()[6])
+    for path in train.checkpoints().values():
+        path.unlink()
+    assert train("pretrain", **settings, max_steps=3).returncode == 0
+    assert train("pretrain", "--resume", **settings, max_steps=6).returncode == 0
+    assert train.same(load(train.checkpoints()[6]), whole)
+
+
+def test_editors_know_all_of_them():
+    schema = json.loads((ROOT / "config" / "model_config.schema.json").read_text("utf-8"))
+    kinds = [schema["$defs"][kind["$ref"].rpartition("/")[2]] for kind in schema["anyOf"]]
+    assert {kind["properties"]["architecture"]["const"] for kind in kinds} == {*models.names()}
