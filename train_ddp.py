@@ -8,7 +8,7 @@ number of devices. The global batch, batch_size x gradient_accumulation_steps, i
 """
 
 import train
-from engine.errors import run
+from engine.errors import run_launched
 
 EXAMPLE = "python -m torch.distributed.run --nproc_per_node 2 train_ddp.py -t pretrain"
 
@@ -26,4 +26,4 @@ def strategy(config, choice):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_launched(main)

@@ -17,7 +17,7 @@ import re
 import train
 from config.schema import DeepSpeedConfig
 from engine.config import find, load, load_run, shown
-from engine.errors import UserError, run
+from engine.errors import UserError, run_launched
 
 EXAMPLE = "deepspeed --num_gpus 2 train_deepspeed.py -t pretrain"
 
@@ -81,4 +81,4 @@ def convert(args):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_launched(main)

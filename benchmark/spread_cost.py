@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig  # noqa: E402
+from engine.errors import run_launched  # noqa: E402
 
 MODELS = {  # name -> (shape, rows of a global batch)
     "4 M": (dict(block_size=256, vocab_size=4000, n_layer=4, n_head=4, n_embd=256), 8),
@@ -286,4 +287,4 @@ def tensor_bytes():
 
 
 if __name__ == "__main__":
-    main()
+    run_launched(main) if "RANK" in os.environ else main()

@@ -1,10 +1,12 @@
 """What a user is told when something is wrong: a sentence on stderr and exit code 2."""
 
+import contextlib
 import errno
 import os
 import signal
 import sys
 import time
+import traceback
 
 patience = 0.0  # seconds before an error is told
 OUT_OF_MEMORY = "memory does not suffice; lower batch_size, block_size or the model's size"
@@ -37,6 +39,26 @@ def run(main):
         _leave(OUT_OF_MEMORY)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def run_launched(main):
+    """The same in one of several processes that a launcher has started.
+
+    It ends without Python's tidying up: there, PyTorch (2.13) may wait for a thread of gloo's, with the
+    lock that this thread waits for.
+    """
+    code = 0
+    try:
+        run(main)
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its reader has left
+            stream.flush()
+    os._exit(code or 0)
 
 
 def is_out_of_memory(error):

@@ -161,8 +161,7 @@ class DataParallel(Alone):
 
     def __exit__(self, kind, error, _):
         if not kind:
-            dist.barrier()  # the first process has the store: it leaves last
-            dist.destroy_process_group()
+            dist.barrier()  # none leaves while another one still needs it
         elif issubclass(kind, RuntimeError) and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
             raise UserError("the connection to another process of this run was lost") from None
 
