@@ -52,7 +52,7 @@ def test_help_needs_no_torch_and_no_half_second(shared_project):
         (["-t", "rl"], "argument -t/--task: invalid choice: 'rl'"),
         (["-t", "sft", "--steps", "3"], "unrecognized arguments: --steps 3"),
         (["-t", "sft", "--set"], "argument --set: expected one argument"),
-        (["-t", "sft", "--set", "batch=1"], '--set batch=1: unknown key "batch"; did you mean "batch_size"?'),
+        (["-t", "sft", "--set", "batch=1"], '--set: unknown key "batch"; did you mean "batch_size"?'),
         (["-t", "sft", "--set", "batch_size=0"], '--set: key "batch_size": found 0; needs an integer >= 1'),
         (["-t", "sft", "--set", "n_kv_head=3"], "model_config.json: n_kv_head=3 does not divide n_head="),
         (["-t", "sft", "-c", "nowhere.json"], "nowhere.json does not exist"),

@@ -71,13 +71,13 @@ def test_a_tied_head_has_no_rate_of_its_own():
         make_optimizer(model_of(), config_of(unembedding_lr=0.1))
 
 
-def test_a_router_is_no_matrix_for_muon_and_a_stack_of_experts_is():
+def test_a_stack_of_experts_is_a_matrix_for_muon():
     model = model_of()
     block = model.blocks[0]
-    block.router, block.experts = nn.Linear(32, 4), nn.Parameter(torch.randn(4, 32, 48))
+    block.experts = nn.Parameter(torch.randn(4, 32, 48))
     groups = make_optimizer(model, config_of(optimizer="muon")).param_groups
     kinds = {p: "momentum" in group for group in groups for p in group["params"]}
-    assert kinds[block.experts] and not kinds[block.router.weight] and not kinds[model.wte.weight]
+    assert kinds[block.experts] and kinds[block.attn.proj.weight] and not kinds[model.wte.weight]
 
 
 # ---- Muon --------------------------------------------------------------------------------------------------
