@@ -142,13 +142,14 @@ def text_job(args, config, model_config, choice, parallel):
     model, tokenizer = initial_model(
         start, config, model_config, choice, lambda: tokenizers.load(find(config.tokenizer_path))
     )
+    written = config.model_dump(mode="json")
     config = parallel.first(lambda: dial.resolved(config, model, choice, args.task, start))
     files = [[TokenFile(find(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
     for file in (file for pair in files for file in pair):
         if file.meta["kind"] != args.task:
             raise UserError(f"{shown(file.path)} was prepared for {file.meta['kind']}, not for {args.task}")
     parallel.agree(
-        {**config.model_dump(mode="json"), **model.config.model_dump()}
+        {**written, **model.config.model_dump()}
         | {shown(file.path): file.meta for pair in files for file in pair}
     )
     block_size, batch_size = model.config.block_size, config.batch_size

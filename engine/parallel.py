@@ -31,6 +31,7 @@ import os
 import re
 import socket
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,7 @@ from engine import checkpoint as checkpoints
 from engine.errors import UserError
 from engine.optimizer import make_optimizer, state_shapes
 
+warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its successor is too new
 PATIENCE = datetime.timedelta(seconds=5)
 TIMEOUT = datetime.timedelta(minutes=30)  # one process may be long over a validation or a checkpoint
 
