@@ -14,6 +14,7 @@ from launching import (
     losses,
     settings_of,
     start,
+    with_prelude,
 )
 
 from engine.checkpoint import load
@@ -67,3 +68,11 @@ def test_an_error_that_all_processes_meet_is_told_once(tiny_project):
 def test_without_a_launcher_it_says_how(tiny_project):
     done = tiny_project.run("train_ddp.py", "-t", "pretrain")
     assert done.returncode == 2 and "python -m torch.distributed.run --nproc_per_node 2" in done.stderr
+
+
+def test_processes_that_are_configured_differently_are_refused(tiny_project):
+    other = 'import os, sys\nif os.environ["RANK"] == "1":\n    sys.argv += ["--set", "learning_rate=0.02"]\n'
+    process = start(tiny_project, TORCHRUN, with_prelude(tiny_project, other), "-t", "pretrain")
+    _, errors = finish(process)
+    assert process.returncode and "learning_rate is 0.02 there and 0.01 here" in errors
+    assert "Warning" not in errors.partition("error: ")[0] and not tiny_project.checkpoints()
