@@ -194,7 +194,6 @@ class TrainConfig(Schema):
     compile: bool = Field(
         False, description="torch.compile the step: a minute at the start, faster then; needs a C++ compiler"
     )
-
     tensorboard: bool = Field(False, description="write runs/train_<time> for TensorBoard, besides the log")
 
     @property
