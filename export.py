@@ -422,25 +422,24 @@ def to_library(tokenizer):
 
     Both kinds are BPE there: characters are never merged. A text begins with <|bos|>, as completions do.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
     from tokenizer import N_SPECIAL, SPECIAL_TOKENS, byte_alphabet
 
     words = [tokenizer.decode_bytes([i]) for i in range(N_SPECIAL, tokenizer.vocab_size)]
     if tokenizer.kind == "char":
-        words, merges = [word.decode() for word in words], []
+        words = [word.decode() for word in words]
     else:
         letters = byte_alphabet()
         words = ["".join(letters[byte] for byte in word) for word in words]
-        merges = [tuple(pair) for pair in tokenizer.merges]
     vocabulary = {word: i for i, word in enumerate([*SPECIAL_TOKENS, *words])}
     if len(vocabulary) < tokenizer.vocab_size:
         raise UserError("the tokenizer has learned a word that is spelled like one of its special tokens")
-    library = Tokenizer(models.BPE(vocabulary, merges, unk_token="<|unknown|>"))
     if tokenizer.kind == "char":
+        library = Tokenizer(models.BPE(vocabulary, [], unk_token="<|unknown|>"))
         library.decoder = decoders.Fuse()
     else:
-        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        library = tokenizer.library(vocabulary, unk_token="<|unknown|>")
         library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
     library.post_processor = processors.TemplateProcessing(
@@ -484,25 +483,60 @@ def from_library(path, config):
     return tokenizer, rows + [numbers[word] for word in words]
 
 
+# What GPT-2 takes for a word (Radford et al. 2019), as the library has it built in.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
 def of_our_kind(found):
     """The tokenizer of ours that cuts text as this content of a tokenizer.json does, or None.
 
-    Either one character is one token, or it is byte-level BPE within the words of GPT-2's regular expression.
+    Either one character is one token, or it is byte-level BPE, as those of Llama 3, Qwen and DeepSeek are.
     """
-    from tokenizer import BPETokenizer, CharTokenizer
+    from tokenizer import BPETokenizer, CharTokenizer, byte_alphabet
 
-    model, cut, decoder = found["model"], found["pre_tokenizer"] or {}, found["decoder"] or {}
-    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
-               "ignore_merges")  # fmt: skip
-    if found["normalizer"] or any(model.get(key) for key in options):
+    model, decoder = found["model"], (found["decoder"] or {}).get("type")
+    normalizer = steps(found["normalizer"], "normalizers")
+    *cuts, last = steps(found["pre_tokenizer"], "pretokenizers") or [{"type": None}]
+    options = "dropout", "continuing_subword_prefix", "end_of_word_suffix"
+    if model.get("type") != "BPE" or any(model.get(key) for key in options):
         return None
-    kinds = model.get("type"), cut.get("type"), decoder.get("type")
-    if kinds == ("BPE", None, "Fuse") and not model["merges"]:
-        words = sorted(model["vocab"].keys() - {token["content"] for token in found["added_tokens"]})
-        return CharTokenizer("".join(words)) if all(len(word) == 1 for word in words) else None
-    if kinds == ("BPE", "ByteLevel", "ByteLevel") and cut["use_regex"] and not cut["add_prefix_space"]:
-        with contextlib.suppress(KeyError):  # for a merge of other letters than those of the bytes
-            return BPETokenizer(model["merges"])
+    special = {token["content"] for token in found["added_tokens"]}
+    if (last["type"], decoder, normalizer, model["merges"]) == (None, "Fuse", [], []):
+        characters = sorted(model["vocab"].keys() - special)
+        return CharTokenizer("".join(characters)) if all(len(c) == 1 for c in characters) else None
+    patterns = [pattern_of(cut) for cut in cuts]
+    if (last["type"], decoder) != ("ByteLevel", "ByteLevel") or last["add_prefix_space"] or None in patterns:
+        return None
+    if normalizer not in ([], [{"type": "NFC"}]):
+        return None
+    if patterns and last["use_regex"]:
+        patterns.append(GPT2_WORDS)
+    elif not patterns and not last["use_regex"]:
+        patterns = [r"[\s\S]+"]  # no cut at all
+    words = []
+    if model["ignore_merges"]:
+        made = {*byte_alphabet(), *(left + right for left, right in model["merges"])}
+        words = sorted(model["vocab"].keys() - made - special, key=model["vocab"].get)
+    with contextlib.suppress(KeyError):  # for letters that do not stand for bytes
+        return BPETokenizer(
+            model["merges"], patterns=patterns, normalizer=normalizer and "NFC", words=words,
+            ignore_merges=model["ignore_merges"],
+        )  # fmt: skip
+
+
+def steps(part, name):
+    """The steps of a normalizer or pre-tokenizer, which is one, or a sequence of some, or None."""
+    if part is None:
+        return []
+    return [step for one in part[name] for step in steps(one, name)] if part["type"] == "Sequence" else [part]
+
+
+def pattern_of(cut):
+    """The regular expression whose matches a step of a pre-tokenizer makes words of their own, or None."""
+    if cut["type"] == "Digits":
+        return r"\p{N}" if cut["individual_digits"] else r"\p{N}+"
+    if cut["type"] == "Split" and cut["behavior"] == "Isolated" and not cut["invert"]:
+        return cut["pattern"].get("Regex")
     return None
 
 

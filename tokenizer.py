@@ -220,6 +220,15 @@ class BPETokenizer(Tokenizer):
     `merges`: pairs of tokens in the letters of `byte_alphabet`, the first learned first. Learning
     and applying them is the work of the `tokenizers` library, which knows nothing of our special
     tokens: its ids are ours minus N_SPECIAL.
+
+    `rules`: how text is cut into the words within which bytes are merged, where that is not as in GPT-2.
+    Tokenizers that others have trained bring their own:
+
+        patterns        regular expressions, one cutting what the one before has left; what lies between
+                        two matches is a word, too
+        normalizer      "NFC": letters and accents become one character first
+        ignore_merges   true: a word that is a token is never built of smaller ones
+        words           tokens that no merge makes, with ignore_merges
     """
 
     kind = "bpe"
@@ -228,19 +237,25 @@ class BPETokenizer(Tokenizer):
     # (Single line breaks only: the library's rule takes a run of white space apart at its end.)
     _line_end = re.compile(r"(?<=\S\n)(?=\S)")
 
-    def __init__(self, merges):
+    def __init__(self, merges, **rules):
         letters = byte_alphabet()
         byte_of = {letter: byte for byte, letter in enumerate(letters)}
+        self.rules = {key: value for key, value in rules.items() if value}
+        made = [left + right for left, right in merges]
         # A token that two pairs can make keeps the id of the first: a dict, in order of insertion.
-        self._library_ids = {token: i for i, token in enumerate(letters)}
-        for left, right in merges:
-            self._library_ids.setdefault(left + right, len(self._library_ids))
-        super().__init__([bytes(byte_of[letter] for letter in token) for token in self._library_ids])
+        tokens = dict.fromkeys([*letters, *made, *self.rules.get("words", ())])
+        self._library_ids = {token: i for i, token in enumerate(tokens)}
+        super().__init__([bytes(byte_of[letter] for letter in token) for token in tokens])
         self.merges = merges
 
     @functools.cached_property
     def _library(self):
-        return _bpe_library(self._library_ids, [tuple(pair) for pair in self.merges])
+        return self.library(self._library_ids)
+
+    def library(self, vocabulary, **options):
+        """The BPE of the `tokenizers` library that cuts text as this one. vocabulary: {token: id there}."""
+        rules = {key: value for key, value in self.rules.items() if key != "words"}
+        return _bpe_library(vocabulary, [tuple(pair) for pair in self.merges], **rules, **options)
 
     @classmethod
     def train(cls, texts, vocab_size=32000):
@@ -283,36 +298,70 @@ class BPETokenizer(Tokenizer):
 
     def _cut(self, text):
         start = 0
-        while len(text) - start > BLOCK and (match := self._line_end.search(text, start + BLOCK)):
+        while (
+            len(text) - start > BLOCK
+            and "patterns" not in self.rules  # of which nobody knows what they do at the end of a line
+            and (match := self._line_end.search(text, start + BLOCK))
+        ):
             yield text[start : match.start()]
             start = match.start()
         yield text[start:]
 
     def _content(self):
-        return {**super()._content(), "merges": self.merges}
+        return {**super()._content(), "merges": self.merges, **self.rules}
 
     @classmethod
     def _from_content(cls, d):
-        merges = d.get("merges")
+        letters, merges, words = set(byte_alphabet()), d.get("merges"), d.get("words", [])
         _require(isinstance(merges, list), "its merges are missing")
-        known = set(byte_alphabet())
         for pair in merges:
             _require(
-                isinstance(pair, list)
-                and len(pair) == 2
-                and all(isinstance(token, str) and token in known for token in pair),
-                "one of its merges is no pair of known tokens",
+                isinstance(pair, list) and len(pair) == 2 and all(isinstance(token, str) for token in pair),
+                "one of its merges is no pair of tokens",
             )
-            known.add(pair[0] + pair[1])
-        return cls(merges)
+        made = {left + right for left, right in merges}
+        known = all(token in letters or token in made for pair in merges for token in pair)
+        _require(known, "one of its merges is no pair of known tokens")
+        _require(
+            isinstance(words, list)
+            and all(isinstance(word, str) and word and letters.issuperset(word) for word in words),
+            "its words are no list of words in the letters of bytes",
+        )
+        _require(len({*letters, *made, *words}) == len(letters | made) + len(words), "its words are not new")
+        _require(type(d.get("ignore_merges", False)) is bool, "its ignore_merges is neither true nor false")
+        _require(not words or d.get("ignore_merges"), "its words can never be used without ignore_merges")
+        _require(d.get("normalizer") in (None, "NFC"), f"its normalizer is {d.get('normalizer')!r}, not NFC")
+        patterns = d.get("patterns", [])
+        _require(isinstance(patterns, list), "its patterns are no list")
+        _require(all(map(is_pattern, patterns)), "one of its patterns is no regular expression")
+        return cls(merges, **{key: d[key] for key in _RULES if key in d})
 
 
-def _bpe_library(vocab=None, merges=None):
+_RULES = ("patterns", "normalizer", "ignore_merges", "words")
+
+
+def is_pattern(value):
+    """Whether it is a regular expression of the library's kind (Oniguruma)."""
+    from tokenizers import Regex
+
+    try:
+        Regex(value)
+    except Exception:  # the library knows no other kind; a TypeError for what is no text
+        return False
+    return True
+
+
+def _bpe_library(vocabulary=None, merges=None, patterns=(), normalizer=None, **options):
+    from tokenizers import Regex, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Library
-    from tokenizers import models, pre_tokenizers
 
-    library = Library(models.BPE(vocab, merges))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    library = Library(models.BPE(vocabulary, merges, **options))
+    if normalizer:
+        library.normalizer = normalizers.NFC()
+    # Without patterns of its own it has those of GPT-2, which the library knows by heart.
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not patterns)
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    library.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes]) if cuts else to_bytes
     return library
 
 

@@ -1,10 +1,14 @@
 """export.py, with Transformers on the other side: it opens what we write, and we read what it saves."""
 
+import functools
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +16,9 @@ from hypothesis import strategies as st
 from test_bad_input import told
 from test_model import differ, random_tokens
 from test_tokenizer import BPE, CHAR, SAMPLE, any_text, awkward
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Library
+from tokenizers import models as library_models
 
 import engine.checkpoint
 import export
@@ -21,7 +28,7 @@ from engine.checkpoint import Checkpoint, build, load
 from engine.config import check_model
 from engine.errors import run
 from inference import Speaker
-from tokenizer import SPECIAL_TOKENS, BPETokenizer, render_chat
+from tokenizer import SPECIAL_TOKENS, BPETokenizer, byte_alphabet, from_dict, render_chat
 
 transformers = pytest.importorskip("transformers")
 
@@ -235,16 +242,76 @@ def test_a_model_of_transformers_is_read(family, command, tmp_path):
     assert list(model.generate(prompt[0], 20, temperature=0)) == answer[0, 5:].tolist()
 
 
+# The regular expressions in the tokenizer.json of released models.
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    r"[一-龥\u3040-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+
+def split(*patterns):
+    return [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+
+
+FOREIGN = {
+    "GPT-2": (None, [], {}),
+    "Llama 3": (None, split(QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")), dict(ignore_merges=True)),
+    "Qwen3": (normalizers.NFC(), split(QWEN), {}),
+    "DeepSeek V3": (normalizers.Sequence([]), split(*DEEPSEEK), {}),
+    "nanochat": (None, split(QWEN.replace(r"\p{N}|", r"\p{N}{1,2}|")), dict(byte_fallback=True)),
+    "SmolLM": (None, [pre_tokenizers.Digits(individual_digits=True)], {}),
+    "uncut": (None, [], {}),
+}
+NUMBERS = "12345 a1b22c333\r\n\r\n  don't DON'T 2026年 é e\u0301 !!\n"
+
+
+@functools.cache
+def foreign(name):
+    """A byte-level BPE of the `tokenizers` library that cuts text as the released one of this name."""
+    normalizer, cuts, options = FOREIGN[name]
+    library = Library(library_models.BPE(**options))
+    if normalizer is not None:
+        library.normalizer = normalizer
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in ("GPT-2", "SmolLM"))
+    library.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=byte_alphabet(), special_tokens=["<s>", "</s>", "<mask>"],
+        show_progress=False,
+    )  # fmt: skip
+    library.train_from_iterator([SAMPLE + NUMBERS] * 3, trainer)
+    content = json.loads(library.to_str())
+    if options.get("ignore_merges"):
+        # Some of Llama 3's tokens are made by no merge; only whole words are these.
+        vocabulary = content["model"]["vocab"]
+        vocabulary |= {word: len(vocabulary) + i for i, word in enumerate(["Ġzebra", "zz"])}
+    return Library.from_str(json.dumps(content))
+
+
+@functools.cache
+def read_foreign(name):
+    """(our tokenizer, rows) of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        foreign(name).save(str(path))
+        return export.from_library(path, dict(bos_token_id=0, eos_token_id=1))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_tokenizer_of_others_is_read(tied, command, tmp_path):
-    """Byte-level BPE as in GPT-2: its numbers become ours, and the rows of the embedding follow."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    library = ByteLevelBPETokenizer()
-    library.train_from_iterator([SAMPLE] * 3, vocab_size=330, special_tokens=["<s>", "</s>", "<mask>"])
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>")
-    sizes = SIZES | dict(vocab_size=340, bos_token_id=0, eos_token_id=[1], pad_token_id=None)
+@pytest.mark.parametrize("name", ["GPT-2", "Llama 3", "Qwen3", "DeepSeek V3"])
+def test_a_tokenizer_of_others_is_read(name, tied, command, tmp_path):
+    """Byte-level BPE: its numbers become ours, and the rows of the embedding follow."""
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=foreign(name), bos_token="<s>", eos_token="</s>"
+    )
+    sizes = SIZES | dict(vocab_size=440, bos_token_id=0, eos_token_id=[1], pad_token_id=None)
     torch.manual_seed(0)
     other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=tied)).eval()
     for name, tensor in other.state_dict().items():
@@ -257,7 +324,7 @@ def test_a_tokenizer_of_others_is_read(tied, command, tmp_path):
     model, tokenizer = build(newest(), "the test")
     assert model.config.vocab_size == tokenizer.vocab_size == len(theirs) - 3 + len(SPECIAL_TOKENS)
     assert model.config.tie_embeddings == tied
-    left_out = [2, *range(len(theirs), 340)]  # <mask>, and rows that no token has
+    left_out = [2, *range(len(theirs), 440)]  # <mask>, and rows that no token has
     for text in ("The fox", "狐狸 é\r\n", SAMPLE[:20]):
         prompt = theirs(text, return_tensors="pt")
         ids = tokenizer.encode(text).tolist()
@@ -331,14 +398,15 @@ BOTH = pytest.mark.parametrize("ours", [CHAR, BPE], ids=["char", "bpe"])
 KEPT = {}
 
 
-def counterpart(ours):
-    """The same tokenizer, as Transformers reads it."""
-    if ours.kind not in KEPT:
+def counterpart(ours, name=None):
+    """The same tokenizer, as Transformers reads it. `name`: which one, if it is none of ours."""
+    name = name or ours.kind
+    if name not in KEPT:
         library = export.to_library(ours)
-        KEPT[ours.kind] = transformers.PreTrainedTokenizerFast(
+        KEPT[name] = transformers.PreTrainedTokenizerFast(
             tokenizer_object=library, chat_template=export.CHAT_TEMPLATE, clean_up_tokenization_spaces=False
         )
-    return KEPT[ours.kind]
+    return KEPT[name]
 
 
 @BOTH
@@ -350,6 +418,22 @@ def test_text_has_the_same_ids(ours, text):
     assert theirs.decode(ids) == ours.decode(ids)
     if not any(token in text for token in SPECIAL_TOKENS):
         assert theirs.encode(text) == [ours.bos_id, *ids]
+
+
+@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("name", FOREIGN)
+@given(text=any_text | awkward | st.just(SAMPLE + NUMBERS + " zebra zebras zz"))
+def test_a_tokenizer_of_others_has_the_same_ids(name, text):
+    """... as it is read, as it is written again, and after it lay in a checkpoint."""
+    theirs, (ours, rows) = foreign(name), read_foreign(name)
+    expected = [] if any(token in text for token in ("<s>", "</s>", "<mask>")) else theirs.encode(text).ids
+    ids = ours.encode(text).tolist() if expected else []
+    assert [rows[i] for i in ids] == expected
+    assert theirs.decode(expected) == ours.decode(ids)
+    assert counterpart(ours, name).encode(text, split_special_tokens=True, add_special_tokens=False) == (
+        ours.encode(text).tolist()
+    )
+    np.testing.assert_array_equal(from_dict(ours.to_dict()).encode(text), ours.encode(text))
 
 
 def test_special_tokens_are_special():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import tokenizer as module
 from engine.errors import UserError
 from tokenizer import (
+    BLOCK,
     DELIMITER,
     ROOT,
     SPECIAL_TOKENS,
@@ -194,6 +196,44 @@ def test_foreign_dicts_are_refused(change):
 def test_foreign_merges_are_refused(merges):
     with pytest.raises(UserError):
         from_dict({**BPE.to_dict(), "merges": merges})
+
+
+RULES = dict(patterns=[r"\p{N}{1,2}", r" ?\p{L}+"], normalizer="NFC", ignore_merges=True, words=["zz"])
+RULED = BPETokenizer(BPE.merges, **RULES)
+
+
+@given(text=any_text | awkward)
+def test_a_tokenizer_with_rules_of_its_own(text):
+    """Nothing is lost but the way in which accents are written."""
+    assert RULED.decode(RULED.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+def test_rules_are_a_part_of_it(tmp_path):
+    assert RULED.fingerprint != BPE.fingerprint == BPETokenizer(BPE.merges, patterns=[]).fingerprint
+    RULED.save(tmp_path / "t.json")
+    loaded = load(tmp_path / "t.json")
+    assert loaded.rules == RULES and loaded.fingerprint == RULED.fingerprint
+    assert len(RULED.encode("zz")) == 1 and len(BPE.encode("zz")) == 2
+    assert len(RULED.encode("zzz")) == 3  # only a whole word can be one of `words`
+
+
+def test_long_texts_are_left_whole_where_nobody_knows_the_rules():
+    text = "x 1\n" * BLOCK
+    assert len(list(BPE._cut(text))) > 1 and list(RULED._cut(text)) == [text]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"patterns": "x"}, {"patterns": ["("]}, {"patterns": [1]}, {"patterns": [None]},
+        {"normalizer": "NFD"}, {"normalizer": 1}, {"ignore_merges": 1}, {"ignore_merges": False},
+        {"words": ["a"]}, {"words": ["zz", "zz"]}, {"words": ["é "]}, {"words": [""]}, {"words": "zz"},
+        {"words": [["zz"]]}, {"words": ["zzz"]},
+    ],
+)  # fmt: skip
+def test_foreign_rules_are_refused(change):
+    with pytest.raises(UserError):
+        from_dict({**RULED.to_dict(), **change})
 
 
 @pytest.mark.parametrize("d", [None, [], "x", {}, 3])
