@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("engine", "dataset", "models", "tasks", "benchmark")
+FOLDERS = ("engine", "dataset", "models", "formats", "tasks", "benchmark")
 SOURCE = ("*.py", "config/*.*", *(f"{folder}/**/*.py" for folder in FOLDERS))
 
 # A model and a run that take no longer than they must.

@@ -1,4 +1,4 @@
-"""export.py, with Transformers on the other side: it opens what we write, and we read what it saves."""
+"""export.py and formats/huggingface.py: Transformers opens what we write, and we read what it saves."""
 
 import functools
 import json
@@ -27,6 +27,7 @@ import models
 from engine.checkpoint import Checkpoint, build, load
 from engine.config import check_model
 from engine.errors import run
+from formats import huggingface
 from inference import Speaker
 from tokenizer import SPECIAL_TOKENS, BPETokenizer, byte_alphabet, from_dict, render_chat
 
@@ -300,7 +301,7 @@ def read_foreign(name):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         foreign(name).save(str(path))
-        return export.from_library(path, dict(bos_token_id=0, eos_token_id=1))
+        return huggingface.from_library(path, dict(bos_token_id=0, eos_token_id=1))
 
 
 @torch.no_grad()
@@ -329,7 +330,7 @@ def test_a_tokenizer_of_others_is_read(name, tied, command, tmp_path):
         prompt = theirs(text, return_tensors="pt")
         ids = tokenizer.encode(text).tolist()
         assert theirs.convert_ids_to_tokens(prompt["input_ids"][0]) == [
-            export.to_library(tokenizer).id_to_token(i) for i in ids
+            huggingface.to_library(tokenizer).id_to_token(i) for i in ids
         ]
         answer = other.generate(**prompt, do_sample=False, max_new_tokens=10, suppress_tokens=left_out)
         ours = model.generate(ids, 10, temperature=0, stop_tokens=[tokenizer.eos_id])
@@ -402,9 +403,11 @@ def counterpart(ours, name=None):
     """The same tokenizer, as Transformers reads it. `name`: which one, if it is none of ours."""
     name = name or ours.kind
     if name not in KEPT:
-        library = export.to_library(ours)
+        library = huggingface.to_library(ours)
         KEPT[name] = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=library, chat_template=export.CHAT_TEMPLATE, clean_up_tokenization_spaces=False
+            tokenizer_object=library,
+            chat_template=huggingface.CHAT_TEMPLATE,
+            clean_up_tokenization_spaces=False,
         )
     return KEPT[name]
 
@@ -438,7 +441,7 @@ def test_a_tokenizer_of_others_has_the_same_ids(name, text):
 
 def test_special_tokens_are_special():
     for ours in (CHAR, BPE):
-        marked = json.loads(export.to_library(ours).to_str())["added_tokens"]
+        marked = json.loads(huggingface.to_library(ours).to_str())["added_tokens"]
         assert [(token["content"], token["id"], token["special"]) for token in marked] == [
             (content, i, True) for i, content in enumerate(SPECIAL_TOKENS)
         ]

@@ -1,0 +1,359 @@
+"""Nano's networks and the classes of Transformers that compute the same.
+
+The networks are the same on both sides; names, and what is stored as one matrix, differ. So every family
+here is one table, which is read in both directions. Transformers itself is not needed.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from engine.errors import UserError
+
+# ---- the families ----------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """What one tensor of ours is on the other side: their names, and how to get there and back."""
+
+    names: list
+    split: Callable = lambda tensor: [tensor]
+    join: Callable = lambda parts: parts[0]
+
+
+def stacked(prefix, **rows):
+    """Several matrices, of so many rows each, that lie in one of ours."""
+    return Parts([prefix + name for name in rows], lambda tensor: tensor.split(list(rows.values())), joined)
+
+
+def joined(parts, dim=0):
+    import torch
+
+    return torch.cat(parts, dim)
+
+
+def interleaved(name, n_head, size):
+    """The last `size` rows of each head are turned in pairs, which are rows 0 1, 2 3, ... there; here all
+    first ones come before all second ones."""
+
+    def reordered(tensor, shape):
+        heads = tensor.unflatten(0, (n_head, -1))
+        still, turned = heads.split((heads.shape[1] - size, size), dim=1)
+        turned = turned.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+        return joined((still, turned), dim=1).flatten(0, 1)
+
+    return Parts([name], lambda ours: [reordered(ours, (2, -1))], lambda parts: reordered(parts[0], (-1, 2)))
+
+
+def experts(n_experts, *names):
+    """Matrices of all experts, transposed, those of `names` side by side: [E, in, len(names) * out]."""
+
+    def split(tensor):
+        return [part.mT for matrix in tensor for part in matrix.chunk(len(names), dim=1)]
+
+    def join(parts):
+        import torch
+
+        rows = torch.stack(parts).unflatten(0, (n_experts, len(names)))  # [E, names, out, in]
+        return rows.flatten(1, 2).mT
+
+    prefix = "model.layers.N.mlp.experts."
+    return Parts([f"{prefix}{e}.{name}.weight" for e in range(n_experts) for name in names], split, join)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of ours and the class of Transformers that computes the same.
+
+    weights(config): {module or tensor of ours: their name, or Parts}; N is the number of the layer.
+    keys: {their key: ours}. ours, theirs: what the family fixes in our configuration, and in theirs.
+    needs: {what their class cannot do without: function of our configuration that tells if it is there}.
+    """
+
+    architecture: str
+    class_name: str
+    model_type: str
+    weights: Callable
+    keys: dict
+    ours: dict = field(default_factory=dict)
+    theirs: dict = field(default_factory=dict)
+    needs: dict = field(default_factory=dict)
+    yarn: dict = field(default_factory=dict)  # what their rope_scaling says beyond ours
+
+
+# What all families have.
+KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_hidden",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "block_size",
+    "rms_norm_eps": "norm_eps",
+}
+WEIGHTS = {
+    "wte": "model.embed_tokens",
+    "blocks.N.attn_norm": "model.layers.N.input_layernorm",
+    "blocks.N.attn.proj": "model.layers.N.self_attn.o_proj",
+    "blocks.N.mlp_norm": "model.layers.N.post_attention_layernorm",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+}
+HEADS = {"num_key_value_heads": "n_kv_head", "head_dim": "head_dim"}
+# What their keys mean when a config.json leaves them out; None: what it means to leave ours out.
+DEFAULTS = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "q_lora_rank": None,
+    "num_nextn_predict_layers": None,
+    "bias_update_speed": None,
+    "aux_loss_alpha": None,
+    "mtp_loss_weight": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def qkv(c):
+    queries, keys = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    return stacked("model.layers.N.self_attn.", q_proj=queries, k_proj=keys, v_proj=keys)
+
+
+def nano_weights(c):
+    return WEIGHTS | {
+        "blocks.N.attn.qkv": qkv(c),
+        "blocks.N.attn.q_norm": "model.layers.N.self_attn.q_norm",
+        "blocks.N.attn.k_norm": "model.layers.N.self_attn.k_norm",
+        "blocks.N.mlp.gate_up": stacked("model.layers.N.mlp.", gate_proj=c.n_hidden, up_proj=c.n_hidden),
+        "blocks.N.mlp.down": "model.layers.N.mlp.down_proj",
+    }
+
+
+def nanochat_weights(c):
+    return WEIGHTS | {
+        "blocks.N.attn.qkv": qkv(c),
+        "blocks.N.mlp.up": "model.layers.N.mlp.fc1",
+        "blocks.N.mlp.down": "model.layers.N.mlp.fc2",
+    }
+
+
+def deepseek_v3_weights(c):
+    attention, mlp, mtp = (f"model.layers.{part}." for part in ("N.self_attn", "N.mlp", c.n_layer))
+    n_shared = c.n_shared_experts * c.moe_intermediate_size
+    rope = c.qk_rope_head_dim
+    return WEIGHTS | {
+        "blocks.N.attn.q": interleaved(attention + "q_proj", c.n_head, rope),
+        "blocks.N.attn.q_a": attention + "q_a_proj",
+        "blocks.N.attn.q_norm": attention + "q_a_layernorm",
+        "blocks.N.attn.q_b": interleaved(attention + "q_b_proj", c.n_head, rope),
+        "blocks.N.attn.kv_a": interleaved(attention + "kv_a_proj_with_mqa", 1, rope),
+        "blocks.N.attn.kv_norm": attention + "kv_a_layernorm",
+        "blocks.N.attn.kv_b": attention + "kv_b_proj",
+        "blocks.N.mlp.gate_up": stacked(mlp, gate_proj=c.n_hidden, up_proj=c.n_hidden),
+        "blocks.N.mlp.down": mlp + "down_proj",
+        "blocks.N.mlp.gate": mlp + "gate",
+        "blocks.N.mlp.experts.gate_up": experts(c.n_routed_experts, "gate_proj", "up_proj"),
+        "blocks.N.mlp.experts.down": experts(c.n_routed_experts, "down_proj"),
+        "blocks.N.mlp.shared.gate_up": stacked(mlp + "shared_experts.", gate_proj=n_shared, up_proj=n_shared),
+        "blocks.N.mlp.shared.down": mlp + "shared_experts.down_proj",
+        # The module of multi-token prediction is the layer behind the last one.
+        "mtp.enorm": mtp + "enorm",
+        "mtp.hnorm": mtp + "hnorm",
+        "mtp.eh_proj": mtp + "eh_proj",
+        "mtp.norm": mtp + "shared_head.norm",
+    }
+
+
+FAMILIES = (
+    Family(
+        "nano", "Qwen3ForCausalLM", "qwen3", nano_weights,
+        KEYS | HEADS | {"tie_word_embeddings": "tie_embeddings"},
+        ours={"qk_norm": True, "use_rope": True, "is_causal": True, "bias": False},
+        theirs={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+    ),
+    Family(
+        "nano", "LlamaForCausalLM", "llama", nano_weights,
+        KEYS | HEADS
+        | {"tie_word_embeddings": "tie_embeddings", "attention_bias": "bias", "mlp_bias": "bias"},
+        ours={"qk_norm": False, "use_rope": True, "is_causal": True},
+        theirs={"hidden_act": "silu"},
+        needs={"an n_embd that n_head divides": lambda c: c.n_embd % c.n_head == 0},
+    ),
+    Family(
+        "nanochat", "NanoChatForCausalLM", "nanochat", nanochat_weights,
+        KEYS | HEADS,
+        theirs={
+            "hidden_act": "relu2", "attention_bias": False, "tie_word_embeddings": False,
+            "final_logit_softcapping": 15.0,
+        },
+    ),
+    Family(
+        "deepseek_v3", "DeepseekV3ForCausalLM", "deepseek_v3", deepseek_v3_weights,
+        KEYS | {"num_key_value_heads": "n_head", "tie_word_embeddings": "tie_embeddings"}
+        | {key: key for key in (
+            "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+            "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
+            "moe_intermediate_size", "first_k_dense_replace", "routed_scaling_factor", "norm_topk_prob",
+            "num_nextn_predict_layers", "bias_update_speed", "aux_loss_alpha", "mtp_loss_weight",
+        )},
+        theirs={
+            "hidden_act": "silu", "attention_bias": False, "rope_interleave": True, "moe_layer_freq": 1,
+            "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+        },
+        needs={
+            "a shared expert": lambda c: c.n_shared_experts,
+            "groups of two experts or more": lambda c: c.n_routed_experts >= 2 * c.n_group,
+        },
+        yarn={"mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+)  # fmt: skip
+
+
+# ---- the configuration -----------------------------------------------------------------------------
+
+
+def family_of(config):
+    """The Family that computes what a model of ours does. UserError, with the reason, if there is none."""
+    families = [family for family in FAMILIES if family.architecture == config.architecture]
+    if not families:
+        known = sorted({family.architecture for family in FAMILIES})
+        raise UserError(f"{config.architecture} cannot be written for Transformers; {', '.join(known)} can")
+
+    def differing(family):
+        return [key for key, value in family.ours.items() if getattr(config, key) != value]
+
+    family = min(families, key=lambda family: len(differing(family)))
+    for key in differing(family):
+        found, needed = (json.dumps(value) for value in (getattr(config, key), family.ours[key]))
+        raise UserError(f"{key} is {found} in this model, and a {family.class_name} has only {needed}")
+    for what, is_there in family.needs.items():
+        if not is_there(config):
+            raise UserError(f"a {family.class_name} needs {what}, and this model has none")
+    return family
+
+
+def to_config(family, config):
+    """What config.json says of the shape of a model of ours."""
+    scaling = config.rope_scaling and config.rope_scaling.model_dump()
+    if scaling and scaling["rope_type"] == "yarn":
+        scaling |= family.yarn
+    return {
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
+        **{theirs: getattr(config, ours) for theirs, ours in family.keys.items()},
+        **family.theirs,
+        # New releases of Transformers read these two as well as old ones.
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+    }
+
+
+def from_config(found, source):
+    """(Family, configuration of ours) of the content of a config.json; `source`: its name, for errors."""
+    from engine.config import check_model
+
+    name = found.get("model_type")
+    families = [family for family in FAMILIES if family.model_type == name]
+    if not families:
+        known = ", ".join(family.model_type for family in FAMILIES)
+        raise UserError(f"{source}: its model_type is {json.dumps(name)}; Nano reads {known}")
+    family = families[0]
+    for key, value in family.theirs.items():
+        if found.get(key, value) != value:
+            raise UserError(f"{source}: {key} is {json.dumps(found[key])}; Nano has only {json.dumps(value)}")
+    values = {"architecture": family.architecture, **family.ours}
+    for theirs, ours in family.keys.items():
+        if theirs not in found and theirs not in DEFAULTS:
+            raise UserError(f"{source}: {theirs} is missing")
+        value = found.get(theirs, DEFAULTS.get(theirs))
+        if value is not None and values.setdefault(ours, value) != value:
+            raise UserError(f"{source}: {theirs} differs from what else is {ours} in Nano, and is one there")
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{source}: its rope_parameters are no JSON object")
+    rope = {"rope_type" if key == "type" else key: rope[key] for key in rope if rope[key] is not None}
+    values["rope_theta"] = rope.pop("rope_theta", found.get("rope_theta", 10000.0))
+    share = rope.pop("partial_rotary_factor", found.get("partial_rotary_factor", 1.0))
+    if share != 1.0:
+        raise UserError(f"{source}: partial_rotary_factor is {json.dumps(share)}; Nano has only 1.0")
+    if rope.get("rope_type") == "yarn":
+        for key, value in family.yarn.items():
+            if rope.pop(key, None) != value:
+                raise UserError(f"{source}: {key} of YaRN must be {json.dumps(value)}")
+    values["rope_scaling"] = None if rope in ({}, {"rope_type": "default"}) else rope
+    config = check_model(values, f"{source}, in Nano's names")
+    return family, config.resolved(config.vocab_size)
+
+
+# ---- the weights -----------------------------------------------------------------------------------
+
+
+def counterparts(family, config, names):
+    """Yield (name, Parts) of tensors of ours; the names within the Parts are whole."""
+    table = family.weights(config)
+    for name in names:
+        if name == "lm_head.weight" and config.tie_embeddings:
+            continue
+        place = name.replace("mtp.block.", f"blocks.{config.n_layer}.")
+        number = re.match(r"blocks\.(\d+)|", place)[1]
+        place = re.sub(r"^blocks\.\d+", "blocks.N", place)
+        module, _, kind = place.rpartition(".")
+        found, suffix = (table[place], "") if place in table else (table[module], "." + kind)
+        parts = found if isinstance(found, Parts) else Parts([found])
+        theirs = [their.replace(".N.", f".{number}.") + suffix for their in parts.names]
+        yield name, parts._replace(names=theirs)
+
+
+def to_weights(family, config, state):
+    """{name: tensor} as Transformers has them, of a state dictionary of ours."""
+    weights = {}
+    for name, parts in counterparts(family, config, state):
+        weights.update(zip(parts.names, parts.split(state[name]), strict=True))
+    return weights
+
+
+def from_weights(family, config, read):
+    """A state dictionary of ours. read: {name: a function that gives the tensor}, all that there is.
+
+    UserError for a tensor that is missing, too much, or of another shape or kind than the configuration says.
+    """
+    import torch
+
+    import models
+
+    with torch.device("meta"):
+        shapes = models.build(config).state_dict()
+    expected = to_weights(family, config, shapes)
+    if missing := expected.keys() - read.keys():
+        raise UserError(f"the weights lack {min(missing)}, which config.json asks for")
+    if surplus := [name for name in read if name not in expected and not needless(name, config)]:
+        raise UserError(f"the weights hold {min(surplus)}, for which config.json leaves no place")
+
+    def tensor(name):
+        found, shape = read[name](), expected[name].shape
+        if found.shape != shape:
+            raise UserError(f"{name} is {list(found.shape)}, and {list(shape)} by config.json")
+        if found.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"{name} is {found.dtype}; float32, bfloat16 or float16 are read")
+        return found
+
+    state = {
+        name: parts.join([tensor(their) for their in parts.names]).contiguous()
+        for name, parts in counterparts(family, config, shapes)
+    }
+    if config.tie_embeddings:
+        state["lm_head.weight"] = state["wte.weight"]
+    return state
+
+
+def needless(name, config):
+    """Whether it follows from the rest, or stands there twice."""
+    return bool(
+        name.endswith("rotary_emb.inv_freq")
+        or (name == "lm_head.weight" and config.tie_embeddings)
+        or re.fullmatch(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight", name)
+    )
