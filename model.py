@@ -18,8 +18,10 @@ Worth knowing before reading:
 Shapes: B rows, T tokens, C = n_embd, H = n_head, G = n_kv_head, D = head_dim, V = vocab_size.
 """
 
+import copy
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -90,30 +92,47 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of the tokens already seen, so that a new token costs one position.
 
-    `keys[l]`, `values[l]`: [B, heads, capacity, size of a key or a value] of layer l. `lengths` [B] counts
-    the tokens each row holds: rows of a batch may differ, and what lies behind a row's length is never
-    looked at.
+    `keys[l]`, `values[l]`: [B, heads, capacity, size of a key or a value] of layer l. `lengths` [B], on the
+    host, counts the tokens each row holds: rows of a batch may differ, and what lies behind a row's length is
+    never looked at.
     """
 
     def __init__(self, n_layer, batch_size, heads, capacity, key_size, value_size, device=None, dtype=None):
         shape = (n_layer, batch_size, heads, capacity)
         self.keys = torch.zeros(*shape, key_size, device=device, dtype=dtype)
         self.values = torch.zeros(*shape, value_size, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        # The same on the host, where known to be equal for all rows: spares a device round trip.
-        self.uniform_length = 0
+        self.lengths = np.zeros(batch_size, np.int64)
 
     @property
     def capacity(self):
         return self.keys.shape[3]
 
+    @property
+    def uniform_length(self):
+        """The length of all rows; None where they differ."""
+        first, *others = self.lengths.tolist()
+        return first if others.count(first) == len(others) else None
+
+    def rows(self, first, last, capacity=None):
+        """Rows first .. last - 1, and at most `capacity` places of them: a cache that shares their memory."""
+        part = copy.copy(self)
+        part.keys = self.keys[:, first:last, :, :capacity]
+        part.values = self.values[:, first:last, :, :capacity]
+        part.lengths = self.lengths[first:last]
+        return part
+
+    def copy_row(self, source, target):
+        length = self.lengths[target] = self.lengths[source]
+        for tensor in (self.keys, self.values):
+            tensor[:, target, :, :length] = tensor[:, source, :, :length]
+
     def update(self, layer, positions, k, v):
         """Store k, v [B, heads, T, size] at positions [B, T]; returns all of this layer up to the last."""
-        keys, values = self.keys[layer], self.values[layer]
-        if self.uniform_length is not None:
-            end = self.uniform_length + k.shape[2]
-            keys[:, :, self.uniform_length : end] = k
-            values[:, :, self.uniform_length : end] = v
+        keys, values, length = self.keys[layer], self.values[layer], self.uniform_length
+        if length is not None:
+            end = length + k.shape[2]
+            keys[:, :, length:end] = k
+            values[:, :, length:end] = v
             return keys[:, :, :end], values[:, :, :end]
         index = positions[:, None, :, None]
         keys.scatter_(2, index.expand_as(k), k.to(keys.dtype))
@@ -122,9 +141,7 @@ class KVCache:
 
     def advance(self, counts):
         """The rows have grown by `counts`, or shrunk: an int, or a tensor [B] where they differ."""
-        self.lengths += counts
-        if self.uniform_length is not None:
-            self.uniform_length = self.uniform_length + counts if isinstance(counts, int) else None
+        self.lengths += counts if isinstance(counts, int) else counts.cpu().numpy()
 
 
 class Attention(nn.Module):
@@ -362,9 +379,7 @@ class GPT(nn.Module):
         if cache is not None and not config.is_causal:
             raise ValueError("only a causal model can continue from a cache, and is_causal is false")
         room = config.block_size if cache is None else min(cache.capacity, config.block_size)
-        past = 0 if cache is None else cache.uniform_length
-        if past is None:
-            past = int(cache.lengths.max())
+        past = 0 if cache is None else int(cache.lengths.max())
         if past + T > room:
             raise ValueError(f"{past} + {T} tokens do not fit in a context of {room}")
         if cache is None or cache.uniform_length is not None:
@@ -375,7 +390,7 @@ class GPT(nn.Module):
             if lengths is not None and not config.is_causal:
                 return positions, (positions < lengths[:, None])[:, None, None]  # [B, 1, 1, S]
             return positions, None
-        positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
+        positions = torch.from_numpy(cache.lengths[:, None] + np.arange(T)).to(tokens.device)
         slots = torch.arange(cache.capacity, device=tokens.device)
         return positions, (positions[:, :, None] >= slots)[:, None]  # [B, 1, T, S]
 
@@ -473,18 +488,28 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens)).argmax(-1)
 
 
-def sample(
-    logits, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, previous=(), generator=None
-):
-    """Draw one token id from logits [V].
+def sample(logits, generator=None, **options):
+    """Draw one token id from logits [V]. The options are those of `candidates`."""
+    probabilities, ids = candidates(logits, **options)
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator) if len(ids) > 1 else 0])
 
-    repetition_penalty: Keskar et al. 2019 (CTRL), section 4.1: logits of tokens in `previous` are
-    divided by it if positive, else multiplied. top_p: Holtzman et al. 2020, nucleus sampling.
+
+def candidates(
+    logits, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, previous=()
+):
+    """The tokens of which one may follow, by logits [V]: (probabilities [K], not yet normalized, ids [K]).
+
+    temperature: 0 leaves only the likeliest. top_k: so many stay. top_p: the likeliest stay that hold this
+    much together (Holtzman et al. 2020, nucleus sampling). min_p: those stay that are at least this part as
+    likely as the likeliest (Nguyen et al. 2024). repetition_penalty: logits of tokens in `previous` are
+    divided by it if positive, else multiplied (Keskar et al. 2019, CTRL, section 4.1).
     Raises ValueError for a setting that makes no sense.
     """
-    top_k, top_p = top_k or 0, 1 if top_p is None else top_p
+    top_k, top_p, min_p = top_k or 0, 1 if top_p is None else top_p, min_p or 0
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and repetition_penalty > 0):
         raise ValueError("needs temperature >= 0, top_k >= 0, 0 < top_p <= 1 and repetition_penalty > 0")
+    if not 0 <= min_p <= 1:
+        raise ValueError("needs 0 <= min_p <= 1")
     if repetition_penalty != 1.0 and len(previous):
         seen = torch.tensor(sorted(set(previous)), device=logits.device)
         values = logits[seen]
@@ -492,15 +517,17 @@ def sample(
             (seen,), torch.where(values > 0, values / repetition_penalty, values * repetition_penalty)
         )
     if temperature < 1e-6:  # 0, or so little that dividing by it would overflow
-        return int(logits.argmax())
-    logits = logits / temperature
-    if top_k:
-        threshold = logits.topk(min(top_k, logits.numel())).values[-1]
-        logits = logits.masked_fill(logits < threshold, -math.inf)
-    probabilities = logits.softmax(-1)
+        return logits.new_ones(1), logits.argmax(-1, keepdim=True)
+    # Only what is kept is sorted, the likeliest first; from here on the rest costs nothing.
+    n_kept = min(top_k or logits.numel(), logits.numel())
+    if n_kept < logits.numel() or top_p < 1:
+        logits, ids = logits.topk(n_kept)
+    else:
+        ids = torch.arange(n_kept, device=logits.device)
+    probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
         # A token stays while those before it hold less than top_p.
-        ordered[ordered.cumsum(0) - ordered >= top_p] = 0
-        probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+        probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0
+    if min_p:
+        probabilities[probabilities < min_p * probabilities.max()] = 0
+    return probabilities, ids

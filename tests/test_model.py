@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import GPT, KVCache, ModelConfig, RMSNorm, rotary_table, rotate, sample
+from model import GPT, KVCache, ModelConfig, RMSNorm, candidates, rotary_table, rotate, sample
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, n_hidden=40)
 
@@ -346,10 +346,10 @@ def test_too_many_tokens_are_refused(use_rope):
     for capacity, room in ((None, 16), (9, 9), (40, 16)):
         cache = model.new_cache(2, capacity)
         model(random_tokens(2, room - 2), cache=cache)
-        before = cache.lengths.clone()
+        before = cache.lengths.copy()
         with pytest.raises(ValueError, match=rf"{room - 2} \+ 3 tokens do not fit in a context of {room}"):
             model(random_tokens(2, 3), cache=cache)
-        assert torch.equal(cache.lengths, before)
+        assert cache.lengths.tolist() == before.tolist()
         model(random_tokens(2, 2), cache=cache)
         ragged = model.new_cache(2, capacity)
         model(random_tokens(2, room - 2), cache=ragged, lengths=torch.tensor([1, room - 2]))
@@ -535,7 +535,15 @@ def test_padding_is_ignored_without_causality_too(n_kv_head):
 # ---- sampling ------------------------------------------------------------------------------------
 
 
-def distribution(logits, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, previous=()):
+def probabilities(logits, **setting):
+    """Those of `candidates`, for all tokens [V]."""
+    found, ids = candidates(logits, **setting)
+    return torch.zeros_like(logits).scatter(0, ids, found / found.sum())
+
+
+def distribution(
+    logits, temperature=1.0, top_k=None, top_p=None, min_p=0.0, repetition_penalty=1.0, previous=()
+):
     """What `sample` should draw from, from the definitions and in plain Python: a list of probabilities."""
     values = []
     for token, value in enumerate(logits.tolist()):
@@ -554,6 +562,7 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None, repetition_pen
         held += weights[token] / total
         if top_p is not None and held >= top_p:
             break
+    nucleus = [token for token in nucleus if weights[token] >= min_p]  # the likeliest weighs 1
     total = sum(weights[token] for token in nucleus)
     return [weights[token] / total if token in nucleus else 0.0 for token in range(len(values))]
 
@@ -570,30 +579,30 @@ SETTINGS = [
     dict(top_p=0.9),
     dict(top_p=1.0),
     dict(top_p=1e-9),
+    dict(min_p=0.0),
+    dict(min_p=0.1),
+    dict(min_p=1.0),
     dict(repetition_penalty=1.7, previous=[0, 3, 3, 7]),
     dict(repetition_penalty=0.6, previous=[1, 2]),
     dict(repetition_penalty=1.2, previous=range(12)),
     dict(repetition_penalty=1.5),
     dict(temperature=0.7, top_k=6, top_p=0.8, repetition_penalty=1.3, previous=[2, 5, 9, 10]),
+    dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.2),
     dict(temperature=1.8, top_k=3, top_p=0.95, repetition_penalty=1.1, previous=[11]),
 ]
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_sample_has_the_right_probabilities(setting, monkeypatch):
-    drawn_from = []
-    monkeypatch.setattr(
-        torch, "multinomial", lambda p, *_, **__: (drawn_from.append(p / p.sum()), torch.tensor([0]))[1]
-    )
+def test_candidates_have_the_right_probabilities(setting):
     for seed in range(25):
         logits = 3 * torch.randn(12, generator=torch.Generator().manual_seed(seed))
         before = logits.clone()
-        sample(logits, **setting)
+        found = probabilities(logits, **setting)
         assert torch.equal(logits, before)  # the caller's logits are left alone
-        assert differ(drawn_from.pop(), torch.tensor(distribution(logits, **setting))) < 1e-5
+        assert differ(found, torch.tensor(distribution(logits, **setting))) < 1e-5
 
 
-@pytest.mark.parametrize("setting", [SETTINGS[i] for i in (0, 1, 4, 7, 11, 15)], ids=str)
+@pytest.mark.parametrize("setting", [SETTINGS[i] for i in (0, 1, 4, 7, 12, 14, 18, 19)], ids=str)
 def test_sample_draws_as_often_as_it_should(setting):
     logits = 2 * torch.randn(12, generator=torch.Generator().manual_seed(4))
     generator = torch.Generator().manual_seed(5)
@@ -621,6 +630,8 @@ BAD_SETTINGS = [
     dict(top_k=-1),
     dict(top_p=0.0),
     dict(top_p=1.1),
+    dict(min_p=-0.1),
+    dict(min_p=1.1),
     dict(repetition_penalty=0.0),
     dict(repetition_penalty=-2.0),
 ]

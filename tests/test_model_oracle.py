@@ -5,10 +5,9 @@ With qk_norm off the network is Llama, with it on Qwen3; only names and packing 
 
 import pytest
 import torch
-from test_model import build, differ, random_tokens
+from test_model import build, differ, probabilities, random_tokens
 
 from formats import families
-from model import sample
 
 transformers = pytest.importorskip("transformers")
 
@@ -137,15 +136,11 @@ def test_greedy_generation_is_equal(qk_norm, penalty):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("setting", [dict(temperature=0.6), dict(top_k=5), dict(top_p=0.7), "all"], ids=str)
-def test_sampling_is_equal(setting, monkeypatch):
-    """The probabilities that `sample` draws from are those of Transformers' chain of processors."""
+@pytest.mark.parametrize("setting", [dict(temperature=0.6), dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), "all"], ids=str)
+def test_sampling_is_equal(setting):
+    """The probabilities of `candidates` are those of Transformers' chain of processors."""
     if setting == "all":
-        setting = dict(temperature=1.4, top_k=12, top_p=0.8, repetition_penalty=1.25)
-    drawn_from = []
-    monkeypatch.setattr(
-        torch, "multinomial", lambda p, *_, **__: (drawn_from.append(p / p.sum()), torch.tensor([0]))[1]
-    )
+        setting = dict(temperature=1.4, top_k=12, top_p=0.8, min_p=0.1, repetition_penalty=1.25)
     for seed in range(20):
         logits, previous = 2 * torch.randn(1, 40), random_tokens(1, 9, seed=seed, vocab_size=40)
         scores = logits
@@ -154,8 +149,9 @@ def test_sampling_is_equal(setting, monkeypatch):
             ("temperature", transformers.TemperatureLogitsWarper),
             ("top_k", transformers.TopKLogitsWarper),
             ("top_p", transformers.TopPLogitsWarper),
+            ("min_p", transformers.MinPLogitsWarper),
         ):
             if name in setting:
                 scores = process(setting[name])(previous, scores)
-        sample(logits[0], **setting, previous=previous[0].tolist())
-        assert differ(drawn_from.pop(), scores[0].softmax(-1)) < 1e-5
+        found = probabilities(logits[0], **setting, previous=previous[0].tolist())
+        assert differ(found, scores[0].softmax(-1)) < 1e-5

@@ -1,0 +1,204 @@
+"""Many prompts at once, each answered as if it were alone.
+
+`GPT.generate` in model.py is the plain way to continue one text. A server has many to continue, which begin
+and end at different times, and a step of sixteen texts takes hardly longer than a step of one: reading the
+weights is what takes the time. So a `Decoder` owns a KV cache with a row for each of `n_slots` requests. In
+every step each running request gets one token; one that ends leaves its row to one that waits
+("continuous batching"; Yu et al. 2022, "Orca", section 3).
+
+    decoder = Decoder(model, n_slots=16)
+    request = decoder.add(Request(prompt_ids, max_tokens=100, temperature=0.8, seed=1))
+    while decoder.is_busy:
+        for request in decoder.step():
+            ...                     # request.tokens has grown by one, or request.finish_reason is set
+
+What a request gets depends on nothing but itself: it has its own seed, its prompt is read alone, and no row
+of a batch looks at another. A Decoder belongs to one thread; engine and server talk through queues.
+"""
+
+import codecs
+import collections
+
+import torch
+
+from model import sample
+
+
+class Request:
+    """A prompt, how to continue it, and what has come of it so far.
+
+    prompt: list of ids. max_tokens: as many at most. temperature, top_k, top_p, min_p, repetition_penalty:
+    see `model.sample`. seed: int; None: a random one. n_logprobs: how many of the likeliest tokens are told
+    with each token; None: no logprobs at all.
+
+    tokens: the ids drawn so far. logprobs: for each of them (its log-probability, [(id, log-probability),
+    ... the likeliest]), in nats, by the model itself: before temperature and everything else.
+    finish_reason: None while it runs; then "stop" (a token of `stop_tokens` was drawn, which is not among
+    `tokens`), "length" (max_tokens are there) or "cancelled" (`Decoder.remove`).
+    """
+
+    def __init__(self, prompt, max_tokens, *, stop_tokens=(), seed=None, n_logprobs=None, **options):
+        self.context = [int(token) for token in prompt]
+        self.n_prompt, self.max_tokens = len(self.context), max_tokens
+        self.stop_tokens, self.seed, self.n_logprobs = frozenset(stop_tokens), seed, n_logprobs
+        self.options = options
+        self.is_greedy = (options.get("temperature"), options.get("repetition_penalty", 1.0)) == (0, 1.0)
+        self.logprobs = []
+        self.finish_reason = None if max_tokens > 0 else "length"
+        self.generator = None  # of random numbers, on the model's device
+        self.length = 0  # how many tokens of the context the cache holds
+
+    @property
+    def tokens(self):
+        return self.context[self.n_prompt :]
+
+
+class Decoder:
+    """Continues up to `n_slots` requests at a time; further ones wait in `waiting`.
+
+    The model must be causal and in eval(). The cache holds model.config.block_size tokens of every request;
+    one that becomes longer forgets its older half, as in GPT.generate.
+    """
+
+    def __init__(self, model, n_slots=1):
+        self.model, self.n_slots = model, n_slots
+        self.cache = model.new_cache(n_slots)
+        self.running, self.waiting = [], collections.deque()  # running[i] has row i of the cache
+
+    @property
+    def is_busy(self):
+        return bool(self.running or self.waiting)
+
+    def add(self, request):
+        """Let it wait for a row; returns it. ValueError for a prompt that is empty or holds a foreign id,
+        and for options that make no sense."""
+        self.model.prompt(request.context)
+        device = self.model.wte.weight.device
+        sample(torch.zeros(1), **request.options)
+        if request.generator is None and request.seed is not None:
+            request.generator = torch.Generator(device).manual_seed(request.seed)
+        if request.finish_reason is None:
+            self.waiting.append(request)
+        return request
+
+    def remove(self, request):
+        """Nobody wants to hear the rest of it."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request in self.running:
+            self._leave(self.running.index(request))
+        request.finish_reason = request.finish_reason or "cancelled"
+
+    @torch.inference_mode()
+    def step(self):
+        """One more token for all that run; returns these requests, those that have just ended among them."""
+        while self.waiting and len(self.running) < self.n_slots:
+            self.running.append(self.waiting.popleft())
+        if not self.running:
+            return []
+        for row, request in enumerate(self.running):
+            if request.length in (0, self.cache.capacity):
+                # When the context is full, half of it makes room for as much again.
+                keep = self.cache.capacity if request.length == 0 else max(1, self.cache.capacity // 2)
+                self._read(row, request.context[-keep:-1])
+        logits = self._next([request.context[-1] for request in self.running])
+        advanced = list(self.running)
+        tokens = self._draw(logits)
+        for row in reversed(range(len(advanced))):
+            request = advanced[row]
+            request.length += 1
+            if tokens[row] in request.stop_tokens:
+                request.finish_reason = "stop"
+            else:
+                request.context.append(tokens[row])
+                if len(request.context) - request.n_prompt == request.max_tokens:
+                    request.finish_reason = "length"
+            if request.finish_reason:
+                self._leave(row)
+        return advanced
+
+    def run(self, requests, on_end=lambda request: None):
+        """All of them to their end."""
+        for request in requests:
+            self.add(request)
+        while self.is_busy:
+            for request in self.step():
+                if request.finish_reason:
+                    on_end(request)
+
+    def _read(self, row, tokens):
+        """Fill a row of the cache anew."""
+        cache = self.cache.rows(row, row + 1)
+        cache.advance(-self.running[row].length)
+        self.running[row].length = len(tokens)
+        if tokens:
+            self.model.hidden(torch.tensor([tokens], device=self.cache.lengths.device), cache)
+
+    def _next(self, tokens):
+        """The last token of every running request -> scores of the next one [n, V], float32."""
+        longest = max(request.length for request in self.running)
+        cache = self.cache.rows(0, len(tokens), longest + 1)
+        tokens = torch.tensor(tokens, device=cache.lengths.device).unsqueeze(1)
+        return self.model.logits(self.model.hidden(tokens, cache)[:, -1]).float()
+
+    def _draw(self, logits):
+        """A token for each row of the scores [n, V]; notes logprobs where they are asked for."""
+        best = logits.argmax(-1).tolist()  # for all at once: most requests need nothing else
+        tokens = []
+        for row, request in enumerate(self.running):
+            if request.is_greedy:
+                token = best[row]
+            else:
+                token = sample(
+                    logits[row], **request.options, previous=request.context, generator=request.generator
+                )
+            if request.n_logprobs is not None:
+                logprobs = logits[row].log_softmax(-1)
+                likeliest = logprobs.topk(min(request.n_logprobs, logprobs.numel()))
+                pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+                request.logprobs.append((logprobs[token].item(), list(pairs)))
+            tokens.append(token)
+        return tokens
+
+    def _leave(self, row):
+        """The last row takes the place of one that ends, so that those in use lie side by side."""
+        last = self.running.pop()
+        if row < len(self.running):
+            self.running[row] = last
+            self.cache.copy_row(len(self.running), row)
+
+
+class TextStream:
+    """Ids one by one in, text out, as soon as it is certain.
+
+    A token may be a part of a character, and the end of a text may be the beginning of one of the strings
+    `stop`: both wait. At a stop string the text ends before it, and `is_stopped` becomes true.
+    """
+
+    def __init__(self, tokenizer, stop=()):
+        self.tokenizer, self.stop, self.is_stopped = tokenizer, stop, False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def feed(self, token):
+        """The text that is certain now; "" if there is none."""
+        if token >= self.tokenizer.vocab_size:  # a model may have more rows than there are tokens
+            token = self.tokenizer.unknown_id
+        return self._release(self._decoder.decode(self.tokenizer.decode_bytes([token])))
+
+    def end(self):
+        """What still waits when no token follows."""
+        text = self._release(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return text
+
+    def _release(self, text):
+        text = "" if self.is_stopped else self._held + text
+        places = [place for place in map(text.find, self.stop) if place >= 0]
+        if places:
+            self.is_stopped, self._held = True, ""
+            return text[: min(places)]
+        beginnings = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
+        n_held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
+        self._held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]

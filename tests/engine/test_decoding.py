@@ -1,0 +1,162 @@
+"""engine/decoding.py: what a request gets does not depend on who shares the batch."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import random_tokens
+from test_tokenizer import BPE, CHAR, any_text, awkward
+
+import models
+from engine.config import check_model
+from engine.decoding import Decoder, Request, TextStream
+
+ARCHITECTURES = {
+    "nano": {},
+    "learned positions, biases": dict(use_rope=False, bias=True),
+    "nanochat": dict(architecture="nanochat"),
+    "deepseek_v3": dict(architecture="deepseek_v3", kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4,
+                        v_head_dim=8, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=1,
+                        moe_intermediate_size=8),
+}  # fmt: skip
+
+
+def network(name="nano", block_size=24, vocab_size=29):
+    torch.manual_seed(0)
+    fields = dict(architecture="nano", block_size=block_size, n_layer=3, n_head=4, n_embd=32, n_hidden=40)
+    config = check_model(fields | ARCHITECTURES[name], "the test")
+    model = models.build(config.resolved(vocab_size)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)  # large enough that no two tokens are close
+    return model
+
+
+def prompts(count, seed=0):
+    lengths = random.Random(seed).choices(range(1, 25), k=count)
+    return [random_tokens(n, seed=i, vocab_size=29).tolist() for i, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("n_slots", [1, 3, 16])
+def test_alone_or_together_greedy_text_is_the_same(name, n_slots):
+    """Of prompts of all lengths, which come and go and outgrow the context; `generate` is the definition."""
+    model, requests = network(name), []
+    decoder, texts = Decoder(model, n_slots), prompts(20)
+    stop = [3]
+    late = random.Random(1)
+    while len(requests) < len(texts) or decoder.is_busy:
+        while len(requests) < len(texts) and (late.random() < 0.4 or not decoder.is_busy):
+            n = len(requests)
+            options = dict(max_tokens=5 + 3 * n, temperature=0, stop_tokens=stop)
+            requests.append(decoder.add(Request(texts[n], **options)))
+        advanced = decoder.step()
+        assert len(advanced) <= n_slots and len(decoder.running) <= n_slots
+    for prompt, request in zip(texts, requests, strict=True):
+        expected = list(model.generate(prompt, request.max_tokens, temperature=0, stop_tokens=stop))
+        assert request.tokens == expected
+        assert request.finish_reason == ("length" if len(expected) == request.max_tokens else "stop")
+
+
+SETTINGS = [
+    dict(), dict(temperature=0.5, top_k=4), dict(top_p=0.8), dict(min_p=0.1),
+    dict(temperature=0, repetition_penalty=1.5), dict(repetition_penalty=0.7, top_k=9, top_p=0.9),
+]  # fmt: skip
+
+
+def test_each_draws_with_its_own_seed_and_settings():
+    model, texts = network(), prompts(12)
+    requests = [Request(prompt, 30, seed=i, **SETTINGS[i % len(SETTINGS)]) for i, prompt in enumerate(texts)]
+    Decoder(model, 5).run(requests)
+    for i, (prompt, request) in enumerate(zip(texts, requests, strict=True)):
+        assert request.tokens == list(model.generate(prompt, 30, seed=i, **SETTINGS[i % len(SETTINGS)]))
+    Decoder(model, 2).run(again := [Request([5], 20) for _ in range(3)])
+    assert len({tuple(request.tokens) for request in again}) == 3  # without a seed
+
+
+def test_one_that_is_removed_disturbs_nobody():
+    model, texts = network(), prompts(8)
+    decoder, ended = Decoder(model, 3), []
+    requests = [decoder.add(Request(prompt, 20, temperature=0)) for prompt in texts]
+    for n_steps, victim in ((4, requests[1]), (1, requests[0]), (2, requests[7])):
+        for _ in range(n_steps):
+            decoder.step()
+        decoder.remove(victim)
+        decoder.remove(victim)  # twice is once
+        assert victim.finish_reason == "cancelled"
+    n_tokens = len(requests[1].tokens)
+    while decoder.is_busy:
+        ended += [request for request in decoder.step() if request.finish_reason]
+    assert len(requests[1].tokens) == n_tokens and requests[7].tokens == []
+    assert {id(r) for r in ended} == {id(r) for r in requests} - {id(requests[i]) for i in (0, 1, 7)}
+    for i in (2, 3, 4, 5, 6):
+        assert requests[i].tokens == list(model.generate(texts[i], 20, temperature=0))
+
+
+@torch.no_grad()
+def test_logprobs_are_the_models_own():
+    model = network()
+    requests = [
+        Request(prompt, 4, seed=1, n_logprobs=n, temperature=0.7, top_k=3)
+        for prompt in prompts(3)
+        for n in (0, 5, 99)
+    ]
+    Decoder(model, 4).run(requests)
+    for request in requests:
+        for i, (logprob, likeliest) in enumerate(request.logprobs):
+            before = request.context[: request.n_prompt + i][-24:]
+            expected = model(torch.tensor([before]))[0][0, -1].log_softmax(-1)
+            assert logprob == pytest.approx(expected[request.tokens[i]].item(), abs=1e-4)
+            found = sorted(expected.tolist(), reverse=True)[: request.n_logprobs]
+            assert [value for _, value in likeliest] == pytest.approx(found, abs=1e-4)
+            assert [expected[token].item() for token, _ in likeliest] == pytest.approx(found, abs=1e-4)
+        assert len(request.logprobs) == len(request.tokens)
+    assert Request([1], 1).logprobs == []
+
+
+def test_what_cannot_be_is_refused_and_the_others_go_on():
+    decoder = Decoder(network(), 2)
+    good = decoder.add(Request([1, 2], 5, temperature=0))
+    for prompt, options in (
+        ([], {}),
+        ([29], {}),
+        ([-1], {}),
+        ([1], dict(temperature=-1)),
+        ([1], dict(top_p=0)),
+    ):
+        with pytest.raises(ValueError):
+            decoder.add(Request(prompt, 5, **options))
+    assert decoder.add(Request([1], 0)).finish_reason == "length"
+    decoder.run([])
+    assert len(good.tokens) == 5 and decoder.step() == []
+
+
+# ---- text ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [CHAR, BPE], ids=["char", "bpe"])
+@settings(deadline=None)
+@given(text=any_text | awkward, stop=st.lists(st.text("abc \n狐1+", min_size=1, max_size=4), max_size=3))
+def test_a_stream_is_the_text_up_to_a_stop_string(tokenizer, text, stop):
+    ids = tokenizer.encode(text).tolist()
+    whole = tokenizer.decode(ids)
+    places = [whole.find(s) for s in stop if s in whole]
+    stream, pieces = TextStream(tokenizer, stop), []
+    for i in ids:
+        if stream.is_stopped:
+            break
+        pieces.append(stream.feed(i))
+        said = "".join(pieces)
+        assert whole.startswith(said) and not any(s in said for s in stop)
+    pieces.append(stream.end())
+    assert "".join(pieces) == whole[: min(places, default=len(whole))]
+    assert stream.is_stopped == bool(places)
+
+
+def test_a_stream_holds_nothing_back_that_is_certain():
+    stream = TextStream(CHAR, ["fox."])
+    fed = [stream.feed(i) for i in CHAR.encode("The fo brown").tolist()]
+    assert fed == ["T", "h", "e", " ", "", "", "fo ", "b", "r", "o", "w", "n"]
+    assert TextStream(CHAR).feed(CHAR.vocab_size + 3) == "<|unknown|>"
