@@ -12,7 +12,7 @@ Worth knowing before reading:
 - One matrix makes queries, keys and values, and one makes both halves of the gated MLP:
   a few large products are faster than many small ones.
 - Attention and loss have a faster version for training on a CPU in `engine/kernels.py`:
-  `use_cpu_kernels`. Everything else is PyTorch's operations.
+  `use_cpu_kernels`. Everything else here is PyTorch's operations.
 - Other architectures are subclasses of `GPT` in `models/`, which change some of its parts.
 
 Shapes: B rows, T tokens, C = n_embd, H = n_head, G = n_kv_head, D = head_dim, V = vocab_size.
@@ -386,7 +386,7 @@ class GPT(nn.Module):
         return self.rotary_cos[positions].unsqueeze(2), self.rotary_sin[positions].unsqueeze(2)
 
     def use_cpu_kernels(self, on):
-        """Train with `engine.kernels` (float32 on a CPU only) or with PyTorch's operations."""
+        """Train with attention and loss of `engine.kernels` (float32 on a CPU only), or with PyTorch's."""
         for module in self.modules():
             if hasattr(module, "by_hand"):
                 module.by_hand = on

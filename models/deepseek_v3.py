@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from config.schema import ArchitectureConfig
+from engine import kernels
 from model import GPT, MLP, Attention, Block, KVCache, RMSNorm, attention_factor, rotate
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever norm_eps is
@@ -208,22 +209,10 @@ class Experts(nn.Module):
         N, K = chosen.shape
         order = chosen.flatten().argsort(stable=True)  # [N * K] pairs of token and expert, expert by expert
         sizes = chosen.flatten().bincount(minlength=len(self.gate_up))
-        gate, up = grouped_product(x[order // K], self.gate_up, sizes).chunk(2, dim=-1)
-        y = grouped_product(F.silu(gate) * up, self.down, sizes)
+        gate, up = kernels.grouped_product(x[order // K], self.gate_up, sizes).chunk(2, dim=-1)
+        y = kernels.grouped_product(F.silu(gate) * up, self.down, sizes)
         y = torch.empty_like(y).index_copy(0, order, y).view(N, K, -1)
         return (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)
-
-
-def grouped_product(x, weight, sizes):
-    """x [N, I] times weight [E, I, O]: the first sizes[0] rows with the first matrix, and so on; -> [N, O]"""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    if hasattr(F, "grouped_mm") and aligned and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda"):
-        return F.grouped_mm(x, weight, offs=sizes.cumsum(0, dtype=torch.int32))
-    parts = zip(x.split(sizes.tolist()), weight.unbind(), strict=True)
-    return torch.cat([rows @ matrix for rows, matrix in parts])
 
 
 class MoE(nn.Module):

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.checkpoint import load
 from model import GPT
-from models.deepseek_v3 import Config, Model, grouped_product
+from models.deepseek_v3 import Config, Model
 
 SMALL = dict(
     architecture="deepseek_v3", block_size=16, vocab_size=23, n_layer=3, n_head=4, n_embd=24, n_hidden=40,
@@ -299,24 +299,6 @@ def test_scores_are_in_float32_whatever_the_rest_is_in():
     low = copy.deepcopy(gate).bfloat16()
     assert low.weight.dtype == torch.bfloat16 and low(x)[0].dtype == torch.float32
     assert torch.equal(low.e_score_correction_bias, gate.e_score_correction_bias)
-
-
-@pytest.mark.parametrize("sizes", [(3, 0, 5, 2), (0, 0, 0, 1), (10, 0, 0, 0)])
-@pytest.mark.parametrize("shape", [(16, 12), (15, 11)], ids=["aligned", "odd"])
-def test_grouped_products(monkeypatch, sizes, shape):
-    sizes = torch.tensor(sizes)
-    x = torch.randn(int(sizes.sum()), shape[0], requires_grad=True)
-    weight = torch.randn(4, *shape, requires_grad=True)
-    group = torch.arange(4).repeat_interleave(sizes)
-    exact = torch.einsum("ni,nio->no", x, weight[group])
-    g = torch.randn_like(exact)
-    expected = exact.detach(), *torch.autograd.grad((exact * g).sum(), (x, weight))
-    for way in ("as it is", "without PyTorch's"):
-        if way != "as it is":
-            monkeypatch.delattr(F, "grouped_mm", raising=False)
-        y = grouped_product(x, weight, sizes)
-        found = y.detach(), *torch.autograd.grad((y * g).sum(), (x, weight))
-        assert all(differ(a, b) < 1e-4 for a, b in zip(found, expected, strict=True))
 
 
 def test_the_bias_moves_loads_together():
