@@ -291,6 +291,13 @@ class Model(GPT):
             c.kv_lora_rank + c.qk_rope_head_dim, 0, weight.device, weight.dtype,
         )  # fmt: skip
 
+    def drafter(self):
+        """See GPT: the prediction module guesses one token, and has a cache of its own."""
+        if not self.mtp:
+            return None
+        cache = self.new_cache(n_layer=1)
+        return lambda x, following: [int(self.logits(self.predict(x, following, cache)[0, -1]).argmax())]
+
     # -- training ------------------------------------------------------------------------------------------
 
     def mixtures(self):
@@ -381,49 +388,6 @@ class Model(GPT):
         predicting = (5 * c.n_embd + 3 * c.vocab_size) * c.num_nextn_predict_layers
         dense = 4 * c.n_hidden
         return n_dense * (attention + dense) + n_mixtures * (attention + experts) + predicting
-
-    # -- decoding ------------------------------------------------------------------------------------------
-
-    def generate(
-        self, tokens, max_tokens, temperature=1.0, *, repetition_penalty=1.0, stop_tokens=(), **options
-    ):
-        """See GPT. Greedy, without a penalty, the prediction module drafts: the same tokens, sooner."""
-        if self.mtp and temperature == 0 and repetition_penalty == 1.0:
-            return self.generate_drafted(tokens, max_tokens, stop_tokens)
-        options |= {"repetition_penalty": repetition_penalty, "stop_tokens": stop_tokens}
-        return super().generate(tokens, max_tokens, temperature, **options)
-
-    @torch.inference_mode()
-    def generate_drafted(self, tokens, max_tokens, stop_tokens):
-        """Self-speculative decoding (Leviathan et al. 2023, with section 2.2's module as the drafter).
-
-        The network reads its last token and a draft of the next one at once, which takes hardly longer than
-        reading one. If the draft is what it would have said itself, a second token is won.
-        """
-        context, cache = self.prompt(tokens), None
-        while max_tokens > 0:
-            if cache is None or cache.uniform_length == cache.capacity:  # as in GPT.generate
-                keep = self.config.block_size if cache is None else max(1, self.config.block_size // 2)
-                pending, draft = context[-keep:], []
-                cache, its_cache = self.new_cache(), self.new_cache(n_layer=1)
-            if max_tokens == 1 or cache.uniform_length + 2 > cache.capacity:
-                draft = []
-            read = torch.tensor([pending + draft], device=self.wte.weight.device)
-            x = self.hidden(read, cache)
-            found = self.logits(x[0, len(pending) - 1 :]).argmax(-1).tolist()
-            if draft and draft != found[:1]:
-                found.pop()
-                cache.advance(-1)
-            for token in found:
-                if token in stop_tokens:
-                    return
-                yield token
-            context += found
-            max_tokens -= len(found)
-            pending = found[-1:]
-            n_read = read.shape[1] - len(draft) + len(found) - 1
-            following = torch.tensor([read[0, 1:n_read].tolist() + pending], device=read.device)
-            draft = [int(self.logits(self.predict(x[:, :n_read], following, its_cache)[0, -1]).argmax())]
 
 
 def active_weights(module):

@@ -10,13 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launching import RUN, TORCHRUN, largest_difference, launched, losses, settings_of
-from test_model import differ, random_tokens
+from test_model import differ, greedy_without_cache, random_tokens
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.checkpoint import load
-from model import GPT
 from models.deepseek_v3 import Config, Model
 
 SMALL = dict(
@@ -561,7 +560,8 @@ def test_drafted_text_is_the_greedy_text(make):
     """Beyond the context, too, where the older half is forgotten, and up to any number of tokens."""
     model = make()
     for prompt in ([1, 2, 3], [5], [(3 * n) % 23 for n in range(40)]):
-        plain = list(GPT.generate(model, prompt, 60, temperature=0))
+        plain = list(model.generate(prompt, 60, temperature=0, draft=False))
+        assert plain == greedy_without_cache(model, prompt, 60)
         assert list(model.generate(prompt, 60, temperature=0)) == plain
         for stop in plain[11], plain[20]:
             expected = plain[: plain.index(stop)]
@@ -581,9 +581,11 @@ def test_a_good_drafter_saves_passes():
 
 def test_drafting_is_for_greedy_text_alone(monkeypatch):
     model, prompt = build(), [1, 2]
-    monkeypatch.setattr(Model, "generate_drafted", None)
+    monkeypatch.setattr(model, "drafter", None)
     for options in (dict(temperature=0.5, seed=1), dict(temperature=0, repetition_penalty=1.2)):
-        assert list(model.generate(prompt, 9, **options)) == list(GPT.generate(model, prompt, 9, **options))
+        assert list(model.generate(prompt, 9, **options)) == list(
+            model.generate(prompt, 9, **options, draft=False)
+        )
     plain = build(num_nextn_predict_layers=0)
     assert len(list(plain.generate(prompt, 9, temperature=0))) == 9
     with pytest.raises(ValueError, match="no token"):
