@@ -137,6 +137,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.is_causal, self.dropout = config.is_causal, config.dropout
+        # In the products of one token's queries with another's key, and of its weight with the value.
+        self.flops_per_key = 4 * config.n_head * config.head_dim
         self.qkv = nn.Linear(
             config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias
         )
@@ -204,6 +206,16 @@ class Block(nn.Module):
     def forward(self, x, rotary, cache, positions, mask):
         x = x + self.dropout(self.attn(self.attn_norm(x), rotary, cache, positions, mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+def active_weights(module):
+    """How many weights of matrices a token is multiplied with in a module, and in those that it is made of.
+
+    Linear layers are counted; what has other matrices says so in an attribute `active_weights`.
+    """
+    linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    others = sum(getattr(part, "active_weights", 0) for part in module.modules())
+    return others + sum(matrix.in_features * matrix.out_features for matrix in linear)
 
 
 class GPT(nn.Module):
@@ -276,6 +288,10 @@ class GPT(nn.Module):
     def matrices(self):
         """The blocks' matrices [outputs, inputs] and stacks of them [E, inputs, outputs], for Muon."""
         return [p for p in self.blocks.parameters() if p.dim() >= 2]
+
+    def parts(self, training):
+        """The modules that a token passes through, each as often as it does; in training maybe more."""
+        return [*self.children()]
 
     def embed(self, tokens, positions):
         """tokens [B, T], positions [1 or B, T] -> the vectors [B, T, C] with which the first block begins."""
@@ -403,18 +419,16 @@ class GPT(nn.Module):
         2022, appendix B) and nanoGPT count it, though a causal kernel may skip half of it.
         The backward pass costs twice the forward pass.
         """
-        forward = 2 * self.active_weights + self.attention_flops(length or self.config.block_size)
+        length, forward = length or self.config.block_size, 0
+        for part in self.parts(training):
+            per_key = sum(getattr(module, "flops_per_key", 0) for module in part.modules())
+            forward += 2 * active_weights(part) + length * per_key
         return 3 * forward if training else forward
 
     @property
     def active_weights(self):
-        """How many weights of matrices a token is multiplied with."""
-        matrices = [module for module in self.modules() if isinstance(module, nn.Linear)]
-        return sum(matrix.in_features * matrix.out_features for matrix in matrices)
-
-    def attention_flops(self, length):
-        """Of the products of one token's queries with `length` keys, and of its weights with the values."""
-        return 4 * length * self.config.n_head * self.config.head_dim * self.config.n_layer
+        """How many weights of matrices a token is multiplied with when text is written."""
+        return sum(map(active_weights, self.parts(training=False)))
 
     def activations_per_token(self, keeps_attention):
         """About how many numbers the blocks keep of a token for the backward pass, counted from the shapes.

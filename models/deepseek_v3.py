@@ -105,6 +105,7 @@ class LatentAttention(Attention):
         self.sizes = c.qk_nope_head_dim, c.qk_rope_head_dim
         self.gain = attention_factor(c.rope_scaling) ** 2
         n_query = c.n_head * sum(self.sizes)
+        self.flops_per_key = 2 * (n_query + c.n_head * c.v_head_dim)
         if c.q_lora_rank:
             self.q_a = nn.Linear(c.n_embd, c.q_lora_rank, bias=False)
             self.q_norm = RMSNorm(c.q_lora_rank, LATENT_EPS)
@@ -201,7 +202,7 @@ class Experts(nn.Module):
         E, C, M = config.n_routed_experts, config.n_embd, config.moe_intermediate_size
         self.gate_up = nn.Parameter(torch.empty(E, C, 2 * M))
         self.down = nn.Parameter(torch.empty(E, M, C))
-        self.active_weights = config.num_experts_per_tok * 3 * C * M
+        self.active_weights = config.num_experts_per_tok * 3 * C * M  # for `model.active_weights`
 
     @torch.compiler.disable  # how many tokens an expert gets is not known before
     def forward(self, x, chosen, weights):
@@ -362,22 +363,10 @@ class Model(GPT):
 
     # -- operations and memory -----------------------------------------------------------------------------
 
-    @property
-    def active_weights(self):
-        return active_weights(self) - active_weights(self.mtp)
-
-    def attention_flops(self, length):
-        c = self.config
-        head = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
-        return 2 * length * c.n_head * head * c.n_layer
-
-    def flops_per_token(self, length=None, training=True):
-        """As in GPT: of the experts that a token chooses, and of multi-token prediction in training only."""
-        c, flops = self.config, super().flops_per_token(length, training)
-        if self.mtp and training:
-            weights = active_weights(self.mtp) + c.n_embd * c.vocab_size
-            flops += 3 * (2 * weights + self.attention_flops(length or c.block_size) // c.n_layer)
-        return flops
+    def parts(self, training):
+        """See GPT: the prediction module is for training, and needs the output head once more."""
+        parts = [part for part in super().parts(training) if part is not self.mtp]
+        return [*parts, self.mtp, self.lm_head] if self.mtp and training else parts
 
     def activations_per_token(self, keeps_attention):
         c, n_dense, n_mixtures = self.config, self.config.first_k_dense_replace, len(self.mixtures())
@@ -388,10 +377,3 @@ class Model(GPT):
         predicting = (5 * c.n_embd + 3 * c.vocab_size) * c.num_nextn_predict_layers
         dense = 4 * c.n_hidden
         return n_dense * (attention + dense) + n_mixtures * (attention + experts) + predicting
-
-
-def active_weights(module):
-    """How many weights of matrices a token is multiplied with in a module, or in None."""
-    parts = [] if module is None else [*module.modules()]
-    linear = sum(part.in_features * part.out_features for part in parts if isinstance(part, nn.Linear))
-    return linear + sum(part.active_weights for part in parts if isinstance(part, Experts))
