@@ -44,7 +44,6 @@ class Config(ArchitectureConfig):
     architecture: Literal["deepseek_v3"] = Field(description="which model to build")
     norm_eps: float = Field(1e-6, gt=0, lt=1, description="added to the mean square in RMSNorm")
     tie_embeddings: bool = Field(False, description="the output head shares the embedding's matrix")
-    n_hidden: Size | None = Field(None, description="width in an MLP; null: 8/3 n_embd, rounded up to 32")
     q_lora_rank: Size | None = Field(None, description="size of the queries' latent; null: they have none")
     kv_lora_rank: Size = Field(64, description="size of the latent of keys and values")
     qk_nope_head_dim: Size = Field(32, description="part of a head's key without position")
@@ -90,9 +89,6 @@ class Config(ArchitectureConfig):
             if is_wrong:
                 raise ValueError(sentence)
         return self
-
-    def implied(self):
-        return {"n_hidden": self.n_hidden or -(-8 * self.n_embd // (3 * 32)) * 32}
 
 
 class LatentAttention(Attention):
