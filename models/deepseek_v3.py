@@ -69,25 +69,23 @@ class Config(ArchitectureConfig):
 
     @model_validator(mode="after")
     def _shapes_fit(self):
-        c, size = self, self.n_routed_experts // self.n_group
+        c, group = self, self.n_routed_experts // self.n_group
         key = c.qk_nope_head_dim + c.qk_rope_head_dim
-        for is_wrong, sentence in (
-            (c.n_routed_experts % c.n_group,
-             f"n_routed_experts={c.n_routed_experts} does not divide into n_group={c.n_group} groups"),
-            (c.topk_group > c.n_group,
-             f"topk_group={c.topk_group} is more than there are groups, n_group={c.n_group}"),
-            (c.num_experts_per_tok > c.topk_group * size,
-             f"num_experts_per_tok={c.num_experts_per_tok} is more than topk_group={c.topk_group} groups of "
-             f"{size} experts hold"),
-            (c.first_k_dense_replace > c.n_layer,
-             f"first_k_dense_replace={c.first_k_dense_replace} is more than n_layer={c.n_layer}"),
-            (c.qk_rope_head_dim % 2,
-             f"rotary positions need an even qk_rope_head_dim, found {c.qk_rope_head_dim}"),
-            (c.v_head_dim > key,
-             f"v_head_dim={c.v_head_dim} is more than qk_nope_head_dim + qk_rope_head_dim = {key}"),
+        if c.n_routed_experts % c.n_group:
+            raise ValueError(
+                f"n_routed_experts={c.n_routed_experts} does not divide into n_group={c.n_group} groups"
+            )
+        if c.qk_rope_head_dim % 2:
+            raise ValueError(f"rotary positions need an even qk_rope_head_dim, found {c.qk_rope_head_dim}")
+        for name, most, limit in (
+            ("topk_group", c.n_group, f"there are groups, n_group={c.n_group}"),
+            ("num_experts_per_tok", c.topk_group * group,
+             f"topk_group={c.topk_group} groups of {group} experts hold"),
+            ("first_k_dense_replace", c.n_layer, f"n_layer={c.n_layer}"),
+            ("v_head_dim", key, f"qk_nope_head_dim + qk_rope_head_dim = {key}"),
         ):  # fmt: skip
-            if is_wrong:
-                raise ValueError(sentence)
+            if getattr(c, name) > most:
+                raise ValueError(f"{name}={getattr(c, name)} is more than {limit}")
         return self
 
 
