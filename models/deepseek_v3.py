@@ -27,7 +27,7 @@ from torch import nn
 
 from config.schema import ArchitectureConfig
 from engine import kernels
-from model import GPT, MLP, Attention, Block, KVCache, RMSNorm, attention_factor, rotate
+from model import GPT, MLP, Attention, Block, RMSNorm, attention_factor, rotate
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever norm_eps is
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -92,14 +92,11 @@ class Config(ArchitectureConfig):
 class LatentAttention(Attention):
     """Multi-head latent attention (DeepSeek-V2, section 2.1). H heads, latents of size R."""
 
-    def __init__(self, config, layer):
-        nn.Module.__init__(self)  # of Attention only `attend` is used
+    def make_projections(self, config):
         c = self.config = config
-        self.layer, self.is_causal, self.dropout = layer, True, c.dropout
         self.sizes = c.qk_nope_head_dim, c.qk_rope_head_dim
         self.gain = attention_factor(c.rope_scaling) ** 2
         n_query = c.n_head * sum(self.sizes)
-        self.flops_per_key = 2 * (n_query + c.n_head * c.v_head_dim)
         if c.q_lora_rank:
             self.q_a = nn.Linear(c.n_embd, c.q_lora_rank, bias=False)
             self.q_norm = RMSNorm(c.q_lora_rank, LATENT_EPS)
@@ -110,11 +107,16 @@ class LatentAttention(Attention):
         self.kv_norm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
         self.kv_b = nn.Linear(c.kv_lora_rank, c.n_head * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
         self.proj = nn.Linear(c.n_head * c.v_head_dim, c.n_embd, bias=False)
+        self.cache_sizes = 1, c.kv_lora_rank + c.qk_rope_head_dim, 0
+        self.flops_per_key = 2 * (n_query + c.n_head * c.v_head_dim)
+        head = 6 * c.qk_nope_head_dim + 5 * c.qk_rope_head_dim + c.v_head_dim
+        self.activations = c.n_head * head + 2 * (c.q_lora_rank or 0) + 3 * c.kv_lora_rank
 
     def forward(self, x, rotary, cache, positions, mask):
         B, T, _ = x.shape
         c = self.config
         q = self.q_b(self.q_norm(self.q_a(x))) if c.q_lora_rank else self.q(x)
+        q = q if self.gain == 1 else q * self.gain
         q_nope, q_rope = q.view(B, T, c.n_head, -1).split(self.sizes, dim=-1)
         q_rope = rotate(q_rope, *rotary).to(q.dtype)
         latent, k_rope = self.kv_a(x).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
@@ -136,7 +138,6 @@ class LatentAttention(Attention):
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k, k_rope.expand_as(q_rope)), dim=-1)
         v = F.pad(v, (0, sum(self.sizes) - c.v_head_dim))  # not all kernels take values of another size
-        q = q if self.gain == 1 else q * self.gain
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return y.transpose(1, 2)[..., : c.v_head_dim]
 
@@ -150,12 +151,7 @@ class LatentAttention(Attention):
         weight = self.kv_b.weight.view(c.n_head, -1, c.kv_lora_rank)
         to_key, to_value = weight.split((self.sizes[0], c.v_head_dim), dim=1)
         q = torch.cat((torch.einsum("bthd,hdr->bhtr", q_nope, to_key), q_rope.transpose(1, 2)), dim=-1)
-        if mask is not None:  # [B or 1, 1, T or 1, S] -> a row for each row of the queries
-            mask = mask.expand(-1, c.n_head, q.shape[2], -1).flatten(1, 2).unsqueeze(1)
-        y = F.scaled_dot_product_attention(
-            q.flatten(1, 2).unsqueeze(1), kept, kept, mask, scale=self.gain / math.sqrt(sum(self.sizes))
-        )
-        y = y.view(*q.shape)[..., : c.kv_lora_rank]
+        y = self.attend(q, kept, kept, mask, scale=1 / math.sqrt(sum(self.sizes)))[..., : c.kv_lora_rank]
         return torch.einsum("bhtr,hdr->bthd", y, to_value)
 
 
@@ -196,7 +192,8 @@ class Experts(nn.Module):
         E, C, M = config.n_routed_experts, config.n_embd, config.moe_intermediate_size
         self.gate_up = nn.Parameter(torch.empty(E, C, 2 * M))
         self.down = nn.Parameter(torch.empty(E, M, C))
-        self.active_weights = config.num_experts_per_tok * 3 * C * M  # for `model.active_weights`
+        self.active_weights = config.num_experts_per_tok * 3 * C * M
+        self.activations = config.num_experts_per_tok * (4 * M + 3 * C) + 6 * E
 
     @torch.compiler.disable  # how many tokens an expert gets is not known before
     def forward(self, x, chosen, weights):
@@ -242,6 +239,7 @@ class Prediction(nn.Module):
         self.block = block
         self.block.attn.layer = 0  # of a cache of its own
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.activations = 5 * config.n_embd + 3 * config.vocab_size
 
     def forward(self, x, embedded, *place):
         """x, embedded [B, T, C]: final vectors, and the tokens that follow; place: what a block needs."""
@@ -261,6 +259,11 @@ class Model(GPT):
         c = self.config
         self.mtp = Prediction(c, self.make_block(c.n_layer)) if c.num_nextn_predict_layers else None
 
+    def parts(self, training):
+        """See GPT: the prediction module is for training, and needs the output head once more."""
+        parts = [part for part in super().parts(training) if part is not self.mtp]
+        return [*parts, self.mtp, self.lm_head] if self.mtp and training else parts
+
     def matrices(self):
         """See GPT; also those of the prediction module, but no router, whose rows are chosen one by one."""
         parts = [self.blocks, self.mtp] if self.mtp else [self.blocks]
@@ -279,12 +282,9 @@ class Model(GPT):
                 adds = name.endswith(("attn.proj.weight", "down.weight", "experts.down"))  # see GPT
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if adds else 0.02)
 
-    def new_cache(self, batch_size=1, capacity=None, n_layer=None):
-        c, weight = self.config, self.wte.weight
-        return KVCache(
-            n_layer or c.n_layer, batch_size, 1, capacity or c.block_size,
-            c.kv_lora_rank + c.qk_rope_head_dim, 0, weight.device, weight.dtype,
-        )  # fmt: skip
+    def predict(self, x, following, cache=None):
+        """Final vectors x [B, T, C] and the tokens that follow [B, T] -> vectors of the ones after these."""
+        return self.hidden(following, cache, through=lambda *place: self.mtp(x, *place))
 
     def drafter(self):
         """See GPT: the prediction module guesses one token, and has a cache of its own."""
@@ -300,25 +300,16 @@ class Model(GPT):
         blocks = [*self.blocks, self.mtp.block] if self.mtp else self.blocks
         return [(n, block.mlp) for n, block in enumerate(blocks) if isinstance(block.mlp, MoE)]
 
-    def predict(self, x, following, cache=None):
-        """Final vectors x [B, T, C] and the tokens that follow [B, T] -> vectors of the ones after these."""
-        positions, mask = self.places(following, cache, None)
-        embedded = self.dropout(self.embed(following, positions))
-        y = self.mtp(x, embedded, self.rotary_at(positions), cache, positions, mask)
-        if cache is not None:
-            cache.advance(following.shape[1])
-        return y
-
     def training_loss(self, loss, x, targets, loss_mask, loss_divisor):
         """See GPT. other_vars: mtp_loss in nats per token; balance_loss, of all layers the mean, before its
         weight (1: every expert is as busy as any other); expert_load/<layer>, largest over mean."""
-        extra, other_vars = 0.0, {}
+        extra, other_vars = torch.zeros_like(loss), {}
         if self.mtp:
             # Where the target is the next token, it is the input here, and the one after it the target.
             y = self.predict(x, targets)
             weights = F.pad(loss_mask[:, 1:], (0, 1))
             total = self.total_loss(y.flatten(0, 1), targets.roll(-1, 1).flatten(), weights.flatten())[1]
-            extra = self.config.mtp_loss_weight * total / loss_divisor
+            extra = extra + self.config.mtp_loss_weight * total / loss_divisor
             other_vars["mtp_loss"] = total.detach() / weights.sum().clamp(min=1)
         if mixtures := self.mixtures():
             # A sequence weighs what its tokens weigh in the loss, so passes add up as they do there.
@@ -329,7 +320,7 @@ class Model(GPT):
             self.counts = counts if self.counts is None else self.counts + counts
             for (layer, _), count in zip(mixtures, counts, strict=True):
                 other_vars[f"expert_load/{layer}"] = count.max() / count.mean().clamp(min=1e-9)
-        return loss + (extra - extra.detach()) if other_vars else loss, other_vars
+        return loss + (extra - extra.detach()), other_vars
 
     def balance(self, mixtures, loss_mask):
         """Equations 17 to 20 without alpha [layers, B], and the tokens of every expert [layers, E]."""
@@ -354,20 +345,3 @@ class Model(GPT):
         for (_, moe), count in zip(self.mixtures(), counts, strict=True):
             step = self.config.bias_update_speed * (count.mean() - count).sign()
             moe.gate.e_score_correction_bias += step.to(moe.gate.e_score_correction_bias.device)
-
-    # -- operations and memory -----------------------------------------------------------------------------
-
-    def parts(self, training):
-        """See GPT: the prediction module is for training, and needs the output head once more."""
-        parts = [part for part in super().parts(training) if part is not self.mtp]
-        return [*parts, self.mtp, self.lm_head] if self.mtp and training else parts
-
-    def activations_per_token(self, keeps_attention):
-        c, n_dense, n_mixtures = self.config, self.config.first_k_dense_replace, len(self.mixtures())
-        head = 6 * c.qk_nope_head_dim + 5 * c.qk_rope_head_dim + c.v_head_dim + keeps_attention * c.block_size
-        attention = c.n_head * head + 2 * (c.q_lora_rank or 0) + 3 * c.kv_lora_rank + 6 * c.n_embd
-        experts = 4 * (c.n_shared_experts + c.num_experts_per_tok) * c.moe_intermediate_size
-        experts += 3 * c.num_experts_per_tok * c.n_embd + 6 * c.n_routed_experts
-        predicting = (5 * c.n_embd + 3 * c.vocab_size) * c.num_nextn_predict_layers
-        dense = 4 * c.n_hidden
-        return n_dense * (attention + dense) + n_mixtures * (attention + experts) + predicting
