@@ -12,7 +12,7 @@ Worth knowing before reading:
 - One matrix makes queries, keys and values, and one makes both halves of the gated MLP:
   a few large products are faster than many small ones.
 - Attention and loss have a faster version for training on a CPU in `engine/kernels.py`:
-  `use_cpu_kernels`. Everything else is PyTorch's operations.
+  `use_cpu_kernels`. Everything else here is PyTorch's operations.
 - Other architectures are subclasses of `GPT` in `models/`, which change some of its parts.
 
 Shapes: B rows, T tokens, C = n_embd, H = n_head, G = n_kv_head, D = head_dim, V = vocab_size.
@@ -151,15 +151,21 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer = layer
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.layer, self.n_head = layer, config.n_head
         self.is_causal, self.dropout = config.is_causal, config.dropout
-        self.qkv = nn.Linear(
-            config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias
-        )
-        self.proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.make_projections(config)
+
+    def make_projections(self, config):
+        """From x to queries, keys and values, and from the heads back; another attention has others."""
+        self.n_kv_head, self.head_dim = config.n_kv_head, config.head_dim
+        n_query = config.n_head * config.head_dim
+        n_qkv = n_query + 2 * config.n_kv_head * config.head_dim
+        self.qkv = nn.Linear(config.n_embd, n_qkv, bias=config.bias)
+        self.proj = nn.Linear(n_query, config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.cache_sizes = config.n_kv_head, config.head_dim, config.head_dim  # see GPT.new_cache
+        self.flops_per_key, self.activations = 4 * n_query, 3 * n_qkv + n_query  # see GPT.flops_per_token
 
     def forward(self, x, rotary, cache, positions, mask):
         B, T, _ = x.shape
@@ -174,24 +180,29 @@ class Attention(nn.Module):
         y = self.attend(q, k, v, mask)
         return self.proj(y.transpose(1, 2).reshape(B, T, H * D))
 
-    def attend(self, q, k, v, mask):
-        """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]; mask: [B or 1, 1, T or 1, S] or None."""
+    def attend(self, q, k, v, mask, scale=None):
+        """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]; mask: [B or 1, 1, T or 1, S] or None.
+
+        scale: of the products of q and k, 1 / sqrt(D) if None.
+        """
         B, H, T, D = q.shape
         group = H // k.shape[1]
-        if group > 1 and T == 1:
-            # One new token: its heads of a group become rows of one query, nothing is copied.
-            mask = mask if mask is None else mask.expand(-1, -1, group, -1)
-            grouped = q.reshape(B, H // group, group, D)
-            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(B, H, T, D)
-        if group > 1:
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         dropout = self.dropout if self.training else 0.0
         causal = self.is_causal and mask is None and T > 1
+        if group > 1 and causal:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        elif group > 1:
+            # The heads of a group become rows of one query: keys and values are not copied.
+            q = q.reshape(B, H // group, group * T, D)
+            if mask is not None:
+                mask = mask.expand(-1, group, T, -1).flatten(1, 2).unsqueeze(1)
         # A short text pays only where the compiler fuses what lies between the products.
         pays = T >= 256 or torch.compiler.is_compiling()
-        if self.by_hand and causal and not dropout and self.training and pays:
+        if self.by_hand and causal and not dropout and self.training and pays and scale is None:
             return kernels.causal_attention(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
+        ).reshape(B, H, T, D)
 
 
 class MLP(nn.Module):
@@ -201,6 +212,7 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=config.bias)
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.activations = 4 * config.n_hidden  # see GPT.flops_per_token
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -217,6 +229,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = mlp or MLP(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.activations = 6 * config.n_embd  # see GPT.flops_per_token
 
     def forward(self, x, rotary, cache, positions, mask):
         x = x + self.dropout(self.attn(self.attn_norm(x), rotary, cache, positions, mask))
@@ -294,6 +307,10 @@ class GPT(nn.Module):
         """The blocks' matrices [outputs, inputs] and stacks of them [E, inputs, outputs], for Muon."""
         return [p for p in self.blocks.parameters() if p.dim() >= 2]
 
+    def parts(self, training):
+        """The modules that a token passes through, each as often as it does; in training maybe more."""
+        return [*self.children()]
+
     def embed(self, tokens, positions):
         """tokens [B, T], positions [1 or B, T] -> the vectors [B, T, C] with which the first block begins."""
         x = self.wte(tokens)
@@ -311,12 +328,16 @@ class GPT(nn.Module):
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         return logits, (losses * weights).sum()
 
-    def new_cache(self, batch_size=1, capacity=None):
+    def new_cache(self, batch_size=1, capacity=None, n_layer=None):
+        """n_layer: how many layers it is for; default: all blocks."""
         c, weight = self.config, self.wte.weight
-        return KVCache(
-            c.n_layer, batch_size, c.n_kv_head, capacity or c.block_size, c.head_dim, c.head_dim,
-            weight.device, weight.dtype,
-        )  # fmt: skip
+        heads, *sizes = self.blocks[0].attn.cache_sizes  # and the sizes of a key and a value
+        shape = n_layer or c.n_layer, batch_size, heads, capacity or c.block_size, *sizes
+        return KVCache(*shape, device=weight.device, dtype=weight.dtype)
+
+    def drafter(self):
+        """None, or a function that guesses how a text goes on, for `generate`, called after each pass:
+        (final vectors [1, T, C] of the tokens read, the tokens that follow them [1, T]) -> list of ids."""
 
     def training_loss(self, loss, x, targets, loss_mask, loss_divisor):
         """(the same number, its gradient being that of all that is to become small; other_vars)
@@ -356,8 +377,10 @@ class GPT(nn.Module):
             loss, other_vars = self.training_loss(loss, x, targets, loss_mask, loss_divisor)
         return logits.unflatten(0, tokens.shape), loss, other_vars
 
-    def hidden(self, tokens, cache=None, lengths=None):
+    def hidden(self, tokens, cache=None, lengths=None, through=None):
         """tokens [B, T] -> the final vectors [B, T, C], before the output head.
+
+        through: what the embedded tokens pass through, in place of `through_blocks`.
 
         With a cache the tokens continue what the cache holds. lengths [B] says how many of the T
         tokens of each row are real, where that differs (padding on the right is ignored).
@@ -365,12 +388,16 @@ class GPT(nn.Module):
         and for a cache with is_causal = false: there, a later token changes all earlier ones.
         """
         positions, mask = self.places(tokens, cache, lengths)
-        rotary = self.rotary_at(positions)
         x = self.dropout(self.embed(tokens, positions))
-        for block in self.blocks:
-            x = block(x, rotary, cache, positions, mask)
+        x = (through or self.through_blocks)(x, self.rotary_at(positions), cache, positions, mask)
         if cache is not None:
             cache.advance(tokens.shape[1] if lengths is None else lengths)
+        return x
+
+    def through_blocks(self, x, *place):
+        """place: what `Block.forward` takes beside the vectors x [B, T, C]."""
+        for block in self.blocks:
+            x = block(x, *place)
         return self.norm(x)
 
     def places(self, tokens, cache, lengths):
@@ -401,7 +428,7 @@ class GPT(nn.Module):
         return self.rotary_cos[positions].unsqueeze(2), self.rotary_sin[positions].unsqueeze(2)
 
     def use_cpu_kernels(self, on):
-        """Train with `engine.kernels` (float32 on a CPU only) or with PyTorch's operations."""
+        """Train with attention and loss of `engine.kernels` (float32 on a CPU only), or with PyTorch's."""
         for module in self.modules():
             if hasattr(module, "by_hand"):
                 module.by_hand = on
@@ -413,29 +440,34 @@ class GPT(nn.Module):
         block_size), 4 * length per query dimension: the full square, as PaLM (Chowdhery et al.
         2022, appendix B) and nanoGPT count it, though a causal kernel may skip half of it.
         The backward pass costs twice the forward pass.
+
+        Linear layers are counted as they are. Other modules say themselves what a token meets in them:
+        `active_weights` of further matrices, `flops_per_key` of attention, `activations` that are kept.
         """
-        forward = 2 * self.active_weights + self.attention_flops(length or self.config.block_size)
+        weights = self.counted("active_weights", training)
+        forward = 2 * weights + (length or self.config.block_size) * self.counted("flops_per_key", training)
         return 3 * forward if training else forward
 
     @property
     def active_weights(self):
-        """How many weights of matrices a token is multiplied with."""
-        matrices = [module for module in self.modules() if isinstance(module, nn.Linear)]
-        return sum(matrix.in_features * matrix.out_features for matrix in matrices)
-
-    def attention_flops(self, length):
-        """Of the products of one token's queries with `length` keys, and of its weights with the values."""
-        return 4 * length * self.config.n_head * self.config.head_dim * self.config.n_layer
+        """How many weights of matrices a token is multiplied with when text is written."""
+        return self.counted("active_weights", training=False)
 
     def activations_per_token(self, keeps_attention):
         """About how many numbers the blocks keep of a token for the backward pass, counted from the shapes.
 
         keeps_attention: whether the attention weights are among them.
         """
-        c = self.config
-        heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim
-        layer = 6 * c.n_embd + 3 * heads + c.n_head * c.head_dim + 4 * c.n_hidden
-        return c.n_layer * (layer + keeps_attention * c.n_head * c.block_size)
+        rows = self.counted("n_head", training=True) if keeps_attention else 0
+        return self.counted("activations", training=True) + rows * self.config.block_size
+
+    def counted(self, name, training):
+        """The sum of all numbers of this name in modules that a token passes through."""
+        modules = [module for part in self.parts(training) for module in part.modules()]
+        counted = sum(getattr(module, name, 0) for module in modules)
+        if name == "active_weights":
+            counted += sum(m.in_features * m.out_features for m in modules if isinstance(m, nn.Linear))
+        return counted
 
     @torch.inference_mode()
     def generate(
@@ -448,29 +480,46 @@ class GPT(nn.Module):
         repetition_penalty=1.0,
         stop_tokens=(),
         seed=None,
+        draft=True,
     ):
         """Continue `tokens` (a list of ids), yielding one id at a time, at most max_tokens of them.
 
         temperature 0 is greedy. Ends before a stop token. When the context is full the older half of it
         is forgotten. Switch to eval() first. Raises ValueError for an empty prompt, for one with ids outside
         the vocabulary, and where `sample` does.
+
+        draft: greedy text without a penalty may be drafted, if the architecture has a `drafter`: the same
+        tokens, sooner (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding").
         """
         context, device, generator = self.prompt(tokens), self.wte.weight.device, None
         if seed is not None:
             generator = torch.Generator(device).manual_seed(seed)
+        draft = draft and temperature == 0 and repetition_penalty == 1.0
         cache, pending = None, None
-        for _ in range(max_tokens):
+        while max_tokens > 0:
             if cache is None or cache.uniform_length + len(pending) > cache.capacity:
                 keep = self.config.block_size if cache is None else max(1, self.config.block_size // 2)
-                pending = context[-keep:]
-                cache = self.new_cache()
-            last = self.hidden(torch.tensor([pending], device=device), cache)[:, -1]
-            logits = self.logits(last)[0].float()
-            token = sample(logits, temperature, top_k, top_p, repetition_penalty, context, generator)
-            if token in stop_tokens:
-                return
-            yield token
-            context.append(token)
+                pending, guesses = context[-keep:], []
+                cache, drafter = self.new_cache(), self.drafter() if draft else None
+            # Reading a few guesses beside the last token takes hardly longer than reading the token alone.
+            room = min(max_tokens, cache.capacity - cache.uniform_length)
+            read = pending + guesses[: room - len(pending)]
+            x = self.hidden(torch.tensor([read], device=device), cache)
+            n_right = len(pending)  # of the tokens read, so many stand in the text
+            for logits in self.logits(x[0, n_right - 1 :]).float():
+                token = sample(logits, temperature, top_k, top_p, repetition_penalty, context, generator)
+                if token in stop_tokens:
+                    return
+                yield token
+                context.append(token)
+                max_tokens -= 1
+                if read[n_right : n_right + 1] != [token]:
+                    break  # no guess is left, or a wrong one, on which all that follows was built
+                n_right += 1
+            if n_right < len(read):
+                cache.advance(n_right - len(read))
+            if drafter:
+                guesses = drafter(x[:, :n_right], torch.tensor([context[-n_right:]], device=device))
             pending = [token]
 
     def prompt(self, tokens):

@@ -52,17 +52,15 @@ def train(text, steps):
 
 def measure(model, prompts, length):
     """Texts of `length` tokens -> seconds {way: ...}, numbers of drafts and of those accepted."""
-    from model import GPT
-
     seconds, n_drafts, n_accepted = {"one at a time": 0.0, "drafted": 0.0}, 0, 0
     read = []  # tokens in each pass
     hook = model.blocks[0].register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape[1]))
     for prompt in prompts:
         answers = []
-        for way, generate in (("one at a time", GPT.generate), ("drafted", type(model).generate)):
+        for way, draft in (("one at a time", False), ("drafted", True)):
             read.clear()
             start = time.perf_counter()
-            answers.append(list(generate(model, prompt, length, temperature=0)))
+            answers.append(list(model.generate(prompt, length, temperature=0, draft=draft)))
             seconds[way] += time.perf_counter() - start
         if answers[0] != answers[1]:
             raise UserError("the drafted text is another one: two tokens were equally likely up to rounding")

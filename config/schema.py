@@ -55,6 +55,9 @@ class ArchitectureConfig(Schema):
     n_layer: int = Field(4, ge=1, le=1024, description="depth: number of transformer blocks")
     n_head: int = Field(4, ge=1, le=1024, description="query heads per layer")
     n_embd: int = Field(256, ge=1, le=1 << 16, description="width: size of a token's vector")
+    n_hidden: int | None = Field(
+        None, ge=1, le=1 << 18, description="width inside the MLP; null: 8/3 n_embd, rounded up to 32"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
     rope_theta: float = Field(10000.0, ge=1, description="base of the rotary wavelengths")
     rope_scaling: Annotated[Llama3Rope | YarnRope, Field(discriminator="rope_type")] | None = Field(
@@ -69,7 +72,7 @@ class ArchitectureConfig(Schema):
 
     def implied(self):
         """{key: what its null stands for}"""
-        return {}
+        return {"n_hidden": self.n_hidden or -(-8 * self.n_embd // (3 * 32)) * 32}
 
 
 class ModelConfig(ArchitectureConfig):
@@ -80,9 +83,6 @@ class ModelConfig(ArchitectureConfig):
         None, ge=1, le=1024, description="key/value heads per layer; must divide n_head; null: n_head"
     )
     head_dim: int | None = Field(None, ge=1, le=4096, description="size of one head; null: n_embd / n_head")
-    n_hidden: int | None = Field(
-        None, ge=1, le=1 << 18, description="width inside the MLP; null: 8/3 n_embd, rounded up to 32"
-    )
     bias: bool = Field(False, description="give the linear layers a bias")
     use_rope: bool = Field(True, description="rotary positions; false: learned positions")
     is_causal: bool = Field(True, description="a token sees only those before it; false: all of them")
@@ -107,7 +107,7 @@ class ModelConfig(ArchitectureConfig):
         return {
             "n_kv_head": self.n_kv_head or self.n_head,
             "head_dim": self.head_dim or self.n_embd // self.n_head,
-            "n_hidden": self.n_hidden or -(-8 * self.n_embd // (3 * 32)) * 32,
+            **super().implied(),
         }
 
 

@@ -1,12 +1,14 @@
-"""Attention and loss for training in float32 on a CPU, with backward passes written by hand.
+"""Operations that PyTorch has not, or not as fast: attention, loss, and products of many matrices.
 
-Both trade PyTorch's operations for fewer and better shaped ones. `GPT.use_cpu_kernels` turns them on;
-doc/speed.md has what each of them gains, and tests/engine/test_kernels.py holds them to PyTorch's own.
+Attention and loss are for training in float32 on a CPU, with backward passes written by hand; both trade
+PyTorch's operations for fewer and better shaped ones. `GPT.use_cpu_kernels` turns them on, and
+doc/speed.md has what each of them gains. tests/engine/test_kernels.py holds all to PyTorch's own.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 
 BLOCKS, SHORTEST = 4, 128  # of queries in `causal_attention`: at most so many, of at least this length
 ALIGNMENT = 64  # numbers per row of logits: a multiple of this
@@ -32,6 +34,21 @@ def linear_cross_entropy(x, weight, targets, weights, softcap=None):
     a third slower; here rows are as long as the next multiple of 64, and the rest of them is -inf.
     """
     return _LinearCrossEntropy.apply(x, weight, targets, weights, softcap)
+
+
+def grouped_product(x, weight, sizes):
+    """x [N, I] times weight [E, I, O]: the first sizes[0] rows with the first matrix, and so on; -> [N, O]
+
+    For the experts of a mixture, on any device and in any precision: one call of PyTorch's where it has one.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if hasattr(F, "grouped_mm") and aligned and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda"):
+        return F.grouped_mm(x, weight, offs=sizes.cumsum(0, dtype=torch.int32))
+    parts = zip(x.split(sizes.tolist()), weight.unbind(), strict=True)
+    return torch.cat([rows @ matrix for rows, matrix in parts])
 
 
 class _CausalAttention(torch.autograd.Function):

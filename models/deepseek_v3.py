@@ -26,7 +26,8 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from config.schema import ArchitectureConfig
-from model import GPT, MLP, Attention, Block, KVCache, RMSNorm, attention_factor, rotate
+from engine import kernels
+from model import GPT, MLP, Attention, Block, RMSNorm, attention_factor, rotate
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever norm_eps is
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -43,7 +44,6 @@ class Config(ArchitectureConfig):
     architecture: Literal["deepseek_v3"] = Field(description="which model to build")
     norm_eps: float = Field(1e-6, gt=0, lt=1, description="added to the mean square in RMSNorm")
     tie_embeddings: bool = Field(False, description="the output head shares the embedding's matrix")
-    n_hidden: Size | None = Field(None, description="width in an MLP; null: 8/3 n_embd, rounded up to 32")
     q_lora_rank: Size | None = Field(None, description="size of the queries' latent; null: they have none")
     kv_lora_rank: Size = Field(64, description="size of the latent of keys and values")
     qk_nope_head_dim: Size = Field(32, description="part of a head's key without position")
@@ -69,38 +69,31 @@ class Config(ArchitectureConfig):
 
     @model_validator(mode="after")
     def _shapes_fit(self):
-        c, size = self, self.n_routed_experts // self.n_group
+        c, group = self, self.n_routed_experts // self.n_group
         key = c.qk_nope_head_dim + c.qk_rope_head_dim
-        for is_wrong, sentence in (
-            (c.n_routed_experts % c.n_group,
-             f"n_routed_experts={c.n_routed_experts} does not divide into n_group={c.n_group} groups"),
-            (c.topk_group > c.n_group,
-             f"topk_group={c.topk_group} is more than there are groups, n_group={c.n_group}"),
-            (c.num_experts_per_tok > c.topk_group * size,
-             f"num_experts_per_tok={c.num_experts_per_tok} is more than topk_group={c.topk_group} groups of "
-             f"{size} experts hold"),
-            (c.first_k_dense_replace > c.n_layer,
-             f"first_k_dense_replace={c.first_k_dense_replace} is more than n_layer={c.n_layer}"),
-            (c.qk_rope_head_dim % 2,
-             f"rotary positions need an even qk_rope_head_dim, found {c.qk_rope_head_dim}"),
-            (c.v_head_dim > key,
-             f"v_head_dim={c.v_head_dim} is more than qk_nope_head_dim + qk_rope_head_dim = {key}"),
+        if c.n_routed_experts % c.n_group:
+            raise ValueError(
+                f"n_routed_experts={c.n_routed_experts} does not divide into n_group={c.n_group} groups"
+            )
+        if c.qk_rope_head_dim % 2:
+            raise ValueError(f"rotary positions need an even qk_rope_head_dim, found {c.qk_rope_head_dim}")
+        for name, most, limit in (
+            ("topk_group", c.n_group, f"there are groups, n_group={c.n_group}"),
+            ("num_experts_per_tok", c.topk_group * group,
+             f"topk_group={c.topk_group} groups of {group} experts hold"),
+            ("first_k_dense_replace", c.n_layer, f"n_layer={c.n_layer}"),
+            ("v_head_dim", key, f"qk_nope_head_dim + qk_rope_head_dim = {key}"),
         ):  # fmt: skip
-            if is_wrong:
-                raise ValueError(sentence)
+            if getattr(c, name) > most:
+                raise ValueError(f"{name}={getattr(c, name)} is more than {limit}")
         return self
-
-    def implied(self):
-        return {"n_hidden": self.n_hidden or -(-8 * self.n_embd // (3 * 32)) * 32}
 
 
 class LatentAttention(Attention):
     """Multi-head latent attention (DeepSeek-V2, section 2.1). H heads, latents of size R."""
 
-    def __init__(self, config, layer):
-        nn.Module.__init__(self)  # of Attention only `attend` is used
+    def make_projections(self, config):
         c = self.config = config
-        self.layer, self.is_causal, self.dropout = layer, True, c.dropout
         self.sizes = c.qk_nope_head_dim, c.qk_rope_head_dim
         self.gain = attention_factor(c.rope_scaling) ** 2
         n_query = c.n_head * sum(self.sizes)
@@ -114,11 +107,16 @@ class LatentAttention(Attention):
         self.kv_norm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
         self.kv_b = nn.Linear(c.kv_lora_rank, c.n_head * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
         self.proj = nn.Linear(c.n_head * c.v_head_dim, c.n_embd, bias=False)
+        self.cache_sizes = 1, c.kv_lora_rank + c.qk_rope_head_dim, 0
+        self.flops_per_key = 2 * (n_query + c.n_head * c.v_head_dim)
+        head = 6 * c.qk_nope_head_dim + 5 * c.qk_rope_head_dim + c.v_head_dim
+        self.activations = c.n_head * head + 2 * (c.q_lora_rank or 0) + 3 * c.kv_lora_rank
 
     def forward(self, x, rotary, cache, positions, mask):
         B, T, _ = x.shape
         c = self.config
         q = self.q_b(self.q_norm(self.q_a(x))) if c.q_lora_rank else self.q(x)
+        q = q if self.gain == 1 else q * self.gain
         q_nope, q_rope = q.view(B, T, c.n_head, -1).split(self.sizes, dim=-1)
         q_rope = rotate(q_rope, *rotary).to(q.dtype)
         latent, k_rope = self.kv_a(x).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
@@ -140,7 +138,6 @@ class LatentAttention(Attention):
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k, k_rope.expand_as(q_rope)), dim=-1)
         v = F.pad(v, (0, sum(self.sizes) - c.v_head_dim))  # not all kernels take values of another size
-        q = q if self.gain == 1 else q * self.gain
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return y.transpose(1, 2)[..., : c.v_head_dim]
 
@@ -154,12 +151,7 @@ class LatentAttention(Attention):
         weight = self.kv_b.weight.view(c.n_head, -1, c.kv_lora_rank)
         to_key, to_value = weight.split((self.sizes[0], c.v_head_dim), dim=1)
         q = torch.cat((torch.einsum("bthd,hdr->bhtr", q_nope, to_key), q_rope.transpose(1, 2)), dim=-1)
-        if mask is not None:  # [B or 1, 1, T or 1, S] -> a row for each row of the queries
-            mask = mask.expand(-1, c.n_head, q.shape[2], -1).flatten(1, 2).unsqueeze(1)
-        y = F.scaled_dot_product_attention(
-            q.flatten(1, 2).unsqueeze(1), kept, kept, mask, scale=self.gain / math.sqrt(sum(self.sizes))
-        )
-        y = y.view(*q.shape)[..., : c.kv_lora_rank]
+        y = self.attend(q, kept, kept, mask, scale=1 / math.sqrt(sum(self.sizes)))[..., : c.kv_lora_rank]
         return torch.einsum("bhtr,hdr->bthd", y, to_value)
 
 
@@ -201,6 +193,7 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(E, C, 2 * M))
         self.down = nn.Parameter(torch.empty(E, M, C))
         self.active_weights = config.num_experts_per_tok * 3 * C * M
+        self.activations = config.num_experts_per_tok * (4 * M + 3 * C) + 6 * E
 
     @torch.compiler.disable  # how many tokens an expert gets is not known before
     def forward(self, x, chosen, weights):
@@ -208,22 +201,10 @@ class Experts(nn.Module):
         N, K = chosen.shape
         order = chosen.flatten().argsort(stable=True)  # [N * K] pairs of token and expert, expert by expert
         sizes = chosen.flatten().bincount(minlength=len(self.gate_up))
-        gate, up = grouped_product(x[order // K], self.gate_up, sizes).chunk(2, dim=-1)
-        y = grouped_product(F.silu(gate) * up, self.down, sizes)
+        gate, up = kernels.grouped_product(x[order // K], self.gate_up, sizes).chunk(2, dim=-1)
+        y = kernels.grouped_product(F.silu(gate) * up, self.down, sizes)
         y = torch.empty_like(y).index_copy(0, order, y).view(N, K, -1)
         return (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)
-
-
-def grouped_product(x, weight, sizes):
-    """x [N, I] times weight [E, I, O]: the first sizes[0] rows with the first matrix, and so on; -> [N, O]"""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    if hasattr(F, "grouped_mm") and aligned and x.dtype != torch.float64 and x.device.type in ("cpu", "cuda"):
-        return F.grouped_mm(x, weight, offs=sizes.cumsum(0, dtype=torch.int32))
-    parts = zip(x.split(sizes.tolist()), weight.unbind(), strict=True)
-    return torch.cat([rows @ matrix for rows, matrix in parts])
 
 
 class MoE(nn.Module):
@@ -258,6 +239,7 @@ class Prediction(nn.Module):
         self.block = block
         self.block.attn.layer = 0  # of a cache of its own
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.activations = 5 * config.n_embd + 3 * config.vocab_size
 
     def forward(self, x, embedded, *place):
         """x, embedded [B, T, C]: final vectors, and the tokens that follow; place: what a block needs."""
@@ -277,6 +259,11 @@ class Model(GPT):
         c = self.config
         self.mtp = Prediction(c, self.make_block(c.n_layer)) if c.num_nextn_predict_layers else None
 
+    def parts(self, training):
+        """See GPT: the prediction module is for training, and needs the output head once more."""
+        parts = [part for part in super().parts(training) if part is not self.mtp]
+        return [*parts, self.mtp, self.lm_head] if self.mtp and training else parts
+
     def matrices(self):
         """See GPT; also those of the prediction module, but no router, whose rows are chosen one by one."""
         parts = [self.blocks, self.mtp] if self.mtp else [self.blocks]
@@ -295,12 +282,16 @@ class Model(GPT):
                 adds = name.endswith(("attn.proj.weight", "down.weight", "experts.down"))  # see GPT
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if adds else 0.02)
 
-    def new_cache(self, batch_size=1, capacity=None, n_layer=None):
-        c, weight = self.config, self.wte.weight
-        return KVCache(
-            n_layer or c.n_layer, batch_size, 1, capacity or c.block_size,
-            c.kv_lora_rank + c.qk_rope_head_dim, 0, weight.device, weight.dtype,
-        )  # fmt: skip
+    def predict(self, x, following, cache=None):
+        """Final vectors x [B, T, C] and the tokens that follow [B, T] -> vectors of the ones after these."""
+        return self.hidden(following, cache, through=lambda *place: self.mtp(x, *place))
+
+    def drafter(self):
+        """See GPT: the prediction module guesses one token, and has a cache of its own."""
+        if not self.mtp:
+            return None
+        cache = self.new_cache(n_layer=1)
+        return lambda x, following: [int(self.logits(self.predict(x, following, cache)[0, -1]).argmax())]
 
     # -- training ------------------------------------------------------------------------------------------
 
@@ -309,25 +300,16 @@ class Model(GPT):
         blocks = [*self.blocks, self.mtp.block] if self.mtp else self.blocks
         return [(n, block.mlp) for n, block in enumerate(blocks) if isinstance(block.mlp, MoE)]
 
-    def predict(self, x, following, cache=None):
-        """Final vectors x [B, T, C] and the tokens that follow [B, T] -> vectors of the ones after these."""
-        positions, mask = self.places(following, cache, None)
-        embedded = self.dropout(self.embed(following, positions))
-        y = self.mtp(x, embedded, self.rotary_at(positions), cache, positions, mask)
-        if cache is not None:
-            cache.advance(following.shape[1])
-        return y
-
     def training_loss(self, loss, x, targets, loss_mask, loss_divisor):
         """See GPT. other_vars: mtp_loss in nats per token; balance_loss, of all layers the mean, before its
         weight (1: every expert is as busy as any other); expert_load/<layer>, largest over mean."""
-        extra, other_vars = 0.0, {}
+        extra, other_vars = torch.zeros_like(loss), {}
         if self.mtp:
             # Where the target is the next token, it is the input here, and the one after it the target.
             y = self.predict(x, targets)
             weights = F.pad(loss_mask[:, 1:], (0, 1))
             total = self.total_loss(y.flatten(0, 1), targets.roll(-1, 1).flatten(), weights.flatten())[1]
-            extra = self.config.mtp_loss_weight * total / loss_divisor
+            extra = extra + self.config.mtp_loss_weight * total / loss_divisor
             other_vars["mtp_loss"] = total.detach() / weights.sum().clamp(min=1)
         if mixtures := self.mixtures():
             # A sequence weighs what its tokens weigh in the loss, so passes add up as they do there.
@@ -338,7 +320,7 @@ class Model(GPT):
             self.counts = counts if self.counts is None else self.counts + counts
             for (layer, _), count in zip(mixtures, counts, strict=True):
                 other_vars[f"expert_load/{layer}"] = count.max() / count.mean().clamp(min=1e-9)
-        return loss + (extra - extra.detach()) if other_vars else loss, other_vars
+        return loss + (extra - extra.detach()), other_vars
 
     def balance(self, mixtures, loss_mask):
         """Equations 17 to 20 without alpha [layers, B], and the tokens of every expert [layers, E]."""
@@ -363,82 +345,3 @@ class Model(GPT):
         for (_, moe), count in zip(self.mixtures(), counts, strict=True):
             step = self.config.bias_update_speed * (count.mean() - count).sign()
             moe.gate.e_score_correction_bias += step.to(moe.gate.e_score_correction_bias.device)
-
-    # -- operations and memory -----------------------------------------------------------------------------
-
-    @property
-    def active_weights(self):
-        return active_weights(self) - active_weights(self.mtp)
-
-    def attention_flops(self, length):
-        c = self.config
-        head = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
-        return 2 * length * c.n_head * head * c.n_layer
-
-    def flops_per_token(self, length=None, training=True):
-        """As in GPT: of the experts that a token chooses, and of multi-token prediction in training only."""
-        c, flops = self.config, super().flops_per_token(length, training)
-        if self.mtp and training:
-            weights = active_weights(self.mtp) + c.n_embd * c.vocab_size
-            flops += 3 * (2 * weights + self.attention_flops(length or c.block_size) // c.n_layer)
-        return flops
-
-    def activations_per_token(self, keeps_attention):
-        c, n_dense, n_mixtures = self.config, self.config.first_k_dense_replace, len(self.mixtures())
-        head = 6 * c.qk_nope_head_dim + 5 * c.qk_rope_head_dim + c.v_head_dim + keeps_attention * c.block_size
-        attention = c.n_head * head + 2 * (c.q_lora_rank or 0) + 3 * c.kv_lora_rank + 6 * c.n_embd
-        experts = 4 * (c.n_shared_experts + c.num_experts_per_tok) * c.moe_intermediate_size
-        experts += 3 * c.num_experts_per_tok * c.n_embd + 6 * c.n_routed_experts
-        predicting = (5 * c.n_embd + 3 * c.vocab_size) * c.num_nextn_predict_layers
-        dense = 4 * c.n_hidden
-        return n_dense * (attention + dense) + n_mixtures * (attention + experts) + predicting
-
-    # -- decoding ------------------------------------------------------------------------------------------
-
-    def generate(
-        self, tokens, max_tokens, temperature=1.0, *, repetition_penalty=1.0, stop_tokens=(), **options
-    ):
-        """See GPT. Greedy, without a penalty, the prediction module drafts: the same tokens, sooner."""
-        if self.mtp and temperature == 0 and repetition_penalty == 1.0:
-            return self.generate_drafted(tokens, max_tokens, stop_tokens)
-        options |= {"repetition_penalty": repetition_penalty, "stop_tokens": stop_tokens}
-        return super().generate(tokens, max_tokens, temperature, **options)
-
-    @torch.inference_mode()
-    def generate_drafted(self, tokens, max_tokens, stop_tokens):
-        """Self-speculative decoding (Leviathan et al. 2023, with section 2.2's module as the drafter).
-
-        The network reads its last token and a draft of the next one at once, which takes hardly longer than
-        reading one. If the draft is what it would have said itself, a second token is won.
-        """
-        context, cache = self.prompt(tokens), None
-        while max_tokens > 0:
-            if cache is None or cache.uniform_length == cache.capacity:  # as in GPT.generate
-                keep = self.config.block_size if cache is None else max(1, self.config.block_size // 2)
-                pending, draft = context[-keep:], []
-                cache, its_cache = self.new_cache(), self.new_cache(n_layer=1)
-            if max_tokens == 1 or cache.uniform_length + 2 > cache.capacity:
-                draft = []
-            read = torch.tensor([pending + draft], device=self.wte.weight.device)
-            x = self.hidden(read, cache)
-            found = self.logits(x[0, len(pending) - 1 :]).argmax(-1).tolist()
-            if draft and draft != found[:1]:
-                found.pop()
-                cache.advance(-1)
-            for token in found:
-                if token in stop_tokens:
-                    return
-                yield token
-            context += found
-            max_tokens -= len(found)
-            pending = found[-1:]
-            n_read = read.shape[1] - len(draft) + len(found) - 1
-            following = torch.tensor([read[0, 1:n_read].tolist() + pending], device=read.device)
-            draft = [int(self.logits(self.predict(x[:, :n_read], following, its_cache)[0, -1]).argmax())]
-
-
-def active_weights(module):
-    """How many weights of matrices a token is multiplied with in a module, or in None."""
-    parts = [] if module is None else [*module.modules()]
-    linear = sum(part.in_features * part.out_features for part in parts if isinstance(part, nn.Linear))
-    return linear + sum(part.active_weights for part in parts if isinstance(part, Experts))

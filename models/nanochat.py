@@ -77,6 +77,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.n_hidden, bias=False)
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        self.activations = 2 * config.n_hidden  # there is no gate, of which two products are needed again
 
     def forward(self, x):
         return self.down(self.up(x).relu().square())
@@ -88,6 +89,7 @@ class Block(model.Block):
         self.attn_norm = self.mlp_norm = norm(config, config.n_embd)
         self.attn.q_norm = self.attn.k_norm = norm(config, config.head_dim)
         self.mlp = MLP(config)
+        self.activations = 4 * config.n_embd  # there is no gain, of which the input is needed again
 
 
 def norm(config, size):
@@ -130,8 +132,3 @@ class Model(model.GPT):
         if self.by_hand:
             return kernels.linear_cross_entropy(x, self.lm_head.weight, targets, weights, LOGIT_SOFTCAP)
         return super().total_loss(x, targets, weights)
-
-    def activations_per_token(self, keeps_attention):
-        # There is no gate, of which two products are needed again, and no gain, of which the input is.
-        less = 2 * self.config.n_layer * (self.config.n_hidden + self.config.n_embd)
-        return super().activations_per_token(keeps_attention) - less

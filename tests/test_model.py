@@ -683,6 +683,33 @@ def test_generation_beyond_the_context(use_rope, block_size, n_prompt):
     assert answer == greedy_without_cache(model, prompt, 45)
 
 
+@pytest.mark.parametrize("n_wrong", [0, 1, 4])
+@pytest.mark.parametrize("n_prompt", [1, 16, 50])
+def test_guesses_change_no_token_and_save_passes(n_wrong, n_prompt, monkeypatch):
+    """A drafter of up to four guesses, which knows the text, of which every n_wrong-th is replaced."""
+    model = build(3)
+    prompt = random_tokens(n_prompt).tolist()
+    text, answer, passes = prompt + greedy_without_cache(model, prompt, 45), [], []
+
+    def guess(x, following):
+        said, n = prompt + answer, following.shape[1]
+        assert x.shape == (1, n, model.config.n_embd) and following[0].tolist() == said[-n:]
+        assert model.logits(x[0, -1]).argmax() == said[-1]
+        guesses = text[len(said) :][: len(said) % 5]
+        return [(token + (n_wrong > 0 and i % n_wrong == 0)) % 23 for i, token in enumerate(guesses, 1)]
+
+    monkeypatch.setattr(model, "drafter", lambda: guess, raising=False)
+    model.blocks[0].register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
+    for token in model.generate(prompt, 45, temperature=0):
+        answer.append(token)
+    assert prompt + answer == text
+    assert {length for length in passes if length <= 5} > {1} and len(passes) <= (45 if n_wrong == 1 else 30)
+    passes.clear()
+    assert list(model.generate(prompt, 45, temperature=0, draft=False)) == answer
+    assert list(model.generate(prompt, 45, 0, repetition_penalty=1.2, seed=1))
+    assert len(passes) == 90
+
+
 def test_generation_is_lazy():
     model = build()
     passes = []

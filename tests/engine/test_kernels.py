@@ -72,3 +72,23 @@ def test_linear_cross_entropy_has_gradients_through_its_logits_too(softcap):
     assert_same(found, expected, (x, weight))
     logits, _ = kernels.linear_cross_entropy(x, weight, targets, weights, softcap)
     assert_same(logits, head(x, weight, softcap), (x, weight))
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 5, 2), (0, 0, 0, 1), (10, 0, 0, 0)])
+@pytest.mark.parametrize("shape", [(16, 12), (15, 11)], ids=["aligned", "odd"])
+def test_grouped_products(monkeypatch, sizes, shape):
+    """In float32: PyTorch's grouped_mm knows no float64."""
+    sizes = torch.tensor(sizes)
+    x = torch.randn(int(sizes.sum()), shape[0], requires_grad=True)
+    weight = torch.randn(4, *shape, requires_grad=True)
+    group = torch.arange(4).repeat_interleave(sizes)
+    exact = torch.einsum("ni,nio->no", x, weight[group])
+    g = torch.randn_like(exact)
+    expected = exact.detach(), *torch.autograd.grad((exact * g).sum(), (x, weight))
+    for way in ("as it is", "without PyTorch's"):
+        if way != "as it is":
+            monkeypatch.delattr(F, "grouped_mm", raising=False)
+        y = kernels.grouped_product(x, weight, sizes)
+        found = y.detach(), *torch.autograd.grad((y * g).sum(), (x, weight))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)

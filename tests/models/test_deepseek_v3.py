@@ -10,14 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launching import RUN, TORCHRUN, largest_difference, launched, losses, settings_of
-from test_model import differ, random_tokens
+from test_model import differ, greedy_without_cache, random_tokens
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.checkpoint import load
-from model import GPT
-from models.deepseek_v3 import Config, Model, grouped_product
+from models.deepseek_v3 import Config, Model
 
 SMALL = dict(
     architecture="deepseek_v3", block_size=16, vocab_size=23, n_layer=3, n_head=4, n_embd=24, n_hidden=40,
@@ -301,24 +300,6 @@ def test_scores_are_in_float32_whatever_the_rest_is_in():
     assert torch.equal(low.e_score_correction_bias, gate.e_score_correction_bias)
 
 
-@pytest.mark.parametrize("sizes", [(3, 0, 5, 2), (0, 0, 0, 1), (10, 0, 0, 0)])
-@pytest.mark.parametrize("shape", [(16, 12), (15, 11)], ids=["aligned", "odd"])
-def test_grouped_products(monkeypatch, sizes, shape):
-    sizes = torch.tensor(sizes)
-    x = torch.randn(int(sizes.sum()), shape[0], requires_grad=True)
-    weight = torch.randn(4, *shape, requires_grad=True)
-    group = torch.arange(4).repeat_interleave(sizes)
-    exact = torch.einsum("ni,nio->no", x, weight[group])
-    g = torch.randn_like(exact)
-    expected = exact.detach(), *torch.autograd.grad((exact * g).sum(), (x, weight))
-    for way in ("as it is", "without PyTorch's"):
-        if way != "as it is":
-            monkeypatch.delattr(F, "grouped_mm", raising=False)
-        y = grouped_product(x, weight, sizes)
-        found = y.detach(), *torch.autograd.grad((y * g).sum(), (x, weight))
-        assert all(differ(a, b) < 1e-4 for a, b in zip(found, expected, strict=True))
-
-
 def test_the_bias_moves_loads_together():
     """Only the bias is trained: experts that random scores keep idle or busy become equally busy."""
     tokens, loads = random_tokens(16, 16), {}
@@ -579,7 +560,8 @@ def test_drafted_text_is_the_greedy_text(make):
     """Beyond the context, too, where the older half is forgotten, and up to any number of tokens."""
     model = make()
     for prompt in ([1, 2, 3], [5], [(3 * n) % 23 for n in range(40)]):
-        plain = list(GPT.generate(model, prompt, 60, temperature=0))
+        plain = list(model.generate(prompt, 60, temperature=0, draft=False))
+        assert plain == greedy_without_cache(model, prompt, 60)
         assert list(model.generate(prompt, 60, temperature=0)) == plain
         for stop in plain[11], plain[20]:
             expected = plain[: plain.index(stop)]
@@ -599,9 +581,11 @@ def test_a_good_drafter_saves_passes():
 
 def test_drafting_is_for_greedy_text_alone(monkeypatch):
     model, prompt = build(), [1, 2]
-    monkeypatch.setattr(Model, "generate_drafted", None)
+    monkeypatch.setattr(model, "drafter", None)
     for options in (dict(temperature=0.5, seed=1), dict(temperature=0, repetition_penalty=1.2)):
-        assert list(model.generate(prompt, 9, **options)) == list(GPT.generate(model, prompt, 9, **options))
+        assert list(model.generate(prompt, 9, **options)) == list(
+            model.generate(prompt, 9, **options, draft=False)
+        )
     plain = build(num_nextn_predict_layers=0)
     assert len(list(plain.generate(prompt, 9, temperature=0))) == 9
     with pytest.raises(ValueError, match="no token"):
