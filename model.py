@@ -470,23 +470,12 @@ class GPT(nn.Module):
         return counted
 
     @torch.inference_mode()
-    def generate(
-        self,
-        tokens,
-        max_tokens,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        repetition_penalty=1.0,
-        stop_tokens=(),
-        seed=None,
-        draft=True,
-    ):
+    def generate(self, tokens, max_tokens, *, stop_tokens=(), seed=None, draft=True, **options):
         """Continue `tokens` (a list of ids), yielding one id at a time, at most max_tokens of them.
 
-        temperature 0 is greedy. Ends before a stop token. When the context is full the older half of it
-        is forgotten. Switch to eval() first. Raises ValueError for an empty prompt, for one with ids outside
-        the vocabulary, and where `sample` does.
+        options: those of `candidates`: temperature (0 is greedy), top_k, ... Ends before a stop token. When
+        the context is full the older half of it is forgotten. Switch to eval() first. Raises ValueError for
+        an empty prompt, for one with ids outside the vocabulary, and where `candidates` does.
 
         draft: greedy text without a penalty may be drafted, if the architecture has a `drafter`: the same
         tokens, sooner (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding").
@@ -494,7 +483,7 @@ class GPT(nn.Module):
         context, device, generator = self.prompt(tokens), self.wte.weight.device, None
         if seed is not None:
             generator = torch.Generator(device).manual_seed(seed)
-        draft = draft and temperature == 0 and repetition_penalty == 1.0
+        draft = draft and options.get("temperature") == 0 and options.get("repetition_penalty", 1.0) == 1.0
         cache, pending = None, None
         while max_tokens > 0:
             if cache is None or cache.uniform_length + len(pending) > cache.capacity:
@@ -507,7 +496,7 @@ class GPT(nn.Module):
             x = self.hidden(torch.tensor([read], device=device), cache)
             n_right = len(pending)  # of the tokens read, so many stand in the text
             for logits in self.logits(x[0, n_right - 1 :]).float():
-                token = sample(logits, temperature, top_k, top_p, repetition_penalty, context, generator)
+                token = sample(logits, generator, previous=context, **options)
                 if token in stop_tokens:
                     return
                 yield token

@@ -46,7 +46,6 @@ class Request:
         self.logprobs = []
         self.finish_reason = None if max_tokens > 0 else "length"
         self.generator = None  # of random numbers, on the model's device
-        self.length = 0  # how many tokens of the context the cache holds
 
     @property
     def tokens(self):
@@ -92,21 +91,22 @@ class Decoder:
     @torch.inference_mode()
     def step(self):
         """One more token for all that run; returns these requests, those that have just ended among them."""
+        lengths = self.cache.lengths
         while self.waiting and len(self.running) < self.n_slots:
+            lengths[len(self.running)] = 0
             self.running.append(self.waiting.popleft())
         if not self.running:
             return []
         for row, request in enumerate(self.running):
-            if request.length in (0, self.cache.capacity):
+            if lengths[row] in (0, self.cache.capacity):
                 # When the context is full, half of it makes room for as much again.
-                keep = self.cache.capacity if request.length == 0 else max(1, self.cache.capacity // 2)
+                keep = self.cache.capacity if lengths[row] == 0 else max(1, self.cache.capacity // 2)
                 self._read(row, request.context[-keep:-1])
         logits = self._next([request.context[-1] for request in self.running])
         advanced = list(self.running)
         tokens = self._draw(logits)
         for row in reversed(range(len(advanced))):
             request = advanced[row]
-            request.length += 1
             if tokens[row] in request.stop_tokens:
                 request.finish_reason = "stop"
             else:
@@ -129,17 +129,16 @@ class Decoder:
     def _read(self, row, tokens):
         """Fill a row of the cache anew."""
         cache = self.cache.rows(row, row + 1)
-        cache.advance(-self.running[row].length)
-        self.running[row].length = len(tokens)
+        cache.lengths[:] = 0
         if tokens:
-            self.model.hidden(torch.tensor([tokens], device=self.cache.lengths.device), cache)
+            self.model.hidden(torch.tensor([tokens], device=cache.keys.device), cache)
 
     def _next(self, tokens):
         """The last token of every running request -> scores of the next one [n, V], float32."""
-        longest = max(request.length for request in self.running)
-        cache = self.cache.rows(0, len(tokens), longest + 1)
-        tokens = torch.tensor(tokens, device=cache.lengths.device).unsqueeze(1)
-        return self.model.logits(self.model.hidden(tokens, cache)[:, -1]).float()
+        n = len(tokens)
+        cache = self.cache.rows(0, n, int(self.cache.lengths[:n].max()) + 1)
+        x = self.model.hidden(torch.tensor(tokens, device=cache.keys.device).unsqueeze(1), cache)
+        return self.model.logits(x[:, -1]).float()
 
     def _draw(self, logits):
         """A token for each row of the scores [n, V]; notes logprobs where they are asked for."""
@@ -149,9 +148,7 @@ class Decoder:
             if request.is_greedy:
                 token = best[row]
             else:
-                token = sample(
-                    logits[row], **request.options, previous=request.context, generator=request.generator
-                )
+                token = sample(logits[row], request.generator, previous=request.context, **request.options)
             if request.n_logprobs is not None:
                 logprobs = logits[row].log_softmax(-1)
                 likeliest = logprobs.topk(min(request.n_logprobs, logprobs.numel()))

@@ -706,7 +706,7 @@ def test_guesses_change_no_token_and_save_passes(n_wrong, n_prompt, monkeypatch)
     assert {length for length in passes if length <= 5} > {1} and len(passes) <= (45 if n_wrong == 1 else 30)
     passes.clear()
     assert list(model.generate(prompt, 45, temperature=0, draft=False)) == answer
-    assert list(model.generate(prompt, 45, 0, repetition_penalty=1.2, seed=1))
+    assert list(model.generate(prompt, 45, temperature=0, repetition_penalty=1.2, seed=1))
     assert len(passes) == 90
 
 
@@ -751,17 +751,18 @@ def test_the_seed_fixes_the_answer():
 def test_generate_hands_its_settings_on(monkeypatch):
     model, calls = build(), []
 
-    def spy(logits, *args):
-        calls.append(args)
+    def spy(logits, generator, **options):
+        calls.append(options)
         return 4
 
     monkeypatch.setattr(model_module, "sample", spy)
-    list(model.generate([5, 6], 3, temperature=0.5, top_k=3, top_p=0.8, repetition_penalty=1.4))
-    assert [call[:4] for call in calls] == [(0.5, 3, 0.8, 1.4)] * 3
-    assert calls[0][4] == [5, 6, 4, 4, 4]  # one list, which grows: the prompt counts as said
+    setting = dict(temperature=0.5, top_k=3, top_p=0.8, min_p=0.1, repetition_penalty=1.4)
+    list(model.generate([5, 6], 3, **setting))
+    # One list of what was before, which grows: the prompt counts as said.
+    assert calls == [setting | dict(previous=[5, 6, 4, 4, 4])] * 3
     calls.clear()
     assert next(model.generate([5], 1)) == 4
-    assert calls[0][:4] == (1.0, None, None, 1.0)
+    assert calls == [dict(previous=[5])]
 
 
 def test_generation_draws_from_the_models_distribution():

@@ -136,7 +136,9 @@ def test_greedy_generation_is_equal(qk_norm, penalty):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("setting", [dict(temperature=0.6), dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), "all"], ids=str)
+@pytest.mark.parametrize(
+    "setting", [dict(temperature=0.6), dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), "all"], ids=str
+)
 def test_sampling_is_equal(setting):
     """The probabilities of `candidates` are those of Transformers' chain of processors."""
     if setting == "all":

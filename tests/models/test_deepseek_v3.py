@@ -210,7 +210,6 @@ def test_the_cache_holds_a_latent_and_a_rotary_key_only():
     model = build()
     cache, c = model.new_cache(3, 11), model.config
     n_bytes = sum(t.element_size() * t.numel() for t in vars(cache).values() if isinstance(t, torch.Tensor))
-    n_bytes -= cache.lengths.nbytes
     assert n_bytes == 3 * 11 * c.n_layer * (c.kv_lora_rank + c.qk_rope_head_dim) * 4
     # DeepSeek-V2's table 1: as much as grouped-query attention with 2.25 groups, for its sizes.
     big = Config(**{**SMALL, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
