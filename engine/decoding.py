@@ -59,8 +59,8 @@ class Decoder:
     one that becomes longer forgets its older half, as in GPT.generate.
     """
 
-    def __init__(self, model, n_slots=1):
-        self.model, self.n_slots = model, n_slots
+    def __init__(self, model, n_slots=1, compiled=None):
+        self.model, self.n_slots, self.compiled = model, n_slots, compiled
         self.cache = model.new_cache(n_slots)
         self.running, self.waiting = [], collections.deque()  # running[i] has row i of the cache
 
@@ -135,6 +135,8 @@ class Decoder:
 
     def _next(self, tokens):
         """The last token of every running request -> scores of the next one [n, V], float32."""
+        if self.compiled:
+            return self.compiled.logits(tokens, self.cache)
         n = len(tokens)
         cache = self.cache.rows(0, n, int(self.cache.lengths[:n].max()) + 1)
         x = self.model.hidden(torch.tensor(tokens, device=cache.keys.device).unsqueeze(1), cache)
