@@ -2,6 +2,7 @@
 
     python benchmark/architectures.py --text book.txt -o architectures.png     # about half an hour
     python benchmark/architectures.py --text book.txt --steps 200 --minutes 1
+    python benchmark/architectures.py --text book.txt --minutes 0 --set random_seed=2
 
 Each is trained by train.py, as a user starts it, on the first 95 % of the text's paragraphs, with a
 character tokenizer, in float32. First all take the same number of steps; then each takes as many as it
@@ -72,8 +73,8 @@ def sized(name, vocab_size, n_params):
     return min((built(low), built(high)), key=lambda pair: abs(pair[1] - n_params))[0]
 
 
-def train(config, steps, folder):
-    """Train for so many steps on the data in `folder` -> Result."""
+def train(config, steps, folder, changes):
+    """Train for so many steps on the data in `folder` -> Result. changes: train.py's --set, "key=value"."""
     import torch
 
     copy = copy_of_project(folder)
@@ -82,7 +83,18 @@ def train(config, steps, folder):
     settings |= {"dataset_path": [paths], "tokenizer_path": str(folder / "tokenizer.json")}
     (copy / "run.json").write_text(json.dumps(settings), "utf-8")
     (copy / "model.json").write_text(config.model_dump_json(), "utf-8")
-    timed(config.architecture, copy / "train.py", "-t", "pretrain", "-c", "run.json", "-m", "model.json")
+    changes = [part for change in changes for part in ("--set", change)]
+    timed(
+        config.architecture,
+        copy / "train.py",
+        "-t",
+        "pretrain",
+        "-c",
+        "run.json",
+        "-m",
+        "model.json",
+        *changes,
+    )
     [path] = copy.glob("train_*.log")
     log, text = Log(path), path.read_text("utf-8")
     log.read()
@@ -118,7 +130,8 @@ def draw(results, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
-    for axes, (title, runs) in zip(figure.subplots(1, 2, sharey=True), results.items(), strict=True):
+    plots = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, (title, runs) in zip(plots, results.items(), strict=True):
         lowest = []
         for i, (name, result) in enumerate(runs.items()):
             scale = result.seconds_per_step if title == "equal time" else 1
@@ -143,13 +156,14 @@ def parse_arguments():
     add = parser.add_argument
     add("--text", type=Path, required=True, metavar="FILE", help="any text in UTF-8")
     add("--steps", type=int, default=600, help="of the first comparison (600)")
-    add("--minutes", type=float, default=2.0, help="of training in the second one (2)")
+    add("--minutes", type=float, default=2.0, help="of training in the second one (2); 0: no second one")
     add("--parameters", type=int, default=1_500_000, metavar="N", help="of every model (1,500,000)")
     add("--only", choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES), help="some of them")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in train.py, for every run")
     add("-o", "--output", metavar="FILE", help="draw the losses")
     args = parser.parse_args()
-    if args.steps < 2 or args.minutes <= 0:
-        raise UserError("--steps must be 2 or more, and --minutes above 0")
+    if args.steps < 2 or args.minutes < 0:
+        raise UserError("--steps must be 2 or more, and --minutes 0 or more")
     return args
 
 
@@ -167,10 +181,12 @@ def main():
         for name in args.only:
             config = sized(name, tokenizer.vocab_size, args.parameters)
             status.update(f"{name} trains {args.steps:,} steps")
-            first = results["equal steps"][name] = train(config, args.steps, folder)
-            steps = max(2, round(60 * args.minutes / first.seconds_per_step))
-            status.update(f"{name} trains {steps:,} steps, {args.minutes:g} minutes")
-            results["equal time"][name] = train(config, steps, folder)
+            first = results["equal steps"][name] = train(config, args.steps, folder, args.set)
+            if args.minutes:
+                steps = max(2, round(60 * args.minutes / first.seconds_per_step))
+                status.update(f"{name} trains {steps:,} steps, {args.minutes:g} minutes")
+                results["equal time"][name] = train(config, steps, folder, args.set)
+    results = {title: runs for title, runs in results.items() if runs}
     for title, runs in results.items():
         table = Table("", title=title)
         for name in runs:
