@@ -19,7 +19,8 @@ import torch
 from numba import njit, types
 from numba.extending import intrinsic
 
-from engine.quantize import GROUP, Int8Linear
+from config.schema import ModelConfig
+from engine.quantize import GROUP, Int8Linear, quantize
 from model import GPT
 
 SPINS = 2000  # looks before a waiting thread offers its core to others
@@ -338,22 +339,35 @@ def supports(model):
 
 
 class CompiledStep:
-    """The steps of a model, as `supports` wants it, for a cache of its own making.
+    """The steps of a model, which `supports` must have approved.
 
     The layers' matrices are moved to lie one after the other; the modules of the model look at them there,
     so nothing is in memory twice.
     """
 
     def __init__(self, model, n_threads=None):
-        self.config, self.n_threads = model.config, n_threads or torch.get_num_threads()
-        self.weights, self.scratches = weights_of(model), {}
-        self.jobs = [queue.SimpleQueue() for _ in range(1, self.n_threads)]
-        for rank, jobs in enumerate(self.jobs, 1):
-            threading.Thread(target=work, args=(jobs, rank, self.n_threads), daemon=True).start()
+        self.config, self.weights, self.scratches = model.config, weights_of(model), {}
+        self.orders, n_threads = queue.SimpleQueue(), n_threads or torch.get_num_threads()
+        # Not the caller's thread: Ctrl-C might end it while the others wait for its share.
+        threading.Thread(target=lead, args=(self.orders, n_threads), name="decoding", daemon=True).start()
 
     def __del__(self):
-        for jobs in self.jobs:
-            jobs.put(None)
+        self.orders.put(None)
+
+    def logits(self, tokens, cache):
+        """The next tokens (list of n ids) of the first n rows of a cache, which grow by one -> logits [n, V].
+
+        They are valid until the next call.
+        """
+        n, done = len(tokens), queue.SimpleQueue()
+        scratch, lengths = self.scratch(n), cache.lengths[:n]
+        tokens, keys, values = np.array(tokens, np.int64), cache.keys.numpy(), cache.values.numpy()
+        self.orders.put(
+            ((tokens, lengths.copy(), self.weights, keys, values, scratch, self.config.norm_eps), done)
+        )
+        done.get()
+        lengths += 1
+        return torch.from_numpy(scratch.logits[:n])
 
     def scratch(self, n):
         """For n tokens; kept, as it holds the logits."""
@@ -365,26 +379,32 @@ class CompiledStep:
             self.scratches[n] = Scratch(*arrays, np.zeros(1, np.int64))
         return self.scratches[n]
 
-    def logits(self, tokens, cache):
-        """The next tokens (list of n ids) of the first n rows of a cache, which grow by one -> logits [n, V].
 
-        They are valid until the next call.
-        """
-        n = len(tokens)
-        scratch, lengths = self.scratch(n), cache.lengths[:n]
-        tokens, keys, values = np.array(tokens, np.int64), cache.keys.numpy(), cache.values.numpy()
-        job = tokens, lengths, self.weights, keys, values, scratch, self.config.norm_eps
-        for jobs in self.jobs:
+def lead(orders, n_threads):
+    """The first thread of the team: hands each job on, does its own share, and says that it is done."""
+    others = [queue.SimpleQueue() for _ in range(1, n_threads)]
+    for rank, jobs in enumerate(others, 1):
+        threading.Thread(target=follow, args=(jobs, rank, n_threads), name="decoding", daemon=True).start()
+    while order := orders.get():
+        job, done = order
+        for jobs in others:
             jobs.put(job)
-        step(*job, 0, self.n_threads)
-        lengths += 1
-        return torch.from_numpy(scratch.logits[:n])
+        step(*job, 0, n_threads)
+        done.put(None)
+    for jobs in others:
+        jobs.put(None)
 
 
-def work(jobs, rank, n_threads):
-    """What a thread of the team does all its life."""
+def follow(jobs, rank, n_threads):
     while job := jobs.get():
         step(*job, rank, n_threads)
+
+
+def warm_up(is_int8):
+    """Have Numba compile `step`, or load what it compiled before, by a model that is as small as can be."""
+    config = ModelConfig(block_size=2, n_layer=1, n_head=1, n_embd=2, n_hidden=2)
+    model = GPT(config.resolved(vocab_size=2))
+    CompiledStep(quantize(model) if is_int8 else model, 1).logits([0], model.new_cache())
 
 
 def weights_of(model):

@@ -18,9 +18,13 @@ of a batch looks at another. A Decoder belongs to one thread; engine and server 
 
 import codecs
 import collections
+import contextlib
+import threading
+from pathlib import Path
 
 import torch
 
+from engine.quantize import Int8Linear
 from model import sample
 
 
@@ -59,10 +63,22 @@ class Decoder:
     one that becomes longer forgets its older half, as in GPT.generate.
     """
 
-    def __init__(self, model, n_slots=1, compiled=None):
-        self.model, self.n_slots, self.compiled = model, n_slots, compiled
+    def __init__(self, model, n_slots=1):
+        self.model, self.n_slots = model, n_slots
         self.cache = model.new_cache(n_slots)
         self.running, self.waiting = [], collections.deque()  # running[i] has row i of the cache
+        self._compiling = self._compiled = None
+
+    def compile(self, wait=False):
+        """Let engine/compiled.py do the steps, which is several times as fast, as soon as it is ready.
+
+        That takes ten seconds for the first time on a machine, and half a second ever after. PyTorch does the
+        steps meanwhile, unless `wait`; and for good where there is no Numba, or the network is another one.
+        """
+        self._compiling = threading.Thread(target=warm_up, args=(self.model,), daemon=True)
+        self._compiling.start()
+        if wait:
+            self._compiling.join()
 
     @property
     def is_busy(self):
@@ -135,8 +151,10 @@ class Decoder:
 
     def _next(self, tokens):
         """The last token of every running request -> scores of the next one [n, V], float32."""
-        if self.compiled:
-            return self.compiled.logits(tokens, self.cache)
+        if self._compiling and not self._compiling.is_alive():
+            self._compiling, self._compiled = None, compiled_step(self.model)
+        if self._compiled:
+            return self._compiled.logits(tokens, self.cache)
         n = len(tokens)
         cache = self.cache.rows(0, n, int(self.cache.lengths[:n].max()) + 1)
         x = self.model.hidden(torch.tensor(tokens, device=cache.keys.device).unsqueeze(1), cache)
@@ -144,7 +162,8 @@ class Decoder:
 
     def _draw(self, logits):
         """A token for each row of the scores [n, V]; notes logprobs where they are asked for."""
-        best = logits.argmax(-1).tolist()  # for all at once: most requests need nothing else
+        # Of all at once: most need nothing else. (NumPy takes a hundredth of PyTorch's time for it.)
+        best = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
         tokens = []
         for row, request in enumerate(self.running):
             if request.is_greedy:
@@ -165,6 +184,27 @@ class Decoder:
         if row < len(self.running):
             self.running[row] = last
             self.cache.copy_row(len(self.running), row)
+
+
+def warm_up(model):
+    with contextlib.suppress(ImportError):  # without Numba PyTorch is there
+        from engine import compiled
+
+        if compiled.supports(model):
+            compiled.warm_up(is_int8=isinstance(model.lm_head, Int8Linear))
+
+
+def compiled_step(model):
+    """The CompiledStep of a model; None if there cannot be one."""
+    with contextlib.suppress(ImportError):
+        from engine import compiled
+
+        return compiled.CompiledStep(model) if compiled.supports(model) else None
+
+
+def is_compiled():
+    """Whether a step was compiled on this machine before, so that `Decoder.compile` takes no time."""
+    return any((Path(__file__).parent / "__pycache__").glob("compiled.step-*.nbi"))
 
 
 class TextStream:

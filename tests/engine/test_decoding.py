@@ -12,7 +12,10 @@ from test_tokenizer import BPE, CHAR, any_text, awkward
 import models
 from engine.config import check_model
 from engine.decoding import Decoder, Request, TextStream
+from model import GPT
 
+# Also with engine/compiled.py, where it is for that network.
+COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
 ARCHITECTURES = {
     "nano": {},
     "learned positions, biases": dict(use_rope=False, bias=True),
@@ -39,12 +42,21 @@ def prompts(count, seed=0):
     return [random_tokens(n, seed=i, vocab_size=29).tolist() for i, n in enumerate(lengths)]
 
 
+def decoder_of(model, n_slots, compiled=False):
+    decoder = Decoder(model, n_slots)
+    if compiled:
+        pytest.importorskip("numba")
+        decoder.compile(wait=True)
+    return decoder
+
+
+@COMPILED
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("n_slots", [1, 3, 16])
-def test_alone_or_together_greedy_text_is_the_same(name, n_slots):
+def test_alone_or_together_greedy_text_is_the_same(name, n_slots, compiled):
     """Of prompts of all lengths, which come and go and outgrow the context; `generate` is the definition."""
     model, requests = network(name), []
-    decoder, texts = Decoder(model, n_slots), prompts(20)
+    decoder, texts = decoder_of(model, n_slots, compiled), prompts(20)
     stop = [3]
     late = random.Random(1)
     while len(requests) < len(texts) or decoder.is_busy:
@@ -58,6 +70,7 @@ def test_alone_or_together_greedy_text_is_the_same(name, n_slots):
         expected = list(model.generate(prompt, request.max_tokens, temperature=0, stop_tokens=stop))
         assert request.tokens == expected
         assert request.finish_reason == ("length" if len(expected) == request.max_tokens else "stop")
+    assert bool(decoder._compiled) == (compiled and type(model) is GPT)
 
 
 SETTINGS = [
@@ -66,10 +79,11 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def test_each_draws_with_its_own_seed_and_settings():
+@COMPILED
+def test_each_draws_with_its_own_seed_and_settings(compiled):
     model, texts = network(), prompts(12)
     requests = [Request(prompt, 30, seed=i, **SETTINGS[i % len(SETTINGS)]) for i, prompt in enumerate(texts)]
-    Decoder(model, 5).run(requests)
+    decoder_of(model, 5, compiled).run(requests)
     for i, (prompt, request) in enumerate(zip(texts, requests, strict=True)):
         assert request.tokens == list(model.generate(prompt, 30, seed=i, **SETTINGS[i % len(SETTINGS)]))
     Decoder(model, 2).run(again := [Request([5], 20) for _ in range(3)])

@@ -1,0 +1,114 @@
+"""engine/compiled.py and engine/quantize.py: the same numbers as PyTorch's."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from test_model import differ, random_tokens
+from torch import nn
+
+from config.schema import ModelConfig
+from engine.quantize import GROUP, Int8Linear, quantize
+from model import GPT
+
+compiled = pytest.importorskip("engine.compiled", reason="Numba is not installed")
+LLAMA3 = dict(rope_type="llama3", factor=4.0, original_max_position_embeddings=16)
+SHAPES = {
+    "plain": dict(),
+    "groups": dict(n_kv_head=2, head_dim=6),
+    "one key for all heads, longer context": dict(n_kv_head=1, rope_scaling=LLAMA3, tie_embeddings=False),
+    "learned positions, biases": dict(use_rope=False, bias=True, qk_norm=False),
+    "odd sizes": dict(n_embd=77, n_head=3, head_dim=10, n_hidden=131, use_rope=False),
+}
+
+
+def network(**fields):
+    torch.manual_seed(0)
+    config = ModelConfig.model_validate(dict(block_size=24, n_layer=3, n_head=4, n_embd=72) | fields)
+    model = GPT(config.resolved(29)).eval()
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, float("norm" in name), 0.3)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_of_the_model(shape, int8, n_threads):
+    model, tokens = network(**SHAPES[shape]), random_tokens(9, 24, vocab_size=29)
+    if int8:
+        quantize(model)
+    expected, before = model(tokens)[0], copy.deepcopy(model.state_dict())
+    assert expected.std() > 0.5
+    steps = compiled.CompiledStep(model, n_threads)
+    for name, tensor in model.state_dict().items():  # they lie elsewhere, and are the same
+        assert torch.equal(tensor, before[name])
+    assert torch.equal(model(tokens)[0], expected)
+    for batch in (1, 2, 9):
+        cache, rows = model.new_cache(10), torch.arange(batch)
+        model.hidden(tokens[:batch, :3], cache.rows(0, batch))
+        cache.lengths[:batch] -= rows.numpy() % 3  # the rows are not in step
+        for _ in range(21):
+            places = torch.from_numpy(cache.lengths[:batch].copy())
+            found = steps.logits(tokens[rows, places].tolist(), cache)
+            assert differ(found, expected[rows, places]) < 1e-4
+            assert (cache.lengths[:batch] == (places + 1).numpy()).all()
+    assert cache.lengths[9] == 0 and not cache.keys[:, 9].any()
+
+
+def test_weights_are_in_memory_once():
+    model = network()
+    steps = compiled.CompiledStep(model, 1)
+    model.blocks[1].attn.qkv.weight.fill_(5.0)
+    assert (steps.weights.qkv[0][1] == 5).all() and not (steps.weights.qkv[0][0] == 5).any()
+    assert steps.weights.wte.ctypes.data == model.wte.weight.data_ptr() == steps.weights.head[0].ctypes.data
+
+
+def test_what_it_is_not_for():
+    assert compiled.supports(network())
+    assert not compiled.supports(network().bfloat16())
+    assert not compiled.supports(type("Other", (GPT,), {})(network().config))
+
+
+def test_threads_end_with_the_model():
+    before = threading.active_count()
+    steps = compiled.CompiledStep(network(), 3)
+    steps.logits([1], network().new_cache())
+    assert threading.active_count() == before + 3
+    team = [thread for thread in threading.enumerate() if thread.name.startswith("decoding")]
+    del steps
+    gc.collect()
+    for thread in team:
+        thread.join(20)
+    assert threading.active_count() == before
+
+
+# ---- eight bits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 63, GROUP, 130])
+def test_rounding_is_less_than_half_a_step(width):
+    linear = nn.Linear(width, 17).requires_grad_(False)
+    linear.weight[3] = 0.0
+    linear.weight[4] *= 1e-30
+    small = Int8Linear(linear)
+    assert small.q.dtype == torch.int8 and small.q.shape == (17, width)
+    assert small.scales.shape == (17, -(-width // GROUP))
+    largest = torch.stack([part.abs().amax(1) for part in linear.weight.split(GROUP, dim=1)], dim=1)
+    allowed = (largest / 127 / 2 * 1.001).repeat_interleave(GROUP, dim=1)[:, :width]
+    assert ((small.weight - linear.weight).abs() <= allowed).all()
+    x = torch.randn(2, 5, width)
+    assert differ(small(x), x @ small.weight.T + linear.bias) < 1e-5
+
+
+def test_the_whole_model_becomes_smaller_and_says_nearly_the_same():
+    model, tokens = network(n_embd=256, tie_embeddings=False), random_tokens(2, 24, vocab_size=29)
+    for parameter in model.blocks.parameters():
+        parameter.mul_(0.2)
+    expected, n_bytes = model(tokens)[0], sum(t.nbytes for t in model.state_dict().values())
+    assert quantize(model) is model
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    assert sum(t.nbytes for t in model.state_dict().values()) < 0.3 * n_bytes
+    assert differ(model(tokens)[0], expected) < 0.05 * expected.std()
