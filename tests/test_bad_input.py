@@ -244,7 +244,7 @@ def test_no_permission(train, monkeypatch):
 
 def test_out_of_memory(tiny_project):
     limits = [(resource.RLIMIT_AS, 4 << 30)]
-    settings = ["--set", "batch_size=50000"]
+    settings = ["--set", "batch_size=50000", "--set", "n_embd=1024"]  # too large at once: none is filled
     wrong = told(tiny_project.run("train.py", "-t", "pretrain", *settings, limits=limits))
     assert wrong.startswith("out of memory with batch_size 50000 and block_size 32.")
     assert "Lower batch_size and raise gradient_accumulation_steps by the same factor" in wrong

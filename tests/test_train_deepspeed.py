@@ -124,6 +124,7 @@ def test_mixed_precision_is_that_of_one_process(tiny_project, other_project, sta
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=5e-3)
 
 
+@pytest.mark.slow  # tests/engine/test_zero.py has the sentence, and below another one is told once
 def test_what_deepspeed_is_not_used_with(tiny_project):
     args = ("-t", "pretrain", *settings_file(tiny_project, "ZeRO-2"))
     _, errors = finish(process := start(tiny_project, TORCHRUN, SCRIPT, *args, compile="true"))
@@ -210,7 +211,7 @@ def test_a_hostfile_that_the_launcher_has_not_seen(tiny_project):
     _, errors = finish(process := start(tiny_project, TORCHRUN, SCRIPT, *arguments))
     assert process.returncode and "4 slots, but 2 processes were started" in errors
     hosts.write_text("localhost slots=2\n")
-    launched(tiny_project, TORCHRUN, SCRIPT, *arguments, *settings_file(tiny_project, "ZeRO-1"))
+    together(tiny_project, SCRIPT, *arguments, *settings_file(tiny_project, "ZeRO-1"))
 
 
 # ---- folders that DeepSpeed writes -----------------------------------------------------------------------
