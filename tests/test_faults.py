@@ -70,7 +70,7 @@ def test_a_full_disk_under_the_first_process_ends_all(tiny_project, script):
     assert done.returncode == 0, done.stderr
     full = with_prelude(tiny_project, FULL_DISK, script)
     process = start(tiny_project, TORCHRUN, full, "-t", "pretrain", "--resume", **ENDLESS, save_interval=20)
-    _, errors = finish(process)
+    _, errors = finish(process, 60)  # starting included
     assert errors.count("error: ") == 1 and "earlier checkpoints are untouched" in errors, errors
     assert list(tiny_project.checkpoints()) == [5] and load(tiny_project.checkpoints()[5]).step == 5
     assert not processes_of(tiny_project)
