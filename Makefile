@@ -17,10 +17,10 @@ demo: .venv/installed dataset/prepared/sft_val.json
 	$(BIN)/python inference.py -i --eval dataset/eval.jsonl
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -q -n auto -m slow
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

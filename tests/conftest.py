@@ -1,6 +1,7 @@
 """A copy of the project in which a test may do what it likes, and small data to train on."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -13,6 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import warm
+
+# Torch's threads would wait for each other: there are as many workers as cores, and each starts processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("engine", "dataset", "models", "formats", "tasks", "benchmark")
@@ -101,23 +106,26 @@ class Project(Workplace):
 
     @property
     def environment(self):
-        """No terminal's width or colours, and one thread: the tests run beside others."""
-        kept = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR")}
-        return kept | {"OMP_NUM_THREADS": "1"}
+        """No terminal's width or colours."""
+        return {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR")}
 
-    def run(self, script, *args, input=None, timeout=120, preexec_fn=None, **environment):
-        """A CompletedProcess with stdout and stderr as text; `input` is what is piped in (str or bytes)."""
+    def run(self, script, *args, input=None, timeout=120, limits=(), anew=False, **environment):
+        """A CompletedProcess with stdout and stderr as text; `input` is what is piped in (str or bytes).
+        limits: [(one of resource.RLIMIT_*, amount)].
+
+        Torch is loaded beforehand (tests/warm.py), unless all is to start anew: where asked for, for Python's
+        own settings, and for --help, which is to be there without torch.
+        """
         if not isinstance(input, bytes):
             input = (input or "").encode()
-        process = subprocess.run(
-            self.command(script, *args),
-            cwd=self.elsewhere,
-            env=self.environment | environment,
-            input=input,
-            capture_output=True,
-            timeout=timeout,
-            preexec_fn=preexec_fn,
-        )
+        command = self.command(script, *args)
+        kept = dict(env=self.environment | environment, cwd=self.elsewhere, input=input, timeout=timeout)
+        anew = anew or "--help" in args or any(key.startswith("PYTHON") for key in environment)
+        if anew or sys.platform != "linux":
+            limit = functools.partial(warm.limit, limits)
+            process = subprocess.run(command, **kept, capture_output=True, preexec_fn=limit)
+        else:
+            process = warm.run(command[1:], **kept, limits=limits)
         process.stdout, process.stderr = process.stdout.decode(), process.stderr.decode()
         return process
 
@@ -154,6 +162,16 @@ def project(tmp_path):
     return Project(tmp_path)
 
 
+@pytest.fixture
+def small_problems(project):
+    """A project whose problem.py ends with a test of a few questions, which takes no seconds."""
+    path = project.root / "problem.py"
+    source, usual = path.read_text("utf-8"), "N_TEST, N_TEST_MEANWHILE = 10_000, 2_000"
+    assert usual in source
+    path.write_text(source.replace(usual, "N_TEST, N_TEST_MEANWHILE = 200, 100"), "utf-8")
+    return project
+
+
 @pytest.fixture(scope="session")
 def shared_project(tmp_path_factory):
     """For tests that only read, or write where no other test looks."""
@@ -184,13 +202,10 @@ def tiny_project(project, tiny_data):
 @pytest.fixture
 def train(tmp_path, tiny_data, monkeypatch, capsys):
     """train("pretrain", "--resume", max_steps=8): train.py in this process, in a project of its own."""
-    import torch
-
     import engine.checkpoint
     import engine.config
     import engine.log
 
-    torch.set_num_threads(1)  # two would wait for each other when other programs run, too
     root = tmp_path / "项目"
     for module in (engine.config, engine.log):
         monkeypatch.setattr(module, "ROOT", root)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import warm
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ENDLESS = dict(max_steps=0, decay_lr="false", log_interval=5)
@@ -17,10 +18,13 @@ RUN = dict(max_steps=50, gradient_accumulation_steps=2, eval_interval=25, eval_i
 
 def deepspeed():
     """DeepSpeed's launcher, at a port of its own: other tests may run at the same time."""
+    return ("deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port())
+
+
+def free_port():
     with contextlib.closing(socket.socket()) as one:
         one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    return ("deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port))
+        return str(one.getsockname()[1])
 
 
 def settings_of(settings):
@@ -50,6 +54,21 @@ def launched(*args, **settings):
     output, errors = finish(process := start(*args, **settings), 240)
     assert process.returncode == 0, output + errors
     return output
+
+
+def together(project, script, *args, **settings):
+    """What `launched` returns, without a launcher: two processes, told by hand what torchrun tells them.
+
+    They have loaded torch and DeepSpeed beforehand, which three processes would be doing for seconds.
+    """
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    told |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    envs = [project.environment | told | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    command = [str(project.root / script), *map(str, args), *settings_of(settings)]
+    library = "deepspeed" if "deepspeed" in script else None
+    done = warm.run_together(command, envs, cwd=project.elsewhere, timeout=240, library=library)
+    assert [one.returncode for one in done] == [0, 0], b"".join(one.stderr for one in done).decode()
+    return b"".join(one.stdout for one in done).decode()
 
 
 def in_training(project, launcher, script, *args, until=" | Train | ", **settings):

@@ -191,21 +191,16 @@ def test_missing_and_foreign_checkpoints(train, name):
 # ---- what the system refuses -------------------------------------------------------------------------------
 
 
-def limited(which, amount):
-    return lambda: resource.setrlimit(which, (amount, amount))
-
-
 def test_no_room_for_a_checkpoint(tiny_project):
     """A limit on the size of files stands for a disk that is full: writing fails in the same places."""
     assert tiny_project.run("train.py", "-t", "pretrain").returncode == 0
     [path] = tiny_project.checkpoints().values()
     content = path.read_bytes()
     command = ["train.py", "-t", "pretrain", "--resume", "--set", "max_steps=8"]
-    limit = limited(resource.RLIMIT_FSIZE, len(content) // 2)
-    wrong = told(tiny_project.run(*command, preexec_fn=limit))
+    wrong = told(tiny_project.run(*command, limits=[(resource.RLIMIT_FSIZE, len(content) // 2)]))
     assert "step_8.pt could not be written (" in wrong and "earlier checkpoints are untouched" in wrong
     assert list(path.parent.iterdir()) == [path] and path.read_bytes() == content
-    wrong = told(tiny_project.run(*command, preexec_fn=limited(resource.RLIMIT_FSIZE, 100)))
+    wrong = told(tiny_project.run(*command, limits=[(resource.RLIMIT_FSIZE, 100)], anew=True))
     assert wrong.startswith("file too large")
     done = tiny_project.run(*command)
     assert done.returncode == 0 and list(tiny_project.checkpoints()) == [6, 8]
@@ -248,13 +243,13 @@ def test_no_permission(train, monkeypatch):
 
 
 def test_out_of_memory(tiny_project):
-    limit = limited(resource.RLIMIT_AS, 4 << 30)
-    settings = ["--set", "batch_size=50000"]
-    wrong = told(tiny_project.run("train.py", "-t", "pretrain", *settings, preexec_fn=limit))
+    limits = [(resource.RLIMIT_AS, 4 << 30)]
+    settings = ["--set", "batch_size=50000", "--set", "n_embd=1024"]  # too large at once: none is filled
+    wrong = told(tiny_project.run("train.py", "-t", "pretrain", *settings, limits=limits))
     assert wrong.startswith("out of memory with batch_size 50000 and block_size 32.")
     assert "Lower batch_size and raise gradient_accumulation_steps by the same factor" in wrong
     settings = ["--set", "n_embd=32768", "--set", "n_layer=1"]
-    wrong = told(tiny_project.run("train.py", "-t", "pretrain", *settings, preexec_fn=limit))
+    wrong = told(tiny_project.run("train.py", "-t", "pretrain", *settings, limits=limits))
     assert "memory does not suffice" in wrong or "lower n_layer or n_embd" in wrong
 
 

@@ -125,6 +125,7 @@ def test_whole_preparation_does_not_depend_on_chunks(prepared, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
+@settings(deadline=None)  # others use the processor, too
 @given(st.integers(2, 3000), st.floats(1e-9, 1 - 1e-9), st.integers(0, 2**63 - 1))
 def test_both_splits_get_documents(n, fraction, seed):
     held_out = Split(n, fraction, seed).held_out(0, n)

@@ -10,8 +10,8 @@ from launching import (
     TORCHRUN,
     finish,
     in_training,
-    launched,
     processes_of,
+    settings_of,
     start,
     with_prelude,
 )
@@ -66,10 +66,11 @@ def test_nan_in_one_process_ends_all(tiny_project, script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_full_disk_under_the_first_process_ends_all(tiny_project, script):
-    launched(tiny_project, TORCHRUN, script, "-t", "pretrain", max_steps=5, decay_lr="false")
+    done = tiny_project.run("train.py", "-t", "pretrain", *settings_of({"max_steps": 5, "decay_lr": "false"}))
+    assert done.returncode == 0, done.stderr
     full = with_prelude(tiny_project, FULL_DISK, script)
     process = start(tiny_project, TORCHRUN, full, "-t", "pretrain", "--resume", **ENDLESS, save_interval=20)
-    _, errors = finish(process)
+    _, errors = finish(process, 60)  # starting included
     assert errors.count("error: ") == 1 and "earlier checkpoints are untouched" in errors, errors
     assert list(tiny_project.checkpoints()) == [5] and load(tiny_project.checkpoints()[5]).step == 5
     assert not processes_of(tiny_project)
@@ -80,8 +81,8 @@ def test_the_launcher_brings_a_killed_run_back(tiny_project, train, script):
     settings = dict(max_steps=200, save_interval=20, learning_rate=2e-3, min_lr=2e-4, eval_interval=1000)
     assert train("pretrain", **settings).returncode == 0
     # An older run must not be taken for this one.
-    launched(tiny_project, TORCHRUN, script, "-t", "pretrain",
-             **{**settings, "max_steps": 40, "random_seed": 1})  # fmt: skip
+    older = settings_of({**settings, "max_steps": 40, "random_seed": 1})
+    assert tiny_project.run("train.py", "-t", "pretrain", *older).returncode == 0
     for path in tiny_project.checkpoints().values():
         os.utime(path, (1, 1))
     for path in tiny_project.root.glob("train_*.log"):

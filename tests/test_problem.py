@@ -39,7 +39,8 @@ def test_mistakes_are_told(shared_project, arguments, says):
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_run_from_start_to_end(project):
+def test_a_run_from_start_to_end(small_problems):
+    project = small_problems
     done = small(project, "sort", "--digits", 3, "--play", input="321\n32\n\n123")
     assert done.returncode == 0, done.stderr
     [path] = project.root.glob("checkpoint/sort_*_step_4.pt")
@@ -67,8 +68,8 @@ def test_a_run_from_start_to_end(project):
         assert wrong.returncode == 2 and says in wrong.stderr
 
 
-def test_a_causal_problem_with_answers_of_several_lengths(project):
-    done = small(project, "q")
+def test_a_causal_problem_with_answers_of_several_lengths(small_problems):
+    done = small(small_problems, "q")
     assert done.returncode == 0 and "base rate" in done.stdout, done.stderr
 
 

@@ -234,12 +234,9 @@ def test_a_signal_ends_training_after_its_step(tiny_project, number):
     assert list(losses(tiny_project)) == list(range(1, step + 1))
 
     # What was told to go on with does go on; with a few steps only, for the test's sake.
-    python, *words = shlex.split(command)
+    python, script, *words = shlex.split(command)
     assert python == "python" and "--resume" in words
-    command = [sys.executable, *words, *settings_of(max_steps=step + 2)]
-    resumed = subprocess.run(
-        command, cwd=tiny_project.elsewhere, env=tiny_project.environment, capture_output=True, text=True
-    )
+    resumed = tiny_project.run(tiny_project.elsewhere / script, *words, *settings_of(max_steps=step + 2))
     assert resumed.returncode == 0 and f"Done: step {step + 2}, 2 of them now." in resumed.stdout
     assert f"going on with checkpoint/{path.name} at step {step}\n" in resumed.stderr
     assert f"changed since then: max_steps: 1000000 -> {step + 2}\n" in resumed.stderr

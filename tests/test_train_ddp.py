@@ -14,6 +14,7 @@ from launching import (
     losses,
     settings_of,
     start,
+    together,
     with_prelude,
 )
 
@@ -27,7 +28,10 @@ def test_two_processes_draw_the_curve_of_one(tiny_project, other_project):
     for task in ("pretrain", "sft"):
         done = tiny_project.run("train.py", "-t", task, *settings_of(settings))
         assert done.returncode == 0, done.stderr
-        output = launched(other_project, *DDP, "-t", task, **settings)
+        if task == "pretrain":
+            output = launched(other_project, *DDP, "-t", task, **settings)
+        else:
+            output = together(other_project, "train_ddp.py", "-t", task, **settings)
         assert output.count("Done: step 50") == 1  # one of them talks
     for kind in ("Train", "Val"):
         assert largest_difference(losses(tiny_project, kind), losses(other_project, kind)) <= 1e-5
@@ -40,7 +44,7 @@ def test_two_processes_draw_the_curve_of_one(tiny_project, other_project):
 def test_two_processes_with_muon_draw_the_curve_of_one(tiny_project, train):
     settings = {**RUN, "optimizer": "muon"}
     assert train("pretrain", **settings).returncode == 0
-    launched(tiny_project, *DDP, "-t", "pretrain", **settings)
+    together(tiny_project, "train_ddp.py", "-t", "pretrain", **settings)
     assert largest_difference(losses(train), losses(tiny_project)) <= 1e-5
 
 

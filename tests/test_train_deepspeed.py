@@ -19,6 +19,7 @@ from launching import (
     processes_of,
     settings_of,
     start,
+    together,
     with_prelude,
 )
 
@@ -55,7 +56,10 @@ def test_the_curve_is_that_of_one_process(tiny_project, other_project, stage):
     for task in ("pretrain", "sft"):
         alone(tiny_project, "-t", task, **RUN)
         args = ("-t", task, *settings_file(other_project, stage))
-        output = launched(other_project, deepspeed(), SCRIPT, *args, **RUN)
+        if task == "pretrain":
+            output = launched(other_project, deepspeed(), SCRIPT, *args, **RUN)
+        else:
+            output = together(other_project, SCRIPT, *args, **RUN)
         assert output.count("Done: step 50") == 1  # one of them talks
     for kind in ("Train", "Val"):
         assert largest_difference(losses(tiny_project, kind), losses(other_project, kind)) <= 1e-4
@@ -88,7 +92,7 @@ def test_muon_goes_on_with_two_processes(tiny_project, train):
     (tiny_project.root / "checkpoint").mkdir()
     shutil.copy(train.checkpoints()[5], tiny_project.root / "checkpoint")
     zero = settings_file(tiny_project, "ZeRO-1")
-    launched(tiny_project, TORCHRUN, SCRIPT, "-t", "pretrain", "--resume", *zero, **MUON)
+    together(tiny_project, SCRIPT, "-t", "pretrain", "--resume", *zero, **MUON)
     assert largest_difference(losses(train)[5:], losses(tiny_project)) <= 1e-4
     assert_same_state(*(load(project.checkpoints()[50]) for project in (train, tiny_project)))
 
@@ -120,6 +124,7 @@ def test_mixed_precision_is_that_of_one_process(tiny_project, other_project, sta
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=5e-3)
 
 
+@pytest.mark.slow  # tests/engine/test_zero.py has the sentence, and below another one is told once
 def test_what_deepspeed_is_not_used_with(tiny_project):
     args = ("-t", "pretrain", *settings_file(tiny_project, "ZeRO-2"))
     _, errors = finish(process := start(tiny_project, TORCHRUN, SCRIPT, *args, compile="true"))
@@ -133,9 +138,9 @@ def test_a_run_moves_between_engines(tiny_project, train):
     settings = {**RUN, "lr_decay_iters": 50, "save_interval": 1}
     alone(tiny_project, "-t", "pretrain", **{**settings, "max_steps": 10})
     resume = ("-t", "pretrain", "--resume")
-    launched(tiny_project, TORCHRUN, "train_ddp.py", *resume, **{**settings, "max_steps": 20})
+    together(tiny_project, "train_ddp.py", *resume, **{**settings, "max_steps": 20})
     zero = settings_file(tiny_project, "ZeRO-3")
-    launched(tiny_project, TORCHRUN, SCRIPT, *resume, *zero, **{**settings, "max_steps": 35})
+    together(tiny_project, SCRIPT, *resume, *zero, **{**settings, "max_steps": 35})
     alone(tiny_project, "-t", "pretrain", "--resume", **settings)
     assert largest_difference(losses(train), losses(tiny_project)) <= 1e-5
     assert load(tiny_project.checkpoints()[50]).step == 50
@@ -191,7 +196,7 @@ def test_a_wrong_deepspeed_file(tiny_project):
 def test_batch_keys_are_honoured(tiny_project):
     batch = dict(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2)
     args = settings_file(tiny_project, "ZeRO-2", **batch)
-    launched(tiny_project, TORCHRUN, SCRIPT, "-t", "pretrain", *args, gradient_accumulation_steps=2)
+    together(tiny_project, SCRIPT, "-t", "pretrain", *args, gradient_accumulation_steps=2)
 
 
 def test_without_a_launcher_it_says_how(tiny_project):
@@ -206,7 +211,7 @@ def test_a_hostfile_that_the_launcher_has_not_seen(tiny_project):
     _, errors = finish(process := start(tiny_project, TORCHRUN, SCRIPT, *arguments))
     assert process.returncode and "4 slots, but 2 processes were started" in errors
     hosts.write_text("localhost slots=2\n")
-    launched(tiny_project, TORCHRUN, SCRIPT, *arguments, *settings_file(tiny_project, "ZeRO-1"))
+    together(tiny_project, SCRIPT, *arguments, *settings_file(tiny_project, "ZeRO-1"))
 
 
 # ---- folders that DeepSpeed writes -----------------------------------------------------------------------
@@ -228,7 +233,7 @@ Zero.states = states
 @pytest.mark.parametrize("stage", ["ZeRO-2", pytest.param("ZeRO-3", marks=pytest.mark.slow)])
 def test_a_folder_of_deepspeed_is_converted(tiny_project, stage):
     script = with_prelude(tiny_project, SAVING, SCRIPT)
-    launched(tiny_project, TORCHRUN, script, "-t", "pretrain", *settings_file(tiny_project, stage))
+    together(tiny_project, script, "-t", "pretrain", *settings_file(tiny_project, stage))
     [(step, path)] = tiny_project.checkpoints().items()
     ours = load(path)
     path.unlink()

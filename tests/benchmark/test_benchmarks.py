@@ -1,6 +1,10 @@
 """The benchmarks against peers: what they can be held to without a peer and in little time."""
 
+import contextlib
+import io
+import json
 import math
+import multiprocessing
 import random
 import re
 import subprocess
@@ -26,6 +30,14 @@ def benchmark(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def printed_by(module, *arguments):
+    """What a benchmark's command line prints, called in this process, where it can be made small."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        module.main()
+    return output.getvalue()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_examples(script):
     process = benchmark(script, "--help")
@@ -47,9 +59,21 @@ def test_every_model_is_counted_by_the_formula_of_ours():
         assert train_speed.flops_per_token(model, shape) == model.flops_per_token()
 
 
-@pytest.mark.parametrize("implementation", ["Nano", "Llama"])
-def test_a_measurement_in_a_process_of_its_own(implementation):
-    result = train_speed.in_fresh_process(train_speed.measure, implementation, SHAPE, 2, 0.01)
+def measure(implementation):
+    train_speed.MATRIX_SIZES = (256, 512)  # the usual ones take seconds
+    return train_speed.measure(implementation, SHAPE, 2, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "has_own_process"),
+    [("Nano", True), ("Llama", False), pytest.param("Llama", True, marks=pytest.mark.slow)],
+)
+def test_a_measurement(implementation, has_own_process, monkeypatch):
+    monkeypatch.setattr(train_speed, "MATRIX_SIZES", None)  # undone at the end
+    if has_own_process:
+        result = train_speed.in_fresh_process(measure, implementation)
+    else:
+        result = measure(implementation)
     model = GPT(SHAPE.model_copy(update={"qk_norm": implementation == "Nano"}))  # which Llama has not
     assert result["params"] == model.n_params
     assert result["GFLOP/s"] * 1e9 == pytest.approx(result["tokens/s"] * model.flops_per_token())
@@ -109,7 +133,11 @@ def test_the_verdict_takes_the_slower_run_and_checks_the_loss():
     assert "0.0500" in recipe_race.verdict(runs)
 
 
-def test_ablation_measures_with_and_without():
+def test_ablation_measures_with_and_without(monkeypatch):
+    # Copies of this process have torch already; new ones would be loading it for ten seconds.
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(ablation.multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.setattr(ablation, "TURN", 0.1)
     measured = ablation.compare(0.1, ablation.LEFT_OUT["both kernels"], SHAPE, 2, False)
     assert len(measured) == 2 and all(time > 0 and faults >= 0 for time, faults in measured)
     assert benchmark("ablation.py", "--seconds", "0").returncode == 2
@@ -143,22 +171,37 @@ def test_the_lowest_loss_over_text_that_is_random_itself():
     assert abs(mean - calculator_plateau.entropy_per_position()) < 0.003
 
 
-def test_the_limits_of_toy_problems_are_measured_and_drawn(project):
+def test_the_limits_of_toy_problems_are_measured_and_drawn(small_problems):
+    project = small_problems
     done = project.run("benchmark/toy_limits.py", "sort", "--sizes", 0, "-o", project.root / "limits.png")
     assert done.returncode == 2 and "--digits must be" in done.stderr
-    arguments = ("sort", "--sizes", 2, 3, "--steps", 2, "-o", project.root / "limits.png")
-    done = project.run("benchmark/toy_limits.py", *arguments)
-    assert done.returncode == 0 and "base rate" in done.stdout, done.stderr
-    assert (project.root / "limits.png").read_bytes().startswith(b"\x89PNG")
     table = project.root / "checkpoint" / "results.jsonl"
-    assert len(table.read_text("utf-8").splitlines()) == 2
-    # What is in the table is not trained again.
-    done = project.run("benchmark/toy_limits.py", *arguments)
-    assert done.returncode == 0 and done.stdout.count("already in") == 2
-    assert len(table.read_text("utf-8").splitlines()) == 2
+    for sizes, n_known in (((2,), 0), ((2, 3), 2)):  # what is in the table is not trained again
+        arguments = ("sort", "--sizes", *sizes, "--steps", 2, "-o", project.root / "limits.png")
+        done = project.run("benchmark/toy_limits.py", *arguments)
+        assert done.returncode == 0 and done.stdout.count("already in") == n_known, done.stderr
+        assert n_known or "base rate" in done.stdout
+        assert (project.root / "limits.png").read_bytes().startswith(b"\x89PNG")
+        line, *others = table.read_text("utf-8").splitlines()
+        assert len(others) == len(sizes) - 1
+        if not others:  # one of another size, without the seconds that training takes
+            (project.root / "limits.png").unlink()
+            other = json.loads(line) | {"sizes": {"digits": 3}}
+            table.write_text(line + "\n" + json.dumps(other) + "\n", "utf-8")
 
 
-def test_why_a_calculator_stops_runs_to_its_table_and_chart(tmp_path):
+def test_why_a_calculator_stops_is_told_by_a_table_and_a_chart(tmp_path, monkeypatch):
+    small = {"n_layer": 1, "n_head": 2, "n_embd": 16}
+    monkeypatch.setattr(calculator_plateau.Calculator, "model", lambda self: small)
+    monkeypatch.setattr(calculator_plateau, "BATCH_SIZE", 10)
+    monkeypatch.setattr(calculator_plateau, "N_TEST", 50)
+    printed = printed_by(calculator_plateau, "--steps", 1, "-o", tmp_path / "chart.png")
+    assert all(name in printed for name in calculator_plateau.VARIANTS)
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_why_a_calculator_stops_in_its_own_sizes(tmp_path):
     process = benchmark("calculator_plateau.py", "--steps", 1, "-o", tmp_path / "chart.png")
     assert process.returncode == 0, process.stderr
     assert all(name in process.stdout for name in calculator_plateau.VARIANTS)

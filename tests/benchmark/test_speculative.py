@@ -1,28 +1,41 @@
 """benchmark/speculative.py: what it counts, and what it says of a model that cannot draft."""
 
+import functools
 import re
 
-from test_benchmarks import benchmark
+import pytest
+from test_benchmarks import benchmark, printed_by
 
 from benchmark import speculative
 
 TEXT = "".join(f"{n} and {n + 1} are {2 * n + 1}. " for n in range(600))
 
 
-def test_a_model_that_is_trained_drafts(tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT, "utf-8")
-    process = benchmark(
-        "speculative.py", "--text", tmp_path / "text.txt", "--steps", 1, "--prompts", 2, "--length", 8
-    )
-    assert process.returncode == 0, process.stderr
-    assert "2 texts of 8 tokens" in process.stdout
-    one, drafted = re.findall(r"│ (?:one at a time|drafted) +│ +(\d+) +│ +([\d.]+) +│", process.stdout)
-    assert one[1] == "1.00" and int(drafted[0]) > 0
+SMALL = {"block_size": 64, "n_layer": 1, "n_embd": 32, "first_k_dense_replace": 0, "n_routed_experts": 8,
+         "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}  # fmt: skip
+
+
+def drafted(text, run):
+    """run(*arguments) -> what is printed, of two short texts."""
+    text.write_text(TEXT, "utf-8")
+    printed = run("--text", text, "--steps", 1, "--prompts", 2, "--length", 8)
+    assert "2 texts of 8 tokens" in printed
+    one, two = re.findall(r"│ (?:one at a time|drafted) +│ +(\d+) +│ +([\d.]+) +│", printed)
+    assert one[1] == "1.00" and int(two[0]) > 0
+
+
+def test_a_model_that_is_trained_drafts(tmp_path, monkeypatch):
+    monkeypatch.setattr(speculative, "SHAPE", speculative.SHAPE | SMALL)
+    drafted(tmp_path / "text.txt", functools.partial(printed_by, speculative))
+
+
+@pytest.mark.slow
+def test_a_model_of_the_usual_size_drafts(tmp_path):
+    drafted(tmp_path / "text.txt", lambda *arguments: benchmark("speculative.py", *arguments).stdout)
 
 
 def test_passes_and_drafts_are_counted(monkeypatch):
-    small = {"block_size": 32, "n_layer": 1, "first_k_dense_replace": 0}
-    monkeypatch.setattr(speculative, "SHAPE", speculative.SHAPE | small)
+    monkeypatch.setattr(speculative, "SHAPE", speculative.SHAPE | SMALL)
     model, _ = speculative.train(TEXT, 1)
     seconds, n_drafts, n_accepted = speculative.measure(model, [[1, 2, 3], [4, 5, 6]], 12)
     assert all(value > 0 for value in seconds.values())

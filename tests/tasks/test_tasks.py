@@ -199,7 +199,8 @@ def test_too_few_questions_to_keep_some():
             tasks.Test(problem, problem.tokenizer(), 8, 1, 100)
 
 
-def test_the_guides_example_is_a_problem(project):
+def test_the_guides_example_is_a_problem(small_problems):
+    project = small_problems
     guide = (Path(__file__).resolve().parents[2] / "doc" / "extending.md").read_text("utf-8")
     [code] = re.findall(r"`tasks/addition.py`:\n\n```python\n(.*?)```", guide, re.DOTALL)
     (project.root / "tasks" / "addition.py").write_text(code, "utf-8")
