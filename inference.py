@@ -20,8 +20,6 @@ In Python it takes no more than:
 """
 
 import argparse
-import codecs
-import collections
 import math
 import re
 import sys
@@ -60,6 +58,7 @@ def parse_arguments():
         help="higher makes tokens that were there before less likely, 1: off (1.2)")  # fmt: skip
     add("-s", "--seed", type=int, metavar="N", help="the same answer to the same prompt (random)")
     add("--profile", action="store_true", help="tell the time to the first token, and tokens/s")
+    add("-q", "--quantize", choices=("int8",), help="weights in 8 bits: less memory, and faster on a CPU")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (auto)")
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
@@ -110,11 +109,11 @@ def prompt_sign():
     return "\001\033[1;36m\002>\001\033[0m\002 "  # \001 and \002 tell readline what takes no space
 
 
-def facts(checkpoint, name, speaker, device):
+def facts(checkpoint, name, speaker, device, quantized):
     """The model in two lines."""
     loss = checkpoint.best.get("loss")
     parts = [
-        f"{speaker.model.n_params / 1e6:.2f} M parameters",
+        f"{speaker.model.n_params / 1e6:.2f} M parameters" + (" in int8" if quantized else ""),
         f"context {speaker.model.config.block_size:,}",
         f"{checkpoint.task} step {checkpoint.step:,}",
         f"validation loss {loss:.3f}" if isinstance(loss, float) else "not validated",
@@ -133,7 +132,10 @@ class Speaker:
     """
 
     def __init__(self, model, tokenizer, max_length=None, **options):
+        from engine.decoding import Decoder
+
         self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.decoder = Decoder(model)
         self.context = model.config.block_size
         self.max_length = max_length or self.context
         # A mark the model writes itself ends its answer; only <|unknown|> is a part of the text.
@@ -180,18 +182,34 @@ class Speaker:
 
     def speak(self, ids):
         """Yield what follows `ids`, token by token, as text; "" where a character is not whole yet."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        from engine.decoding import TextStream
+
+        text = TextStream(self.tokenizer)
         self.n_prompt, self.n_tokens, self.first_seconds = len(ids), 0, None
         start = time.perf_counter()
-        max_tokens = self.max_length - len(ids)
-        for token in self.model.generate(ids, max_tokens, stop_tokens=self.stop_tokens, **self.options):
+        for token in self.tokens(ids, self.max_length - len(ids)):
             self.n_tokens += 1
             self.seconds = time.perf_counter() - start
             self.first_seconds = self.first_seconds or self.seconds
-            if token >= self.tokenizer.vocab_size:  # a model may have more rows than there are tokens
-                token = self.tokenizer.unknown_id
-            yield decoder.decode(self.tokenizer.decode_bytes([token]))
-        yield decoder.decode(b"", final=True)
+            yield text.feed(token)
+        yield text.end()
+
+    def tokens(self, ids, max_tokens):
+        """Yield what follows `ids`, as ids."""
+        from engine.decoding import Request
+
+        options = self.options | {"stop_tokens": self.stop_tokens}
+        if options["temperature"] == 0 and self.model.drafter():
+            yield from self.model.generate(ids, max_tokens, **options)
+            return
+        request = self.decoder.add(Request(ids, max_tokens, **options))
+        try:
+            while request.finish_reason is None:
+                n_before = len(request.context)
+                self.decoder.step()
+                yield from request.context[n_before:]
+        finally:
+            self.decoder.remove(request)  # of which the rest is not to be heard, after Ctrl-C
 
     def profile(self):
         """What the last answer cost, in words."""
@@ -324,35 +342,21 @@ def read_questions(path):
 def answer_greedily(model, prompts, max_tokens, stop_tokens, on_answers=lambda count: None):
     """The likeliest continuation of each of `prompts` (lists of ids): a list of (ids, whether it stopped).
 
-    `max_tokens[i]` bounds the i-th, its stop token included. Prompts of equal length go through the
-    model together, so there is no padding, and all rows of the KV cache keep in step.
+    `max_tokens[i]` bounds the i-th, its stop token included, and so does the context.
     """
-    import torch
+    from engine.decoding import Decoder, Request, is_compiled
 
-    device = model.wte.weight.device
-    stops = torch.tensor(stop_tokens, device=device)
-    by_length = collections.defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(i)
-    groups = [rows[k : k + 64] for rows in by_length.values() for k in range(0, len(rows), 64)]
-    answers = [None] * len(prompts)
-    for rows in groups:
-        length = len(prompts[rows[0]])
-        steps = min(max(max_tokens[i] for i in rows), model.config.block_size - length + 1)
-        cache = model.new_cache(len(rows), length + steps - 1)
-        tokens = torch.tensor([prompts[i] for i in rows], device=device)
-        drawn, is_done = [], torch.zeros(len(rows), dtype=torch.bool, device=device)
-        with torch.inference_mode():
-            while len(drawn) < steps and not is_done.all():
-                last = model.hidden(tokens, cache)[:, -1]
-                tokens = model.logits(last).argmax(-1, keepdim=True)  # [rows, 1]
-                is_done |= torch.isin(tokens[:, 0], stops)
-                drawn.append(tokens)
-        for i, ids in zip(rows, torch.cat(drawn, dim=1).tolist(), strict=True):
-            end = next((n for n, token in enumerate(ids) if token in stop_tokens), None)
-            answers[i] = ids[:end], end is not None
-        on_answers(len(rows))
-    return answers
+    requests = [
+        Request(
+            prompt, min(n, model.config.block_size - len(prompt) + 1), stop_tokens=stop_tokens, temperature=0
+        )
+        for prompt, n in zip(prompts, max_tokens, strict=True)
+    ]
+    decoder = Decoder(model, n_slots=64)
+    if is_compiled():
+        decoder.compile(wait=True)
+    decoder.run(requests, on_end=lambda request: on_answers(1))
+    return [(request.tokens, request.finish_reason == "stop") for request in requests]
 
 
 def evaluate(speaker, questions):
@@ -446,6 +450,7 @@ def load_speaker(args, instruct):
     """(the Speaker that the arguments ask for, what it is in two lines, the context to run it in)."""
     from engine import hardware
     from engine.checkpoint import build
+    from engine.quantize import quantize
 
     checkpoint, name = load_checkpoint(args.model, instruct)
     # Small models gain nothing from half precision when they write one token at a time.
@@ -459,6 +464,8 @@ def load_speaker(args, instruct):
         notice(f"{name} was not fine-tuned: it continues texts, and never learned to answer")
     if not instruct and checkpoint.task == "sft":
         notice(f"{name} was fine-tuned to answer: use -i to ask it")
+    if args.quantize:
+        quantize(model)
     speaker = Speaker(
         model.to(choice.device),
         tokenizer,
@@ -469,7 +476,11 @@ def load_speaker(args, instruct):
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
     )
-    return speaker, facts(checkpoint, name, speaker, choice.device), hardware.attention_context(choice)
+    return (
+        speaker,
+        facts(checkpoint, name, speaker, choice.device, args.quantize),
+        hardware.attention_context(choice),
+    )
 
 
 def main():
@@ -487,13 +498,18 @@ def main():
 
     instruct = args.instruct or questions is not None
     speaker, about, attention = load_speaker(args, instruct)
+    from engine.decoding import is_compiled
+
+    is_talk = args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    if is_talk or is_compiled():  # it pays for a conversation, or costs nothing
+        speaker.decoder.compile()
     with attention:
         if questions is not None:
             print(about)
             evaluate(speaker, questions)
         elif args.prompt is not None:
             answer_once(speaker, args.prompt, instruct, args.profile)
-        elif sys.stdin.isatty() and sys.stdout.isatty():
+        elif is_talk:
             sys.stdin.reconfigure(errors="replace")
             print(about)
             print(
