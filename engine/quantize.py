@@ -14,7 +14,7 @@ GROUP = 64
 
 
 class Int8Linear(nn.Module):
-    """What an nn.Linear computes, from int8 weights: `q` [M, N] and `scales` [M, N / GROUP, rounded up]."""
+    """An nn.Linear whose weights are `q` [M, N] int8 times `scales` [M, N / GROUP]; zeros fill N up."""
 
     def __init__(self, linear):
         super().__init__()
@@ -29,19 +29,19 @@ class Int8Linear(nn.Module):
     @property
     def weight(self):
         """[M, N], as it was but for rounding."""
-        scales = self.scales.repeat_interleave(GROUP, dim=1)[:, : self.in_features]
-        return (self.q * scales).to(self.dtype)
+        weight = self.q.unflatten(1, (-1, GROUP)) * self.scales.unsqueeze(-1)
+        return weight.flatten(1)[:, : self.in_features].to(self.dtype)
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)
 
 
 def quantized(w):
-    """w [M, N] float32 -> int8 [M, N], scales [M, N / GROUP, rounded up]"""
+    """w [M, N] float32 -> int8 [M, N], scales [M, N / GROUP]; N is filled up to whole groups."""
     groups = F.pad(w, (0, -w.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     scales = groups.abs().amax(-1, keepdim=True) / 127
     q = (groups / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
-    return q.flatten(1)[:, : w.shape[1]].contiguous(), scales.squeeze(-1)
+    return q.flatten(1), scales.squeeze(-1)
 
 
 def quantize(model):
