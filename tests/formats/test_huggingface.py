@@ -497,7 +497,7 @@ def test_a_folder_is_never_written_over(command, tmp_path):
     path = random_checkpoint(*CASES["Qwen3"]).save()
     (tmp_path / "there").mkdir()
     assert told(command("-m", path, "-o", "there")) == (
-        "there is there already; remove it, or name another folder with --output"
+        "there is there already; remove it, or name another with --output"
     )
     assert not list((tmp_path / "there").iterdir())
 
