@@ -14,6 +14,8 @@ here is told what they are:
   has none, and its prompts begin with <|bos|>.
 """
 
+import contextlib
+
 from engine.errors import UserError
 from formats import whole
 from formats.families import family_of, in_pairs, to_weights
@@ -294,8 +296,7 @@ def write(checkpoint, name, path, kind):
     config = model.config
     family, architecture = check(config)
     types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-    with whole(path) as beside:
-        writer = gguf.GGUFWriter(beside, architecture)
+    with whole(path) as beside, contextlib.closing(gguf.GGUFWriter(beside, architecture)) as writer:
         writer.add_name(f"Nano {checkpoint.task}")
         writer.add_file_type(gguf.LlamaFileType[types[kind]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -309,7 +310,6 @@ def write(checkpoint, name, path, kind):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
     print(f"{shown(path)}: {architecture}, {model.n_params / 1e6:.2f} M parameters in {kind}")
     if odd:
         print(f"{odd} matrices are in float16: {GROUP} does not divide the length of their rows")

@@ -223,6 +223,13 @@ def test_types(kind, written, command):
     assert ((groups - theirs.view(-1, 32)).abs() <= bound).all()
 
 
+def test_a_checkpoint_in_half_precision(written):
+    checkpoint = random_checkpoint(*NANO["llama"])
+    checkpoint.model = {name: tensor.bfloat16() for name, tensor in checkpoint.model.items()}
+    tensors = tensors_of(written(checkpoint))
+    assert torch.equal(tensors["token_embd.weight"], checkpoint.model["wte.weight"].float())
+
+
 def test_what_float16_cannot_hold(command):
     checkpoint = random_checkpoint(*NANO["qwen3"])
     checkpoint.model["blocks.0.mlp.down.weight"][0, 0] = 1e5

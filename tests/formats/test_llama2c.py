@@ -234,6 +234,14 @@ def test_offsets_of_a_file(written):
     assert len(data) == 28 + 4 * (head + 24 * V)
 
 
+@pytest.mark.parametrize("kind", ["float32", "q8_0"])
+def test_a_checkpoint_in_half_precision(kind, written):
+    checkpoint = random_checkpoint(*CASES["characters"])
+    checkpoint.model = {name: tensor.bfloat16() for name, tensor in checkpoint.model.items()}
+    there = Model(written(checkpoint, "--type", kind) / "model.bin")
+    assert torch.equal(there.norm, checkpoint.model["norm.weight"].float())
+
+
 def test_an_empty_group_of_numbers(written):
     checkpoint = random_checkpoint(*CASES["characters"])
     checkpoint.model["blocks.0.attn.proj.weight"].zero_()
