@@ -1,12 +1,16 @@
 """Hand a model on to other programs, or take one from Transformers.
 
-    python export.py -m checkpoint/x.pt                     write checkpoint/x/, a folder for Transformers
-    python export.py -o handed_on                           the newest model, into a folder of this name
-    python export.py --read folder                          make a checkpoint of such a folder
-    python export.py --read folder -t sft                   ... of a model that has learned to answer
+    python export.py -m checkpoint/x.pt                 checkpoint/x/: a folder for Transformers, vLLM, ...
+    python export.py -o handed_on                       the newest model, into a folder of this name
+    python export.py --format gguf                      checkpoint/x.gguf: a file for llama.cpp, Ollama, ...
+    python export.py --format gguf --type q8_0          ... a quarter as large, its weights in int8
+    python export.py --format llama2c                   checkpoint/x_llama2c/: two files for llama2.c's run
+    python export.py --format llama2c --type q8_0       ... in int8, for its runq
+    python export.py --read folder                      make a checkpoint of a folder of Transformers'
+    python export.py --read folder -t sft               ... of a model that has learned to answer
     python export.py --read folder --tokenizer dataset/prepared/tokenizer.json
 
-How a format is laid out is told in formats/.
+How a format is laid out is told in formats/, and how to go on from there in doc/elsewhere.md.
 """
 
 import argparse
@@ -15,6 +19,8 @@ from pathlib import Path
 from engine.errors import UserError, run
 
 # ---- the command line ------------------------------------------------------------------------------
+
+FORMATS = {"huggingface": (), "gguf": ("float32", "float16", "q8_0"), "llama2c": ("float32", "q8_0")}
 
 
 def parse_arguments():
@@ -25,8 +31,11 @@ def parse_arguments():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="FILE", help="checkpoint to write as a folder (default: the newest)")
-    add("-o", "--output", metavar="FOLDER", help="where to (default: beside the checkpoint, by its name)")
+    add("-m", "--model", metavar="FILE", help="checkpoint to write (default: the newest)")
+    add("-o", "--output", metavar="PATH", help="where to (default: beside the checkpoint, by its name)")
+    add("--format", choices=FORMATS, default="huggingface", help="who is to read it (huggingface)")
+    add("--type", choices=("float32", "float16", "q8_0"),
+        help="numbers of gguf and llama2c; q8_0: int8 in groups (float32)")  # fmt: skip
     add("--read", metavar="FOLDER", help="the other way: write a checkpoint of this folder's model")
     add("-t", "--task", choices=("pretrain", "sft"),
         help="what the model that is read was trained for (as its folder says, else pretrain)")  # fmt: skip
@@ -36,6 +45,11 @@ def parse_arguments():
         raise UserError("--task and --tokenizer are for --read; a checkpoint knows both")
     if args.read is not None and (args.model or args.output):
         raise UserError("--read makes a checkpoint in checkpoint/: it takes neither --model nor --output")
+    if args.read is not None and (args.format != "huggingface" or args.type):
+        raise UserError("--read knows folders of Transformers' only: it takes neither --format nor --type")
+    if args.type and args.type not in (types := FORMATS[args.format]):
+        instead = f"it has {' and '.join(types)}" if types else "a folder keeps those of the checkpoint"
+        raise UserError(f"{args.format} does not write --type {args.type}: {instead}")
     return args
 
 
@@ -53,12 +67,32 @@ def main():
 
         read_folder(find(args.read), args.task, args.tokenizer and find(args.tokenizer))
         return
-    from formats.huggingface import write_folder
+    from formats import check_free
+
+    def output_of(path):
+        """Where to write what is made of the checkpoint at `path`."""
+        if args.output:
+            return Path(args.output).expanduser()
+        return path.with_name(path.stem + {"huggingface": "", "gguf": ".gguf"}.get(args.format, "_llama2c"))
+
+    if args.model or args.output:
+        check_free(output_of(args.model and find(args.model)))
     from inference import load_checkpoint
 
     checkpoint, name = load_checkpoint(args.model, instruct=False)
-    path = find(args.model) if args.model else checkpoint.path
-    write_folder(checkpoint, name, Path(args.output).expanduser() if args.output else path.with_suffix(""))
+    output = output_of(find(args.model) if args.model else checkpoint.path)
+    if args.format == "huggingface":
+        from formats.huggingface import write_folder
+
+        write_folder(checkpoint, name, output)
+    elif args.format == "gguf":
+        from formats.gguf_file import write
+
+        write(checkpoint, name, output, args.type or "float32")
+    else:
+        from formats.llama2c import write_folder
+
+        write_folder(checkpoint, name, output, args.type or "float32")
 
 
 if __name__ == "__main__":

@@ -34,17 +34,27 @@ def joined(parts, dim=0):
     return torch.cat(parts, dim)
 
 
+def reordered(tensor, n_head, size, shape):
+    """Of each head's rows the last `size` in another order: seen as a matrix of this shape, transposed."""
+    heads = tensor.unflatten(0, (n_head, -1))
+    still, turned = heads.split((heads.shape[1] - size, size), dim=1)
+    turned = turned.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+    return joined((still, turned), dim=1).flatten(0, 1)
+
+
+def in_pairs(tensor, n_head, size):
+    """Rows that rotary positions turn together lie side by side, 0 1, 2 3, ...; in ours, all first ones come
+    before all second ones. The last `size` rows of each head are turned."""
+    return reordered(tensor, n_head, size, (2, -1))
+
+
 def interleaved(name, n_head, size):
-    """The last `size` rows of each head are turned in pairs, which are rows 0 1, 2 3, ... there; here all
-    first ones come before all second ones."""
-
-    def reordered(tensor, shape):
-        heads = tensor.unflatten(0, (n_head, -1))
-        still, turned = heads.split((heads.shape[1] - size, size), dim=1)
-        turned = turned.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
-        return joined((still, turned), dim=1).flatten(0, 1)
-
-    return Parts([name], lambda ours: [reordered(ours, (2, -1))], lambda parts: reordered(parts[0], (-1, 2)))
+    """A matrix whose rows are in pairs there: see `in_pairs`."""
+    return Parts(
+        [name],
+        lambda ours: [in_pairs(ours, n_head, size)],
+        lambda parts: reordered(parts[0], n_head, size, (-1, 2)),
+    )
 
 
 def experts(n_experts, *names):

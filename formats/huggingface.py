@@ -9,13 +9,12 @@ does. Transformers itself is not needed here.
 import contextlib
 import functools
 import json
-import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
 from engine.errors import UserError
+from formats import whole
 from formats.families import family_of, from_config, from_weights, to_config, to_weights
 
 # ---- the tokenizer ---------------------------------------------------------------------------------
@@ -176,8 +175,6 @@ def write_folder(checkpoint, name, folder):
     from engine.config import shown
     from tokenizer import SPECIAL_TOKENS
 
-    if folder.exists():
-        raise UserError(f"{shown(folder)} is there already; remove it, or name another folder with --output")
     model, tokenizer = build(checkpoint, name)
     family = family_of(model.config)
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.padding_id}
@@ -211,9 +208,7 @@ def write_folder(checkpoint, name, folder):
         "chat_template.jinja": CHAT_TEMPLATE,
     }
     weights = to_weights(family, model.config, checkpoint.model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=folder.name, dir=folder.parent) as beside:
-        beside = Path(beside) / folder.name
+    with whole(folder) as beside:
         beside.mkdir()
         for file, text in texts.items():
             (beside / file).write_text(text, encoding="utf-8")
@@ -226,10 +221,6 @@ def write_folder(checkpoint, name, folder):
             raise UserError(f"{shown(folder)} could not be written ({error})") from None
         # The library gives its file to its owner alone.
         shutil.copymode(beside / "config.json", beside / "model.safetensors")
-        for path in beside.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        os.rename(beside, folder)
     print(f"{shown(folder)}: {family.class_name}, {model.n_params / 1e6:.2f} M parameters")
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,12 +20,10 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models as library_models
 
 import engine.checkpoint
-import export
 import inference
 import models
 from engine.checkpoint import Checkpoint, build, load
 from engine.config import check_model
-from engine.errors import run
 from formats import huggingface
 from inference import Speaker
 from tokenizer import SPECIAL_TOKENS, BPETokenizer, byte_alphabet, from_dict, render_chat
@@ -69,26 +66,6 @@ def random_checkpoint(fields, tokenizer, task="sft"):
     return Checkpoint(
         task, "20260102_030405", 7, model.config.model_dump(), {}, tokenizer.to_dict(), model.state_dict(), {}
     )
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """command("--read", folder): export.py's command line, in a folder that holds only what a test makes."""
-    monkeypatch.setattr(engine.checkpoint, "FOLDER", tmp_path / "检查 point")
-    monkeypatch.chdir(tmp_path)
-
-    def command(*args, main=export.main):
-        returncode = 0
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["export.py", *map(str, args)])
-            try:
-                run(main)
-            except SystemExit as exit:
-                returncode = exit.code
-        output = capsys.readouterr()
-        return SimpleNamespace(returncode=returncode, stdout=output.out, stderr=output.err)
-
-    return command
 
 
 def newest():
@@ -497,7 +474,7 @@ def test_a_folder_is_never_written_over(command, tmp_path):
     path = random_checkpoint(*CASES["Qwen3"]).save()
     (tmp_path / "there").mkdir()
     assert told(command("-m", path, "-o", "there")) == (
-        "there is there already; remove it, or name another folder with --output"
+        "there is there already; remove it, or name another with --output"
     )
     assert not list((tmp_path / "there").iterdir())
 
