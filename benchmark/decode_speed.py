@@ -1,0 +1,244 @@
+"""Tokens a second, one text and sixteen, beside Transformers, llama2.c and llama.cpp on the same weights.
+
+    python benchmark/decode_speed.py                              # Nano and Transformers
+    python benchmark/decode_speed.py --llama2c ~/llama2.c         # a folder where `make run runq` was done
+
+llama.cpp is measured if llama-cpp-python is installed. Everything is greedy and takes its turn in each round,
+with as many threads; the table tells the median of the rounds, and the best one. The model has random
+weights: 12.9 M parameters, of which 8.2 M are the embedding, which is the output head, too.
+
+The bandwidth limit is what could be if reading the weights once a token, at the speed at which this
+machine sums up a large array, were all there is to do.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine.errors import UserError, run  # noqa: E402
+
+SHAPE = {
+    "block_size": 256, "n_layer": 6, "n_head": 8, "n_kv_head": 4, "n_embd": 256, "n_hidden": 768,
+    "vocab_size": 32000, "qk_norm": False,
+}  # fmt: skip
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--threads", type=int, default=2, help="of every program (2)")
+    add("--tokens", type=int, default=128, help="drawn in each run (128)")
+    add("--rounds", type=int, default=10, help="(10)")
+    add("--llama2c", type=Path, metavar="FOLDER", help="holds llama2.c's run and runq")
+    args = parser.parse_args()
+    if min(args.threads, args.rounds) < 1 or not 2 <= args.tokens <= 200:
+        raise UserError("--threads and --rounds must be 1 or more, --tokens between 2 and 200")
+    if args.llama2c and not (args.llama2c / "run").is_file():
+        raise UserError(f"there is no {args.llama2c / 'run'}; `make run runq` makes it")
+    return args
+
+
+def random_checkpoint():
+    import torch
+
+    import models
+    from engine.checkpoint import Checkpoint
+    from engine.config import check_model
+    from tokenizer import CharTokenizer
+
+    torch.manual_seed(0)
+    model = models.build(check_model(SHAPE, "the benchmark")).eval()
+    tokenizer = CharTokenizer.train(["abcdefgh "])
+    config, weights = model.config.model_dump(), model.state_dict()
+    return Checkpoint(
+        "pretrain", "20000101_000000", 0, config, {}, tokenizer.to_dict(), weights, optimizer={}
+    )
+
+
+# ---- who is measured -------------------------------------------------------------------------------
+
+
+def nano(checkpoint, n_tokens, n_requests=1, int8=False):
+    """A function that draws n_tokens for each of n_requests, and returns tokens/s."""
+    from engine.checkpoint import build
+    from engine.decoding import Decoder, Request
+    from engine.quantize import quantize
+
+    model, _ = build(checkpoint, "the benchmark")
+    decoder = Decoder(quantize(model) if int8 else model, n_requests)
+    decoder.compile(wait=True)
+
+    def measure():
+        requests = [Request(range(1, 2 + i), n_tokens, temperature=0) for i in range(n_requests)]
+        for request in requests:
+            decoder.add(request)
+        decoder.step()  # reads the prompts
+        start = time.perf_counter()
+        while decoder.is_busy:
+            decoder.step()
+        return n_requests * (n_tokens - 1) / (time.perf_counter() - start)
+
+    return measure
+
+
+def eager(checkpoint, n_tokens):
+    from engine.checkpoint import build
+
+    model, _ = build(checkpoint, "the benchmark")
+
+    def measure():
+        tokens = model.generate([1], n_tokens, temperature=0)
+        next(tokens)
+        start = time.perf_counter()
+        count = sum(1 for _ in tokens)
+        return count / (time.perf_counter() - start)
+
+    return measure
+
+
+def transformers(folder, n_tokens):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = torch.tensor([[1]])
+    options = dict(attention_mask=torch.ones_like(prompt), do_sample=False, eos_token_id=None)
+
+    def measure():
+        start = time.perf_counter()
+        model.generate(prompt, max_new_tokens=1, **options)
+        first = time.perf_counter()
+        model.generate(prompt, max_new_tokens=n_tokens, **options)
+        return (n_tokens - 1) / (time.perf_counter() - first - (first - start))
+
+    return measure
+
+
+def llama2c(program, folder, n_tokens, n_threads):
+    command = [program, folder / "model.bin", "-z", folder / "tokenizer.bin", "-t", "0", "-n", str(n_tokens)]
+
+    def measure():
+        env = os.environ | {"OMP_NUM_THREADS": str(n_threads)}
+        done = subprocess.run(command, env=env, capture_output=True)
+        if not (found := re.search(rb"tok/s: ([\d.]+)", done.stderr)):
+            raise UserError(f"{program} failed: {done.stderr.decode('utf-8', 'replace').strip()}")
+        return float(found[1])
+
+    return measure
+
+
+def llama_cpp(file, n_tokens, n_threads):
+    from llama_cpp import Llama
+
+    model = Llama(str(file), n_ctx=256, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
+
+    def measure():
+        model.reset()
+        tokens = model.generate([1], temp=0.0, repeat_penalty=1.0)
+        next(tokens)
+        start = time.perf_counter()
+        for _ in range(n_tokens - 1):
+            next(tokens)
+        return (n_tokens - 1) / (time.perf_counter() - start)
+
+    return measure
+
+
+def bandwidth():
+    """Bytes that all threads together read in a second."""
+    import torch
+
+    numbers, times = torch.ones(64 << 20), []
+    for _ in range(5):
+        start = time.perf_counter()
+        numbers.sum()
+        times.append(time.perf_counter() - start)
+    return 4 * numbers.numel() / min(times)
+
+
+def main():
+    args = parse_arguments()
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    torch.set_num_threads(args.threads)
+    console = Console(highlight=False)
+    checkpoint, n = random_checkpoint(), args.tokens
+    n_weights = sum(
+        w.numel() for name, w in checkpoint.model.items() if name != "lm_head.weight" and w.dim() > 1
+    )
+    n_bytes = {"float32": 4 * n_weights, "int8": n_weights * (1 + 4 / 64)}
+    with tempfile.TemporaryDirectory() as place, console.status("preparing") as status:
+        place = Path(place)
+        from formats import gguf_file, huggingface
+        from formats import llama2c as llama2c_files
+
+        with contextlib.redirect_stdout(sys.stderr):
+            huggingface.write_folder(checkpoint, "the benchmark", place / "hf")
+        runs = {
+            "Transformers, generate": ("float32", transformers(place / "hf", n)),
+            "Nano, GPT.generate": ("float32", eager(checkpoint, n)),
+            "Nano": ("float32", nano(checkpoint, n)),
+            "Nano int8": ("int8", nano(checkpoint, n, int8=True)),
+            "Nano, 16 requests": (None, nano(checkpoint, n, 16)),
+            "Nano int8, 16 requests": (None, nano(checkpoint, n, 16, int8=True)),
+        }
+        for name, kind, program in (("llama2.c", "float32", "run"), ("llama2.c int8", "q8_0", "runq")):
+            if args.llama2c and (args.llama2c / program).is_file():
+                llama2c_files.write_folder(checkpoint, "the benchmark", place / program, kind)
+                runs[name] = (
+                    "int8" if kind == "q8_0" else kind,
+                    llama2c(args.llama2c / program, place / program, n, args.threads),
+                )
+        with contextlib.suppress(ImportError):
+            import llama_cpp as _
+
+            for name, kind in (("llama.cpp", "float32"), ("llama.cpp q8_0", "q8_0")):
+                file = place / f"{kind}.gguf"
+                gguf_file.write(checkpoint, "the benchmark", file, kind)
+                runs[name] = ("int8" if kind == "q8_0" else kind, llama_cpp(file, n, args.threads))
+        speeds = {name: [] for name in runs}
+        limit = bandwidth()
+        for number in range(args.rounds + 1):
+            status.update(f"round {number} of {args.rounds}")
+            for name, (_, measure) in runs.items():
+                speed = measure()
+                if number:  # the first one warms up
+                    speeds[name].append(speed)
+            limit = max(limit, bandwidth())
+    table = Table(
+        "", "tokens/s", "best", "x Transformers", "x Nano", "x Nano int8", "of the bandwidth limit",
+        title=f"{n_weights / 1e6:.1f} M weights, {args.threads} threads, {limit / 1e9:.0f} GB/s",
+    )  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def ratio(name, other):
+        """The median over the rounds: both ran in the same minute."""
+        pairs = zip(speeds[name], speeds[other], strict=True)
+        return f"{statistics.median(a / b for a, b in pairs):.2f}"
+
+    for name, (kind, _) in runs.items():
+        median = statistics.median(speeds[name])
+        share = f"{median * n_bytes[kind] / limit:.0%}" if kind else ""
+        ratios = (ratio(name, other) for other in ("Transformers, generate", "Nano", "Nano int8"))
+        table.add_row(name, f"{median:,.0f}", f"{max(speeds[name]):,.0f}", *ratios, share)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run(main)
