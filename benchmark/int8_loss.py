@@ -1,0 +1,67 @@
+"""What eight bits cost: the loss of a model on held-out text, with its weights in float32 and in int8.
+
+    python benchmark/int8_loss.py -m checkpoint/x.pt --data dataset/prepared/pretrain_val.bin
+
+The text is read in blocks of the model's context, from its beginning, and every token of it is counted once.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine.errors import UserError, run  # noqa: E402
+
+
+def loss_of(model, tokens):
+    """Nats a token. tokens [N]"""
+    import torch
+
+    size, total, n_rows = model.config.block_size, 0.0, 16
+    n_targets = len(tokens) - 1
+    with torch.inference_mode():
+        # Whole blocks many at a time, and then what is left.
+        n_blocks = n_targets // size
+        inputs, targets = (tokens[i : i + n_blocks * size].view(-1, size) for i in (0, 1))
+        for x, y in zip(inputs.split(n_rows), targets.split(n_rows), strict=True):
+            total += model(x, y)[1].item() * y.numel()
+        if n_left := n_targets - n_blocks * size:
+            total += model(tokens[-n_left - 1 : -1][None], tokens[-n_left:][None])[1].item() * n_left
+    return total / n_targets
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("-m", "--model", required=True, metavar="FILE", help="a checkpoint")
+    parser.add_argument("--data", required=True, metavar="FILE", help="a token file (.bin) of data.py's")
+    parser.add_argument("--limit", type=int, default=100_000, help="tokens of it at most (100,000)")
+    args = parser.parse_args()
+    if args.limit < 2:
+        raise UserError("--limit must be 2 or more")
+    import torch
+
+    from data import TokenFile
+    from engine import checkpoint
+    from engine.config import find, shown
+    from engine.quantize import quantize
+
+    loaded = checkpoint.load(find(args.model))
+    model, tokenizer = checkpoint.build(loaded, shown(find(args.model)))
+    tokens = TokenFile(find(args.data), tokenizer.fingerprint).tokens[: args.limit]
+    tokens = torch.from_numpy(tokens.astype("int64"))
+    exact = loss_of(model, tokens)
+    rounded = loss_of(quantize(model), tokens)
+    change = math.expm1(rounded - exact)
+    print(f"{len(tokens) - 1:,} tokens, {model.n_params:,} parameters of {model.config.architecture}")
+    print(f"float32  loss {exact:.5f}  perplexity {math.exp(exact):.4f}")
+    print(f"int8     loss {rounded:.5f}  perplexity {math.exp(rounded):.4f}  {change:+.3%}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,40 @@
+"""benchmark/decode_speed.py and int8_loss.py: their tables, small, and what they refuse."""
+
+import re
+
+import pytest
+from test_benchmarks import benchmark, printed_by
+
+from benchmark import decode_speed, int8_loss
+from data import TokenFile
+
+SMALL = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_hidden": 24, "vocab_size": 40}
+
+
+def test_everyone_takes_a_turn(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(decode_speed, "SHAPE", decode_speed.SHAPE | SMALL)
+    monkeypatch.setattr(decode_speed, "bandwidth", lambda: 1e9)
+    monkeypatch.setenv("COLUMNS", "200")
+    table = printed_by(decode_speed, "--rounds", 2, "--tokens", 4, "--threads", 1)
+    rows = re.findall(r"│ (\w[\w ,.]*?) +│ +([\d,]+) │ +([\d,]+) │ +([\d.]+) │", table)
+    assert {"Transformers, generate", "Nano", "Nano int8", "Nano, 16 requests"} <= {row[0] for row in rows}
+    assert all(0 < int(row[1].replace(",", "")) <= int(row[2].replace(",", "")) for row in rows)
+    assert dict((row[0], row[3]) for row in rows)["Transformers, generate"] == "1.00"
+
+
+def test_what_eight_bits_cost(train):
+    assert train("pretrain", max_steps=4).returncode == 0
+    (path,) = train.checkpoints().values()
+    (data,) = train.root.glob("**/pretrain_val.bin")
+    printed = printed_by(int8_loss, "-m", path, "--data", data)
+    found = re.findall(r"loss ([\d.]+)", printed)
+    assert f"{len(TokenFile(data).tokens) - 1:,} tokens" in printed
+    assert float(found[0]) == pytest.approx(float(found[1]), abs=0.05) and found[0] != found[1]
+
+
+def test_bad_arguments_are_named(tmp_path):
+    process = benchmark("decode_speed.py", "--llama2c", tmp_path)
+    assert process.returncode == 2 and "`make run runq` makes it" in process.stderr
+    process = benchmark("decode_speed.py", "--tokens", 1)
+    assert process.returncode == 2 and "--tokens between 2 and 200" in process.stderr
