@@ -48,10 +48,12 @@ def rotary_table(head_dim, length, theta, scaling=None):
     Su et al. 2021, "RoFormer", section 3.4.2: pair i turns by position * theta^(-2i / D).
     scaling: the configuration's rope_scaling.
     """
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    # On the CPU even for a model without memory (device "meta"), where arange loads a compiler for a second.
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies = theta ** -(pairs / head_dim)
     if scaling:
         frequencies = stretched(frequencies, theta, scaling)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), frequencies)
     return angles.cos(), angles.sin()
 
 
@@ -73,7 +75,7 @@ def stretched(frequencies, theta, scaling):
 
         first = max(math.floor(pair_with(scaling.beta_fast)), 0)
         last = min(math.ceil(pair_with(scaling.beta_slow)), 2 * len(frequencies) - 1)
-        keep = 1 - (torch.arange(len(frequencies)) - first) / max(last - first, 0.001)
+        keep = 1 - (torch.arange(len(frequencies), device="cpu") - first) / max(last - first, 0.001)
     keep = keep.clamp(0, 1)
     return frequencies * keep + frequencies / scaling.factor * (1 - keep)
 
@@ -236,6 +238,11 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+def embedding(number, size):
+    """Not nn.Embedding(number, size), which draws random numbers that `GPT.init_weights` draws again."""
+    return nn.Embedding.from_pretrained(torch.empty(number, size), freeze=False)
+
+
 class GPT(nn.Module):
     """The whole network. `config`: a `ModelConfig` whose vocab_size is set.
 
@@ -250,8 +257,8 @@ class GPT(nn.Module):
         if not config.vocab_size:
             raise ValueError("vocab_size is not set: config.resolved(tokenizer.vocab_size) does it")
         self.config = config = config.resolved(config.vocab_size)
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = None if config.use_rope else nn.Embedding(config.block_size, config.n_embd)
+        self.wte = embedding(config.vocab_size, config.n_embd)
+        self.wpe = None if config.use_rope else embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(config.n_layer))
         self.norm = self.make_norm()
@@ -261,11 +268,12 @@ class GPT(nn.Module):
         if config.use_rope:
             scaling = config.rope_scaling
             table = rotary_table(self.rotary_size, config.block_size, config.rope_theta, scaling)
-            cos, sin = (values * self.rotary_factor for values in table)
+            cos, sin = ((values * self.rotary_factor).to(self.wte.weight.device) for values in table)
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
         self.make_rest()
-        self.init_weights()
+        if not self.wte.weight.is_meta:  # there it would do nothing, but load a compiler
+            self.init_weights()
         # Trainable numbers; a tied matrix counts once. Counted now: ZeRO-3 takes the weights away.
         self.n_params = sum(p.numel() for p in self.parameters())
         self.n_matrix_params = sum(p.numel() for p in self.matrices())

@@ -3,15 +3,18 @@
 PyTorch spends more time between its operations than in them when there is one token. Here one function runs
 the whole step, in every thread of a small team: each computes its share of the rows of each matrix, and
 waits for the others (`meet`) before it reads what they wrote. Weights are float32, in PyTorch's own memory,
-or int8 (engine/quantize.py). It is the network of model.py and knows no other: `supports`.
+or int8 (engine/quantize.py). It is the network of model.py and knows no other.
 
 Numba brings its own compiler, so nobody needs to have one. It works for some seconds when a step is run for
 the first time, and keeps the result beside this file.
 """
 
+import contextlib
 import os
 import queue
+import signal
 import threading
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -349,14 +352,8 @@ def step(tokens, positions, weights, keys, values, scratch, eps, rank, n_threads
 # ---- from PyTorch ----------------------------------------------------------------------------------------
 
 
-def supports(model):
-    """Whether it is the network that `step` computes, in float32 on a CPU."""
-    weight = model.wte.weight
-    return type(model) is GPT and weight.device.type == "cpu" and weight.dtype == torch.float32
-
-
 class CompiledStep:
-    """The steps of a model, which `supports` must have approved.
+    """The steps of a model; see `engine.decoding.supports`.
 
     The layers' matrices are moved to lie one after the other; the modules of the model look at them there,
     so nothing is in memory twice.
@@ -364,26 +361,30 @@ class CompiledStep:
 
     def __init__(self, model, n_threads=None):
         self.config, self.weights, self.scratches = model.config, weights_of(model), {}
-        self.orders, n_threads = queue.SimpleQueue(), n_threads or torch.get_num_threads()
-        # Not the caller's thread: Ctrl-C might end it while the others wait for its share.
-        threading.Thread(target=lead, args=(self.orders, n_threads), name="decoding", daemon=True).start()
-
-    def __del__(self):
-        self.orders.put(None)
+        self.n_threads = n_threads or torch.get_num_threads()
+        self.jobs = [queue.SimpleQueue() for _ in range(1, self.n_threads)]
+        team = [
+            threading.Thread(target=work, args=(jobs, rank, self.n_threads), name="decoding", daemon=True)
+            for rank, jobs in enumerate(self.jobs, 1)
+        ]
+        for thread in team:
+            thread.start()
+        weakref.finalize(self, dismiss, self.jobs, team)  # also when the program ends
 
     def logits(self, tokens, cache):
         """The next tokens (list of n ids) of the first n rows of a cache, which grow by one -> logits [n, V].
 
         They are valid until the next call.
         """
-        n, done = len(tokens), queue.SimpleQueue()
+        n = len(tokens)
         scratch, lengths = self.scratch(n), cache.lengths[:n]
         tokens, keys, values = np.array(tokens, np.int64), cache.keys.numpy(), cache.values.numpy()
-        self.orders.put(
-            ((tokens, lengths.copy(), self.weights, keys, values, scratch, self.config.norm_eps), done)
-        )
-        done.get()
-        lengths += 1
+        job = tokens, lengths.copy(), self.weights, keys, values, scratch, self.config.norm_eps
+        with without_interruption():  # the others would wait for this thread's share for ever
+            for jobs in self.jobs:
+                jobs.put(job)
+            step(*job, 0, self.n_threads)
+            lengths += 1
         return torch.from_numpy(scratch.logits[:n])
 
     def scratch(self, n):
@@ -398,24 +399,31 @@ class CompiledStep:
         return self.scratches[n]
 
 
-def lead(orders, n_threads):
-    """The first thread of the team: hands each job on, does its own share, and says that it is done."""
-    others = [queue.SimpleQueue() for _ in range(1, n_threads)]
-    for rank, jobs in enumerate(others, 1):
-        threading.Thread(target=follow, args=(jobs, rank, n_threads), name="decoding", daemon=True).start()
-    while order := orders.get():
-        job, done = order
-        for jobs in others:
-            jobs.put(job)
-        step(*job, 0, n_threads)
-        done.put(None)
-    for jobs in others:
-        jobs.put(None)
-
-
-def follow(jobs, rank, n_threads):
+def work(jobs, rank, n_threads):
     while job := jobs.get():
         step(*job, rank, n_threads)
+
+
+def dismiss(jobs, team):
+    for thread, its_jobs in zip(team, jobs, strict=True):
+        its_jobs.put(None)
+        thread.join(1)
+
+
+@contextlib.contextmanager
+def without_interruption():
+    """Ctrl-C, which Python raises in the main thread between any two operations, waits until the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if caught and callable(handler):
+        handler(*caught[0])
 
 
 def warm_up(is_int8):
@@ -469,3 +477,11 @@ def weights_of(model):
             np.empty(0, f32),
         ),
     )
+
+
+if __name__ == "__main__":
+    # What is compiled belongs to the module by its name, not to "__main__".
+    from engine import compiled as module
+
+    module.warm_up(is_int8=False)
+    module.warm_up(is_int8=True)

@@ -16,16 +16,19 @@ What a request gets depends on nothing but itself: it has its own seed, its prom
 of a batch looks at another. A Decoder belongs to one thread; engine and server talk through queues.
 """
 
+import atexit
 import codecs
 import collections
-import contextlib
+import importlib.util
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import torch
 
 from engine.quantize import Int8Linear
-from model import sample
+from model import GPT, sample
 
 
 class Request:
@@ -72,10 +75,11 @@ class Decoder:
     def compile(self, wait=False):
         """Let engine/compiled.py do the steps, which is several times as fast, as soon as it is ready.
 
-        That takes ten seconds for the first time on a machine, and half a second ever after. PyTorch does the
-        steps meanwhile, unless `wait`; and for good where there is no Numba, or the network is another one.
+        That takes a quarter of a minute for the first time on a machine, and half a second ever after.
+        PyTorch does the steps meanwhile, unless `wait`; and for good where there is no Numba, where what it
+        compiles cannot be kept, or where the network is another one.
         """
-        self._compiling = threading.Thread(target=warm_up, args=(self.model,), daemon=True)
+        self._compiling = threading.Thread(target=prepare, args=(self.model,), daemon=True)
         self._compiling.start()
         if wait:
             self._compiling.join()
@@ -186,25 +190,44 @@ class Decoder:
             self.cache.copy_row(len(self.running), row)
 
 
-def warm_up(model):
-    with contextlib.suppress(ImportError):  # without Numba PyTorch is there
-        from engine import compiled
+ROOT = Path(__file__).resolve().parent.parent
+LOADING = threading.Lock()
+atexit.register(LOADING.acquire)  # a program that ended while Numba loads would crash
 
-        if compiled.supports(model):
+
+def supports(model):
+    """Whether engine/compiled.py does the steps of it: nano, float32 on a CPU, and Numba is there."""
+    weight = model.wte.weight
+    is_right = type(model) is GPT and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return is_right and importlib.util.find_spec("numba") is not None
+
+
+def is_compiled():
+    """Whether that was done on this machine before."""
+    source = ROOT / "engine" / "compiled.py"
+    indices = list((source.parent / "__pycache__").glob("compiled.step-*.nbi"))
+    return bool(indices) and max(path.stat().st_mtime for path in indices) > source.stat().st_mtime
+
+
+def prepare(model):
+    """Compile, in a process of its own, which may go on when this one ends, and load."""
+    if supports(model) and not is_compiled():
+        command = [sys.executable, "-m", "engine.compiled"]
+        subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True)
+    if supports(model) and is_compiled():
+        with LOADING:
+            from engine import compiled
+
             compiled.warm_up(is_int8=isinstance(model.lm_head, Int8Linear))
 
 
 def compiled_step(model):
-    """The CompiledStep of a model; None if there cannot be one."""
-    with contextlib.suppress(ImportError):
-        from engine import compiled
+    """The CompiledStep of a model that is prepared, or None."""
+    if not (supports(model) and is_compiled()):
+        return None
+    from engine.compiled import CompiledStep
 
-        return compiled.CompiledStep(model) if compiled.supports(model) else None
-
-
-def is_compiled():
-    """Whether a step was compiled on this machine before, so that `Decoder.compile` takes no time."""
-    return any((Path(__file__).parent / "__pycache__").glob("compiled.step-*.nbi"))
+    return CompiledStep(model)
 
 
 class TextStream:

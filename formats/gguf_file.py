@@ -106,6 +106,8 @@ def vocabulary(tokenizer, n_rows):
     types = [TokenType.CONTROL] * len(SPECIAL_TOKENS) + [TokenType.NORMAL] * len(words)
     types += [TokenType.UNUSED] * (len(tokens) - len(types))
     types[tokenizer.unknown_id] = TokenType.UNKNOWN
+    # llama.cpp wants at least one: two bytes that no text has.
+    merges = merges or [(letters[0xC0], letters[0xC1])]
     return tokens, types, [" ".join(pair) for pair in merges], cut
 
 

@@ -2,6 +2,9 @@
 
 import copy
 import gc
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -10,6 +13,7 @@ from test_model import differ, random_tokens
 from torch import nn
 
 from config.schema import ModelConfig
+from engine.decoding import ROOT, supports
 from engine.quantize import GROUP, Int8Linear, quantize
 from model import GPT
 
@@ -67,22 +71,58 @@ def test_weights_are_in_memory_once():
 
 
 def test_what_it_is_not_for():
-    assert compiled.supports(network())
-    assert not compiled.supports(network().bfloat16())
-    assert not compiled.supports(type("Other", (GPT,), {})(network().config))
+    assert supports(network())
+    assert not supports(network().bfloat16())
+    assert not supports(type("Other", (GPT,), {})(network().config))
 
 
 def test_threads_end_with_the_model():
     before = threading.active_count()
     steps = compiled.CompiledStep(network(), 3)
     steps.logits([1], network().new_cache())
-    assert threading.active_count() == before + 3
-    team = [thread for thread in threading.enumerate() if thread.name.startswith("decoding")]
+    assert threading.active_count() == before + 2
     del steps
     gc.collect()
-    for thread in team:
-        thread.join(20)
     assert threading.active_count() == before
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step():
+    """... and is not lost; the next step is sound."""
+    model = network()
+    steps, cache, expected = (
+        compiled.CompiledStep(model, 2),
+        model.new_cache(),
+        model(torch.tensor([[1, 2]]))[0][0],
+    )
+    put = steps.jobs[0].put
+
+    class Interrupting:
+        def put(self, job):
+            put(job)
+            signal.raise_signal(signal.SIGINT)
+
+    jobs, steps.jobs = steps.jobs, [Interrupting()]
+    with pytest.raises(KeyboardInterrupt):
+        steps.logits([1], cache)
+    steps.jobs = jobs
+    assert cache.lengths.tolist() == [1] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert differ(steps.logits([2], cache)[0], expected[1]) < 1e-4
+
+
+def test_a_program_may_end_at_any_time():
+    """While Numba loads, while a team waits: no crash, and the exit code is the program's own."""
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from engine.decoding import *\n"
+        "from config.schema import ModelConfig\n"
+        "model = GPT(ModelConfig(n_embd=64).resolved(30)).eval()\n"
+        "decoder = Decoder(model); decoder.compile(); time.sleep(float(sys.argv[2]))\n"
+        "decoder.run([Request([1], 5)]); sys.exit(7)"
+    )
+    for seconds in ("0", "0.3", "0.6", "1.5"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(ROOT), seconds], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (7, ""), seconds
 
 
 # ---- eight bits ------------------------------------------------------------------------------------

@@ -181,6 +181,16 @@ def test_keys(written):
     assert keys["tokenizer.ggml.merges"] == [" ".join(pair) for pair in BPE.merges]
 
 
+ASCII = CharTokenizer.train(["abc "])
+
+
+@pytest.mark.parametrize("tokenizer", [ASCII, BPETokenizer([])], ids=["char", "bpe"])
+def test_there_always_is_a_merge(tokenizer):
+    """llama.cpp does not open a file without one; it joins two bytes that no UTF-8 has."""
+    merges = gguf_file.vocabulary(tokenizer, tokenizer.vocab_size)[2]
+    assert merges == ["À Á"]
+
+
 def test_a_pretrained_model_begins_with_bos_and_has_no_template(written):
     keys = keys_of(written(random_checkpoint(*NANO["qwen3"], task="pretrain")))
     assert keys["tokenizer.ggml.add_bos_token"] is True
@@ -434,6 +444,14 @@ def ends(llama, token):
 def known(ids, n_rows):
     """The first bytes of unknown characters are what <|unknown|> is here."""
     return [1 if i >= n_rows else i for i in ids]
+
+
+@pytest.mark.slow
+def test_a_tokenizer_without_merges_opens_in_llama_cpp(written, opened):
+    for tokenizer in (ASCII, BPETokenizer([])):
+        llama = opened(written(random_checkpoint(NANO["llama"][0], tokenizer)))
+        ids = llama.tokenize(b"fox cab", add_bos=False, special=False)
+        assert known(ids, tokenizer.vocab_size) == tokenizer.encode("fox cab").tolist()
 
 
 @pytest.mark.slow
