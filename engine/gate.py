@@ -125,7 +125,7 @@ class Gate:
             answer.cancel()
             await asyncio.wait({answer})
             if not answer.cancelled():
-                answer.exception()  # a client that left hears of no error
+                answer.exception()  # nobody is left to hear of it
 
 
 def split(url):
