@@ -159,6 +159,7 @@ def make_app(service, api_key=None):
     @app.post("/v1/chat/completions", response_model=wire.ChatReply, **may_stream, **for_members)
     async def chat(asked: wire.ChatRequest):
         service.check_model(asked.model)
+        service.check_count(asked.n or 1)
         # In another thread: of a long text even the tokens take a while to count.
         ids, n_dropped = await asyncio.to_thread(service.chat_prompt, asked)
         n_logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
@@ -170,6 +171,7 @@ def make_app(service, api_key=None):
     @app.post("/v1/completions", response_model=wire.CompletionReply, **may_stream, **for_members)
     async def completions(asked: wire.CompletionRequest):
         service.check_model(asked.model)
+        service.check_count((asked.n or 1) * len(asked.prompts))
         prompts = [await asyncio.to_thread(service.completion_prompt, prompt) for prompt in asked.prompts]
         max_tokens = asked.max_tokens or 16  # OpenAI's default
         requests = service.requests(prompts, asked, max_tokens, asked.logprobs)

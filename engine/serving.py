@@ -199,7 +199,7 @@ class Service:
         self.facts = {
             "id": self.name,
             "object": "model",
-            "created": int(time.mktime(time.strptime(checkpoint.run, "%Y%m%d_%H%M%S"))),
+            "created": int(path.stat().st_mtime),
             "owned_by": "nano",
             "task": checkpoint.task,
             "step": checkpoint.step,
@@ -211,6 +211,11 @@ class Service:
             "device": device,
             "slots": engine.n_slots,
         }
+
+    def check_count(self, n):
+        """Before anything is computed for the request."""
+        if n > self.engine.n_slots:
+            raise ApiError(400, f"at most {self.engine.n_slots} answers at a time", "too_many_answers", "n")
 
     def check_model(self, name):
         if name not in (None, "nano", self.name):
@@ -232,12 +237,12 @@ class Service:
                 raise UserError("the last message must be the user's")
         except UserError as error:
             raise ApiError(400, str(error), "invalid_messages", "messages") from None
+        if asked.truncation == "auto":
+            n_messages = len(messages)
+            ids, n_lost = self.speaker.chat_prompt(messages)  # drops turns until there is room for an answer
+            return self.checked(ids, "messages", n_lost), n_messages - len(messages)
         ids, _ = render_chat(self.tokenizer, messages, add_generation_prompt=True)
-        if asked.truncation != "auto" or len(ids) < self.context:
-            return self.checked(ids.tolist(), "messages"), 0
-        kept = list(messages)
-        ids, n_lost = self.speaker.chat_prompt(kept)  # drops turns until there is room for an answer
-        return self.checked(ids, "messages", n_lost), len(messages) - len(kept)
+        return self.checked(ids.tolist(), "messages"), 0
 
     def completion_prompt(self, prompt):
         """The ids of a text, or ids as they are."""
@@ -259,9 +264,6 @@ class Service:
 
     def requests(self, prompts, asked, max_tokens, n_logprobs):
         """A Request for each of n answers to each of the prompts, in this order."""
-        n = asked.n or 1
-        if n * len(prompts) > self.engine.n_slots:
-            raise ApiError(400, f"at most {self.engine.n_slots} answers at a time", "too_many_answers", "n")
         return [
             Request(
                 ids,
@@ -272,7 +274,7 @@ class Service:
                 **asked.sampling,
             )
             for ids in prompts
-            for i in range(n)
+            for i in range(asked.n or 1)
         ]
 
     async def follow(self, requests, stops):

@@ -25,6 +25,7 @@ import engine.checkpoint
 import engine.gate
 import serve
 from engine.decoding import TextStream
+from inference import Speaker
 from model import GPT, ModelConfig
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
 
@@ -825,7 +826,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch):
         ids, seed = [tokenizer.bos_id, *tokenizer.encode(TEXT[: i % 15]).tolist()], i
         stream, count = TextStream(tokenizer), 10 + i % 50
         options = [{"temperature": 0}, {"temperature": 0.8, "top_p": 0.9}, {}][i % 3]
-        stops = range(6)  # the marks
+        stops = Speaker(model, tokenizer).stop_tokens
         tokens = list(model.generate(ids, count, seed=seed, stop_tokens=stops, **options))
         text = "".join(map(stream.feed, tokens)) + stream.end()
         cases.append((dict(prompt=TEXT[: i % 15], max_tokens=count, seed=seed, **options), text))
