@@ -446,20 +446,28 @@ def load_checkpoint(path, instruct):
     raise UserError("there is no model in checkpoint/ yet; `python train.py -t pretrain` makes one")
 
 
-def load_speaker(args, instruct):
-    """(the Speaker that the arguments ask for, what it is in two lines, the context to run it in)."""
+def load_model(path, instruct, device="auto"):
+    """(checkpoint, its name, model, tokenizer, the hardware's Choice), ready to continue texts."""
     from engine import hardware
     from engine.checkpoint import build
     from engine.quantize import quantize
 
-    checkpoint, name = load_checkpoint(args.model, instruct)
+    checkpoint, name = load_checkpoint(path, instruct)
     # Small models gain nothing from half precision when they write one token at a time.
-    choice = hardware.choose(hardware.detect(args.device), args.device, dtype="float32")
+    choice = hardware.choose(hardware.detect(device), device, dtype="float32")
     model, tokenizer = build(checkpoint, name)
     if not model.config.is_causal:
         raise UserError(f"{name} sees all tokens at once (is_causal is false): it cannot continue a text")
     if not all(weights.isfinite().all() for weights in model.parameters()):
         raise UserError(f"{name} holds weights that are not finite numbers: its training had diverged")
+    return checkpoint, name, model.to(choice.device), tokenizer, choice
+
+
+def load_speaker(args, instruct):
+    """(the Speaker that the arguments ask for, what it is in two lines, the context to run it in)."""
+    from engine import hardware
+
+    checkpoint, name, model, tokenizer, choice = load_model(args.model, instruct, args.device)
     if instruct and checkpoint.task != "sft":
         notice(f"{name} was not fine-tuned: it continues texts, and never learned to answer")
     if not instruct and checkpoint.task == "sft":
@@ -467,7 +475,7 @@ def load_speaker(args, instruct):
     if args.quantize:
         quantize(model)
     speaker = Speaker(
-        model.to(choice.device),
+        model,
         tokenizer,
         args.max_length,
         temperature=args.temperature,

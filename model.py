@@ -572,8 +572,8 @@ def candidates(
         ids = torch.arange(n_kept, device=logits.device)
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
-        # A token stays while those before it hold less than top_p.
-        probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0
+        # A token stays while those before it hold less than top_p; the first one does so for any top_p.
+        probabilities[1:][probabilities.cumsum(0)[:-1] >= top_p] = 0
     if min_p:
         probabilities[probabilities < min_p * probabilities.max()] = 0
     return probabilities, ids

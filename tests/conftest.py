@@ -21,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("engine", "dataset", "models", "formats", "tasks", "benchmark")
-SOURCE = ("*.py", "config/*.*", *(f"{folder}/**/*.py" for folder in FOLDERS))
+SOURCE = ("*.py", "config/*.*", "web/*.*", *(f"{folder}/**/*.py" for folder in FOLDERS))
 
 # A model and a run that take no longer than they must.
 MODEL = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 32}

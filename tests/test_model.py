@@ -579,6 +579,7 @@ SETTINGS = [
     dict(top_p=0.9),
     dict(top_p=1.0),
     dict(top_p=1e-9),
+    dict(top_p=5e-324),
     dict(min_p=0.0),
     dict(min_p=0.1),
     dict(min_p=1.0),

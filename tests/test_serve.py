@@ -1,0 +1,872 @@
+"""serve.py: with OpenAI's own client, with a browser, with a fuzzer, and with clients that misbehave.
+
+Two models are served, by a real uvicorn in a thread. One is made by hand (`chain` of test_inference.py):
+asked, it says 你好吗; and its text goes on 1+1+1+… until the context is full. The other has random weights
+and a tokenizer of bytes, so that hardly a token is a whole character; it says what GPT.generate draws.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+import requests
+import torch
+from test_inference import chain, checkpoint
+
+import engine.checkpoint
+import engine.gate
+import serve
+from engine.decoding import TextStream
+from inference import Speaker
+from model import GPT, ModelConfig
+from tokenizer import BPETokenizer, CharTokenizer, render_chat
+
+openai = pytest.importorskip("openai")
+
+TEXT = "你好吗？Hello? 1+2=3\n"
+HI = [{"role": "user", "content": "Hello?"}]
+
+
+def handmade(task="sft", block_size=600):
+    tokenizer = CharTokenizer.train([TEXT])
+    ni, hao, ma, one, plus = tokenizer.encode("你好吗1+").tolist()
+    after = {tokenizer.response_id: ni, ni: hao, hao: ma, tokenizer.bos_id: one, one: plus, plus: one}
+    return checkpoint(tokenizer, *chain(tokenizer, after, block_size), task=task)
+
+
+def at_random():
+    tokenizer = BPETokenizer.train([TEXT], vocab_size=BPETokenizer.smallest)
+    torch.manual_seed(0)
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=96).resolved(tokenizer.vocab_size)
+    model = GPT(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return checkpoint(tokenizer, config, model)
+
+
+class Served:
+    """A running server. `url`, `service`, and OpenAI's client."""
+
+    def __init__(self, url, service, connections, api_key):
+        self.url, self.service, self.connections = url, service, connections
+        self.model, self.tokenizer = service.speaker.model, service.tokenizer
+        self.address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0)
+        self.name = service.name
+
+    def chat(self, messages=HI, **options):
+        return self.client.chat.completions.create(model="nano", messages=messages, **options)
+
+    def complete(self, prompt="1", **options):
+        return self.client.completions.create(model="nano", prompt=prompt, **options)
+
+    def post(self, path="/v1/completions", **options):
+        return requests.post(self.url + path, timeout=20, **options)
+
+    def health(self):
+        return requests.get(self.url + "/health", timeout=20).json()
+
+    def becomes(self, **state):
+        """Wait until /health says so."""
+        for _ in range(200):
+            if (health := self.health()).items() >= state.items():
+                return
+            time.sleep(0.02)
+        pytest.fail(f"{health} does not become {state}")
+
+    def raw(self, data, seconds=10):
+        """What comes back for these bytes until the server closes the connection."""
+        with socket.create_connection(self.address, seconds) as connection:
+            connection.sendall(data)
+            with contextlib.suppress(ConnectionResetError):
+                return b"".join(iter(lambda: connection.recv(65536), b""))
+            return b""
+
+
+@contextlib.contextmanager
+def served(folder, checkpoint, slots=4, max_queue=8, timeout=60, api_key=None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.checkpoint, "FOLDER", folder)
+        path = checkpoint.save()
+    args = dict(model=str(path), device="cpu", slots=slots, max_queue=max_queue, timeout=timeout)
+    service, _ = serve.load_service(argparse.Namespace(**args))
+    listener = serve.bind("127.0.0.1", 0)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # little to fill with what nobody reads
+    server = serve.make_server(serve.make_app(service, api_key), timeout=5)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    service.engine.start()
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield Served(url, service, server.server_state.connections, api_key)
+    finally:
+        server.should_exit = True
+        thread.join()
+        service.engine.stop()
+        assert not service.engine.is_alive()
+
+
+@pytest.fixture(scope="module")
+def simple(tmp_path_factory):
+    torch.set_num_threads(1)
+    with served(tmp_path_factory.mktemp("simple"), handmade()) as server:
+        yield server
+        server.becomes(running=0, waiting=0)
+
+
+@pytest.fixture(scope="module")
+def random(tmp_path_factory):
+    torch.set_num_threads(1)
+    with served(tmp_path_factory.mktemp("random"), at_random()) as server:
+        yield server
+        server.becomes(running=0, waiting=0)
+
+
+def expected(server, ids, max_tokens, **options):
+    """(text, number of tokens) by the definition, GPT.generate."""
+    stream, stops = TextStream(server.tokenizer), server.service.speaker.stop_tokens
+    tokens = list(server.model.generate(ids, max_tokens, stop_tokens=stops, **options))
+    return "".join(map(stream.feed, tokens)) + stream.end(), len(tokens)
+
+
+# ---- what is answered
+
+
+def test_the_model_and_the_page(simple):
+    (model,) = simple.client.models.list().data
+    assert model.id == simple.name and model.task == "sft" and model.context == 600
+    assert simple.client.models.retrieve(model.id) == model
+    page = requests.get(simple.url, timeout=20)
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and policy.count("sha256-") == 2
+    assert "innerHTML" not in page.text and not re.findall(r'(?:src|href)="(?!#|data:)', page.text)
+    assert simple.health()["status"] == "ok"
+
+
+def test_a_chat(simple):
+    answer = simple.chat(temperature=0)
+    assert answer.object == "chat.completion" and answer.model == simple.name
+    (choice,) = answer.choices
+    assert choice.message.content == "你好吗" and choice.message.role == "assistant"
+    assert choice.finish_reason == "stop" and choice.logprobs is None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len("Hello?") + 2, 3)
+
+
+def test_a_conversation_in_parts_with_a_system_message(simple):
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo?"}]
+    said = [{"role": "developer", "content": "1+1"}, {"role": "user", "content": parts}]
+    said += [{"role": "assistant", "content": None}, HI[0]]
+    plain = [{"role": "system", "content": "1+1"}, HI[0], {"role": "assistant", "content": ""}, HI[0]]
+    ids, _ = render_chat(simple.tokenizer, plain, add_generation_prompt=True)
+    answer = simple.chat(said, temperature=0)
+    assert answer.choices[0].message.content == "你好吗" and answer.usage.prompt_tokens == len(ids)
+
+
+def test_a_stream(simple):
+    chunks = list(simple.chat(temperature=0, stream=True, stream_options={"include_usage": True}))
+    assert [chunk.object for chunk in chunks] == ["chat.completion.chunk"] * len(chunks)
+    assert len({chunk.id for chunk in chunks}) == 1
+    *pieces, usage = chunks
+    assert usage.choices == [] and usage.usage.completion_tokens == 3
+    assert all(piece.usage is None for piece in pieces)
+    deltas = [piece.choices[0].delta for piece in pieces]
+    assert [delta.role for delta in deltas] == ["assistant"] + [None] * 4
+    assert [delta.content for delta in deltas] == ["", "你", "好", "吗", None]
+    assert [piece.choices[0].finish_reason for piece in pieces] == [None] * 4 + ["stop"]
+
+
+def test_events_are_as_the_standard_has_them(simple):
+    ask = {"prompt": "1", "max_tokens": 2, "stream": True, "temperature": 0}
+    reply = simple.post(json=ask)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *events, done, end = reply.content.decode().split("\n\n")
+    assert done == "data: [DONE]" and end == ""
+    texts = [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events]
+    assert "".join(texts) == "+1"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"seed": 1},
+        {"seed": 2, "temperature": 0.8, "top_p": 0.9},
+        {"seed": -3, "extra_body": {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.3}},
+        {"seed": 4, "extra_body": {"top_k": -1}},
+    ],
+)
+def test_the_text_is_what_generate_draws(random, options):
+    """Whole and as a stream, alone and as one of n: the i-th answer is drawn with seed + i."""
+    sampling = {k: v for k, v in options.items() if k not in ("extra_body", "seed")}
+    sampling |= {k: max(v, 0) for k, v in options.get("extra_body", {}).items()}
+    ids, _ = render_chat(random.tokenizer, HI, add_generation_prompt=True)
+    seeds = [options["seed"] + i if "seed" in options else None for i in range(3)]
+    texts = [expected(random, ids.tolist(), 25, seed=seed, **sampling) for seed in seeds]
+    answer = random.chat(n=3, max_completion_tokens=25, **options)
+    assert [choice.message.content for choice in answer.choices] == [text for text, _ in texts]
+    assert answer.usage.completion_tokens == sum(n for _, n in texts)
+    streamed = ["", "", ""]
+    for chunk in random.chat(n=3, max_tokens=25, stream=True, **options):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == [text for text, _ in texts]
+
+
+def test_completions_of_texts_and_ids(random):
+    texts = ["Hello", "你好", ""]
+    prompts = [[random.tokenizer.bos_id, *random.tokenizer.encode(text).tolist()] for text in texts]
+    results = [expected(random, ids, 7, seed=5) for ids in prompts]
+    for given in (texts, prompts):
+        answer = random.complete(given, max_tokens=7, seed=5)
+        assert [choice.text for choice in answer.choices] == [text for text, _ in results]
+        assert answer.usage.prompt_tokens == sum(map(len, prompts))
+    for text, ids, result in zip(texts, prompts, results, strict=True):
+        for given in (text, ids):
+            assert random.complete(given, max_tokens=7, seed=5).choices[0].text == result[0]
+    assert random.complete("1", temperature=0).usage.completion_tokens <= 16  # OpenAI's default
+
+
+def test_no_piece_holds_a_part_of_a_character(tmp_path):
+    tokenizer = BPETokenizer.train([TEXT], vocab_size=BPETokenizer.smallest)
+    ids = tokenizer.encode("你吗").tolist()
+    assert len(ids) == 6
+    after = dict(zip([tokenizer.response_id, *ids], ids, strict=False))
+    with served(tmp_path, checkpoint(tokenizer, *chain(tokenizer, after))) as server:
+        chunks = [chunk.choices[0] for chunk in server.chat(temperature=0, stream=True, logprobs=True)]
+        assert [chunk.delta.content for chunk in chunks] == ["", "你", "吗", None]
+        told = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.content]
+        assert bytes(byte for token in told for byte in token.bytes).decode() == "你吗"
+        cut = server.chat(temperature=0, max_tokens=4).choices[0]
+        assert (cut.message.content, cut.finish_reason) == ("你\ufffd", "length")
+        offsets = server.complete(ids[:1], max_tokens=4, temperature=0, logprobs=0).choices[0].logprobs
+        assert offsets.tokens == ["bytes:\\xbd", "bytes:\\xa0", "bytes:\\xe5", "bytes:\\x90"]
+        assert offsets.text_offset == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_logprobs_are_the_models(random, is_stream):
+    ids, _ = render_chat(random.tokenizer, HI, add_generation_prompt=True)
+    ids = ids.tolist()
+    tokens = list(random.model.generate(ids, 9, seed=3, stop_tokens=random.service.speaker.stop_tokens))
+    with torch.inference_mode():
+        hidden = random.model.hidden(torch.tensor([ids + tokens]))
+        logits = random.model.logits(hidden)[0, len(ids) - 1 : -1].float()
+    values = logits.log_softmax(-1)
+    best = values.topk(3)
+    right = [row[token].item() for row, token in zip(values, tokens, strict=True)]
+
+    replies = random.chat(max_tokens=9, seed=3, logprobs=True, top_logprobs=3, stream=is_stream)
+    choices = [chunk.choices[0] for chunk in replies] if is_stream else [replies.choices[0]]
+    told = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+    assert [one.logprob for one in told] == pytest.approx(right, abs=1e-4)
+    for one, top in zip(told, best.values.tolist(), strict=True):
+        assert [pair.logprob for pair in one.top_logprobs] == pytest.approx(top, abs=1e-4)
+
+    replies = random.complete(ids, max_tokens=9, seed=3, logprobs=3, stream=is_stream)
+    choices = [chunk.choices[0] for chunk in replies] if is_stream else [replies.choices[0]]
+    logprobs = [choice.logprobs for choice in choices if choice.logprobs]
+    assert sum((one.token_logprobs for one in logprobs), []) == pytest.approx(right, abs=1e-4)
+    assert all(3 <= len(top) <= 4 for one in logprobs for top in one.top_logprobs)
+    assert [name for one in logprobs for name in one.tokens] == [
+        pair.token if "\ufffd" not in pair.token else f"bytes:\\x{pair.bytes[0]:02x}" for pair in told
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        ("吗", "你好", "stop"),
+        (["好吗", "?"], "你", "stop"),
+        (["你好吗"], "", "stop"),
+        (["吗？", "好！"], "你好吗", "stop"),
+        ([], "你好吗", "stop"),
+    ],
+)
+def test_stop_strings(simple, stop, text, reason):
+    choice = simple.chat(temperature=0, stop=stop).choices[0]
+    assert (choice.message.content, choice.finish_reason) == (text, reason)
+    chunks = [chunk.choices[0] for chunk in simple.chat(temperature=0, stop=stop, stream=True)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == text
+    assert chunks[-1].finish_reason == reason
+
+
+def test_a_stop_string_frees_the_slot(simple):
+    answer = simple.complete("1", temperature=0, max_tokens=590, stop="1+1+1")
+    assert answer.choices[0].text == "+" and answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == 6
+    simple.becomes(running=0)
+
+
+def test_the_context_bounds_an_answer(simple):
+    answer = simple.complete("1", temperature=0, max_tokens=10**6)
+    assert answer.choices[0].finish_reason == "length" and answer.usage.total_tokens == 600
+
+
+def test_a_conversation_that_is_too_long(simple):
+    said = [HI[0], {"role": "assistant", "content": "1" * 100}] * 7 + HI
+    with pytest.raises(openai.BadRequestError) as caught:
+        simple.chat(said)
+    assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"
+    answer = simple.chat(said, extra_body={"truncation": "auto"}, temperature=0)
+    assert answer.choices[0].message.content == "你好吗"
+    assert 0 < answer.dropped_messages < len(said) and answer.dropped_messages % 2 == 0
+    assert simple.chat(extra_body={"truncation": "auto"}).dropped_messages == 0
+    long = [{"role": "user", "content": "1" * 600}]
+    for options in ({}, {"extra_body": {"truncation": "auto"}}):
+        with pytest.raises(openai.BadRequestError, match="600 tokens; 602"):
+            simple.chat(long, **options)
+    with pytest.raises(openai.BadRequestError, match="leave no room"):
+        simple.complete("1" * 599)
+
+
+def test_a_pretrained_model_only_continues(tmp_path):
+    with served(tmp_path, handmade("pretrain", 64)) as server:
+        with pytest.raises(openai.BadRequestError, match="continues texts"):
+            server.chat()
+        assert server.complete("1", temperature=0, max_tokens=3).choices[0].text == "+1+"
+        assert server.client.models.list().data[0].task == "pretrain"
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+        ({"temperature": "1"}, "temperature", "valid number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"n": 5}, "n", "at most 4"),
+        ({"seed": 2**63}, "seed", "less than"),
+        ({"seed": 1.5}, "seed", "integer"),
+        ({"stop": ["1"] * 5}, "stop", "at most 4"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"top_logprobs": 21}, "top_logprobs", "20"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "0.01"),
+        ({"min_p": 2}, "min_p", "1"),
+        ({"tools": [{"type": "function"}]}, "tools", "cannot call tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "cannot be held to a format"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not offered"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "repetition_penalty"),
+        ({"model": "gpt-4"}, "model", "only"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": [{"role": "wizard", "content": "1"}]}, "messages", "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
+        ({"messages": HI * 2}, "messages", "assistant should speak"),
+        ({"messages": [*HI, {"role": "assistant", "content": "1"}]}, "messages", "must be the user's"),
+    ],
+)
+def test_a_field_that_is_wrong(simple, fields, param, words):
+    reply = simple.post("/v1/chat/completions", data=json.dumps({"messages": HI, **fields}),
+                        headers={"Content-Type": "application/json"})  # fmt: skip
+    error = reply.json()["error"]
+    assert reply.status_code == (404 if param == "model" else 400)
+    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert error["param"] == param and words in error["message"]
+
+
+def test_fields_that_are_ignored(simple):
+    extra = {"user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "what": [1]}
+    extra |= {"frequency_penalty": 0, "tools": [], "response_format": {"type": "text"}, "logit_bias": {}}
+    extra |= {"tool_choice": "none", "parallel_tool_calls": True, "n": None, "stop": None}
+    assert simple.chat(temperature=0, extra_body=extra).choices[0].message.content == "你好吗"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [([], "at least 1"), ([[]], "at least 1"), ([999], "outside"), ([-1], "outside"), (["1"] * 5, "at most")],
+)
+def test_a_prompt_that_is_wrong(simple, prompt, words):
+    with pytest.raises(openai.BadRequestError, match=words):
+        simple.complete(prompt)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"prompt": "\\ud800", "max_tokens": 1}', 200),  # half a character is an unknown one
+        (b'{"prompt": "1", "model": "\\ud800"}', 404),
+        (b"", 400),
+        (b"{", 400),
+        (b"[1]", 400),
+        (b'"1"', 400),
+        (b'{"prompt": "\xff"}', 400),
+        (b'{"prompt": NaN}', 400),
+        (b'{"prompt": "1", "temperature": NaN}', 400),
+        (b'{"prompt": "1", "temperature": 1e999}', 400),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+        (b'{"prompt": "1", "seed": ' + b"9" * 5000 + b"}", 400),
+        (b'{"prompt": "' + b"1" * 900_000 + b'"}', 400),
+        (b'{"prompt": "' + b"1" * 10_000_000 + b'"}', 413),
+    ],
+)
+def test_garbage(simple, body, status):
+    headers = {"Content-Type": "application/json"}
+    for data in (body, iter([body])):  # with its length told beforehand, and in chunks
+        try:
+            reply = simple.post(data=data, headers=headers)
+        except requests.exceptions.ConnectionError:
+            assert status == 413  # refused while it was still being sent
+            continue
+        assert reply.status_code == status
+        assert status == 200 or isinstance(reply.json()["error"]["message"], str)
+
+
+def test_ways_that_lead_nowhere(simple):
+    for reply, status in (
+        (requests.get(simple.url + "/v1/none", timeout=20), 404),
+        (requests.get(simple.url + "/v1/completions", timeout=20), 405),
+        (requests.get(simple.url + "/../../etc/passwd", timeout=20), 404),
+        (simple.post(data="prompt=1"), 400),
+        (simple.post(data='{"prompt": "1"}', headers={"Content-Type": "text/plain"}), 400),
+    ):
+        assert reply.status_code == status and reply.json()["error"]["message"]
+
+
+def test_heads_that_are_wrong(simple):
+    assert simple.raw(b"\x16\x03\x01\r\n\r\n").startswith(b"HTTP/1.1 400")
+    many = b"".join(b"X-%d: 1\r\n" % i for i in range(20_000))
+    assert b" 200 " not in simple.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + many + b"\r\n")[:20]
+    assert b" 403 " in simple.raw(b"GET /health HTTP/1.0\r\n\r\n")[:20]
+
+
+# ---- who may come in
+
+
+def test_with_a_key(tmp_path):
+    with served(tmp_path, handmade(block_size=64), api_key="the key") as server:
+        assert server.chat(temperature=0).choices[0].message.content == "你好吗"
+        for key in ("another", "the key2", "é"):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert server.post(json={"prompt": "1"}, headers=headers).status_code == 401
+        reply = requests.get(server.url + "/v1/models", timeout=20)
+        assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
+        for path in ("/", "/health"):
+            assert requests.get(server.url + path, headers={"Host": "my.net"}, timeout=20).status_code == 200
+        description = requests.get(server.url + "/openapi.json", timeout=20).json()
+        assert "security" in description["paths"]["/v1/models"]["get"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example:8000"}, 403),
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "[::1"}, 403),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:3000"}, 403),
+        ({"Host": "localhost:8000", "Origin": "https://evil.example"}, 403),
+        ({"Host": "localhost:8000", "Origin": "null"}, 403),
+        ({"Host": "localhost:8000", "Origin": "http://["}, 403),
+    ],
+)
+def test_without_a_key_only_this_machine(simple, headers, status):
+    reply = requests.get(simple.url + "/v1/models", headers=headers, timeout=20)
+    assert reply.status_code == status
+    assert not any(name.lower().startswith("access-control") for name in reply.headers)
+
+
+# ---- what goes wrong
+
+
+@pytest.fixture
+def slowly(tmp_path):
+    """One slot, room for two to wait, and a step that takes its time."""
+    with served(tmp_path, handmade(), slots=1, max_queue=2, timeout=2) as server:
+        step = server.service.engine.decoder.step
+        server.service.engine.decoder.step = lambda: time.sleep(0.01) or step()
+        yield server
+
+
+LONG = {"prompt": "1", "max_tokens": 590, "temperature": 0}
+
+
+def as_sent(ask):
+    """The bytes of a request, for clients that will misbehave."""
+    body = json.dumps(ask).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def test_a_client_that_leaves_frees_its_slot(slowly):
+    stream = slowly.post(json=LONG | {"stream": True}, stream=True)
+    lines = stream.iter_lines()
+    next(lines)
+    whole, queued = (socket.create_connection(slowly.address) for _ in range(2))
+    for connection in (whole, queued):
+        connection.sendall(as_sent(LONG))
+    slowly.becomes(running=1, waiting=2)
+    queued.close()
+    slowly.becomes(running=1, waiting=1)
+    stream.close()
+    slowly.becomes(running=1, waiting=0)
+    whole.close()
+    slowly.becomes(running=0, waiting=0)
+    decoder = slowly.service.engine.decoder
+    time.sleep(0.1)
+    assert not decoder.is_busy and not slowly.service.engine._tickets
+
+
+def test_too_many_are_told_so_and_the_slow_are_ended(slowly):
+    replies = []
+    threads = [threading.Thread(target=lambda: replies.append(slowly.post(json=LONG))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    slowly.becomes(running=1, waiting=2)
+    with pytest.raises(openai.RateLimitError) as caught:
+        slowly.complete("1")
+    assert caught.value.code == "overloaded" and caught.value.response.headers["retry-after"] == "1"
+    for thread in threads:
+        thread.join()
+    assert [reply.status_code for reply in replies] == [504] * 3
+    assert replies[0].json()["error"]["code"] == "timeout"
+    with pytest.raises(openai.APIError, match="no end after 2 s"):
+        list(slowly.client.completions.create(model="nano", stream=True, **LONG))
+    slowly.becomes(running=0, waiting=0)
+
+
+def test_a_failure_of_the_engine_is_told_to_all_and_seen(slowly):
+    decoder = slowly.service.engine.decoder
+    step, failure = decoder.step, RuntimeError("the card has left")
+    replies = []
+    threads = [threading.Thread(target=lambda: replies.append(slowly.post(json=LONG))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    slowly.becomes(running=1, waiting=2)
+
+    def fail():
+        raise failure
+
+    decoder.step = fail
+    for thread in threads:
+        thread.join()
+    assert [reply.status_code for reply in replies] == [500] * 3
+    assert "the card has left" in replies[0].json()["error"]["message"]
+    assert requests.get(slowly.url + "/health", timeout=20).status_code == 503
+    health = slowly.health()
+    assert (health["status"], health["failures"]) == ("failed", 1) and "the card has left" in health["error"]
+    decoder.step = step
+    assert slowly.chat(temperature=0).choices[0].message.content == "你好吗"
+    slowly.becomes(status="ok", failures=1, running=0)
+
+
+def test_when_the_engine_ends_nobody_waits(tmp_path):
+    with served(tmp_path, handmade(), slots=1) as server:
+        stream = server.post(json=LONG | {"stream": True}, stream=True)
+        lines = stream.iter_lines()
+        next(lines)
+        server.service.engine.stop()
+        *_, error, done = filter(None, lines)
+        assert "has been stopped" in error.decode() and done == b"data: [DONE]"
+        assert server.post(json=LONG).status_code == 500
+        assert server.health()["status"] == "failed"
+
+
+def test_connections_that_stand_still_are_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.gate, "SECONDS", 0.3)
+    with served(tmp_path, handmade()) as server:
+        start = time.monotonic()
+        assert server.raw(b"") == b""
+        assert server.raw(b"GET /health HTT") == b""
+        body = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+        assert b" 408 " in server.raw(body)
+        assert time.monotonic() - start < 6
+        # One that asks for much and reads nothing:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(server.address)
+        connection.sendall(as_sent(LONG | {"stream": True, "logprobs": 5}))
+        server.becomes(running=1)
+        server.becomes(running=0)
+        deadline = time.monotonic() + 10
+        while len(server.connections) > 1:  # this one's own; the other was cut off, not waited for
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        connection.close()
+
+
+# ---- the command line
+
+
+def test_help_and_mistakes(shared_project, tmp_path):
+    run, start = shared_project.run, time.monotonic()
+    help = run("serve.py", "--help")
+    assert help.returncode == 0 and "NANO_API_KEY" in help.stdout and "examples" not in help.stderr
+    assert time.monotonic() - start < 5  # half a second where nothing else runs
+    (tmp_path / "no.pt").write_bytes(b"no checkpoint")
+    with contextlib.closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for args, words in (
+            (("--port", "70000"), "--port must be between"),
+            (("--slots", "0"), "--slots must be"),
+            (("--api_key", "two words"), "--api_key must be"),
+            (("-m", "none.pt"), "there is no file none.pt"),
+            (("--host", "no.such.host.invalid"), "there is no such address"),
+            (("--port", str(taken.getsockname()[1])), "address already in use"),
+            (("--port", "0", "-m", str(tmp_path / "no.pt")), "is not a checkpoint of Nano"),
+        ):
+            process = run("serve.py", *args)
+            assert process.returncode == 2, process
+            assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+            assert words in process.stderr
+
+
+def test_on_a_network_with_a_key_until_sigterm(shared_project, tmp_path, monkeypatch):
+    """What is under way is finished, and the exit code is 0."""
+    monkeypatch.setattr(engine.checkpoint, "FOLDER", tmp_path)
+    path = handmade(block_size=1000).save()
+    process = subprocess.Popen(
+        shared_project.command("serve.py", "-m", path, "--host", "0.0.0.0", "--port", "0"),
+        cwd=shared_project.elsewhere, env=shared_project.environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    lines = {}
+    for line in process.stdout:
+        if match := re.match(r"(key|chat|API): +(\S+)", line):
+            lines[match[1]] = match[2]
+        if "API" in lines:
+            break
+    url = lines["API"].replace("0.0.0.0", "127.0.0.1")
+    assert requests.get(url + "/models", timeout=20).status_code == 401
+    client = openai.OpenAI(base_url=url, api_key=lines["key"], max_retries=0)
+    stream = client.completions.create(model="nano", prompt="1", max_tokens=900, temperature=0, stream=True)
+    text = next(stream).choices[0].text
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == "+1" * 450
+    assert process.wait(20) == 0 and process.stdout.read() == ""
+
+
+# ---- a fuzzer
+
+
+@pytest.mark.parametrize("n_examples", [10, pytest.param(1000, marks=pytest.mark.slow)])
+def test_the_description_is_kept(random, n_examples):
+    """No request makes it fail, and every reply is as /openapi.json says: for requests that are, or not."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+    seen = set()
+    for result in schemathesis.openapi.from_url(f"{random.url}/openapi.json").get_all_operations():
+        operation = result.ok()
+        modes = ["positive", "negative"] if operation.method == "post" else ["positive"]
+        for mode in map(schemathesis.GenerationMode, modes):
+
+            @given(operation.as_strategy(generation_mode=mode))
+            @settings(max_examples=n_examples, deadline=None, derandomize=True, database=None,
+                      suppress_health_check=list(HealthCheck))  # fmt: skip
+            def keeps_it(case):
+                if isinstance(case.body, dict):
+                    case.body.pop("model", None)  # or all that would be tested is the answer 404
+                # What is right in every field may yet be no conversation, or too long.
+                reply = case.call_and_validate(excluded_checks=[positive_data_acceptance])
+                assert reply.status_code < 500
+                seen.add((case.method, case.path, reply.status_code))
+
+            keeps_it()
+    assert {("POST", "/v1/completions", 200), ("POST", "/v1/completions", 400)} <= seen
+
+
+# ---- a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("there is no chromium here")
+    with playwright.sync_playwright() as opened:
+        chromium = opened.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@contextlib.contextmanager
+def opened(browser, url, **options):
+    """The page, in which nothing is requested from elsewhere and nothing goes wrong."""
+    context = browser.new_context(**options)
+    context.set_default_timeout(20_000)
+    page, wrong = context.new_page(), []
+    page.on("console", lambda line: wrong.append(line.text) if line.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: request.url.startswith((url, "data:")) or wrong.append(request.url))
+    page.goto(url)
+    page.wait_for_selector("#facts dd", state="attached")
+    yield page
+    assert not [text for text in wrong if "400 (Bad Request)" not in text]  # a text that was too long
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    context.close()
+
+
+def ask(page, text):
+    page.fill("#text", text)
+    page.press("#text", "Enter")
+
+
+def answers(page):
+    """What the model has said, when it has finished."""
+    page.wait_for_selector(".assistant:last-child .foot button")
+    return page.locator(".assistant .words").all_inner_texts()
+
+
+def test_a_conversation_on_the_page(browser, simple, tmp_path):
+    with opened(browser, simple.url, locale="en-US") as page:
+        assert "600" in page.inner_text("#cards") and page.get_attribute("html", "lang") == "en"
+        ask(page, "Hello?")
+        assert answers(page) == ["你好吗"]
+        assert re.search(r"3 tokens · \d+ tokens/s · first after", page.inner_text(".assistant .foot"))
+        page.keyboard.type("1+1")
+        page.keyboard.press("Shift+Enter")
+        page.keyboard.type("<b>2</b>")
+        page.keyboard.press("Enter")
+        assert answers(page) == ["你好吗"] * 2
+        assert page.locator(".user .words").all_inner_texts() == ["Hello?", "1+1\n<b>2</b>"]
+
+        page.locator("[aria-label='Answer again']").last.click()
+        assert answers(page) == ["你好吗"] * 2
+        page.locator("[aria-label=Edit]").first.click()
+        page.fill(".editor textarea", "1+2")
+        page.press(".editor textarea", "Enter")
+        assert answers(page) == ["你好吗"]
+        assert page.locator(".user .words").all_inner_texts() == ["1+2"]
+
+        page.fill("#set-max_tokens", "2")
+        page.fill("#set-system", "1")
+        page.locator("[aria-label='Answer again']").click()
+        assert answers(page) == ["你好"] and "cut off" in page.inner_text(".assistant .foot")
+        page.screenshot(path=tmp_path / "desktop.png")
+        page.reload()
+        assert answers(page) == ["你好"] and page.input_value("#set-max_tokens") == "2"
+        page.click("#new")
+        assert page.locator(".message").count() == 0
+
+
+def test_the_page_on_a_phone_in_chinese_and_dark(browser, simple, tmp_path):
+    small = {"viewport": {"width": 360, "height": 640}, "is_mobile": True, "has_touch": True}
+    with opened(browser, simple.url, locale="zh-CN", color_scheme="dark", **small) as page:
+        background = "getComputedStyle(document.body).backgroundColor"
+        assert page.get_attribute("html", "lang") == "zh-CN" and "参数" in page.inner_text("#cards")
+        dark = page.evaluate(background)
+        page.click("#theme")
+        assert page.evaluate(background) != dark
+        ask(page, "Hello? " * 30)
+        assert answers(page) == ["你好吗"] and "词元/秒" in page.inner_text(".assistant .foot")
+        page.click("#knobs")
+        page.wait_for_selector("#set-temperature", state="visible")
+        page.screenshot(path=tmp_path / "phone.png")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#panel", state="hidden")
+        page.click("#language")
+        assert "tokens/s" in page.inner_text(".assistant .foot")
+        ask(page, "1" * 900)
+        assert answers(page)[0] == "你好吗" and "no room" in page.inner_text(".error:visible")
+        ask(page, "Hello?")
+        assert answers(page)[-1] == "你好吗"
+
+
+def test_an_answer_is_stopped_on_the_page(browser, tmp_path):
+    """Of a pretrained model, which the page lets continue texts, behind a key, which it asks for."""
+    with served(tmp_path, handmade("pretrain"), slots=1, api_key="secret") as server:
+        step = server.service.engine.decoder.step
+        server.service.engine.decoder.step = lambda: time.sleep(0.02) or step()
+        context = browser.new_context(locale="en-US")
+        page = context.new_page()
+        page.goto(server.url)
+        for key in ("wrong", "secret"):
+            page.fill("#keyField", key)
+            page.press("#keyField", "Enter")
+        page.wait_for_selector("#notice", state="visible")
+        for stop in (lambda: page.keyboard.press("Escape"), lambda: page.click("[aria-label=Stop]")):
+            ask(page, "1")
+            page.wait_for_selector(".assistant:last-child .words:has-text('+1+')")
+            stop()
+            assert re.fullmatch(r"(\+1)+\+?", answers(page)[-1])
+            assert "stopped" in page.locator(".assistant .foot").last.inner_text()
+            server.becomes(running=0)
+        context.close()
+
+
+# ---- many at once
+
+
+@pytest.mark.slow
+def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch):
+    """Every answer is the one that GPT.generate draws, whoever else asks and leaves; memory does not grow."""
+    import random as chance
+
+    import psutil
+
+    monkeypatch.setattr(engine.checkpoint, "FOLDER", tmp_path)
+    path = at_random().save()
+    process = subprocess.Popen(
+        shared_project.command("serve.py", "-m", path, "--port", "0", "--slots", "16"),
+        cwd=shared_project.elsewhere, env=shared_project.environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    url = next(line.split()[1] for line in process.stdout if line.startswith("API"))
+    model, tokenizer = engine.checkpoint.build(engine.checkpoint.load(path), path.name)
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    cases = []
+    for i in range(60):
+        ids, seed = [tokenizer.bos_id, *tokenizer.encode(TEXT[: i % 15]).tolist()], i
+        stream, count = TextStream(tokenizer), 10 + i % 50
+        options = [{"temperature": 0}, {"temperature": 0.8, "top_p": 0.9}, {}][i % 3]
+        stops = Speaker(model, tokenizer).stop_tokens
+        tokens = list(model.generate(ids, count, seed=seed, stop_tokens=stops, **options))
+        text = "".join(map(stream.feed, tokens)) + stream.end()
+        cases.append((dict(prompt=TEXT[: i % 15], max_tokens=count, seed=seed, **options), text))
+    wrong, done, left, end = [], [], [], time.monotonic() + 60
+
+    def talk(number):
+        mine = chance.Random(number)
+        while time.monotonic() < end and not wrong:
+            try:
+                ask, text = mine.choice(cases)
+                kind = mine.random()
+                if kind < 0.4:
+                    said = client.completions.create(model="nano", **ask).choices[0].text
+                else:
+                    said = ""
+                    with client.completions.create(model="nano", stream=True, **ask) as stream:
+                        for chunk in stream:
+                            said += chunk.choices[0].text
+                            if kind > 0.9 and len(said) > 5:
+                                break
+                    if kind > 0.9:
+                        left.append(text.startswith(said) or wrong.append((ask, said, text)))
+                        continue
+                done.append(said == text or wrong.append((ask, said, text)))
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=talk, args=(number,)) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    memory, server = [], psutil.Process(process.pid)
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(1)
+        memory.append(server.memory_info().rss / 2**20)
+    health = requests.get(url.replace("/v1", "/health"), timeout=20).json()
+    files = len(server.net_connections())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    print(f"{len(done)} answers, {len(left)} broken off, {health['tokens']} tokens, {files} sockets")
+    print("MB:", [round(megabytes) for megabytes in memory[::5]])
+    assert not wrong and len(done) > 100 and len(left) > 10
+    assert (health["running"], health["waiting"], health["failures"]) == (0, 0, 0)
+    assert max(memory[-5:]) < max(memory[10:20]) + 8
