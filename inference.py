@@ -13,10 +13,12 @@ A language model does one thing: it continues a list of tokens. There are two wa
 
 In Python it takes no more than:
 
-    from engine.checkpoint import build, load
-    model, tokenizer = build(load("checkpoint/x.pt"), "x.pt")
-    for token in model.generate(tokenizer.encode("Once upon"), max_tokens=100, temperature=0.8):
-        print(tokenizer.decode([token]), end="")
+    from inference import Speaker
+    speaker = Speaker.load("checkpoint/x.pt", temperature=0.8)
+    for text in speaker.chat([{"role": "user", "content": "Who are you?"}]):
+        print(text, end="", flush=True)
+
+`speaker.complete("Once upon")` continues a text.
 """
 
 import argparse
@@ -109,11 +111,11 @@ def prompt_sign():
     return "\001\033[1;36m\002>\001\033[0m\002 "  # \001 and \002 tell readline what takes no space
 
 
-def facts(checkpoint, name, speaker, device, quantized):
+def facts(checkpoint, name, speaker, device):
     """The model in two lines."""
     loss = checkpoint.best.get("loss")
     parts = [
-        f"{speaker.model.n_params / 1e6:.2f} M parameters" + (" in int8" if quantized else ""),
+        f"{speaker.model.n_params / 1e6:.2f} M parameters",
         f"context {speaker.model.config.block_size:,}",
         f"{checkpoint.task} step {checkpoint.step:,}",
         f"validation loss {loss:.3f}" if isinstance(loss, float) else "not validated",
@@ -143,6 +145,23 @@ class Speaker:
             tokenizer.eos_id, tokenizer.bos_id, tokenizer.padding_id,
             tokenizer.instruct_id, tokenizer.response_id, tokenizer.system_id,
         )  # fmt: skip
+
+    @classmethod
+    def load(cls, path=None, max_length=None, device="auto", quantize=None, **options):
+        """The model of a checkpoint (default: the newest). quantize: "int8". options: see `model.candidates`,
+        and `seed`; what is not said is greedy. UserError if there is no such model."""
+        _, _, model, tokenizer, _ = load_model(path, True, device, quantize)
+        speaker = cls(model, tokenizer, max_length, **{"temperature": 0, **options})
+        speaker.decoder.compile()
+        return speaker
+
+    def chat(self, messages):
+        """Yield the answer to a conversation in pieces: [{"role": "user", "content": str}, ...]."""
+        yield from self.speak(self.chat_prompt(list(messages))[0])
+
+    def complete(self, text):
+        """Yield what follows a text, in pieces."""
+        yield from self.speak(self.completion_prompt(text)[0])
 
     def completion_prompt(self, text):
         """(ids, how many tokens had to be left out)"""
@@ -199,7 +218,7 @@ class Speaker:
         from engine.decoding import Request
 
         options = self.options | {"stop_tokens": self.stop_tokens}
-        if options["temperature"] == 0 and self.model.drafter():
+        if options.get("temperature") == 0 and self.model.drafter():
             yield from self.model.generate(ids, max_tokens, **options)
             return
         request = self.decoder.add(Request(ids, max_tokens, **options))
@@ -446,11 +465,11 @@ def load_checkpoint(path, instruct):
     raise UserError("there is no model in checkpoint/ yet; `python train.py -t pretrain` makes one")
 
 
-def load_model(path, instruct, device="auto"):
+def load_model(path, instruct, device="auto", quantize=None):
     """(checkpoint, its name, model, tokenizer, the hardware's Choice), ready to continue texts."""
     from engine import hardware
     from engine.checkpoint import build
-    from engine.quantize import quantize
+    from engine.quantize import quantize as to_int8
 
     checkpoint, name = load_checkpoint(path, instruct)
     # Small models gain nothing from half precision when they write one token at a time.
@@ -460,6 +479,7 @@ def load_model(path, instruct, device="auto"):
         raise UserError(f"{name} sees all tokens at once (is_causal is false): it cannot continue a text")
     if not all(weights.isfinite().all() for weights in model.parameters()):
         raise UserError(f"{name} holds weights that are not finite numbers: its training had diverged")
+    model = to_int8(model) if quantize == "int8" else model
     return checkpoint, name, model.to(choice.device), tokenizer, choice
 
 
@@ -467,28 +487,14 @@ def load_speaker(args, instruct):
     """(the Speaker that the arguments ask for, what it is in two lines, the context to run it in)."""
     from engine import hardware
 
-    checkpoint, name, model, tokenizer, choice = load_model(args.model, instruct, args.device)
+    checkpoint, name, model, tokenizer, choice = load_model(args.model, instruct, args.device, args.quantize)
     if instruct and checkpoint.task != "sft":
         notice(f"{name} was not fine-tuned: it continues texts, and never learned to answer")
     if not instruct and checkpoint.task == "sft":
         notice(f"{name} was fine-tuned to answer: use -i to ask it")
-    if args.quantize:
-        quantize(model)
-    speaker = Speaker(
-        model,
-        tokenizer,
-        args.max_length,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-    )
-    return (
-        speaker,
-        facts(checkpoint, name, speaker, choice.device, args.quantize),
-        hardware.attention_context(choice),
-    )
+    options = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    speaker = Speaker(model, tokenizer, args.max_length, **{key: getattr(args, key) for key in options})
+    return speaker, facts(checkpoint, name, speaker, choice.device), hardware.attention_context(choice)
 
 
 def main():

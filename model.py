@@ -239,8 +239,11 @@ class Block(nn.Module):
 
 
 def embedding(number, size):
-    """Not nn.Embedding(number, size), which draws random numbers that `GPT.init_weights` draws again."""
-    return nn.Embedding.from_pretrained(torch.empty(number, size), freeze=False)
+    """nn.Embedding, but without memory (device "meta") it draws no numbers: to do so loads a compiler."""
+    weight = torch.empty(number, size)
+    return (
+        nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(number, size)
+    )
 
 
 class GPT(nn.Module):
@@ -272,7 +275,7 @@ class GPT(nn.Module):
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
         self.make_rest()
-        if not self.wte.weight.is_meta:  # there it would do nothing, but load a compiler
+        if not self.wte.weight.is_meta:
             self.init_weights()
         # Trainable numbers; a tied matrix counts once. Counted now: ZeRO-3 takes the weights away.
         self.n_params = sum(p.numel() for p in self.parameters())

@@ -41,6 +41,7 @@ def parse_arguments():
     add("--slots", type=int, default=8, metavar="N", help="answers written at the same time (8)")
     add("--max_queue", type=int, default=64, metavar="N", help="answers that may wait for a slot (64)")
     add("--timeout", type=int, default=300, metavar="SECONDS", help="the longest a request may take (300)")
+    add("-q", "--quantize", choices=("int8",), help="weights in 8 bits: less memory, and faster on a CPU")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (auto)")
     args = parser.parse_args()
     for name, is_valid, needs in (
@@ -242,7 +243,7 @@ def load_service(args):
     from engine.serving import Engine, Service
     from inference import Speaker, facts, load_model
 
-    checkpoint, name, model, tokenizer, choice = load_model(args.model, True, args.device)
+    checkpoint, name, model, tokenizer, choice = load_model(args.model, True, args.device, args.quantize)
     speaker = Speaker(model, tokenizer)
     try:
         engine = Engine(model, args.slots, args.max_queue, args.timeout, attention_context(choice))

@@ -53,6 +53,7 @@ class Engine(threading.Thread):
         self.model, self.n_slots, self.max_queue, self.seconds = model, n_slots, max_queue, seconds
         self.attention = attention or contextlib.nullcontext()
         self.decoder = Decoder(model, n_slots)
+        self.decoder.compile()
         self.error, self.n_tokens, self.n_failures, self.n_open = None, 0, 0, 0
         self.is_stopped = False
         self._loop, self._orders = None, queue.SimpleQueue()

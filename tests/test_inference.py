@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 import time
 
 import pexpect
@@ -287,6 +288,22 @@ def test_one_prompt(project, save, tokenizer):
     assert "(the prompt is too long: its oldest 59 tokens are left out)" in done.stderr
     assert re.search(r"prompt 48 tokens, answer 2; first token after [\d.]+ ms, [\d,]+ tokens/s", done.stderr)
     assert "\x1b" not in done.stderr
+
+
+def test_eight_bits_say_the_same(project, save, tokenizer):
+    save(project, polite(tokenizer))
+    done = project.run("inference.py", "-i", "--prompt", "Hello", "-q", "int8")
+    assert (done.returncode, done.stdout) == (0, "好吗\n")
+
+
+def test_five_lines_of_python(project, save, tokenizer, capsys):
+    """Those at the top of inference.py; what is not said is greedy, and of the newest model."""
+    path = save(project, polite(tokenizer))
+    lines = textwrap.dedent(re.search(r"no more than:\n\n((?:    .*\n)+)", inference.__doc__)[1])
+    assert len(lines.splitlines()) <= 5 and "checkpoint/x.pt" in lines
+    exec(lines.replace("checkpoint/x.pt", str(path)), {})
+    assert capsys.readouterr().out == "好吗"
+    assert "".join(inference.Speaker.load().complete("Hello你")) == "好吗"
 
 
 def test_lines_piped_in(project, save, tokenizer):

@@ -97,7 +97,8 @@ def served(folder, checkpoint, slots=4, max_queue=8, timeout=60, api_key=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.checkpoint, "FOLDER", folder)
         path = checkpoint.save()
-    args = dict(model=str(path), device="cpu", slots=slots, max_queue=max_queue, timeout=timeout)
+    args = dict(model=str(path), device="cpu", quantize=None)
+    args |= dict(slots=slots, max_queue=max_queue, timeout=timeout)
     service, _ = serve.load_service(argparse.Namespace(**args))
     listener = serve.bind("127.0.0.1", 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # little to fill with what nobody reads
