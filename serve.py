@@ -101,7 +101,8 @@ def make_app(service, api_key=None):
     )
     # The gate checks the key; this tells of it in /openapi.json.
     for_members = {"dependencies": [Security(HTTPBearer(auto_error=False))]} if api_key else {}
-    may_stream = {"responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}}
+    an_event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    may_stream = {"responses": {200: {"content": {"text/event-stream": {"itemSchema": an_event}}}}}
     page, page_headers = read_page()
 
     @app.exception_handler(ApiError)

@@ -282,18 +282,19 @@ class Service:
         """Yields (choice, its new text, its new tokens, their logprobs), as soon as there are any."""
         choices = [Choice(index, self.tokenizer, stops) for index in range(len(requests))]
         try:
-            async for index, tokens, logprobs, finish_reason in self.engine.answer(requests):
-                choice = choices[index]
-                if choice.finish_reason:
-                    continue
-                if finish_reason == "timeout":
-                    raise ApiError(504, f"no end after {self.engine.seconds} s", "timeout")
-                n_before = choice.n_tokens
-                text = choice.feed(tokens, finish_reason)
-                if choice.finish_reason and not finish_reason:
-                    self.engine.cancel(requests[index])
-                n_new = choice.n_tokens - n_before
-                yield choice, text, tokens[:n_new], logprobs[:n_new]
+            async with contextlib.aclosing(self.engine.answer(requests)) as news:
+                async for index, tokens, logprobs, finish_reason in news:
+                    choice = choices[index]
+                    if choice.finish_reason:
+                        continue
+                    if finish_reason == "timeout":
+                        raise ApiError(504, f"no end after {self.engine.seconds} s", "timeout")
+                    n_before = choice.n_tokens
+                    text = choice.feed(tokens, finish_reason)
+                    if choice.finish_reason and not finish_reason:
+                        self.engine.cancel(requests[index])
+                    n_new = choice.n_tokens - n_before
+                    yield choice, text, tokens[:n_new], logprobs[:n_new]
         except Overloaded:
             raise ApiError(429, "too many requests wait already; try again soon", "overloaded") from None
         except EngineFailed as error:

@@ -12,7 +12,7 @@ import secrets
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 REFUSED = {
     "tools": "this model cannot call tools",
@@ -28,6 +28,15 @@ REFUSED = {
     "audio": "this model reads and writes text only",
 }
 
+
+def is_false(value):
+    if value:
+        raise ValueError("Input should be false")
+    return value
+
+
+# (Literal[False] would take 0.0 for it.)
+No = Annotated[bool, AfterValidator(is_false), WithJsonSchema({"type": "boolean", "const": False})]
 Off = Annotated[float, Field(ge=0, le=0)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 Empty = Annotated[dict[str, Any], Field(max_length=0)]
@@ -138,7 +147,7 @@ TokenIds = Annotated[list[int], Field(min_length=1)]
 class CompletionRequest(Asked):
     prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = None
+    echo: No | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
 
