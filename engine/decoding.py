@@ -20,6 +20,7 @@ import atexit
 import codecs
 import collections
 import importlib.util
+import os
 import subprocess
 import sys
 import threading
@@ -196,10 +197,14 @@ atexit.register(LOADING.acquire)  # a program that ended while Numba loads would
 
 
 def supports(model):
-    """Whether engine/compiled.py does the steps of it: nano, float32 on a CPU, and Numba is there."""
+    """Whether engine/compiled.py does the steps of it: nano, float32 on a CPU, and Numba is there.
+
+    NUMBA_DISABLE_JIT=1, which tells Numba to compile nothing, leaves the steps to PyTorch.
+    """
     weight = model.wte.weight
     is_right = type(model) is GPT and weight.device.type == "cpu" and weight.dtype == torch.float32
-    return is_right and importlib.util.find_spec("numba") is not None
+    has_numba = importlib.util.find_spec("numba") is not None
+    return is_right and has_numba and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 
 
 def is_compiled():
