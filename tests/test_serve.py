@@ -831,8 +831,8 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch):
     path = at_random().save()
     process = subprocess.Popen(
         shared_project.command("serve.py", "-m", path, "--port", "0", "--slots", "16"),
-        cwd=shared_project.elsewhere, env=shared_project.environment | {"NUMBA_DISABLE_JIT": "0"}, stdout=subprocess.PIPE,
-        text=True,
+        cwd=shared_project.elsewhere, env=shared_project.environment | {"NUMBA_DISABLE_JIT": "0"},
+        stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     url = next(line.split()[1] for line in process.stdout if line.startswith("API"))
     model, tokenizer = engine.checkpoint.build(engine.checkpoint.load(path), path.name)
