@@ -482,6 +482,9 @@ def weights_of(model):
 if __name__ == "__main__":
     # What is compiled belongs to the module by its name, not to "__main__".
     from engine import compiled as module
+    from engine.decoding import COMPILED
 
     module.warm_up(is_int8=False)
     module.warm_up(is_int8=True)
+    COMPILED.parent.mkdir(exist_ok=True)
+    COMPILED.touch()

@@ -192,6 +192,7 @@ class Decoder:
 
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILED = ROOT / "engine" / "__pycache__" / "compiled.done"  # is there when Numba has kept its work
 LOADING = threading.Lock()
 atexit.register(LOADING.acquire)  # a program that ended while Numba loads would crash
 
@@ -208,10 +209,9 @@ def supports(model):
 
 
 def is_compiled():
-    """Whether that was done on this machine before."""
+    """Whether that was done on this machine before, with engine/compiled.py as it is now."""
     source = ROOT / "engine" / "compiled.py"
-    indices = list((source.parent / "__pycache__").glob("compiled.step-*.nbi"))
-    return bool(indices) and max(path.stat().st_mtime for path in indices) > source.stat().st_mtime
+    return COMPILED.exists() and COMPILED.stat().st_mtime >= source.stat().st_mtime
 
 
 def prepare(model):
