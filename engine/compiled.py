@@ -95,7 +95,8 @@ def dots(out, w, scales, x, b, begin, end):
                 t3 += f32(w[s3, i]) * x[b, i]
         for g in range(scales.shape[1]):
             p0 = p1 = p2 = p3 = f32(0)
-            for i in range(g * GROUP, g * GROUP + GROUP):
+            for k in range(GROUP):  # a number that LLVM knows
+                i = g * GROUP + k
                 p0 += f32(w[r0, i]) * x[b, i]
                 p1 += f32(w[s1, i]) * x[b, i]
                 p2 += f32(w[s2, i]) * x[b, i]
@@ -125,8 +126,8 @@ def unpack(w, scales, r, out, k):
     for i in range(w.shape[1]):
         out[k, i] = f32(w[r, i])
     for g in range(scales.shape[1]):
-        for i in range(g * GROUP, g * GROUP + GROUP):
-            out[k, i] *= scales[r, g]
+        for j in range(GROUP):
+            out[k, g * GROUP + j] *= scales[r, g]
 
 
 @compiled
