@@ -239,7 +239,8 @@ class TextStream:
     """Ids one by one in, text out, as soon as it is certain.
 
     A token may be a part of a character, and the end of a text may be the beginning of one of the strings
-    `stop`: both wait. At a stop string the text ends before it, and `is_stopped` becomes true.
+    `stop`: both wait. At a stop string the text ends before it, and `is_stopped` becomes true; of several
+    that overlap, the one that is complete first counts.
     """
 
     def __init__(self, tokenizer, stop=()):
