@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from config.schema import ModelConfig
 from engine.quantize import GROUP, Int8Linear, quantize
@@ -130,6 +130,15 @@ def unpack(w, scales, r, out, k):
             out[k, g * GROUP + j] *= scales[r, g]
 
 
+def as_float(w, buffer):
+    """w itself if it is float32, else the buffer for rows that `unpack` makes float32."""
+
+
+@overload(as_float)
+def _(w, buffer):
+    return (lambda w, buffer: w) if w.dtype == types.float32 else (lambda w, buffer: buffer)
+
+
 @compiled
 def product(out, matrix, x, add_to, rank, n_threads):
     """This thread's rows of out [B, M] = matrix [M, N] times x [B, N], or += if add_to. B: 1 or 4 k."""
@@ -146,13 +155,17 @@ def product(out, matrix, x, add_to, rank, n_threads):
                 out[b, r] += bias[r]
     # Two rows by four columns at once: each number that is loaded is used several times.
     buffer = np.empty((2, N), f32)
+    rows = as_float(w, buffer)
     for r in range(begin, paired, 2):
-        unpack(w, scales, r, buffer, 0)
-        unpack(w, scales, r + 1, buffer, 1)
+        k = r
+        if scales.shape[1]:
+            k = 0
+            unpack(w, scales, r, buffer, 0)
+            unpack(w, scales, r + 1, buffer, 1)
         for b in range(0, B, 4):
             p0 = p1 = p2 = p3 = q0 = q1 = q2 = q3 = f32(0)
             for i in range(N):
-                p, q = buffer[0, i], buffer[1, i]
+                p, q = rows[k, i], rows[k + 1, i]
                 p0 += p * x[b, i]
                 p1 += p * x[b + 1, i]
                 p2 += p * x[b + 2, i]
