@@ -250,9 +250,9 @@ class BPETokenizer(Tokenizer):
 
     @functools.cached_property
     def _library(self):
-        return self.library(self._library_ids)
+        return self.in_library(self._library_ids)
 
-    def library(self, vocabulary, **options):
+    def in_library(self, vocabulary, **options):
         """The BPE of the `tokenizers` library that cuts text as this one. vocabulary: {token: id there}."""
         rules = {key: value for key, value in self.rules.items() if key != "words"}
         return _bpe_library(vocabulary, [tuple(pair) for pair in self.merges], **rules, **options)

@@ -175,7 +175,7 @@ class Decoder:
                 token = best[row]
             else:
                 token = sample(logits[row], request.generator, previous=request.context, **request.options)
-            if request.n_logprobs is not None:
+            if request.n_logprobs is not None and token not in request.stop_tokens:
                 logprobs = logits[row].log_softmax(-1)
                 likeliest = logprobs.topk(min(request.n_logprobs, logprobs.numel()))
                 pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)

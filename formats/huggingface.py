@@ -53,7 +53,7 @@ def to_library(tokenizer):
         library = Tokenizer(models.BPE(vocabulary, [], unk_token="<|unknown|>"))
         library.decoder = decoders.Fuse()
     else:
-        library = tokenizer.library(vocabulary, unk_token="<|unknown|>")
+        library = tokenizer.in_library(vocabulary, unk_token="<|unknown|>")
         library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
     library.post_processor = processors.TemplateProcessing(

@@ -128,6 +128,9 @@ def test_logprobs_are_the_models_own():
             assert [expected[token].item() for token, _ in likeliest] == pytest.approx(found, abs=1e-4)
         assert len(request.logprobs) == len(request.tokens)
     assert Request([1], 1).logprobs == []
+    stopped = Request([1], 9, n_logprobs=2, temperature=0, stop_tokens=range(29))
+    Decoder(model).run([stopped])
+    assert stopped.finish_reason == "stop" and stopped.tokens == stopped.logprobs == []
 
 
 def test_what_cannot_be_is_refused_and_the_others_go_on():
