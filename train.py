@@ -313,7 +313,7 @@ def train(job, parallel, plan_for=None):
             job.tokenizer.to_dict(), best=best, **states,
         )  # fmt: skip
         log.event("Save", (epoch, step), {"": shown(saved.save())})
-        checkpoints.prune(saved, config.keep_checkpoints)
+        checkpoints.prune(saved, config.keep_checkpoints, began)
 
     def diverged(what):
         # The weights of all checkpoints before this step have given finite losses.
@@ -324,7 +324,7 @@ def train(job, parallel, plan_for=None):
             + "Lower learning_rate, or look for odd texts in the data."
         )
 
-    stop, stopping = StopRequest(parallel.world > 1), False
+    began, stop, stopping = time.time(), StopRequest(parallel.world > 1), False
     header = {**facts.header(), "resumed_from_step": step}
     with RunLog(header, config.max_steps, step) as log, facts.advice_when_out_of_memory():
         run_id = start.run or log.started

@@ -306,15 +306,18 @@ def newest(task, since=0.0):
     return None
 
 
-def prune(checkpoint, keep):
+def prune(checkpoint, keep, since):
     """Delete all but the `keep` newest checkpoints of this run and its best one; 0 keeps all.
 
-    Later ones are left alone: they are there when a run goes on from an earlier step. What a killed
-    run has left half written is deleted.
+    Later ones are left alone: they are there when a run goes on from an earlier step. What killed runs
+    of this task have left half written is deleted, too: files that nobody has written to since a time,
+    in seconds since 1970, at which this process ran already.
     """
     entries = [entry for entry in of_task(checkpoint.task, checkpoint.run) if entry[1] <= checkpoint.step]
     for _, step, path in entries[:-keep] if keep else []:
         if step != checkpoint.best["step"]:
             path.unlink(missing_ok=True)
-    for path in FOLDER.glob(f"{checkpoint.task}_{checkpoint.run}_step_*.pt.part"):
-        path.unlink(missing_ok=True)
+    for path in FOLDER.glob(f"{checkpoint.task}_*.pt.part"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if path.stat().st_mtime < since:
+                path.unlink()

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -250,6 +251,20 @@ def test_killed_while_a_checkpoint_is_written(train, monkeypatch, module, name, 
     assert done.returncode == 0 and done.stderr.endswith("at step 3\n")
     assert train.same(load(train.checkpoints()[6]), whole)
     assert not left_over.exists()
+
+
+def test_what_other_runs_write_is_left_alone(train):
+    """Unless nobody writes it any more; a run killed at its first checkpoint leaves nothing else."""
+    assert train("pretrain").returncode == 0
+    [path] = train.checkpoints().values()
+    names = "pretrain_a", "pretrain_b", "sft_c"
+    dead, alive, sft = (path.with_name(f"{name}_step_3.pt.part") for name in names)
+    for part in (dead, alive, sft):
+        part.write_bytes(b"x")
+    for part, age in ((dead, -1), (alive, 3600), (sft, -1)):
+        os.utime(part, (time.time() + age,) * 2)
+    assert train("pretrain", "--resume", max_steps=8).returncode == 0
+    assert not dead.exists() and alive.exists() and sft.exists()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(train, monkeypatch):
