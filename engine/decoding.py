@@ -217,20 +217,20 @@ def is_compiled():
 def prepare(model):
     """Compile, in a process of its own, which may go on when this one ends, and load."""
     if supports(model) and not is_compiled():
-        command = [sys.executable, "-m", "engine.compiled"]
+        command = [sys.executable, "-m", "engine.compiled_step"]
         subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True)
     if supports(model) and is_compiled():
         with LOADING:
-            from engine import compiled
+            from engine import compiled_step
 
-            compiled.warm_up(is_int8=isinstance(model.lm_head, Int8Linear))
+            compiled_step.warm_up(is_int8=isinstance(model.lm_head, Int8Linear))
 
 
 def compiled_step(model):
     """The CompiledStep of a model that is prepared, or None."""
     if not (supports(model) and is_compiled()):
         return None
-    from engine.compiled import CompiledStep
+    from engine.compiled_step import CompiledStep
 
     return CompiledStep(model)
 
