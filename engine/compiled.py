@@ -3,17 +3,16 @@
 PyTorch spends more time between its operations than in them when there is one token. Here one function runs
 the whole step, in every thread of a small team: each computes its share of the rows of each matrix, and
 waits for the others (`meet`) before it reads what they wrote. Weights are float32 or int8
-(engine/quantize.py). It is the network of model.py and knows no other. engine/team.py calls it.
+(engine/quantize.py). It is the network of model.py and knows no other. engine/compiled_step.py calls it.
 
 Activations are [features, B]: what one product writes, the next one reads, and B numbers that lie side by
-side are multiplied by the same weight, as a `Vector`. B is 1 or a multiple of 8: `columns`.
+side are multiplied by the same weight, as a `Vector`. B is 1 or a multiple of 8 (`columns`).
 
 Numba brings its own compiler, so nobody needs to have one. It works for some seconds when a step is run for
 the first time, and keeps the result beside this file; so all that it compiles is in this file, which tells
 it when that is out of date.
 """
 
-import operator
 import os
 from typing import NamedTuple
 
@@ -49,10 +48,9 @@ STATE = 24  # STATE + 8 rank: of that thread; the place after that: how many ste
 AWAKE, ENGAGED, ASLEEP = 0, 1, 2
 
 
-def pointer(context, builder, kinds, args):
-    """To the number args[1] of the contiguous array args[0]; kinds: their types."""
-    data = context.make_array(kinds[0])(context, builder, args[0]).data
-    return builder.gep(data, [args[1]])
+def pointer(context, builder, kind, array, place):
+    """To array[place]; kind: the type of the array, which is contiguous."""
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [place])
 
 
 @intrinsic
@@ -60,7 +58,7 @@ def add(typingctx, array, i, n):
     """Atomically array[i] += n; gives what it was."""
 
     def generate(context, builder, signature, args):
-        return builder.atomic_rmw("add", pointer(context, builder, signature.args, args), args[2], "seq_cst")
+        return builder.atomic_rmw("add", pointer(context, builder, array, *args[:2]), args[2], "seq_cst")
 
     return types.int64(array, types.int64, types.int64), generate
 
@@ -68,7 +66,7 @@ def add(typingctx, array, i, n):
 @intrinsic
 def read(typingctx, array, i):
     def generate(context, builder, signature, args):
-        return builder.load_atomic(pointer(context, builder, signature.args, args), "seq_cst", 8)
+        return builder.load_atomic(pointer(context, builder, array, *args[:2]), "seq_cst", 8)
 
     return types.int64(array, types.int64), generate
 
@@ -76,7 +74,7 @@ def read(typingctx, array, i):
 @intrinsic
 def write(typingctx, array, i, n):
     def generate(context, builder, signature, args):
-        place = pointer(context, builder, signature.args, args)
+        place = pointer(context, builder, array, *args[:2])
         builder.store_atomic(args[2], place, "seq_cst", 8)
         return context.get_dummy_value()
 
@@ -88,7 +86,7 @@ def swap(typingctx, array, i, old, new):
     """Atomically array[i] = new if it is old; returns whether it was."""
 
     def generate(context, builder, signature, args):
-        place = pointer(context, builder, signature.args, args)
+        place = pointer(context, builder, array, *args[:2])
         return builder.extract_value(builder.cmpxchg(place, args[2], args[3], "seq_cst", "seq_cst"), 1)
 
     return types.boolean(array, types.int64, types.int64, types.int64), generate
@@ -106,113 +104,157 @@ def meet(control, n_threads):
 
 
 # ---- vectors -----------------------------------------------------------------------------------------
-# What the compiler does not make of loops by itself: sums that stay in registers, of a shape we choose. Each
-# processor gets them cut to the size of its registers. Indices are counted in the flat array and not looked at:
-# Numba's own `a[i, j]` would first ask whether it is negative, for every number.
+# What the compiler does not make of loops by itself: sums that stay in registers, of a shape that we choose.
+# Each processor gets them cut to the size of its registers. Places are counted in the flat array; a tuple of
+# them gives a tuple of vectors. Nobody looks whether they are negative, as Numba's a[i] does for each number.
+
+INT32 = ir.IntType(32)
 
 
 class Vector(types.Type):
-    """`width` float32 numbers: a value like others, that + and * work on."""
+    """`width` float32 numbers: a value like others, for the functions below."""
 
     def __init__(self, width):
         self.width = width
         super().__init__(name=f"Vector({width})")
 
 
-def vector_of(width, element=None):
+def llvm_vector(width, element=None):
     return ir.VectorType(element or ir.FloatType(), width)
 
 
 @register_model(Vector)
 class VectorModel(models.PrimitiveModel):
     def __init__(self, manager, kind):
-        super().__init__(manager, kind, vector_of(kind.width))
+        super().__init__(manager, kind, llvm_vector(kind.width))
+
+
+def width_of(kind):
+    """The type of a number as it is written, of a vector, or of a tuple of vectors -> how many numbers."""
+    return kind.literal_value if isinstance(kind, types.Literal) else getattr(kind, "dtype", kind).width
+
+
+def as_many(places, kind):
+    """The type of `kind` for each of the places."""
+    return types.UniTuple(kind, places.count) if isinstance(places, types.UniTuple) else kind
+
+
+def each(builder, function, *values):
+    """function of values, or of all their first parts, all their second parts, ...: a tuple.
+
+    Of a value that is no tuple, every part is the value.
+    """
+    is_tuple = [isinstance(value.type, ir.ArrayType) for value in values]
+    if not any(is_tuple):
+        return function(*values)
+    count = values[is_tuple.index(True)].type.count
+    results = []
+    for k in range(count):
+        parts = zip(values, is_tuple, strict=True)
+        results.append(function(*(builder.extract_value(v, k) if many else v for v, many in parts)))
+    if results[0] is None:
+        return None
+    packed = ir.Constant(ir.ArrayType(results[0].type, count), ir.Undefined)
+    for k, result in enumerate(results):
+        packed = builder.insert_value(packed, result, k)
+    return packed
 
 
 def repeated(builder, x, width):
-    nothing = ir.Constant(vector_of(width), ir.Undefined)
-    zeros = ir.Constant(vector_of(width, ir.IntType(32)), [0] * width)
-    return builder.shuffle_vector(builder.insert_element(nothing, x, ir.IntType(32)(0)), nothing, zeros)
+    nothing = ir.Constant(llvm_vector(width), ir.Undefined)
+    zeros = ir.Constant(llvm_vector(width, INT32), [0] * width)
+    return builder.shuffle_vector(builder.insert_element(nothing, x, INT32(0)), nothing, zeros)
 
 
 @intrinsic(prefer_literal=True)
-def full(typingctx, x, width):
-    """A vector of x."""
+def zeros(typingctx, count, width):
+    """`count` vectors of zeros"""
+    kind = types.UniTuple(Vector(width.literal_value), count.literal_value)
 
     def generate(context, builder, signature, args):
-        return repeated(builder, args[0], width.literal_value)
+        return ir.Constant(context.get_value_type(kind), None)
 
-    return Vector(width.literal_value)(types.float32, width), generate
+    return kind(count, width), generate
 
 
 @intrinsic(prefer_literal=True)
-def spread(typingctx, array, i, width):
-    """A vector of array[i]."""
+def clipped(typingctx, first, step, last, count):
+    """The places first, first + step, ..., `count` of them, but `last` for those that lie behind it."""
 
     def generate(context, builder, signature, args):
-        return repeated(
-            builder, builder.load(pointer(context, builder, signature.args, args)), width.literal_value
-        )
+        first, step, last, _ = args
+        places = []
+        for k in range(count.literal_value):
+            place = builder.add(first, builder.mul(step, step.type(k)))
+            places.append(builder.select(builder.icmp_signed("<", place, last), place, last))
+        return context.make_tuple(builder, signature.return_type, places)
 
-    return Vector(width.literal_value)(array, types.int64, width), generate
+    kind = types.UniTuple(types.int64, count.literal_value)
+    return kind(types.int64, types.int64, types.int64, count), generate
 
 
 @intrinsic(prefer_literal=True)
-def load(typingctx, array, i, width):
-    """array[i : i + width], float32 or int8"""
+def load(typingctx, array, places, i, width):
+    """The vector array[place + i : place + i + width], float32 or int8. width: see `width_of`"""
+    kind = llvm_vector(width_of(width))
 
     def generate(context, builder, signature, args):
-        place = pointer(context, builder, signature.args, args)
-        kind = vector_of(width.literal_value, place.type.pointee)
-        vector = builder.load(builder.bitcast(place, kind.as_pointer()), align=array.dtype.bitwidth // 8)
-        if array.dtype == types.float32:
-            return vector
-        wide = builder.sext(vector, vector_of(width.literal_value, ir.IntType(32)))
-        return builder.sitofp(wide, vector_of(width.literal_value))
+        def load_one(place):
+            place = pointer(context, builder, array, args[0], builder.add(place, args[2]))
+            stored = llvm_vector(kind.count, place.type.pointee)
+            place = builder.bitcast(place, stored.as_pointer())
+            vector = builder.load(place, align=array.dtype.bitwidth // 8)
+            if stored == kind:
+                return vector
+            return builder.sitofp(builder.sext(vector, llvm_vector(kind.count, INT32)), kind)
 
-    return Vector(width.literal_value)(array, types.int64, width), generate
+        return each(builder, load_one, args[1])
+
+    placed, kinds = as_many(places, types.int64), as_many(places, Vector(kind.count))
+    return kinds(array, placed, types.int64, width), generate
+
+
+@intrinsic(prefer_literal=True)
+def spread(typingctx, array, places, i, width):
+    """A vector of array[place + i], `width` times the same"""
+
+    def generate(context, builder, signature, args):
+        def spread_one(place):
+            number = builder.load(pointer(context, builder, array, args[0], builder.add(place, args[2])))
+            return repeated(builder, number, width_of(width))
+
+        return each(builder, spread_one, args[1])
+
+    placed, kinds = as_many(places, types.int64), as_many(places, Vector(width_of(width)))
+    return kinds(array, placed, types.int64, width), generate
 
 
 @intrinsic
-def store(typingctx, array, i, vector):
-    """array[i : i + width] = vector"""
+def store(typingctx, array, places, i, vectors):
+    """array[place + i : place + i + width] = the vector"""
 
     def generate(context, builder, signature, args):
-        place = pointer(context, builder, signature.args, args)
-        builder.store(args[2], builder.bitcast(place, args[2].type.as_pointer()), align=4)
+        def store_one(place, vector):
+            place = pointer(context, builder, array, args[0], builder.add(place, args[2]))
+            builder.store(vector, builder.bitcast(place, vector.type.as_pointer()), align=4)
+
+        each(builder, store_one, args[1], args[3])
         return context.get_dummy_value()
 
-    return types.void(array, types.int64, vector), generate
+    return types.void(array, as_many(places, types.int64), types.int64, vectors), generate
 
 
 @intrinsic
-def transpose(typingctx, out, i, n_columns, x, j, n_rows):
-    """out[i + b * n_columns + r] = x[j + r * n_rows + b] for b, r = 0 .. 7"""
+def multiply_add(typingctx, sums, a, b):
+    """sums + a * b, each of which may be a tuple of vectors or one for all"""
 
     def generate(context, builder, signature, args):
-        kinds, number = signature.args, ir.IntType(32)
-        target = pointer(context, builder, kinds[:2], args[:2])
-        source = pointer(context, builder, kinds[3:5], args[3:5])
-        eight = vector_of(8).as_pointer()
+        def plus_one(total, a, b):
+            return builder.fadd(total, builder.fmul(a, b, flags=["fast"]), flags=["fast"])
 
-        def row(place, r, stride):
-            return builder.bitcast(builder.gep(place, [builder.mul(stride, stride.type(r))]), eight)
+        return each(builder, plus_one, *args)
 
-        rows = [builder.load(row(source, r, args[5]), align=4) for r in range(8)]
-        for half in (4, 2, 1):  # blocks beside the diagonal change places, ever smaller ones
-            for r in (r for r in range(8) if not r & half):
-                one, two = rows[r], rows[r + half]
-                low = [k if not k & half else 8 + k - half for k in range(8)]
-                high = [k + half if not k & half else 8 + k for k in range(8)]
-                rows[r], rows[r + half] = (
-                    builder.shuffle_vector(one, two, ir.Constant(vector_of(8, number), order))
-                    for order in (low, high)
-                )
-        for r, vector in enumerate(rows):
-            builder.store(vector, row(target, r, args[2]), align=4)
-        return context.get_dummy_value()
-
-    return types.void(out, types.int64, types.int64, x, types.int64, types.int64), generate
+    return sums(sums, a, b), generate
 
 
 @intrinsic
@@ -230,41 +272,45 @@ def total(typingctx, vector):
 
 
 @intrinsic
-def prefetch(typingctx, array, i):
-    """array[i] is wanted soon. Where there is none, nothing happens."""
+def transpose(typingctx, out, i, n_columns, x, j, n_rows):
+    """out[i + b * n_columns + r] = x[j + r * n_rows + b] for b, r = 0 .. 7"""
 
     def generate(context, builder, signature, args):
-        place, number = pointer(context, builder, signature.args, args), ir.IntType(32)
-        place = builder.bitcast(place, ir.IntType(8).as_pointer())
-        function = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        def row(array, number, first, r, stride):
+            place = builder.add(first, builder.mul(stride, stride.type(r)))
+            place = pointer(context, builder, array, number, place)
+            return builder.bitcast(place, llvm_vector(8).as_pointer())
+
+        rows = [builder.load(row(x, *args[3:5], r, args[5]), align=4) for r in range(8)]
+        for half in (4, 2, 1):  # blocks beside the diagonal change places, ever smaller ones
+            for r in (r for r in range(8) if not r & half):
+                pair = rows[r], rows[r + half]
+                low = [8 + k - half if k & half else k for k in range(8)]
+                for number, order in ((r, low), (r + half, [k + half for k in low])):
+                    rows[number] = builder.shuffle_vector(*pair, ir.Constant(llvm_vector(8, INT32), order))
+        for r, vector in enumerate(rows):
+            builder.store(vector, row(out, *args[:2], r, args[2]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, types.int64, x, types.int64, types.int64), generate
+
+
+@intrinsic
+def prefetch(typingctx, array, place):
+    """array[place] is wanted soon, in the second cache. Where there is none, nothing happens."""
+
+    def generate(context, builder, signature, args):
+        place = builder.bitcast(pointer(context, builder, array, *args), ir.IntType(8).as_pointer())
+        function = ir.FunctionType(ir.VoidType(), [place.type, INT32, INT32, INT32])
         fetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], function)
-        builder.call(fetch, [place, number(0), number(2), number(1)])  # to read, into the second cache, data
+        builder.call(fetch, [place, INT32(0), INT32(2), INT32(1)])  # not to write it, second cache, data
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate
 
 
-def arithmetic(instruction, *operators):
-    @intrinsic
-    def apply(typingctx, a, b):
-        def generate(context, builder, signature, args):
-            return getattr(builder, instruction)(*args, flags=["fast"])
-
-        return a(a, b), generate
-
-    def chosen(a, b):
-        if isinstance(a, Vector) and a == b:
-            return lambda a, b: apply(a, b)
-
-    for operation in operators:
-        overload(operation)(chosen)
-
-
-arithmetic("fadd", operator.add, operator.iadd)
-arithmetic("fmul", operator.mul, operator.imul)
-
-
 # ---- products ----------------------------------------------------------------------------------------
+# A matrix is (weights [M, N], scales, bias); of float32, scales are [M, 0].
 
 
 @compiled
@@ -273,45 +319,28 @@ def dots(out, matrix, x, add_to, begin, end):
 
     Four rows at once, from far apart: a processor fetches several streams of memory faster than one.
     """
-    w, scales, bias = matrix
-    M, N = w.shape
-    flat, factors, n_groups = w.reshape(-1), scales.reshape(-1), scales.shape[1]
+    w, scales, _ = matrix
+    N, n_groups, flat, factors = w.shape[1], scales.shape[1], w.reshape(-1), scales.reshape(-1)
     quarter = (end - begin + 3) // 4
-    for r0 in range(begin, begin + quarter):
-        r1, r2, r3 = min(r0 + quarter, end - 1), min(r0 + 2 * quarter, end - 1), min(r0 + 3 * quarter, end - 1)
-        t0 = t1 = t2 = t3 = full(f32(0), 16)
+    for r in range(begin, begin + quarter):
+        rows = clipped(r * N, quarter * N, (end - 1) * N, 4)
+        groups = clipped(r * n_groups, quarter * n_groups, (end - 1) * n_groups, 4)
+        sums, rest = zeros(4, 16), zeros(4, 1)
         for g in range(n_groups):
-            p0 = p1 = p2 = p3 = full(f32(0), 16)
+            parts = zeros(4, 16)
             for i in range(g * GROUP, (g + 1) * GROUP, 16):
-                v = load(x, i, 16)
-                p0 += load(flat, r0 * N + i, 16) * v
-                p1 += load(flat, r1 * N + i, 16) * v
-                p2 += load(flat, r2 * N + i, 16) * v
-                p3 += load(flat, r3 * N + i, 16) * v
-            t0 += p0 * spread(factors, r0 * n_groups + g, 16)
-            t1 += p1 * spread(factors, r1 * n_groups + g, 16)
-            t2 += p2 * spread(factors, r2 * n_groups + g, 16)
-            t3 += p3 * spread(factors, r3 * n_groups + g, 16)
-        whole = 0 if n_groups else N - N % 16
-        for i in range(0, whole, 16):
-            v = load(x, i, 16)
-            t0 += load(flat, r0 * N + i, 16) * v
-            t1 += load(flat, r1 * N + i, 16) * v
-            t2 += load(flat, r2 * N + i, 16) * v
-            t3 += load(flat, r3 * N + i, 16) * v
-        s0, s1, s2, s3 = total(t0), total(t1), total(t2), total(t3)
-        for i in range(N if n_groups else whole, N):
-            s0 += f32(w[r0, i]) * x[i]
-            s1 += f32(w[r1, i]) * x[i]
-            s2 += f32(w[r2, i]) * x[i]
-            s3 += f32(w[r3, i]) * x[i]
-        out[r0] = out[r0] + s0 if add_to else s0
-        if r0 + quarter < end:
-            out[r1] = out[r1] + s1 if add_to else s1
-        if r0 + 2 * quarter < end:
-            out[r2] = out[r2] + s2 if add_to else s2
-        if r0 + 3 * quarter < end:
-            out[r3] = out[r3] + s3 if add_to else s3
+                parts = multiply_add(parts, load(flat, rows, i, 16), load(x, 0, i, 16))
+            sums = multiply_add(sums, parts, spread(factors, groups, g, 16))
+        done = n_groups * GROUP
+        for i in range(done, N - 15, 16):
+            sums = multiply_add(sums, load(flat, rows, i, 16), load(x, 0, i, 16))
+        for i in range(max(done, N - N % 16), N):
+            rest = multiply_add(rest, load(flat, rows, i, 1), load(x, 0, i, 1))
+        for k in range(4):
+            row = r + k * quarter
+            if row < end:
+                result = total(sums[k]) + total(rest[k])
+                out[row] = out[row] + result if add_to else result
 
 
 def as_float(w, buffer):
@@ -323,73 +352,36 @@ def _(w, buffer):
     return (lambda w, buffer: w) if w.dtype == types.float32 else (lambda w, buffer: buffer)
 
 
-def tiles(width):
-    """`dots` for `width` columns."""
-
-    @compiled
-    def tile(out, matrix, x, B, c, add_to, begin, end):
-        """Rows begin .. end - 1, columns c .. c + width - 1 of out [M, B] = or += w [M, N] times x [N, B].
-
-        Six rows at a time: their sums just fit into the registers of AVX2, and the processor is kept busy.
-        """
-        w, scales, _ = matrix
-        N, flat, factors, n_groups = w.shape[1], w.reshape(-1), scales.reshape(-1), scales.shape[1]
-        buffer = np.empty(6 * N if n_groups else 0, f32)
-        rows = as_float(flat, buffer)
-        for r in range(begin, end, 6):
-            first, last = r * N, (end - 1) * N
-            if n_groups:
-                for k in range(6):
-                    row = min(r + k, end - 1)
-                    for i in range(0, N, 16):
-                        factor = spread(factors, row * n_groups + i // GROUP, 16)
-                        store(buffer, k * N + i, load(flat, row * N + i, 16) * factor)
-                first, last = 0, 5 * N
-            a1, a2, a3, a4, a5 = (
-                min(first + N, last),
-                min(first + 2 * N, last),
-                min(first + 3 * N, last),
-                min(first + 4 * N, last),
-                min(first + 5 * N, last),
-            )
-            t0 = t1 = t2 = t3 = t4 = t5 = full(f32(0), width)
-            for j in range(0, N, 16):
-                if not n_groups:  # the rows after the next ones, in the order in which they lie in memory
-                    for k in range(6):
-                        prefetch(flat, first + 6 * (2 * N + j) + 16 * k)
-                for i in range(j, min(j + 16, N)):
-                    v = load(x, i * B + c, width)
-                    t0 += spread(rows, first + i, width) * v
-                    t1 += spread(rows, a1 + i, width) * v
-                    t2 += spread(rows, a2 + i, width) * v
-                    t3 += spread(rows, a3 + i, width) * v
-                    t4 += spread(rows, a4 + i, width) * v
-                    t5 += spread(rows, a5 + i, width) * v
-            place = r * B + c
-            if add_to:
-                last = (end - 1) * B + c
-                t0 += load(out, place, width)
-                t1 += load(out, min(place + B, last), width)
-                t2 += load(out, min(place + 2 * B, last), width)
-                t3 += load(out, min(place + 3 * B, last), width)
-                t4 += load(out, min(place + 4 * B, last), width)
-                t5 += load(out, min(place + 5 * B, last), width)
-            store(out, place, t0)
-            if r + 1 < end:
-                store(out, place + B, t1)
-            if r + 2 < end:
-                store(out, place + 2 * B, t2)
-            if r + 3 < end:
-                store(out, place + 3 * B, t3)
-            if r + 4 < end:
-                store(out, place + 4 * B, t4)
-            if r + 5 < end:
-                store(out, place + 5 * B, t5)
-
-    return tile
+ROWS = 6  # of a matrix at once: their sums for 16 columns just fit into the registers of AVX2
 
 
-eight, sixteen = tiles(8), tiles(16)
+@compiled
+def tiles(out, matrix, x, B, c, add_to, begin, end, nothing):
+    """Rows begin .. end - 1 and some columns from c on of out [M, B] = or += w [M, N] times x [N, B].
+
+    nothing: ROWS vectors of zeros, as wide as there are columns.
+    """
+    w, scales, _ = matrix
+    N, n_groups, flat, factors = w.shape[1], scales.shape[1], w.reshape(-1), scales.reshape(-1)
+    buffer = np.empty(ROWS * N if n_groups else 0, f32)
+    source = as_float(flat, buffer)
+    for r in range(begin, end, ROWS):
+        rows = clipped(r * N, N, (end - 1) * N, ROWS)
+        if n_groups:
+            groups = clipped(r * n_groups, n_groups, (end - 1) * n_groups, ROWS)
+            places = clipped(0, N, ROWS * N, ROWS)
+            for i in range(0, N, 16):
+                scale = spread(factors, groups, i // GROUP, 16)
+                store(buffer, places, i, multiply_add(zeros(ROWS, 16), load(flat, rows, i, 16), scale))
+            rows = places
+        targets = clipped(r * B + c, B, (end - 1) * B + c, ROWS)
+        sums = load(out, targets, 0, nothing) if add_to else nothing
+        for j in range(0, N, 16):
+            for k in range(ROWS):  # the rows after the next ones, in the order of memory
+                prefetch(flat, r * N + ROWS * (2 * N + j) + 16 * k)
+            for i in range(j, min(j + 16, N)):
+                sums = multiply_add(sums, spread(source, rows, i, nothing), load(x, c, i * B, nothing))
+        store(out, targets, 0, sums)
 
 
 @compiled
@@ -406,9 +398,9 @@ def product(out, matrix, x, B, add_to, rank, n_threads):
     if B == 1:
         dots(out, matrix, x, add_to, begin, end)
     for c in range(0, B - 15, 16):
-        sixteen(out, matrix, x, B, c, add_to, begin, end)
+        tiles(out, matrix, x, B, c, add_to, begin, end, zeros(ROWS, 16))
     if B % 16 == 8:
-        eight(out, matrix, x, B, B - 8, add_to, begin, end)
+        tiles(out, matrix, x, B, B - 8, add_to, begin, end, zeros(ROWS, 8))
     if bias.shape[0]:
         for r in range(begin, end):
             for b in range(B):
@@ -455,23 +447,15 @@ def norm(x, weight, eps):
 @compiled
 def norm_of(out, x, B, weight, eps):
     """out [C, B] = RMSNorm of the columns of x [C, B]"""
-    C = weight.shape[0]
-    if B == 1:
-        for i in range(C):
-            out[i] = x[i]
-        norm(out[:C], weight, eps)
-    factors = np.empty(8, f32)
-    for c in range(0, B - 7, 8):
-        squares = full(f32(0), 8)
-        for i in range(C):
-            v = load(x, i * B + c, 8)
-            squares += v * v
-        store(factors, 0, squares)
-        for k in range(8):
-            factors[k] = f32(1) / np.sqrt(factors[k] / f32(C) + f32(eps))
-        factor = load(factors, 0, 8)
-        for i in range(C):
-            store(out, i * B + c, load(x, i * B + c, 8) * factor * spread(weight, i, 8))
+    factors = np.zeros(B, f32)
+    for i in range(weight.shape[0]):
+        for b in range(B):
+            factors[b] += x[i * B + b] * x[i * B + b]
+    for b in range(B):
+        factors[b] = f32(1) / np.sqrt(factors[b] / f32(weight.shape[0]) + f32(eps))
+    for i in range(weight.shape[0]):
+        for b in range(B):
+            out[i * B + b] = x[i * B + b] * factors[b] * weight[i]
 
 
 @compiled
@@ -487,39 +471,39 @@ def rotate(x, rotary, position):
 
 @compiled
 def attend(out, q, keys, values, place, soon, scores):
-    """out [D] = softmax(q [D] times keys [S, D]) times values [S, D]; scores [S].
+    """out [D] = softmax(q [D] times keys [S, D]) times values [S, D]; scores [S + 4].
 
     Of the flat arrays keys and values, S D numbers from `place` on; those from `soon` on are wanted next.
     """
-    S, D = scores.shape[0], q.shape[0]
+    S, D = scores.shape[0] - 4, q.shape[0]
     whole = D - D % 16
     scale, largest, weights = f32(1 / np.sqrt(D)), f32(-3e38), f32(0)
-    for s in range(S):
-        row = place + s * D
-        t = full(f32(0), 16)
+    for s in range(0, S, 4):
+        rows = clipped(place + s * D, D, place + (S - 1) * D, 4)
+        sums, rest = zeros(4, 16), zeros(4, 1)
         for i in range(0, whole, 16):
-            prefetch(keys, soon + s * D + i)
-            t += load(q, i, 16) * load(keys, row + i, 16)
-        score = total(t)
+            for k in range(4):
+                prefetch(keys, soon + (s + k) * D + i)
+            sums = multiply_add(sums, load(keys, rows, i, 16), load(q, 0, i, 16))
         for i in range(whole, D):
-            score += q[i] * keys[row + i]
-        scores[s] = score * scale
+            rest = multiply_add(rest, load(keys, rows, i, 1), load(q, 0, i, 1))
+        for k in range(4):
+            scores[s + k] = (total(sums[k]) + total(rest[k])) * scale
+    for s in range(S):
         largest = max(largest, scores[s])
     for s in range(S):
         scores[s] = exp(scores[s] - largest)
         weights += scores[s]
     for s in range(S):
         scores[s] /= weights
-    for i in range(0, whole, 16):
-        t = u = full(f32(0), 16)  # one would wait for itself
-        for s in range(0, S - 1, 2):
+    for i in range(0, whole, 32):
+        parts = clipped(i, 16, whole - 16, 2)  # one would wait for itself
+        sums = zeros(2, 16)
+        for s in range(S):
             prefetch(values, soon + s * D + i)
-            prefetch(values, soon + (s + 1) * D + i)
-            t += spread(scores, s, 16) * load(values, place + s * D + i, 16)
-            u += spread(scores, s + 1, 16) * load(values, place + (s + 1) * D + i, 16)
-        if S % 2:
-            t += spread(scores, S - 1, 16) * load(values, place + (S - 1) * D + i, 16)
-        store(out, i, t + u)
+            prefetch(values, soon + s * D + i + 16)
+            sums = multiply_add(sums, load(values, parts, place + s * D, 16), spread(scores, 0, s, 16))
+        store(out, parts, 0, sums)
     for i in range(whole, D):
         out[i] = 0
         for s in range(S):
@@ -595,7 +579,7 @@ def attention(scratch, weights, layer, all_keys, all_values, positions, B, eps, 
     _, n_rows, G, S, D = all_keys.shape
     qkv, y, keys, values = scratch.qkv, scratch.y, all_keys.reshape(-1), all_values.reshape(-1)
     H = qkv.shape[0] // B // D - 2 * G
-    head, out, scores = np.empty(D, f32), np.empty(D, f32), np.empty(S, f32)
+    head, out, scores = np.empty(D, f32), np.empty(D, f32), np.empty(S + 4, f32)
     begin, end = share(positions.shape[0] * G, rank, n_threads)
     for item in range(begin, end):
         b, g = item // G, item % G
@@ -615,7 +599,7 @@ def attention(scratch, weights, layer, all_keys, all_values, positions, B, eps, 
             rotate(head, weights.rotary, position)
             is_last = h + 1 == (g + 1) * (H // G)
             soon = place + S * D if is_last else place
-            attend(out, head, keys, values, place, soon, scores[: position + 1])
+            attend(out, head, keys, values, place, soon, scores[: position + 5])
             for i in range(D):
                 y[(h * D + i) * B + b] = out[i]
 
@@ -696,7 +680,7 @@ def lead(job, n_threads):
                 return False
     write(control, NUMBER, job.number)
     add(control, ASKED, 1)
-    step(job, 0, n_threads)
+    step(job, np.int64(0), n_threads)  # a mere 0 is of another type, and needs another compilation
     for b in range(job.positions.shape[0]):
         job.positions[b] += 1
     return True
