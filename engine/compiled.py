@@ -258,17 +258,26 @@ def multiply_add(typingctx, sums, a, b):
 
 
 @intrinsic
-def total(typingctx, vector):
-    """The sum of its numbers."""
+def totals(typingctx, four):
+    """The sums of the numbers of four vectors, a tuple."""
 
     def generate(context, builder, signature, args):
-        kind = args[0].type
-        function = ir.FunctionType(kind.element, [kind.element, kind])
-        name = f"llvm.vector.reduce.fadd.v{kind.count}f32"
-        reduce = builder.module.declare_intrinsic(name, fnty=function)
-        return builder.call(reduce, [kind.element(0.0), args[0]], fastmath=["fast"])
+        def taken(a, b, order):
+            return builder.shuffle_vector(a, b, ir.Constant(llvm_vector(len(order), INT32), order))
 
-    return types.float32(vector), generate
+        def added(a, b, one, other):
+            return builder.fadd(taken(a, b, one), taken(a, b, other), flags=["fast"])
+
+        vectors = [builder.extract_value(args[0], k) for k in range(4)]
+        while (half := vectors[0].type.count // 2) >= 4:
+            vectors = [added(v, v, [*range(half)], [*range(half, 2 * half)]) for v in vectors]
+        while len(vectors) > 1:  # neighbours are added, of two vectors at a time; one of each is left
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [added(a, b, [0, 2, 4, 6], [1, 3, 5, 7]) for a, b in pairs]
+        sums = [builder.extract_element(vectors[0], INT32(k)) for k in range(4)]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    return types.UniTuple(types.float32, 4)(four), generate
 
 
 @intrinsic
@@ -325,7 +334,7 @@ def dots(out, matrix, x, add_to, begin, end):
     for r in range(begin, begin + quarter):
         rows = clipped(r * N, quarter * N, (end - 1) * N, 4)
         groups = clipped(r * n_groups, quarter * n_groups, (end - 1) * n_groups, 4)
-        sums, rest = zeros(4, 16), zeros(4, 1)
+        sums = zeros(4, 16)
         for g in range(n_groups):
             parts = zeros(4, 16)
             for i in range(g * GROUP, (g + 1) * GROUP, 16):
@@ -334,12 +343,12 @@ def dots(out, matrix, x, add_to, begin, end):
         done = n_groups * GROUP
         for i in range(done, N - 15, 16):
             sums = multiply_add(sums, load(flat, rows, i, 16), load(x, 0, i, 16))
-        for i in range(max(done, N - N % 16), N):
-            rest = multiply_add(rest, load(flat, rows, i, 1), load(x, 0, i, 1))
+        results = totals(sums)
         for k in range(4):
-            row = r + k * quarter
+            row, result = r + k * quarter, results[k]
             if row < end:
-                result = total(sums[k]) + total(rest[k])
+                for i in range(max(done, N - N % 16), N):
+                    result += f32(w[row, i]) * x[i]
                 out[row] = out[row] + result if add_to else result
 
 
@@ -479,35 +488,41 @@ def attend(out, q, keys, values, place, soon, scores):
     whole = D - D % 16
     scale, largest, weights = f32(1 / np.sqrt(D)), f32(-3e38), f32(0)
     for s in range(0, S, 4):
-        rows = clipped(place + s * D, D, place + (S - 1) * D, 4)
-        sums, rest = zeros(4, 16), zeros(4, 1)
+        rows, sums = clipped(place + s * D, D, place + (S - 1) * D, 4), zeros(4, 16)
         for i in range(0, whole, 16):
             for k in range(4):
                 prefetch(keys, soon + (s + k) * D + i)
             sums = multiply_add(sums, load(keys, rows, i, 16), load(q, 0, i, 16))
-        for i in range(whole, D):
-            rest = multiply_add(rest, load(keys, rows, i, 1), load(q, 0, i, 1))
+        results = totals(sums)
         for k in range(4):
-            scores[s + k] = (total(sums[k]) + total(rest[k])) * scale
+            scores[s + k] = results[k]
+    for i in range(whole, D):
+        for s in range(S):
+            scores[s] += q[i] * keys[place + s * D + i]
     for s in range(S):
         largest = max(largest, scores[s])
     for s in range(S):
-        scores[s] = exp(scores[s] - largest)
+        scores[s] = exp((scores[s] - largest) * scale)
         weights += scores[s]
-    for s in range(S):
-        scores[s] /= weights
+    scores[S], scores[S + 1] = 0, f32(1) / weights
+    factor = spread(scores, S + 1, 0, 16)
     for i in range(0, whole, 32):
-        parts = clipped(i, 16, whole - 16, 2)  # one would wait for itself
-        sums = zeros(2, 16)
-        for s in range(S):
-            prefetch(values, soon + s * D + i)
-            prefetch(values, soon + s * D + i + 16)
-            sums = multiply_add(sums, load(values, parts, place + s * D, 16), spread(scores, 0, s, 16))
-        store(out, parts, 0, sums)
+        # Two parts of two rows at once: a sum that is added to waits for itself.
+        parts = clipped(i, 16, whole - 16, 2)
+        one, other = zeros(2, 16), zeros(2, 16)
+        for s in range(0, S, 2):
+            first, second = s * D, min(s + 1, S - 1) * D
+            for k in range(2):
+                prefetch(values, soon + first + parts[k])
+                prefetch(values, soon + second + parts[k])
+            one = multiply_add(one, load(values, parts, place + first, 16), spread(scores, s, 0, 16))
+            other = multiply_add(other, load(values, parts, place + second, 16), spread(scores, s, 1, 16))
+        both = multiply_add(multiply_add(zeros(2, 16), one, factor), other, factor)
+        store(out, parts, 0, both)
     for i in range(whole, D):
         out[i] = 0
         for s in range(S):
-            out[i] += scores[s] * values[place + s * D + i]
+            out[i] += scores[s] * scores[S + 1] * values[place + s * D + i]
 
 
 # ---- the network -----------------------------------------------------------------------------------------
