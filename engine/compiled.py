@@ -21,14 +21,16 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
-from engine.quantize import GROUP
+from engine.quantize import GROUP, NEIGHBOURS, ROWS
 
 SPINS = 2000  # looks before a waiting thread offers its core to others
 PATIENCE = 4000  # looks before a thread that has nothing to do goes to sleep: some tenths of a millisecond
 
 # Not parallel=True: Numba's own pools cost 100 us for each loop (workqueue) or stall where another process
-# wants a core (OpenMP). Not boundscheck, and fastmath, since a sum is vectorized only if it may be reordered.
-compiled = njit(nogil=True, fastmath=True, boundscheck=False, cache=True, error_model="numpy")
+# wants a core (OpenMP). Not fastmath, but where a loop adds up numbers of one token: what a token gets would
+# depend on its column, as the compiler would cut the loops otherwise.
+options = dict(nogil=True, boundscheck=False, cache=True, error_model="numpy")
+compiled, fast = njit(**options), njit(**options, fastmath=True)
 give_way = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
 f32 = np.float32
 
@@ -112,26 +114,28 @@ INT32 = ir.IntType(32)
 
 
 class Vector(types.Type):
-    """`width` float32 numbers: a value like others, for the functions below."""
+    """`width` lanes of 32 bits: of a float32, an int32, or two int16 each."""
 
-    def __init__(self, width):
-        self.width = width
-        super().__init__(name=f"Vector({width})")
+    def __init__(self, width, element):
+        self.width, self.element = width, element
+        super().__init__(name=f"Vector({width}, {element})")
 
-
-def llvm_vector(width, element=None):
-    return ir.VectorType(element or ir.FloatType(), width)
+    @property
+    def count(self):
+        return self.width * 32 // self.element.bitwidth
 
 
 @register_model(Vector)
 class VectorModel(models.PrimitiveModel):
     def __init__(self, manager, kind):
-        super().__init__(manager, kind, llvm_vector(kind.width))
+        element = manager.lookup(kind.element).get_value_type()
+        super().__init__(manager, kind, ir.VectorType(element, kind.count))
 
 
-def width_of(kind):
-    """The type of a number as it is written, of a vector, or of a tuple of vectors -> how many numbers."""
-    return kind.literal_value if isinstance(kind, types.Literal) else getattr(kind, "dtype", kind).width
+def kind_of(like, element):
+    """The type of a vector as wide as `like`, the type of a number as it is written or of a vector."""
+    is_number = isinstance(like, types.Literal)
+    return Vector(like.literal_value if is_number else getattr(like, "dtype", like).width, element)
 
 
 def as_many(places, kind):
@@ -160,21 +164,26 @@ def each(builder, function, *values):
     return packed
 
 
-def repeated(builder, x, width):
-    nothing = ir.Constant(llvm_vector(width), ir.Undefined)
-    zeros = ir.Constant(llvm_vector(width, INT32), [0] * width)
-    return builder.shuffle_vector(builder.insert_element(nothing, x, INT32(0)), nothing, zeros)
+def taken(builder, a, b, order):
+    """The numbers of these places in a and b, one behind the other."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, len(order)), [*order]))
+
+
+def called(builder, name, x):
+    """One of LLVM's functions of a vector of float32"""
+    function = ir.FunctionType(x.type, [x.type])
+    return builder.call(builder.module.declare_intrinsic(f"{name}.v{x.type.count}f32", fnty=function), [x])
 
 
 @intrinsic(prefer_literal=True)
-def zeros(typingctx, count, width):
-    """`count` vectors of zeros"""
-    kind = types.UniTuple(Vector(width.literal_value), count.literal_value)
+def zeros(typingctx, count, width, element):
+    """A tuple of `count` vectors of zeros, f32 or np.int32"""
+    kind = types.UniTuple(kind_of(width, element.dtype), count.literal_value)
 
     def generate(context, builder, signature, args):
         return ir.Constant(context.get_value_type(kind), None)
 
-    return kind(count, width), generate
+    return kind(count, width, element), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -195,38 +204,42 @@ def clipped(typingctx, first, step, last, count):
 
 @intrinsic(prefer_literal=True)
 def load(typingctx, array, places, i, width):
-    """The vector array[place + i : place + i + width], float32 or int8. width: see `width_of`"""
-    kind = llvm_vector(width_of(width))
+    """The vector of the numbers from array[place + i] on; int8 becomes int16. width: see `kind_of`."""
+    element = types.int16 if array.dtype == types.int8 else array.dtype
+    kind = kind_of(width, element)
 
     def generate(context, builder, signature, args):
         def load_one(place):
             place = pointer(context, builder, array, args[0], builder.add(place, args[2]))
-            stored = llvm_vector(kind.count, place.type.pointee)
+            stored = ir.VectorType(place.type.pointee, kind.count)
             place = builder.bitcast(place, stored.as_pointer())
             vector = builder.load(place, align=array.dtype.bitwidth // 8)
-            if stored == kind:
-                return vector
-            return builder.sitofp(builder.sext(vector, llvm_vector(kind.count, INT32)), kind)
+            return builder.sext(vector, context.get_value_type(kind)) if array.dtype == types.int8 else vector
 
         return each(builder, load_one, args[1])
 
-    placed, kinds = as_many(places, types.int64), as_many(places, Vector(kind.count))
-    return kinds(array, placed, types.int64, width), generate
+    placed = as_many(places, types.int64)
+    return as_many(places, kind)(array, placed, types.int64, width), generate
 
 
 @intrinsic(prefer_literal=True)
 def spread(typingctx, array, places, i, width):
-    """A vector of array[place + i], `width` times the same"""
+    """The vector of array[place + i] in each lane; of int16, of that and the next one."""
+    kind = kind_of(width, array.dtype)
+    n_numbers = kind.count // kind.width
+    order = [k if NEIGHBOURS else k // kind.width for k in range(kind.count)]
 
     def generate(context, builder, signature, args):
         def spread_one(place):
-            number = builder.load(pointer(context, builder, array, args[0], builder.add(place, args[2])))
-            return repeated(builder, number, width_of(width))
+            place = pointer(context, builder, array, args[0], builder.add(place, args[2]))
+            few = ir.VectorType(place.type.pointee, n_numbers)
+            few = builder.load(builder.bitcast(place, few.as_pointer()), align=array.dtype.bitwidth // 8)
+            return taken(builder, few, few, [k % n_numbers for k in order])
 
         return each(builder, spread_one, args[1])
 
-    placed, kinds = as_many(places, types.int64), as_many(places, Vector(width_of(width)))
-    return kinds(array, placed, types.int64, width), generate
+    placed = as_many(places, types.int64)
+    return as_many(places, kind)(array, placed, types.int64, width), generate
 
 
 @intrinsic
@@ -236,7 +249,8 @@ def store(typingctx, array, places, i, vectors):
     def generate(context, builder, signature, args):
         def store_one(place, vector):
             place = pointer(context, builder, array, args[0], builder.add(place, args[2]))
-            builder.store(vector, builder.bitcast(place, vector.type.as_pointer()), align=4)
+            place = builder.bitcast(place, vector.type.as_pointer())
+            builder.store(vector, place, align=array.dtype.bitwidth // 8)
 
         each(builder, store_one, args[1], args[3])
         return context.get_dummy_value()
@@ -246,38 +260,94 @@ def store(typingctx, array, places, i, vectors):
 
 @intrinsic
 def multiply_add(typingctx, sums, a, b):
-    """sums + a * b, each of which may be a tuple of vectors or one for all"""
+    """sums + a * b, float32, each of which may be a tuple of vectors or one for all"""
 
     def generate(context, builder, signature, args):
-        def plus_one(total, a, b):
-            return builder.fadd(total, builder.fmul(a, b, flags=["fast"]), flags=["fast"])
+        def one(total, a, b):
+            return builder.fadd(total, builder.fmul(a, b, flags=["contract"]), flags=["contract"])
 
-        return each(builder, plus_one, *args)
+        return each(builder, one, *args)
 
     return sums(sums, a, b), generate
 
 
 @intrinsic
-def totals(typingctx, four):
-    """The sums of the numbers of four vectors, a tuple."""
+def multiply_add_pairs(typingctx, sums, a, b):
+    """sums + a * b, int32; of a and b, int16, each lane gives two products. See NEIGHBOURS."""
+    n = sums.dtype.width
+    orders = (range(0, 2 * n, 2), range(1, 2 * n, 2)) if NEIGHBOURS else (range(n), range(n, 2 * n))
 
     def generate(context, builder, signature, args):
-        def taken(a, b, order):
-            return builder.shuffle_vector(a, b, ir.Constant(llvm_vector(len(order), INT32), order))
+        def one(total, a, b):
+            wide = ir.VectorType(INT32, 2 * n)
+            products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+            return builder.add(total, builder.add(*(taken(builder, products, products, o) for o in orders)))
 
-        def added(a, b, one, other):
-            return builder.fadd(taken(a, b, one), taken(a, b, other), flags=["fast"])
+        return each(builder, one, *args)
 
-        vectors = [builder.extract_value(args[0], k) for k in range(4)]
-        while (half := vectors[0].type.count // 2) >= 4:
-            vectors = [added(v, v, [*range(half)], [*range(half, 2 * half)]) for v in vectors]
-        while len(vectors) > 1:  # neighbours are added, of two vectors at a time; one of each is left
-            pairs = zip(vectors[::2], vectors[1::2], strict=True)
-            vectors = [added(a, b, [0, 2, 4, 6], [1, 3, 5, 7]) for a, b in pairs]
-        sums = [builder.extract_element(vectors[0], INT32(k)) for k in range(4)]
-        return context.make_tuple(builder, signature.return_type, sums)
+    return sums(sums, a, b), generate
 
-    return types.UniTuple(types.float32, 4)(four), generate
+
+@intrinsic
+def converted(typingctx, vectors, element):
+    """One or a tuple, between f32 and np.int32"""
+    kind = kind_of(vectors, element.dtype)
+
+    def generate(context, builder, signature, args):
+        convert = builder.sitofp if element.dtype == types.float32 else builder.fptosi
+        return each(builder, lambda one: convert(one, context.get_value_type(kind)), args[0])
+
+    return as_many(vectors, kind)(vectors, element), generate
+
+
+@intrinsic
+def larger(typingctx, vectors, x):
+    """Of a tuple of vectors and of the absolute numbers of x, the larger ones"""
+
+    def generate(context, builder, signature, args):
+        def one(most, x):
+            x = called(builder, "llvm.fabs", x)
+            return builder.select(builder.fcmp_ordered(">", x, most), x, most)
+
+        return each(builder, one, *args)
+
+    return vectors(vectors, x), generate
+
+
+@intrinsic
+def totals(typingctx, vectors):
+    """Of a tuple of vectors, the sums of their numbers: a vector, as wide as there are vectors."""
+    kind = Vector(vectors.count, vectors.dtype.element)
+
+    def generate(context, builder, signature, args):
+        add = builder.fadd if kind.element == types.float32 else builder.add
+
+        def added(a, b, *orders):
+            return add(*(taken(builder, a, b, order) for order in orders))
+
+        parts = [builder.extract_value(args[0], k) for k in range(kind.width)]
+        while (half := parts[0].type.count // 2) >= kind.width:
+            parts = [added(v, v, range(half), range(half, 2 * half)) for v in parts]
+        evens = range(0, 2 * kind.width, 2)
+        while len(parts) > 1:  # neighbours are added, of two vectors at a time; one of each vector is left
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [added(a, b, evens, [k + 1 for k in evens]) for a, b in pairs]
+        return parts[0]
+
+    return kind(vectors), generate
+
+
+@intrinsic
+def folded(typingctx, vectors):
+    """The sum of a tuple of vectors, which adds them as `totals` adds the numbers of a vector."""
+
+    def generate(context, builder, signature, args):
+        parts = [builder.extract_value(args[0], k) for k in range(vectors.count)]
+        while (half := len(parts) // 2) > 0:
+            parts = [builder.fadd(a, b) for a, b in zip(parts[:half], parts[half:], strict=True)]
+        return parts[0]
+
+    return vectors.dtype(vectors), generate
 
 
 @intrinsic
@@ -288,7 +358,7 @@ def transpose(typingctx, out, i, n_columns, x, j, n_rows):
         def row(array, number, first, r, stride):
             place = builder.add(first, builder.mul(stride, stride.type(r)))
             place = pointer(context, builder, array, number, place)
-            return builder.bitcast(place, llvm_vector(8).as_pointer())
+            return builder.bitcast(place, ir.VectorType(ir.FloatType(), 8).as_pointer())
 
         rows = [builder.load(row(x, *args[3:5], r, args[5]), align=4) for r in range(8)]
         for half in (4, 2, 1):  # blocks beside the diagonal change places, ever smaller ones
@@ -296,7 +366,7 @@ def transpose(typingctx, out, i, n_columns, x, j, n_rows):
                 pair = rows[r], rows[r + half]
                 low = [8 + k - half if k & half else k for k in range(8)]
                 for number, order in ((r, low), (r + half, [k + half for k in low])):
-                    rows[number] = builder.shuffle_vector(*pair, ir.Constant(llvm_vector(8, INT32), order))
+                    rows[number] = taken(builder, *pair, order)
         for r, vector in enumerate(rows):
             builder.store(vector, row(out, *args[:2], r, args[2]), align=4)
         return context.get_dummy_value()
@@ -319,78 +389,6 @@ def prefetch(typingctx, array, place):
 
 
 # ---- products ----------------------------------------------------------------------------------------
-# A matrix is (weights [M, N], scales, bias); of float32, scales are [M, 0].
-
-
-@compiled
-def dots(out, matrix, x, add_to, begin, end):
-    """out[begin:end] = or += rows of w [M, N] times x [N].
-
-    Four rows at once, from far apart: a processor fetches several streams of memory faster than one.
-    """
-    w, scales, _ = matrix
-    N, n_groups, flat, factors = w.shape[1], scales.shape[1], w.reshape(-1), scales.reshape(-1)
-    quarter = (end - begin + 3) // 4
-    for r in range(begin, begin + quarter):
-        rows = clipped(r * N, quarter * N, (end - 1) * N, 4)
-        groups = clipped(r * n_groups, quarter * n_groups, (end - 1) * n_groups, 4)
-        sums = zeros(4, 16)
-        for g in range(n_groups):
-            parts = zeros(4, 16)
-            for i in range(g * GROUP, (g + 1) * GROUP, 16):
-                parts = multiply_add(parts, load(flat, rows, i, 16), load(x, 0, i, 16))
-            sums = multiply_add(sums, parts, spread(factors, groups, g, 16))
-        done = n_groups * GROUP
-        for i in range(done, N - 15, 16):
-            sums = multiply_add(sums, load(flat, rows, i, 16), load(x, 0, i, 16))
-        results = totals(sums)
-        for k in range(4):
-            row, result = r + k * quarter, results[k]
-            if row < end:
-                for i in range(max(done, N - N % 16), N):
-                    result += f32(w[row, i]) * x[i]
-                out[row] = out[row] + result if add_to else result
-
-
-def as_float(w, buffer):
-    """w itself if it is float32, else the buffer for rows that are made float32."""
-
-
-@overload(as_float)
-def _(w, buffer):
-    return (lambda w, buffer: w) if w.dtype == types.float32 else (lambda w, buffer: buffer)
-
-
-ROWS = 6  # of a matrix at once: their sums for 16 columns just fit into the registers of AVX2
-
-
-@compiled
-def tiles(out, matrix, x, B, c, add_to, begin, end, nothing):
-    """Rows begin .. end - 1 and some columns from c on of out [M, B] = or += w [M, N] times x [N, B].
-
-    nothing: ROWS vectors of zeros, as wide as there are columns.
-    """
-    w, scales, _ = matrix
-    N, n_groups, flat, factors = w.shape[1], scales.shape[1], w.reshape(-1), scales.reshape(-1)
-    buffer = np.empty(ROWS * N if n_groups else 0, f32)
-    source = as_float(flat, buffer)
-    for r in range(begin, end, ROWS):
-        rows = clipped(r * N, N, (end - 1) * N, ROWS)
-        if n_groups:
-            groups = clipped(r * n_groups, n_groups, (end - 1) * n_groups, ROWS)
-            places = clipped(0, N, ROWS * N, ROWS)
-            for i in range(0, N, 16):
-                scale = spread(factors, groups, i // GROUP, 16)
-                store(buffer, places, i, multiply_add(zeros(ROWS, 16), load(flat, rows, i, 16), scale))
-            rows = places
-        targets = clipped(r * B + c, B, (end - 1) * B + c, ROWS)
-        sums = load(out, targets, 0, nothing) if add_to else nothing
-        for j in range(0, N, 16):
-            for k in range(ROWS):  # the rows after the next ones, in the order of memory
-                prefetch(flat, r * N + ROWS * (2 * N + j) + 16 * k)
-            for i in range(j, min(j + 16, N)):
-                sums = multiply_add(sums, spread(source, rows, i, nothing), load(x, c, i * B, nothing))
-        store(out, targets, 0, sums)
 
 
 @compiled
@@ -400,20 +398,157 @@ def share(size, rank, n_threads):
 
 
 @compiled
+def dots(out, w, x, add_to, begin, end):
+    """out[begin:end] = or += rows of w [M, N] times x [N].
+
+    Four rows at once, from far apart: a processor fetches several streams of memory faster than one.
+    """
+    N, flat, quarter, results = w.shape[1], w.reshape(-1), (end - begin + 3) // 4, np.empty(4, f32)
+    for r in range(begin, begin + quarter):
+        rows, sums = clipped(r * N, quarter * N, (end - 1) * N, 4), zeros(4, 16, f32)
+        for i in range(0, N - 15, 16):
+            sums = multiply_add(sums, load(flat, rows, i, 16), load(x, 0, i, 16))
+        store(results, 0, 0, totals(sums))
+        for k in range(4):
+            row, result = r + k * quarter, results[k]
+            if row < end:
+                for i in range(N - N % 16, N):
+                    result += w[row, i] * x[i]
+                out[row] = out[row] + result if add_to else result
+
+
+TILE = 6  # rows at once: their sums for 16 columns just fit into the registers of AVX2
+
+
+@compiled
+def tiles(out, w, x, B, c, add_to, begin, end, nothing):
+    """Rows begin .. end - 1 and some columns from c on of out [M, B] = or += w [M, N] times x [N, B].
+
+    nothing: TILE vectors of zeros, as wide as there are columns.
+    """
+    N, flat = w.shape[1], w.reshape(-1)
+    for r in range(begin, end, TILE):
+        rows, targets = clipped(r * N, N, (end - 1) * N, TILE), clipped(r * B + c, B, (end - 1) * B + c, TILE)
+        sums = load(out, targets, 0, nothing) if add_to else nothing
+        for j in range(0, N, 16):
+            for k in range(TILE):  # the rows after the next ones, in the order of memory
+                prefetch(flat, r * N + TILE * (2 * N + j) + 16 * k)
+            for i in range(j, min(j + 16, N)):
+                sums = multiply_add(sums, spread(flat, rows, i, nothing), load(x, c, i * B, nothing))
+        store(out, targets, 0, sums)
+
+
+# int8 weights are multiplied by whole numbers, too: x is rounded to 16 bits, 32,767 being the largest number
+# of a group. Then nothing more is lost, and nothing depends on B: the sum of a group has at most 29 bits.
+
+
+@compiled
+def rounded(x, B, N):
+    """x [N, B] -> int16 [B, N] and their scales [B, N / GROUP]"""
+    rows, places = np.empty(N * B if B > 1 else 0, f32), range(0, N * B, GROUP)
+    for i in range(0, N if B > 1 else 0, 8):
+        for b in range(0, B, 8):
+            transpose(rows, b * N + i, N, x, i * B + b, B)
+    source = rows if B > 1 else x
+    whole, scales, most = np.empty(N * B, np.int16), np.empty(N * B // GROUP, f32), np.empty(16, f32)
+    for place in places:
+        vectors, largest = zeros(1, 16, f32), f32(0)
+        for i in range(place, place + GROUP, 16):
+            vectors = larger(vectors, load(source, 0, i, 16))
+        store(most, 0, 0, vectors[0])
+        for k in range(16):
+            largest = max(largest, most[k])
+        scales[place // GROUP], factor = largest / f32(32767), f32(32767) / max(largest, f32(1e-30))
+        for i in range(place, place + GROUP):
+            whole[i] = np.int16(np.rint(source[i] * factor))
+    return whole, scales
+
+
+@compiled
+def int8_dots(out, q, scales, x, x_scales, add_to, begin, end):
+    """`dots` for blocks of ROWS rows of int8, four of them at once."""
+    N, n_groups, flat, factors = 2 * q.shape[1], scales.shape[1], q.reshape(-1), scales.reshape(-1)
+    quarter, nothing = (end - begin + 3) // 4, zeros(4, 16, f32)
+    for block in range(begin, begin + quarter):
+        blocks = clipped(block * ROWS * N, quarter * ROWS * N, (end - 1) * ROWS * N, 4)
+        groups = clipped(block * ROWS * n_groups, quarter * ROWS * n_groups, (end - 1) * ROWS * n_groups, 4)
+        targets = clipped(block * ROWS, quarter * ROWS, (end - 1) * ROWS, 4)
+        sums = load(out, targets, 0, 16) if add_to else nothing
+        for g in range(n_groups):
+            parts = zeros(4, 16, np.int32)
+            for i in range(g * GROUP, (g + 1) * GROUP, 2):
+                parts = multiply_add_pairs(parts, load(flat, blocks, i * ROWS, 16), spread(x, 0, i, 16))
+            scale = multiply_add(nothing, load(factors, groups, g * ROWS, 16), spread(x_scales, 0, g, 16))
+            sums = multiply_add(sums, converted(parts, f32), scale)
+        for k in range(4):
+            if block + k * quarter < end:
+                store(out, targets[k], 0, sums[k])
+
+
+@compiled
+def int8_tiles(out, q, scales, x, x_scales, B, add_to, begin, end):
+    """`tiles` for blocks of ROWS rows of int8, four columns at once."""
+    N, n_groups, flat, factors = 2 * q.shape[1], scales.shape[1], q.reshape(-1), scales.reshape(-1)
+    results, nothing = np.zeros(B * ROWS, f32), zeros(4, 16, f32)
+    for block in range(begin, end):
+        place, group = block * ROWS * N, block * ROWS * n_groups
+        for c in range(0, B, 8) if add_to else range(0):
+            for r in range(0, ROWS, 8):
+                transpose(results, c * ROWS + r, ROWS, out, (block * ROWS + r) * B + c, B)
+        for c in range(0, B, 4):
+            columns, groups = clipped(c * N, N, B * N, 4), clipped(c * n_groups, n_groups, B * n_groups, 4)
+            targets = clipped(c * ROWS, ROWS, B * ROWS, 4)
+            sums = load(results, targets, 0, 16) if add_to else nothing
+            for g in range(n_groups):
+                parts = zeros(4, 16, np.int32)
+                for i in range(g * GROUP, (g + 1) * GROUP, 2):
+                    pairs = spread(x, columns, i, 16)
+                    parts = multiply_add_pairs(parts, load(flat, place, i * ROWS, 16), pairs)
+                x_factors = spread(x_scales, groups, g, 16)
+                scale = multiply_add(nothing, load(factors, group, g * ROWS, 16), x_factors)
+                sums = multiply_add(sums, converted(parts, f32), scale)
+            store(results, targets, 0, sums)
+        for c in range(0, B, 8):
+            for r in range(0, ROWS, 8):
+                transpose(out, (block * ROWS + r) * B + c, B, results, c * ROWS + r, ROWS)
+
+
+def multiply(out, w, scales, x, B, add_to, rank, n_threads):
+    """This thread's rows of out [M, B] = or += the matrix times x [N, B]; returns which ones: from, to."""
+
+
+@overload(multiply)
+def _(out, w, scales, x, B, add_to, rank, n_threads):
+    def float32(out, w, scales, x, B, add_to, rank, n_threads):
+        begin, end = share(w.shape[0], rank, n_threads)
+        if B == 1:
+            dots(out, w, x, add_to, begin, end)
+        for c in range(0, B - 15, 16):
+            tiles(out, w, x, B, c, add_to, begin, end, zeros(TILE, 16, f32))
+        if B % 16 == 8:
+            tiles(out, w, x, B, B - 8, add_to, begin, end, zeros(TILE, 8, f32))
+        return begin, end
+
+    def int8(out, w, scales, x, B, add_to, rank, n_threads):
+        begin, end = share(w.shape[0], rank, n_threads)
+        whole, x_scales = rounded(x, B, 2 * w.shape[1])
+        if B == 1:
+            int8_dots(out, w, scales, whole, x_scales, add_to, begin, end)
+        else:
+            int8_tiles(out, w, scales, whole, x_scales, B, add_to, begin, end)
+        return ROWS * begin, ROWS * end
+
+    return float32 if w.dtype == types.float32 else int8
+
+
+@compiled
 def product(out, matrix, x, B, add_to, rank, n_threads):
     """This thread's rows of out [M, B] = matrix [M, N] times x [N, B], or += if add_to."""
-    bias = matrix[2]
-    begin, end = share(matrix[0].shape[0], rank, n_threads)
-    if B == 1:
-        dots(out, matrix, x, add_to, begin, end)
-    for c in range(0, B - 15, 16):
-        tiles(out, matrix, x, B, c, add_to, begin, end, zeros(ROWS, 16))
-    if B % 16 == 8:
-        tiles(out, matrix, x, B, B - 8, add_to, begin, end, zeros(ROWS, 8))
-    if bias.shape[0]:
-        for r in range(begin, end):
-            for b in range(B):
-                out[r * B + b] += bias[r]
+    w, scales, bias = matrix
+    begin, end = multiply(out, w, scales, x, B, add_to, rank, n_threads)
+    for r in range(begin, min(end, bias.shape[0])):
+        for b in range(B):
+            out[r * B + b] += bias[r]
 
 
 # ---- what lies between them --------------------------------------------------------------------------
@@ -442,6 +577,32 @@ def exp(x):
 
 
 @compiled
+def norm_of(out, x, B, weight, eps):
+    """out [C, B] = RMSNorm of the columns of x [C, B]"""
+    C, factors = weight.shape[0], np.empty(B, f32)
+    whole = C - C % 16
+    if B == 1:
+        squares = zeros(1, 16, f32)
+        for i in range(0, whole, 16):
+            squares = multiply_add(squares, load(x, 0, i, 16), load(x, 0, i, 16))
+        store(factors, 0, 0, totals(squares))
+    for c in range(0, B - 7, 8):  # the same sum for each of 8 columns: what were lanes is a tuple
+        squares = zeros(16, 8, f32)
+        for i in range(0, whole, 16):
+            rows = load(x, clipped(i * B + c, B, C * B, 16), 0, 8)
+            squares = multiply_add(squares, rows, rows)
+        store(factors, c, 0, folded(squares))
+    for i in range(whole, C):
+        for b in range(B):
+            factors[b] += x[i * B + b] * x[i * B + b]
+    for b in range(B):
+        factors[b] = f32(1) / np.sqrt(factors[b] / f32(C) + f32(eps))
+    for i in range(C):
+        for b in range(B):
+            out[i * B + b] = x[i * B + b] * factors[b] * weight[i]
+
+
+@fast
 def norm(x, weight, eps):
     """x [N] becomes its RMSNorm; weight [0]: x stays."""
     if weight.shape[0]:
@@ -451,20 +612,6 @@ def norm(x, weight, eps):
         factor = f32(1) / np.sqrt(squares / f32(x.shape[0]) + f32(eps))
         for i in range(x.shape[0]):
             x[i] *= factor * weight[i]
-
-
-@compiled
-def norm_of(out, x, B, weight, eps):
-    """out [C, B] = RMSNorm of the columns of x [C, B]"""
-    factors = np.zeros(B, f32)
-    for i in range(weight.shape[0]):
-        for b in range(B):
-            factors[b] += x[i * B + b] * x[i * B + b]
-    for b in range(B):
-        factors[b] = f32(1) / np.sqrt(factors[b] / f32(weight.shape[0]) + f32(eps))
-    for i in range(weight.shape[0]):
-        for b in range(B):
-            out[i * B + b] = x[i * B + b] * factors[b] * weight[i]
 
 
 @compiled
@@ -478,7 +625,7 @@ def rotate(x, rotary, position):
             x[half + i] = second * cos + first * sin
 
 
-@compiled
+@fast
 def attend(out, q, keys, values, place, soon, scores):
     """out [D] = softmax(q [D] times keys [S, D]) times values [S, D]; scores [S + 4].
 
@@ -488,14 +635,12 @@ def attend(out, q, keys, values, place, soon, scores):
     whole = D - D % 16
     scale, largest, weights = f32(1 / np.sqrt(D)), f32(-3e38), f32(0)
     for s in range(0, S, 4):
-        rows, sums = clipped(place + s * D, D, place + (S - 1) * D, 4), zeros(4, 16)
+        rows, sums = clipped(place + s * D, D, place + (S - 1) * D, 4), zeros(4, 16, f32)
         for i in range(0, whole, 16):
             for k in range(4):
                 prefetch(keys, soon + (s + k) * D + i)
             sums = multiply_add(sums, load(keys, rows, i, 16), load(q, 0, i, 16))
-        results = totals(sums)
-        for k in range(4):
-            scores[s + k] = results[k]
+        store(scores, s, 0, totals(sums))
     for i in range(whole, D):
         for s in range(S):
             scores[s] += q[i] * keys[place + s * D + i]
@@ -509,7 +654,7 @@ def attend(out, q, keys, values, place, soon, scores):
     for i in range(0, whole, 32):
         # Two parts of two rows at once: a sum that is added to waits for itself.
         parts = clipped(i, 16, whole - 16, 2)
-        one, other = zeros(2, 16), zeros(2, 16)
+        one, other = zeros(2, 16, f32), zeros(2, 16, f32)
         for s in range(0, S, 2):
             first, second = s * D, min(s + 1, S - 1) * D
             for k in range(2):
@@ -517,7 +662,7 @@ def attend(out, q, keys, values, place, soon, scores):
                 prefetch(values, soon + second + parts[k])
             one = multiply_add(one, load(values, parts, place + first, 16), spread(scores, s, 0, 16))
             other = multiply_add(other, load(values, parts, place + second, 16), spread(scores, s, 1, 16))
-        both = multiply_add(multiply_add(zeros(2, 16), one, factor), other, factor)
+        both = multiply_add(multiply_add(zeros(2, 16, f32), one, factor), other, factor)
         store(out, parts, 0, both)
     for i in range(whole, D):
         out[i] = 0
@@ -528,17 +673,11 @@ def attend(out, q, keys, values, place, soon, scores):
 # ---- the network -----------------------------------------------------------------------------------------
 
 
-@compiled
-def padded(size):
-    return -(-size // GROUP) * GROUP
-
-
 class Weights(NamedTuple):
     """Of all L layers one after the other; a matrix is (weights [L, M, N], scales, bias [L, M]).
 
-    Of int8, rows are filled up with zeros to whole groups, and `Scratch` has room for these.
-
-    What a model lacks is an empty array: None would be another type, and a compilation of its own.
+    Of int8, weights and scales are those of Int8Linear, and float32 has no scales. What a model lacks is an
+    empty array: None would be another type, and a compilation of its own.
     """
 
     qkv: tuple
@@ -554,18 +693,19 @@ class Weights(NamedTuple):
     wpe: np.ndarray
     rotary: np.ndarray  # [2, block_size, D / 2]: cos, sin
     head: tuple
+    n_head: int
+    n_hidden: int
 
 
 class Scratch(NamedTuple):
-    """What threads give to one another: flat arrays of [features, B] but for the last one."""
+    """What threads give to one another: flat arrays of [features, B]; zeros fill up the last group."""
 
     x: np.ndarray  # [C, B]: the stream
     qkv: np.ndarray
-    y: np.ndarray  # [H D, B], filled up
-    gate: np.ndarray  # [F, B], filled up
-    up: np.ndarray
+    y: np.ndarray  # [H D, B]
+    gate_up: np.ndarray  # [2 F, B]
     scores: np.ndarray  # [V, B]
-    logits: np.ndarray  # [B, V]: the same; of one column, the same array
+    logits: np.ndarray  # [B, V], not filled up: the same as scores
 
 
 class Job(NamedTuple):
@@ -589,11 +729,11 @@ def of_layer(matrix, layer):
 
 
 @compiled
-def attention(scratch, weights, layer, all_keys, all_values, positions, B, eps, rank, n_threads):
+def attention(scratch, weights, layer, all_keys, all_values, positions, eps, rank, n_threads):
     """qkv [(H + 2 G) D, B] -> y [H D, B]; this thread's share of the n G groups of heads."""
     _, n_rows, G, S, D = all_keys.shape
+    B, H = scratch.logits.shape[0], weights.n_head
     qkv, y, keys, values = scratch.qkv, scratch.y, all_keys.reshape(-1), all_values.reshape(-1)
-    H = qkv.shape[0] // B // D - 2 * G
     head, out, scores = np.empty(D, f32), np.empty(D, f32), np.empty(S + 4, f32)
     begin, end = share(positions.shape[0] * G, rank, n_threads)
     for item in range(begin, end):
@@ -623,21 +763,19 @@ def attention(scratch, weights, layer, all_keys, all_values, positions, B, eps, 
 def step(job, rank, n_threads):
     """One thread's share of the logits for the tokens of a job, which are written into its cache, too."""
     _, control, tokens, positions, weights, keys, values, scratch, eps = job
-    x, gate, up, scores = scratch.x, scratch.gate, scratch.up, scratch.scores
-    n, V, C, F = tokens.shape[0], weights.wte.shape[0], weights.wte.shape[1], weights.gate_up[0].shape[1] // 2
-    B = x.shape[0] // C
-    h = np.zeros(padded(C) * B, f32)
+    x, gate_up, scores, B = scratch.x, scratch.gate_up, scratch.scores, scratch.logits.shape[0]
+    L, C, F, V = keys.shape[0], weights.norm.shape[0], weights.n_hidden, weights.wte.shape[0]
+    h, hidden = np.zeros_like(x), np.zeros(gate_up.shape[0], f32)
     if rank == 0:
-        for b in range(n):
+        for b in range(tokens.shape[0]):
             for i in range(C):
                 x[i * B + b] = weights.wte[tokens[b], i]
                 if weights.wpe.shape[0]:
                     x[i * B + b] += weights.wpe[positions[b], i]
     meet(control, n_threads)
-    L = keys.shape[0]
-    for i in range(5 * L + 1):
+    for i in range(4 * L + 1):
         # One call of `product` for all matrices: Numba compiles a function anew wherever it is called.
-        layer, part = i // 5, i % 5
+        layer, part = i // 4, i % 4
         if layer == L:
             norm_of(h, x, B, weights.norm, eps)
             matrix, source, out = weights.head, h, scores
@@ -645,27 +783,20 @@ def step(job, rank, n_threads):
             norm_of(h, x, B, weights.attn_norm[layer], eps)
             matrix, source, out = of_layer(weights.qkv, layer), h, scratch.qkv
         elif part == 1:
-            attention(scratch, weights, layer, keys, values, positions, B, eps, rank, n_threads)
+            attention(scratch, weights, layer, keys, values, positions, eps, rank, n_threads)
             meet(control, n_threads)
             matrix, source, out = of_layer(weights.proj, layer), scratch.y, x
-        elif part == 4:
-            matrix, source, out = of_layer(weights.down, layer), gate, x
+        elif part == 2:
+            norm_of(h, x, B, weights.mlp_norm[layer], eps)
+            matrix, source, out = of_layer(weights.gate_up, layer), h, gate_up
         else:
-            w, scales, bias = of_layer(weights.gate_up, layer)
-            if part == 2:
-                norm_of(h, x, B, weights.mlp_norm[layer], eps)
-                matrix, source, out = (w[:F], scales[:F], bias[:F]), h, gate
-            else:
-                matrix, source, out = (w[F:], scales[F:], bias[F:]), h, up
-        product(out, matrix, source, B, part == 1 or part == 4, rank, n_threads)
-        if part == 3:  # the same rows of gate and up are mine: nobody needs to be waited for
-            begin, end = share(F, rank, n_threads)
-            for k in range(begin * B, end * B):
-                gate[k] *= up[k] / (f32(1) + exp(-gate[k]))
-        if part != 2 and layer < L:
-            meet(control, n_threads)
-    begin, end = share(V, rank, n_threads)
+            for k in range(F * B):  # each thread all of it: none needs to wait once more
+                hidden[k] = gate_up[F * B + k] * gate_up[k] / (f32(1) + exp(-gate_up[k]))
+            matrix, source, out = of_layer(weights.down, layer), hidden, x
+        product(out, matrix, source, B, part % 2 == 1, rank, n_threads)
+        meet(control, n_threads)
     if B > 1:
+        begin, end = share(V, rank, n_threads)
         logits, whole = scratch.logits.reshape(-1), end - (end - begin) % 8
         for r in range(begin, whole, 8):
             for b in range(0, B, 8):
@@ -673,7 +804,7 @@ def step(job, rank, n_threads):
         for r in range(whole, end):
             for b in range(B):
                 logits[b * V + r] = scores[r * B + b]
-    meet(control, n_threads)
+        meet(control, n_threads)
 
 
 # ---- a team of threads -----------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from config.schema import ModelConfig
-from engine.compiled import ASLEEP, STATE, Job, Scratch, Weights, columns, follow, lead, padded
-from engine.quantize import Int8Linear, quantize
+from engine.compiled import ASLEEP, STATE, Job, Scratch, Weights, columns, follow, lead
+from engine.quantize import GROUP, Int8Linear, quantize
 from model import GPT
 
 f32 = np.float32
@@ -68,11 +68,11 @@ class CompiledStep:
         """Kept, as it holds the logits."""
         if n_columns not in self.scratches:
             c = self.config
-            heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim
-            hidden, attended = padded(c.n_hidden), padded(c.n_head * c.head_dim)
-            sizes = c.n_embd, heads, attended, hidden, hidden, c.vocab_size
-            arrays = [np.zeros(size * n_columns, f32) for size in sizes]
-            logits = arrays[-1].reshape(1, -1) if n_columns == 1 else np.empty((n_columns, c.vocab_size), f32)
+            heads = c.n_head * c.head_dim
+            sizes = c.n_embd, heads + 2 * c.n_kv_head * c.head_dim, heads, 2 * c.n_hidden, c.vocab_size
+            arrays = [np.zeros(-(-size // GROUP) * GROUP * n_columns, f32) for size in sizes]
+            scores = arrays[-1][: n_columns * c.vocab_size]
+            logits = scores.reshape(1, -1) if n_columns == 1 else np.empty((n_columns, c.vocab_size), f32)
             self.scratches[n_columns] = Scratch(*arrays, logits)
         return self.scratches[n_columns]
 
@@ -114,9 +114,8 @@ def weights_of(model):
         return stack
 
     def linear(modules):
-        """[L, M, N], scales, bias"""
-        empty = np.empty((len(modules), modules[0].out_features, 0), f32)
-        bias = empty[:, 0] if modules[0].bias is None else together([m.bias for m in modules])
+        empty = np.empty((len(modules), 0), f32)
+        bias = empty if modules[0].bias is None else together([m.bias for m in modules])
         if isinstance(modules[0], Int8Linear):
             return together([m.q for m in modules]), together([m.scales for m in modules]), bias
         return together([m.weight for m in modules]), empty, bias
@@ -140,6 +139,8 @@ def weights_of(model):
         wpe=np.empty((0, 0), f32) if c.use_rope else model.wpe.weight.detach().numpy(),
         rotary=table.numpy(),
         head=(*head, np.empty(0, f32)),
+        n_head=c.n_head,
+        n_hidden=c.n_hidden,
     )
 
 
