@@ -13,6 +13,7 @@ machine sums up a large array, were all there is to do.
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import re
 import statistics
@@ -191,28 +192,22 @@ def main():
 
         with contextlib.redirect_stdout(sys.stderr):
             huggingface.write_folder(checkpoint, "the benchmark", place / "hf")
+        # Neighbours in this list are measured in the same second: those who are compared.
         runs = {
             "Transformers, generate": ("float32", transformers(place / "hf", n)),
             "Nano, GPT.generate": ("float32", eager(checkpoint, n)),
-            "Nano": ("float32", nano(checkpoint, n)),
-            "Nano int8": ("int8", nano(checkpoint, n, int8=True)),
-            "Nano, 16 requests": (None, nano(checkpoint, n, 16)),
-            "Nano int8, 16 requests": (None, nano(checkpoint, n, 16, int8=True)),
         }
-        for name, kind, program in (("llama2.c", "float32", "run"), ("llama2.c int8", "q8_0", "runq")):
+        for kind, size, program in (("float32", "float32", "run"), ("q8_0", "int8", "runq")):
+            if importlib.util.find_spec("llama_cpp"):
+                gguf_file.write(checkpoint, "the benchmark", place / f"{kind}.gguf", kind)
+                runs[f"llama.cpp, {kind}"] = size, llama_cpp(place / f"{kind}.gguf", n, args.threads)
             if args.llama2c and (args.llama2c / program).is_file():
                 llama2c_files.write_folder(checkpoint, "the benchmark", place / program, kind)
-                runs[name] = (
-                    "int8" if kind == "q8_0" else kind,
-                    llama2c(args.llama2c / program, place / program, n, args.threads),
-                )
-        with contextlib.suppress(ImportError):
-            import llama_cpp as _
-
-            for name, kind in (("llama.cpp", "float32"), ("llama.cpp q8_0", "q8_0")):
-                file = place / f"{kind}.gguf"
-                gguf_file.write(checkpoint, "the benchmark", file, kind)
-                runs[name] = ("int8" if kind == "q8_0" else kind, llama_cpp(file, n, args.threads))
+                measure = llama2c(args.llama2c / program, place / program, n, args.threads)
+                runs[f"llama2.c, {program}"] = size, measure
+            name, is_int8 = "Nano int8" if size == "int8" else "Nano", size == "int8"
+            runs[name] = size, nano(checkpoint, n, int8=is_int8)
+            runs[f"{name}, 16 requests"] = None, nano(checkpoint, n, 16, int8=is_int8)
         speeds = {name: [] for name in runs}
         limit = bandwidth()
         for number in range(args.rounds + 1):
