@@ -2,7 +2,8 @@
 
     python benchmark/int8_loss.py -m checkpoint/x.pt --data dataset/prepared/pretrain_val.bin
 
-The text is read in blocks of the model's context, from its beginning, and every token of it is counted once.
+The text is read in blocks of the model's context, from its beginning, and every token of it is counted once;
+with int8, also token by token as in decoding on a CPU, where activations have 16 bits.
 """
 
 import argparse
@@ -33,6 +34,25 @@ def loss_of(model, tokens):
     return total / n_targets
 
 
+def loss_of_steps(model, tokens):
+    """The same, by engine/compiled.py."""
+    import torch
+    import torch.nn.functional as F
+
+    from engine.compiled_step import CompiledStep
+
+    size, total, step = model.config.block_size, 0.0, CompiledStep(model)
+    inputs, targets = tokens[:-1].split(size), tokens[1:].split(size)
+    for i in range(0, len(inputs), 64):
+        # The last block may be shorter: what follows its end is read, but not counted.
+        x, y = (torch.nn.utils.rnn.pad_sequence(part[i : i + 64], True, -1) for part in (inputs, targets))
+        cache = model.new_cache(len(x))
+        for t in range(x.shape[1]):
+            logits = step.logits(x[:, t].clamp(min=0).tolist(), cache)
+            total += F.cross_entropy(logits, y[:, t], ignore_index=-1, reduction="sum").item()
+    return total / (len(tokens) - 1)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2],
@@ -49,6 +69,7 @@ def main():
     from data import TokenFile
     from engine import checkpoint
     from engine.config import find, shown
+    from engine.decoding import supports
     from engine.quantize import quantize
 
     loaded = checkpoint.load(find(args.model))
@@ -56,11 +77,14 @@ def main():
     tokens = TokenFile(find(args.data), tokenizer.fingerprint).tokens[: args.limit]
     tokens = torch.from_numpy(tokens.astype("int64"))
     exact = loss_of(model, tokens)
-    rounded = loss_of(quantize(model), tokens)
-    change = math.expm1(rounded - exact)
+    losses = {"int8": loss_of(quantize(model), tokens)}
+    if supports(model):
+        losses["int8, compiled"] = loss_of_steps(model, tokens)
     print(f"{len(tokens) - 1:,} tokens, {model.n_params:,} parameters of {model.config.architecture}")
-    print(f"float32  loss {exact:.5f}  perplexity {math.exp(exact):.4f}")
-    print(f"int8     loss {rounded:.5f}  perplexity {math.exp(rounded):.4f}  {change:+.3%}")
+    print(f"{'float32':14}  loss {exact:.5f}  perplexity {math.exp(exact):.4f}")
+    for name, loss in losses.items():
+        change = math.expm1(loss - exact)
+        print(f"{name:14}  loss {loss:.5f}  perplexity {math.exp(loss):.4f}  {change:+.3%}")
 
 
 if __name__ == "__main__":

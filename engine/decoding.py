@@ -80,10 +80,13 @@ class Decoder:
         PyTorch does the steps meanwhile, unless `wait`; and for good where there is no Numba, where what it
         compiles cannot be kept, or where the network is another one.
         """
-        self._compiling = threading.Thread(target=prepare, args=(self.model,), daemon=True)
-        self._compiling.start()
-        if wait:
-            self._compiling.join()
+        if supports(self.model):
+            # Not the model itself: a thread that frees tensors while the program ends makes it crash.
+            is_int8 = isinstance(self.model.lm_head, Int8Linear)
+            self._compiling = threading.Thread(target=prepare, args=(is_int8,), daemon=True)
+            self._compiling.start()
+            if wait:
+                self._compiling.join()
 
     @property
     def is_busy(self):
@@ -214,21 +217,21 @@ def is_compiled():
     return COMPILED.exists() and COMPILED.stat().st_mtime >= source.stat().st_mtime
 
 
-def prepare(model):
+def prepare(is_int8):
     """Compile, in a process of its own, which may go on when this one ends, and load."""
-    if supports(model) and not is_compiled():
+    if not is_compiled():
         command = [sys.executable, "-m", "engine.compiled_step"]
         subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True)
-    if supports(model) and is_compiled():
+    if is_compiled():
         with LOADING:
             from engine import compiled_step
 
-            compiled_step.warm_up(is_int8=isinstance(model.lm_head, Int8Linear))
+            compiled_step.warm_up(is_int8)
 
 
 def compiled_step(model):
-    """The CompiledStep of a model that is prepared, or None."""
-    if not (supports(model) and is_compiled()):
+    """The CompiledStep of a model that is prepared, or None: it could not be compiled."""
+    if not is_compiled():
         return None
     from engine.compiled_step import CompiledStep
 

@@ -25,7 +25,8 @@ from test_inference import chain, checkpoint
 import engine.checkpoint
 import engine.gate
 import serve
-from engine.decoding import TextStream
+from engine.decoding import Decoder, Request, TextStream
+from engine.quantize import quantize as to_int8
 from inference import Speaker
 from model import GPT, ModelConfig
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
@@ -822,8 +823,12 @@ def test_an_answer_is_stopped_on_the_page(browser, tmp_path):
 
 
 @pytest.mark.slow
-def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch):
-    """Every answer is the one that GPT.generate draws, whoever else asks and leaves; memory does not grow."""
+@pytest.mark.parametrize("quantize", [[], ["-q", "int8"]], ids=["float32", "int8"])
+def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, quantize):
+    """Every answer is that of a request which is alone, whoever else asks and leaves; memory does not grow.
+
+    Alone is GPT.generate, or with int8, where activations are rounded, a Decoder of one slot.
+    """
     import random as chance
 
     import psutil
@@ -832,23 +837,30 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch):
     path = at_random().save()
     env = shared_project.environment | {"NUMBA_DISABLE_JIT": "0"}
     # Now, or the memory that Numba takes would look like a leak.
-    subprocess.run([sys.executable, "-m", "engine.compiled"], cwd=shared_project.root, env=env, check=True)
+    module = [sys.executable, "-m", "engine.compiled_step"]
+    subprocess.run(module, cwd=shared_project.root, env=env, check=True)
     process = subprocess.Popen(
-        shared_project.command("serve.py", "-m", path, "--port", "0", "--slots", "16"),
+        shared_project.command("serve.py", "-m", path, "--port", "0", "--slots", "16", *quantize),
         cwd=shared_project.elsewhere, env=env, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     url = next(line.split()[1] for line in process.stdout if line.startswith("API"))
     model, tokenizer = engine.checkpoint.build(engine.checkpoint.load(path), path.name)
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-    cases = []
+    stops, cases = Speaker(model, tokenizer).stop_tokens, []
+    alone = Decoder(to_int8(model)) if quantize else None
+    if alone:
+        alone.compile(wait=True)
     for i in range(60):
         ids, seed = [tokenizer.bos_id, *tokenizer.encode(TEXT[: i % 15]).tolist()], i
         stream, count = TextStream(tokenizer), 10 + i % 50
         options = [{"temperature": 0}, {"temperature": 0.8, "top_p": 0.9}, {}][i % 3]
-        stops = Speaker(model, tokenizer).stop_tokens
-        tokens = list(model.generate(ids, count, seed=seed, stop_tokens=stops, **options))
+        options |= {"seed": seed, "stop_tokens": stops}
+        if alone:
+            alone.run([request := Request(ids, count, **options)])
+        tokens = request.tokens if alone else list(model.generate(ids, count, **options))
         text = "".join(map(stream.feed, tokens)) + stream.end()
-        cases.append((dict(prompt=TEXT[: i % 15], max_tokens=count, seed=seed, **options), text))
+        del options["stop_tokens"]
+        cases.append((dict(prompt=TEXT[: i % 15], max_tokens=count, **options), text))
     wrong, done, left, end = [], [], [], time.monotonic() + 60
 
     def talk(number):

@@ -152,11 +152,12 @@ def test_a_program_may_end_at_any_time():
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); from engine.decoding import *\n"
         "from config.schema import ModelConfig\n"
-        "model = GPT(ModelConfig(n_embd=64).resolved(30)).eval()\n"
-        "decoder = Decoder(model); decoder.compile(); time.sleep(float(sys.argv[2]))\n"
-        "decoder.run([Request([1], 5)]); sys.exit(7)"
+        "def main():\n"  # so that nothing but the thread has the model at the end
+        "    decoder = Decoder(GPT(ModelConfig(n_embd=64).resolved(30)).eval())\n"
+        "    decoder.compile(); time.sleep(float(sys.argv[2])); decoder.run([Request([1], 5)])\n"
+        "main(); sys.exit(7)"
     )
-    for seconds in ("0", "0.3", "0.6", "1.5"):
+    for seconds in ("0", "0.1", "0.3", "1.5"):
         done = subprocess.run(
             [sys.executable, "-c", code, str(ROOT), seconds], capture_output=True, text=True
         )
