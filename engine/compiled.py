@@ -133,9 +133,8 @@ class VectorModel(models.PrimitiveModel):
 
 
 def kind_of(like, element):
-    """The type of a vector as wide as `like`, the type of a number as it is written or of a vector."""
-    is_number = isinstance(like, types.Literal)
-    return Vector(like.literal_value if is_number else getattr(like, "dtype", like).width, element)
+    """The type of a vector as wide as `like`, the type of a written number or of a tuple of vectors."""
+    return Vector(like.literal_value if isinstance(like, types.Literal) else like.dtype.width, element)
 
 
 def as_many(places, kind):
@@ -289,15 +288,15 @@ def multiply_add_pairs(typingctx, sums, a, b):
 
 
 @intrinsic
-def converted(typingctx, vectors, element):
-    """One or a tuple, between f32 and np.int32"""
-    kind = kind_of(vectors, element.dtype)
+def as_float(typingctx, vectors):
+    """A tuple of vectors of int32 as float32"""
+    kind = types.UniTuple(kind_of(vectors, types.float32), vectors.count)
 
     def generate(context, builder, signature, args):
-        convert = builder.sitofp if element.dtype == types.float32 else builder.fptosi
-        return each(builder, lambda one: convert(one, context.get_value_type(kind)), args[0])
+        element = context.get_value_type(kind.dtype)
+        return each(builder, lambda one: builder.sitofp(one, element), *args)
 
-    return as_many(vectors, kind)(vectors, element), generate
+    return kind(vectors), generate
 
 
 @intrinsic
@@ -317,21 +316,18 @@ def larger(typingctx, vectors, x):
 @intrinsic
 def totals(typingctx, vectors):
     """Of a tuple of vectors, the sums of their numbers: a vector, as wide as there are vectors."""
-    kind = Vector(vectors.count, vectors.dtype.element)
+    kind = Vector(vectors.count, types.float32)
 
     def generate(context, builder, signature, args):
-        add = builder.fadd if kind.element == types.float32 else builder.add
-
         def added(a, b, *orders):
-            return add(*(taken(builder, a, b, order) for order in orders))
+            return builder.fadd(*(taken(builder, a, b, order) for order in orders))
 
         parts = [builder.extract_value(args[0], k) for k in range(kind.width)]
         while (half := parts[0].type.count // 2) >= kind.width:
             parts = [added(v, v, range(half), range(half, 2 * half)) for v in parts]
-        evens = range(0, 2 * kind.width, 2)
+        evens, odds = range(0, 2 * kind.width, 2), range(1, 2 * kind.width, 2)
         while len(parts) > 1:  # neighbours are added, of two vectors at a time; one of each vector is left
-            pairs = zip(parts[::2], parts[1::2], strict=True)
-            parts = [added(a, b, evens, [k + 1 for k in evens]) for a, b in pairs]
+            parts = [added(a, b, evens, odds) for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
 
     return kind(vectors), generate
@@ -443,23 +439,23 @@ def tiles(out, w, x, B, c, add_to, begin, end, nothing):
 
 
 @compiled
-def rounded(x, B, N):
-    """x [N, B] -> int16 [B, N] and their scales [B, N / GROUP]"""
-    rows, places = np.empty(N * B if B > 1 else 0, f32), range(0, N * B, GROUP)
-    for i in range(0, N if B > 1 else 0, 8):
+def rounded(x, B, n, N):
+    """The first n columns of x [N, B] -> int16 [n, N] and their scales [n, N / GROUP]"""
+    rows = np.empty(N * B if B > 1 else 0, f32)
+    for i in range(0, rows.shape[0] // B, 8):
         for b in range(0, B, 8):
             transpose(rows, b * N + i, N, x, i * B + b, B)
     source = rows if B > 1 else x
-    whole, scales, most = np.empty(N * B, np.int16), np.empty(N * B // GROUP, f32), np.empty(16, f32)
-    for place in places:
-        vectors, largest = zeros(1, 16, f32), f32(0)
-        for i in range(place, place + GROUP, 16):
-            vectors = larger(vectors, load(source, 0, i, 16))
-        store(most, 0, 0, vectors[0])
+    whole, scales, lanes = np.empty(N * n, np.int16), np.empty(N * n // GROUP, f32), np.empty(16, f32)
+    for first in range(0, N * n, GROUP):
+        most, largest = zeros(1, 16, f32), f32(0)
+        for i in range(first, first + GROUP, 16):
+            most = larger(most, load(source, 0, i, 16))
+        store(lanes, 0, 0, most[0])
         for k in range(16):
-            largest = max(largest, most[k])
-        scales[place // GROUP], factor = largest / f32(32767), f32(32767) / max(largest, f32(1e-30))
-        for i in range(place, place + GROUP):
+            largest = max(largest, lanes[k])
+        scales[first // GROUP], factor = largest / f32(32767), f32(32767) / max(largest, f32(1e-30))
+        for i in range(first, first + GROUP):
             whole[i] = np.int16(np.rint(source[i] * factor))
     return whole, scales
 
@@ -479,23 +475,23 @@ def int8_dots(out, q, scales, x, x_scales, add_to, begin, end):
             for i in range(g * GROUP, (g + 1) * GROUP, 2):
                 parts = multiply_add_pairs(parts, load(flat, blocks, i * ROWS, 16), spread(x, 0, i, 16))
             scale = multiply_add(nothing, load(factors, groups, g * ROWS, 16), spread(x_scales, 0, g, 16))
-            sums = multiply_add(sums, converted(parts, f32), scale)
+            sums = multiply_add(sums, as_float(parts), scale)
         for k in range(4):
             if block + k * quarter < end:
                 store(out, targets[k], 0, sums[k])
 
 
 @compiled
-def int8_tiles(out, q, scales, x, x_scales, B, add_to, begin, end):
-    """`tiles` for blocks of ROWS rows of int8, four columns at once."""
+def int8_tiles(out, q, scales, x, x_scales, B, n, add_to, begin, end):
+    """`tiles` for blocks of ROWS rows of int8, four of the first n columns at once. results: [B, ROWS]"""
     N, n_groups, flat, factors = 2 * q.shape[1], scales.shape[1], q.reshape(-1), scales.reshape(-1)
     results, nothing = np.zeros(B * ROWS, f32), zeros(4, 16, f32)
     for block in range(begin, end):
         place, group = block * ROWS * N, block * ROWS * n_groups
-        for c in range(0, B, 8) if add_to else range(0):
+        for c in range(0, B if add_to else 0, 8):
             for r in range(0, ROWS, 8):
                 transpose(results, c * ROWS + r, ROWS, out, (block * ROWS + r) * B + c, B)
-        for c in range(0, B, 4):
+        for c in range(0, n, 4):
             columns, groups = clipped(c * N, N, B * N, 4), clipped(c * n_groups, n_groups, B * n_groups, 4)
             targets = clipped(c * ROWS, ROWS, B * ROWS, 4)
             sums = load(results, targets, 0, 16) if add_to else nothing
@@ -506,20 +502,23 @@ def int8_tiles(out, q, scales, x, x_scales, B, add_to, begin, end):
                     parts = multiply_add_pairs(parts, load(flat, place, i * ROWS, 16), pairs)
                 x_factors = spread(x_scales, groups, g, 16)
                 scale = multiply_add(nothing, load(factors, group, g * ROWS, 16), x_factors)
-                sums = multiply_add(sums, converted(parts, f32), scale)
+                sums = multiply_add(sums, as_float(parts), scale)
             store(results, targets, 0, sums)
         for c in range(0, B, 8):
             for r in range(0, ROWS, 8):
                 transpose(out, (block * ROWS + r) * B + c, B, results, c * ROWS + r, ROWS)
 
 
-def multiply(out, w, scales, x, B, add_to, rank, n_threads):
-    """This thread's rows of out [M, B] = or += the matrix times x [N, B]; returns which ones: from, to."""
+def multiply(out, w, scales, x, B, n, add_to, rank, n_threads):
+    """This thread's rows of out [M, B] = or += the matrix times x [N, B]; returns which ones: from, to.
+
+    Only the first n columns are wanted.
+    """
 
 
 @overload(multiply)
-def _(out, w, scales, x, B, add_to, rank, n_threads):
-    def float32(out, w, scales, x, B, add_to, rank, n_threads):
+def _(out, w, scales, x, B, n, add_to, rank, n_threads):
+    def float32(out, w, scales, x, B, n, add_to, rank, n_threads):
         begin, end = share(w.shape[0], rank, n_threads)
         if B == 1:
             dots(out, w, x, add_to, begin, end)
@@ -529,23 +528,24 @@ def _(out, w, scales, x, B, add_to, rank, n_threads):
             tiles(out, w, x, B, B - 8, add_to, begin, end, zeros(TILE, 8, f32))
         return begin, end
 
-    def int8(out, w, scales, x, B, add_to, rank, n_threads):
+    def int8(out, w, scales, x, B, n, add_to, rank, n_threads):
         begin, end = share(w.shape[0], rank, n_threads)
-        whole, x_scales = rounded(x, B, 2 * w.shape[1])
+        n = n if B == 1 else -(-n // 4) * 4
+        whole, x_scales = rounded(x, B, n, 2 * w.shape[1])
         if B == 1:
             int8_dots(out, w, scales, whole, x_scales, add_to, begin, end)
         else:
-            int8_tiles(out, w, scales, whole, x_scales, B, add_to, begin, end)
+            int8_tiles(out, w, scales, whole, x_scales, B, n, add_to, begin, end)
         return ROWS * begin, ROWS * end
 
     return float32 if w.dtype == types.float32 else int8
 
 
 @compiled
-def product(out, matrix, x, B, add_to, rank, n_threads):
-    """This thread's rows of out [M, B] = matrix [M, N] times x [N, B], or += if add_to."""
+def product(out, matrix, x, B, n, add_to, rank, n_threads):
+    """This thread's rows of out [M, B] = matrix [M, N] times x [N, B], or += if add_to; see `multiply`."""
     w, scales, bias = matrix
-    begin, end = multiply(out, w, scales, x, B, add_to, rank, n_threads)
+    begin, end = multiply(out, w, scales, x, B, n, add_to, rank, n_threads)
     for r in range(begin, min(end, bias.shape[0])):
         for b in range(B):
             out[r * B + b] += bias[r]
@@ -765,9 +765,10 @@ def step(job, rank, n_threads):
     _, control, tokens, positions, weights, keys, values, scratch, eps = job
     x, gate_up, scores, B = scratch.x, scratch.gate_up, scratch.scores, scratch.logits.shape[0]
     L, C, F, V = keys.shape[0], weights.norm.shape[0], weights.n_hidden, weights.wte.shape[0]
+    n = tokens.shape[0]
     h, hidden = np.zeros_like(x), np.zeros(gate_up.shape[0], f32)
     if rank == 0:
-        for b in range(tokens.shape[0]):
+        for b in range(n):
             for i in range(C):
                 x[i * B + b] = weights.wte[tokens[b], i]
                 if weights.wpe.shape[0]:
@@ -793,7 +794,7 @@ def step(job, rank, n_threads):
             for k in range(F * B):  # each thread all of it: none needs to wait once more
                 hidden[k] = gate_up[F * B + k] * gate_up[k] / (f32(1) + exp(-gate_up[k]))
             matrix, source, out = of_layer(weights.down, layer), hidden, x
-        product(out, matrix, source, B, part % 2 == 1, rank, n_threads)
+        product(out, matrix, source, B, n, part % 2 == 1, rank, n_threads)
         meet(control, n_threads)
     if B > 1:
         begin, end = share(V, rank, n_threads)
