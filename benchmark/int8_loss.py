@@ -81,10 +81,10 @@ def main():
     if supports(model):
         losses["int8, compiled"] = loss_of_steps(model, tokens)
     print(f"{len(tokens) - 1:,} tokens, {model.n_params:,} parameters of {model.config.architecture}")
-    print(f"{'float32':14}  loss {exact:.5f}  perplexity {math.exp(exact):.4f}")
+    print(f"{'float32':14}  loss {exact:.6f}  perplexity {math.exp(exact):.4f}")
     for name, loss in losses.items():
         change = math.expm1(loss - exact)
-        print(f"{name:14}  loss {loss:.5f}  perplexity {math.exp(loss):.4f}  {change:+.3%}")
+        print(f"{name:14}  loss {loss:.6f}  perplexity {math.exp(loss):.4f}  {change:+.4%}")
 
 
 if __name__ == "__main__":
