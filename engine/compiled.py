@@ -5,9 +5,6 @@ the whole step, in every thread of a small team: each computes its share of the 
 waits for the others (`meet`) before it reads what they wrote. Weights are float32 or int8
 (engine/quantize.py). It is the network of model.py and knows no other. engine/compiled_step.py calls it.
 
-Activations are [features, B]: what one product writes, the next one reads, and B numbers that lie side by
-side are multiplied by the same weight, as a `Vector`. B is 1 or a multiple of 8 (`columns`).
-
 Numba brings its own compiler, so nobody needs to have one. It works for some seconds when a step is run for
 the first time, and keeps the result beside this file; so all that it compiles is in this file, which tells
 it when that is out of date.
@@ -31,13 +28,9 @@ PATIENCE = 4000  # looks before a thread that has nothing to do goes to sleep: s
 # depend on its column, as the compiler would cut the loops otherwise.
 options = dict(nogil=True, boundscheck=False, cache=True, error_model="numpy")
 compiled, fast = njit(**options), njit(**options, fastmath=True)
+inlined = njit(inline="always", **options)
 give_way = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
 f32 = np.float32
-
-
-def columns(n):
-    """How many columns activations of n tokens have. Those beyond n are computed, too, and mean nothing."""
-    return n if n == 1 else -(-n // 8) * 8
 
 
 # ---- threads that wait for each other ----------------------------------------------------------------
@@ -334,21 +327,8 @@ def totals(typingctx, vectors):
 
 
 @intrinsic
-def folded(typingctx, vectors):
-    """The sum of a tuple of vectors, which adds them as `totals` adds the numbers of a vector."""
-
-    def generate(context, builder, signature, args):
-        parts = [builder.extract_value(args[0], k) for k in range(vectors.count)]
-        while (half := len(parts) // 2) > 0:
-            parts = [builder.fadd(a, b) for a, b in zip(parts[:half], parts[half:], strict=True)]
-        return parts[0]
-
-    return vectors.dtype(vectors), generate
-
-
-@intrinsic
 def transpose(typingctx, out, i, n_columns, x, j, n_rows):
-    """out[i + b * n_columns + r] = x[j + r * n_rows + b] for b, r = 0 .. 7"""
+    """out[i + r * n_columns + k] = x[j + k * n_rows + r] for r, k = 0 .. 7"""
 
     def generate(context, builder, signature, args):
         def row(array, number, first, r, stride):
@@ -385,6 +365,7 @@ def prefetch(typingctx, array, place):
 
 
 # ---- products ----------------------------------------------------------------------------------------
+# out [n, M] = or += x [n, N] times a matrix [M, N]; rows of x and out are `stride` numbers apart (`Scratch`).
 
 
 @compiled
@@ -395,7 +376,7 @@ def share(size, rank, n_threads):
 
 @compiled
 def dots(out, w, x, add_to, begin, end):
-    """out[begin:end] = or += rows of w [M, N] times x [N].
+    """Of one token: out[begin:end] = or += rows of w [M, N] times x [N].
 
     Four rows at once, from far apart: a processor fetches several streams of memory faster than one.
     """
@@ -413,142 +394,155 @@ def dots(out, w, x, add_to, begin, end):
                 out[row] = out[row] + result if add_to else result
 
 
-TILE = 6  # rows at once: their sums for 16 columns just fit into the registers of AVX2
+TILE = 6  # rows at once: their sums for 16 tokens just fit into the registers of AVX2
+BLOCK = 24  # rows, which are turned into columns 8 by 8
 
 
 @compiled
-def tiles(out, w, x, B, c, add_to, begin, end, nothing):
-    """Rows begin .. end - 1 and some columns from c on of out [M, B] = or += w [M, N] times x [N, B].
+def tiles(out, stride, w, x, B, b, width, add_to, begin, end, nothing):
+    """Of `width` tokens from b on: blocks begin .. end - 1 of the rows of w [M, N] times x [N, B].
 
-    nothing: TILE vectors of zeros, as wide as there are columns.
+    nothing: TILE vectors of zeros, as wide as there are tokens.
     """
-    N, flat = w.shape[1], w.reshape(-1)
-    for r in range(begin, end, TILE):
-        rows, targets = clipped(r * N, N, (end - 1) * N, TILE), clipped(r * B + c, B, (end - 1) * B + c, TILE)
-        sums = load(out, targets, 0, nothing) if add_to else nothing
-        for j in range(0, N, 16):
-            for k in range(TILE):  # the rows after the next ones, in the order of memory
-                prefetch(flat, r * N + TILE * (2 * N + j) + 16 * k)
-            for i in range(j, min(j + 16, N)):
-                sums = multiply_add(sums, spread(flat, rows, i, nothing), load(x, c, i * B, nothing))
-        store(out, targets, 0, sums)
+    M, N, flat, results = w.shape[0], w.shape[1], w.reshape(-1), np.empty(BLOCK * width, f32)
+    for first in range(begin * BLOCK, end * BLOCK, BLOCK):
+        for c in range(0, width if add_to else 0, 8):
+            for r in range(0, BLOCK, 8):
+                transpose(results, r * width + c, width, out, (b + c) * stride + first + r, stride)
+        for r in range(0, BLOCK, TILE):
+            place, targets = (first + r) * N, clipped(r * width, width, BLOCK * width, TILE)
+            rows, sums = clipped(place, N, (M - 1) * N, TILE), nothing
+            if add_to:
+                sums = load(results, targets, 0, nothing)
+            for j in range(0, N, 16):
+                for k in range(TILE):  # the rows after the next ones, in the order of memory
+                    prefetch(flat, place + TILE * (2 * N + j) + 16 * k)
+                for i in range(j, min(j + 16, N)):
+                    sums = multiply_add(sums, spread(flat, rows, i, nothing), load(x, b, i * B, nothing))
+            store(results, targets, 0, sums)
+        for c in range(0, width, 8):
+            for r in range(0, BLOCK, 8):
+                transpose(out, (b + c) * stride + first + r, stride, results, r * width + c, width)
 
 
 # int8 weights are multiplied by whole numbers, too: x is rounded to 16 bits, 32,767 being the largest number
-# of a group. Then nothing more is lost, and nothing depends on B: the sum of a group has at most 29 bits.
+# of a group. Then nothing more is lost, and nothing depends on n: the sum of a group has at most 29 bits.
 
 
 @compiled
-def rounded(x, B, n, N):
-    """The first n columns of x [N, B] -> int16 [n, N] and their scales [n, N / GROUP]"""
-    rows = np.empty(N * B if B > 1 else 0, f32)
-    for i in range(0, rows.shape[0] // B, 8):
-        for b in range(0, B, 8):
-            transpose(rows, b * N + i, N, x, i * B + b, B)
-    source = rows if B > 1 else x
-    whole, scales, lanes = np.empty(N * n, np.int16), np.empty(N * n // GROUP, f32), np.empty(16, f32)
-    for first in range(0, N * n, GROUP):
-        most, largest = zeros(1, 16, f32), f32(0)
-        for i in range(first, first + GROUP, 16):
-            most = larger(most, load(source, 0, i, 16))
+def rounded(x, n, N):
+    """x [n, N] -> int16 [n N] and their scales [n N / GROUP]"""
+    flat, stride = x.reshape(-1), x.shape[1]
+    whole, scales, lanes = np.empty(n * N, np.int16), np.empty(n * N // GROUP, f32), np.empty(16, f32)
+    for first in range(0, n * N, GROUP):
+        place, most, largest = first // N * stride + first % N, zeros(1, 16, f32), f32(0)
+        for i in range(0, GROUP, 16):
+            most = larger(most, load(flat, place, i, 16))
         store(lanes, 0, 0, most[0])
         for k in range(16):
             largest = max(largest, lanes[k])
         scales[first // GROUP], factor = largest / f32(32767), f32(32767) / max(largest, f32(1e-30))
-        for i in range(first, first + GROUP):
-            whole[i] = np.int16(np.rint(source[i] * factor))
+        for i in range(GROUP):
+            whole[first + i] = np.int16(np.rint(flat[place + i] * factor))
     return whole, scales
 
 
-@compiled
-def int8_dots(out, q, scales, x, x_scales, add_to, begin, end):
-    """`dots` for blocks of ROWS rows of int8, four of them at once."""
-    N, n_groups, flat, factors = 2 * q.shape[1], scales.shape[1], q.reshape(-1), scales.reshape(-1)
-    quarter, nothing = (end - begin + 3) // 4, zeros(4, 16, f32)
-    for block in range(begin, begin + quarter):
-        blocks = clipped(block * ROWS * N, quarter * ROWS * N, (end - 1) * ROWS * N, 4)
-        groups = clipped(block * ROWS * n_groups, quarter * ROWS * n_groups, (end - 1) * ROWS * n_groups, 4)
-        targets = clipped(block * ROWS, quarter * ROWS, (end - 1) * ROWS, 4)
-        sums = load(out, targets, 0, 16) if add_to else nothing
-        for g in range(n_groups):
-            parts = zeros(4, 16, np.int32)
-            for i in range(g * GROUP, (g + 1) * GROUP, 2):
-                parts = multiply_add_pairs(parts, load(flat, blocks, i * ROWS, 16), spread(x, 0, i, 16))
-            scale = multiply_add(nothing, load(factors, groups, g * ROWS, 16), spread(x_scales, 0, g, 16))
-            sums = multiply_add(sums, as_float(parts), scale)
-        for k in range(4):
-            if block + k * quarter < end:
-                store(out, targets[k], 0, sums[k])
+@inlined
+def int8_sums(sums, n_groups, q, places, scales, groups, x, tokens, x_scales, x_groups):
+    """sums, four vectors of ROWS rows, plus four times a block of ROWS rows of q times a token of x.
 
-
-@compiled
-def int8_tiles(out, q, scales, x, x_scales, B, n, add_to, begin, end):
-    """`tiles` for blocks of ROWS rows of int8, four of the first n columns at once. results: [B, ROWS]"""
-    N, n_groups, flat, factors = 2 * q.shape[1], scales.shape[1], q.reshape(-1), scales.reshape(-1)
-    results, nothing = np.zeros(B * ROWS, f32), zeros(4, 16, f32)
-    for block in range(begin, end):
-        place, group = block * ROWS * N, block * ROWS * n_groups
-        for c in range(0, B if add_to else 0, 8):
-            for r in range(0, ROWS, 8):
-                transpose(results, c * ROWS + r, ROWS, out, (block * ROWS + r) * B + c, B)
-        for c in range(0, n, 4):
-            columns, groups = clipped(c * N, N, B * N, 4), clipped(c * n_groups, n_groups, B * n_groups, 4)
-            targets = clipped(c * ROWS, ROWS, B * ROWS, 4)
-            sums = load(results, targets, 0, 16) if add_to else nothing
-            for g in range(n_groups):
-                parts = zeros(4, 16, np.int32)
-                for i in range(g * GROUP, (g + 1) * GROUP, 2):
-                    pairs = spread(x, columns, i, 16)
-                    parts = multiply_add_pairs(parts, load(flat, place, i * ROWS, 16), pairs)
-                x_factors = spread(x_scales, groups, g, 16)
-                scale = multiply_add(nothing, load(factors, group, g * ROWS, 16), x_factors)
-                sums = multiply_add(sums, as_float(parts), scale)
-            store(results, targets, 0, sums)
-        for c in range(0, B, 8):
-            for r in range(0, ROWS, 8):
-                transpose(out, (block * ROWS + r) * B + c, B, results, c * ROWS + r, ROWS)
-
-
-def multiply(out, w, scales, x, B, n, add_to, rank, n_threads):
-    """This thread's rows of out [M, B] = or += the matrix times x [N, B]; returns which ones: from, to.
-
-    Only the first n columns are wanted.
+    places, groups: of the blocks in q and scales; tokens, x_groups: in x and x_scales. Of each, one or four.
     """
+    for g in range(n_groups):
+        parts = zeros(4, 16, np.int32)
+        for i in range(g * GROUP, (g + 1) * GROUP, 2):
+            parts = multiply_add_pairs(parts, load(q, places, i * ROWS, 16), spread(x, tokens, i, 16))
+        of_x = spread(x_scales, x_groups, g, 16)
+        scale = multiply_add(zeros(4, 16, f32), load(scales, groups, g * ROWS, 16), of_x)
+        sums = multiply_add(sums, as_float(parts), scale)
+    return sums
+
+
+@compiled
+def int8_dots(out, stride, q, scales, x, x_scales, n, add_to, begin, end):
+    """Of few tokens, one after the other: blocks begin .. end - 1, four of them at once, as in `dots`."""
+    N, n_groups, flat, factors = 2 * q.shape[1], scales.shape[1], q.reshape(-1), scales.reshape(-1)
+    quarter = (end - begin + 3) // 4
+    for block in range(begin, begin + quarter):
+        places = clipped(block * ROWS * N, quarter * ROWS * N, (end - 1) * ROWS * N, 4)
+        groups = clipped(block * ROWS * n_groups, quarter * ROWS * n_groups, (end - 1) * ROWS * n_groups, 4)
+        for b in range(n):
+            first, last = b * stride + block * ROWS, b * stride + (end - 1) * ROWS
+            targets, sums = clipped(first, quarter * ROWS, last, 4), zeros(4, 16, f32)
+            if add_to:
+                sums = load(out, targets, 0, 16)
+            sums = int8_sums(sums, n_groups, flat, places, factors, groups, x, b * N, x_scales, b * n_groups)
+            for k in range(4):
+                if block + k * quarter < end:
+                    store(out, targets[k], 0, sums[k])
+
+
+@compiled
+def int8_tiles(out, stride, q, scales, x, x_scales, n, add_to, begin, end):
+    """Of many tokens, four at once: blocks begin .. end - 1."""
+    N, n_groups, flat, factors = 2 * q.shape[1], scales.shape[1], q.reshape(-1), scales.reshape(-1)
+    for block in range(begin, end):
+        place, group, target = block * ROWS * N, block * ROWS * n_groups, block * ROWS
+        for b in range(0, n, 4):
+            tokens = clipped(b * N, N, (n - 1) * N, 4)
+            x_groups = clipped(b * n_groups, n_groups, (n - 1) * n_groups, 4)
+            targets = clipped(b * stride + target, stride, (n - 1) * stride + target, 4)
+            sums = zeros(4, 16, f32)
+            if add_to:
+                sums = load(out, targets, 0, 16)
+            sums = int8_sums(sums, n_groups, flat, place, factors, group, x, tokens, x_scales, x_groups)
+            store(out, targets, 0, sums)
+
+
+def multiply(out, w, scales, x, n, add_to, rank, n_threads):
+    """This thread's part of out for n tokens; returns which rows of the matrix that were: from, to."""
 
 
 @overload(multiply)
-def _(out, w, scales, x, B, n, add_to, rank, n_threads):
-    def float32(out, w, scales, x, B, n, add_to, rank, n_threads):
-        begin, end = share(w.shape[0], rank, n_threads)
-        if B == 1:
-            dots(out, w, x, add_to, begin, end)
-        for c in range(0, B - 15, 16):
-            tiles(out, w, x, B, c, add_to, begin, end, zeros(TILE, 16, f32))
+def _(out, w, scales, x, n, add_to, rank, n_threads):
+    def float32(out, w, scales, x, n, add_to, rank, n_threads):
+        results, source, stride = out.reshape(-1), x.reshape(-1), out.shape[1]
+        (M, N), B = w.shape, out.shape[0]
+        if n == 1:
+            begin, end = share(M, rank, n_threads)
+            dots(results, w, source, add_to, begin, end)
+            return begin, end
+        columns = np.empty((N + 7) // 8 * 8 * B, f32)
+        for i in range(0, N, 8):
+            for b in range(0, B, 8):
+                transpose(columns, i * B + b, B, source, b * x.shape[1] + i, x.shape[1])
+        begin, end = share((M + BLOCK - 1) // BLOCK, rank, n_threads)
+        for b in range(0, B - 15, 16):
+            tiles(results, stride, w, columns, B, b, 16, add_to, begin, end, zeros(TILE, 16, f32))
         if B % 16 == 8:
-            tiles(out, w, x, B, B - 8, add_to, begin, end, zeros(TILE, 8, f32))
-        return begin, end
+            tiles(results, stride, w, columns, B, B - 8, 8, add_to, begin, end, zeros(TILE, 8, f32))
+        return begin * BLOCK, end * BLOCK
 
-    def int8(out, w, scales, x, B, n, add_to, rank, n_threads):
+    def int8(out, w, scales, x, n, add_to, rank, n_threads):
         begin, end = share(w.shape[0], rank, n_threads)
-        n = n if B == 1 else -(-n // 4) * 4
-        whole, x_scales = rounded(x, B, n, 2 * w.shape[1])
-        if B == 1:
-            int8_dots(out, w, scales, whole, x_scales, add_to, begin, end)
+        whole, x_scales = rounded(x, n, 2 * w.shape[1])
+        if n < 4:
+            int8_dots(out.reshape(-1), out.shape[1], w, scales, whole, x_scales, n, add_to, begin, end)
         else:
-            int8_tiles(out, w, scales, whole, x_scales, B, n, add_to, begin, end)
-        return ROWS * begin, ROWS * end
+            int8_tiles(out.reshape(-1), out.shape[1], w, scales, whole, x_scales, n, add_to, begin, end)
+        return begin * ROWS, end * ROWS
 
     return float32 if w.dtype == types.float32 else int8
 
 
 @compiled
-def product(out, matrix, x, B, n, add_to, rank, n_threads):
-    """This thread's rows of out [M, B] = matrix [M, N] times x [N, B], or += if add_to; see `multiply`."""
+def product(out, matrix, x, n, add_to, rank, n_threads):
+    """This thread's part of out [n, M] = x [n, N] times the matrix [M, N], or += if add_to."""
     w, scales, bias = matrix
-    begin, end = multiply(out, w, scales, x, B, n, add_to, rank, n_threads)
-    for r in range(begin, min(end, bias.shape[0])):
-        for b in range(B):
-            out[r * B + b] += bias[r]
+    begin, end = multiply(out, w, scales, x, n, add_to, rank, n_threads)
+    for b in range(n):
+        for r in range(begin, min(end, bias.shape[0])):
+            out[b, r] += bias[r]
 
 
 # ---- what lies between them --------------------------------------------------------------------------
@@ -577,29 +571,21 @@ def exp(x):
 
 
 @compiled
-def norm_of(out, x, B, weight, eps):
-    """out [C, B] = RMSNorm of the columns of x [C, B]"""
-    C, factors = weight.shape[0], np.empty(B, f32)
-    whole = C - C % 16
-    if B == 1:
+def norm_of(out, x, n, weight, eps):
+    """out [n, C] = RMSNorm of the rows of x [n, C]"""
+    C, flat, lanes = weight.shape[0], x.reshape(-1), np.empty(1, f32)
+    for b in range(n):
         squares = zeros(1, 16, f32)
-        for i in range(0, whole, 16):
-            squares = multiply_add(squares, load(x, 0, i, 16), load(x, 0, i, 16))
-        store(factors, 0, 0, totals(squares))
-    for c in range(0, B - 7, 8):  # the same sum for each of 8 columns: what were lanes is a tuple
-        squares = zeros(16, 8, f32)
-        for i in range(0, whole, 16):
-            rows = load(x, clipped(i * B + c, B, C * B, 16), 0, 8)
-            squares = multiply_add(squares, rows, rows)
-        store(factors, c, 0, folded(squares))
-    for i in range(whole, C):
-        for b in range(B):
-            factors[b] += x[i * B + b] * x[i * B + b]
-    for b in range(B):
-        factors[b] = f32(1) / np.sqrt(factors[b] / f32(C) + f32(eps))
-    for i in range(C):
-        for b in range(B):
-            out[i * B + b] = x[i * B + b] * factors[b] * weight[i]
+        for i in range(0, C - 15, 16):
+            numbers = load(flat, b * x.shape[1], i, 16)
+            squares = multiply_add(squares, numbers, numbers)
+        store(lanes, 0, 0, totals(squares))
+        mean = lanes[0]
+        for i in range(C - C % 16, C):
+            mean += x[b, i] * x[b, i]
+        factor = f32(1) / np.sqrt(mean / f32(C) + f32(eps))
+        for i in range(C):
+            out[b, i] = x[b, i] * factor * weight[i]
 
 
 @fast
@@ -698,14 +684,16 @@ class Weights(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What threads give to one another: flat arrays of [features, B]; zeros fill up the last group."""
+    """What threads give to one another, [B, size]: B is 1, or `n` filled up to a multiple of 8.
 
-    x: np.ndarray  # [C, B]: the stream
+    Rows are filled up with zeros, so that blocks of weights of any shape end within them.
+    """
+
+    x: np.ndarray  # [B, C]: the stream
     qkv: np.ndarray
-    y: np.ndarray  # [H D, B]
-    gate_up: np.ndarray  # [2 F, B]
-    scores: np.ndarray  # [V, B]
-    logits: np.ndarray  # [B, V], not filled up: the same as scores
+    y: np.ndarray  # [B, H D]
+    gate_up: np.ndarray  # [B, 2 F]
+    logits: np.ndarray  # [B, V]
 
 
 class Job(NamedTuple):
@@ -730,10 +718,10 @@ def of_layer(matrix, layer):
 
 @compiled
 def attention(scratch, weights, layer, all_keys, all_values, positions, eps, rank, n_threads):
-    """qkv [(H + 2 G) D, B] -> y [H D, B]; this thread's share of the n G groups of heads."""
+    """qkv [n, (H + 2 G) D] -> y [n, H D]; this thread's share of the n G groups of heads."""
     _, n_rows, G, S, D = all_keys.shape
-    B, H = scratch.logits.shape[0], weights.n_head
-    qkv, y, keys, values = scratch.qkv, scratch.y, all_keys.reshape(-1), all_values.reshape(-1)
+    keys, values, H = all_keys.reshape(-1), all_values.reshape(-1), weights.n_head
+    qkv, y = scratch.qkv, scratch.y
     head, out, scores = np.empty(D, f32), np.empty(D, f32), np.empty(S + 4, f32)
     begin, end = share(positions.shape[0] * G, rank, n_threads)
     for item in range(begin, end):
@@ -741,70 +729,60 @@ def attention(scratch, weights, layer, all_keys, all_values, positions, eps, ran
         position = positions[b]
         place = ((layer * n_rows + b) * G + g) * S * D
         for i in range(D):
-            head[i] = qkv[((H + g) * D + i) * B + b]
-            values[place + position * D + i] = qkv[((H + G + g) * D + i) * B + b]
+            head[i] = qkv[b, (H + g) * D + i]
+            values[place + position * D + i] = qkv[b, (H + G + g) * D + i]
         norm(head, weights.k_norm[layer], eps)
         rotate(head, weights.rotary, position)
         for i in range(D):
             keys[place + position * D + i] = head[i]
         for h in range(g * (H // G), (g + 1) * (H // G)):
             for i in range(D):
-                head[i] = qkv[(h * D + i) * B + b]
+                head[i] = qkv[b, h * D + i]
             norm(head, weights.q_norm[layer], eps)
             rotate(head, weights.rotary, position)
             is_last = h + 1 == (g + 1) * (H // G)
             soon = place + S * D if is_last else place
             attend(out, head, keys, values, place, soon, scores[: position + 5])
             for i in range(D):
-                y[(h * D + i) * B + b] = out[i]
+                y[b, h * D + i] = out[i]
 
 
 @compiled
 def step(job, rank, n_threads):
     """One thread's share of the logits for the tokens of a job, which are written into its cache, too."""
     _, control, tokens, positions, weights, keys, values, scratch, eps = job
-    x, gate_up, scores, B = scratch.x, scratch.gate_up, scratch.scores, scratch.logits.shape[0]
-    L, C, F, V = keys.shape[0], weights.norm.shape[0], weights.n_hidden, weights.wte.shape[0]
-    n = tokens.shape[0]
-    h, hidden = np.zeros_like(x), np.zeros(gate_up.shape[0], f32)
+    x, gate_up = scratch.x, scratch.gate_up
+    n, L, C, F = tokens.shape[0], keys.shape[0], weights.norm.shape[0], weights.n_hidden
+    h, hidden = np.zeros_like(x), np.zeros_like(gate_up)
     if rank == 0:
         for b in range(n):
             for i in range(C):
-                x[i * B + b] = weights.wte[tokens[b], i]
+                x[b, i] = weights.wte[tokens[b], i]
                 if weights.wpe.shape[0]:
-                    x[i * B + b] += weights.wpe[positions[b], i]
+                    x[b, i] += weights.wpe[positions[b], i]
     meet(control, n_threads)
     for i in range(4 * L + 1):
         # One call of `product` for all matrices: Numba compiles a function anew wherever it is called.
         layer, part = i // 4, i % 4
         if layer == L:
-            norm_of(h, x, B, weights.norm, eps)
-            matrix, source, out = weights.head, h, scores
+            norm_of(h, x, n, weights.norm, eps)
+            matrix, source, out = weights.head, h, scratch.logits
         elif part == 0:
-            norm_of(h, x, B, weights.attn_norm[layer], eps)
+            norm_of(h, x, n, weights.attn_norm[layer], eps)
             matrix, source, out = of_layer(weights.qkv, layer), h, scratch.qkv
         elif part == 1:
             attention(scratch, weights, layer, keys, values, positions, eps, rank, n_threads)
             meet(control, n_threads)
             matrix, source, out = of_layer(weights.proj, layer), scratch.y, x
         elif part == 2:
-            norm_of(h, x, B, weights.mlp_norm[layer], eps)
+            norm_of(h, x, n, weights.mlp_norm[layer], eps)
             matrix, source, out = of_layer(weights.gate_up, layer), h, gate_up
         else:
-            for k in range(F * B):  # each thread all of it: none needs to wait once more
-                hidden[k] = gate_up[F * B + k] * gate_up[k] / (f32(1) + exp(-gate_up[k]))
+            for b in range(n):  # each thread all of it: none needs to wait once more
+                for k in range(F):
+                    hidden[b, k] = gate_up[b, F + k] * gate_up[b, k] / (f32(1) + exp(-gate_up[b, k]))
             matrix, source, out = of_layer(weights.down, layer), hidden, x
-        product(out, matrix, source, B, n, part % 2 == 1, rank, n_threads)
-        meet(control, n_threads)
-    if B > 1:
-        begin, end = share(V, rank, n_threads)
-        logits, whole = scratch.logits.reshape(-1), end - (end - begin) % 8
-        for r in range(begin, whole, 8):
-            for b in range(0, B, 8):
-                transpose(logits, b * V + r, V, scores, r * B + b, B)
-        for r in range(whole, end):
-            for b in range(B):
-                logits[b * V + r] = scores[r * B + b]
+        product(out, matrix, source, n, part % 2 == 1, rank, n_threads)
         meet(control, n_threads)
 
 

@@ -1,5 +1,6 @@
 """`CompiledStep`: the threads, the weights and the memory that engine/compiled.py works with."""
 
+import math
 import queue
 import threading
 import time
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from config.schema import ModelConfig
-from engine.compiled import ASLEEP, STATE, Job, Scratch, Weights, columns, follow, lead
+from engine.compiled import ASLEEP, BLOCK, STATE, Job, Scratch, Weights, follow, lead
 from engine.quantize import GROUP, Int8Linear, quantize
 from model import GPT
 
@@ -54,27 +55,26 @@ class CompiledStep:
                 if bell.empty():
                     bell.put("wake up")
             time.sleep(0)  # lets them begin
-        return torch.from_numpy(job.scratch.logits[: len(tokens)])
+        return torch.from_numpy(job.scratch.logits[: len(tokens), : self.config.vocab_size])
 
     def new_job(self, n, cache):
         """For n tokens."""
         self.n_jobs += 1
         return Job(
             self.n_jobs, self.control, np.zeros(n, np.int64), cache.lengths[:n], self.weights,
-            cache.keys.numpy(), cache.values.numpy(), self.scratch(columns(n)), self.config.norm_eps,
+            cache.keys.numpy(), cache.values.numpy(), self.scratch(n), self.config.norm_eps,
         )  # fmt: skip
 
-    def scratch(self, n_columns):
+    def scratch(self, n):
         """Kept, as it holds the logits."""
-        if n_columns not in self.scratches:
-            c = self.config
+        n_rows = n if n == 1 else -(-n // 8) * 8
+        if n_rows not in self.scratches:
+            c, unit = self.config, math.lcm(GROUP, BLOCK)
             heads = c.n_head * c.head_dim
             sizes = c.n_embd, heads + 2 * c.n_kv_head * c.head_dim, heads, 2 * c.n_hidden, c.vocab_size
-            arrays = [np.zeros(-(-size // GROUP) * GROUP * n_columns, f32) for size in sizes]
-            scores = arrays[-1][: n_columns * c.vocab_size]
-            logits = scores.reshape(1, -1) if n_columns == 1 else np.empty((n_columns, c.vocab_size), f32)
-            self.scratches[n_columns] = Scratch(*arrays, logits)
-        return self.scratches[n_columns]
+            arrays = (np.zeros((n_rows, -(-size // unit) * unit), f32) for size in sizes)
+            self.scratches[n_rows] = Scratch(*arrays)
+        return self.scratches[n_rows]
 
 
 def work(current, bell, rank, n_threads):
