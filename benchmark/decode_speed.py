@@ -8,7 +8,7 @@ with as many threads; the table tells the median of the rounds, and the best one
 weights: 12.9 M parameters, of which 8.2 M are the embedding, which is the output head, too.
 
 The bandwidth limit is what could be if reading the weights once a token, at the speed at which this
-machine sums up a large array, were all there is to do.
+machine sums up an array of their size (which a part of may stay in its caches), were all there is to do.
 """
 
 import argparse
@@ -160,16 +160,19 @@ def llama_cpp(file, n_tokens, n_threads):
     return measure
 
 
-def bandwidth():
-    """Bytes that all threads together read in a second."""
+def bandwidth(n_bytes):
+    """Bytes that all threads together read in a second, again and again the same."""
+    import numpy as np
     import torch
 
-    numbers, times = torch.ones(64 << 20), []
-    for _ in range(5):
+    numbers = np.empty(int(n_bytes) // 4, np.float32)  # by NumPy, in large pages
+    numbers.fill(1)
+    times = []
+    for _ in range(10):
         start = time.perf_counter()
-        numbers.sum()
+        torch.from_numpy(numbers).sum()
         times.append(time.perf_counter() - start)
-    return 4 * numbers.numel() / min(times)
+    return n_bytes / min(times)
 
 
 def main():
@@ -209,31 +212,34 @@ def main():
             runs[name] = size, nano(checkpoint, n, int8=is_int8)
             runs[f"{name}, 16 requests"] = None, nano(checkpoint, n, 16, int8=is_int8)
         speeds = {name: [] for name in runs}
-        limit = bandwidth()
+        limits = {kind: [] for kind in n_bytes}
         for number in range(args.rounds + 1):
             status.update(f"round {number} of {args.rounds}")
             for name, (_, measure) in runs.items():
                 speed = measure()
                 if number:  # the first one warms up
                     speeds[name].append(speed)
-            limit = max(limit, bandwidth())
+            for kind, size in n_bytes.items() if number else ():
+                limits[kind].append(bandwidth(size) / size)  # tokens/s
     table = Table(
         "", "tokens/s", "best", "x Transformers", "x Nano", "x Nano int8", "of the bandwidth limit",
-        title=f"{n_weights / 1e6:.1f} M weights, {args.threads} threads, {limit / 1e9:.0f} GB/s",
+        title=f"{n_weights / 1e6:.1f} M weights, {args.threads} threads; limit: "
+        + ", ".join(f"{kind} {statistics.median(limits[kind]):,.0f} tokens/s" for kind in limits),
     )  # fmt: skip
     for column in table.columns[1:]:
         column.justify = "right"
 
-    def ratio(name, other):
-        """The median over the rounds: both ran in the same minute."""
-        pairs = zip(speeds[name], speeds[other], strict=True)
-        return f"{statistics.median(a / b for a, b in pairs):.2f}"
+    def ratio(name, others):
+        """The median over the rounds: both were measured in the same minute."""
+        return statistics.median(a / b for a, b in zip(speeds[name], others, strict=True))
 
     for name, (kind, _) in runs.items():
-        median = statistics.median(speeds[name])
-        share = f"{median * n_bytes[kind] / limit:.0%}" if kind else ""
-        ratios = (ratio(name, other) for other in ("Transformers, generate", "Nano", "Nano int8"))
-        table.add_row(name, f"{median:,.0f}", f"{max(speeds[name]):,.0f}", *ratios, share)
+        share = f"{ratio(name, limits[kind]):.0%}" if kind else ""
+        peers = "Transformers, generate", "Nano", "Nano int8"
+        ratios = (f"{ratio(name, speeds[peer]):.2f}" for peer in peers)
+        table.add_row(
+            name, f"{statistics.median(speeds[name]):,.0f}", f"{max(speeds[name]):,.0f}", *ratios, share
+        )
     console.print(table)
 
 

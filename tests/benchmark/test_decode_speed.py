@@ -15,7 +15,7 @@ SMALL = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_hidden": 24
 def test_everyone_takes_a_turn(monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(decode_speed, "SHAPE", decode_speed.SHAPE | SMALL)
-    monkeypatch.setattr(decode_speed, "bandwidth", lambda: 1e9)
+    monkeypatch.setattr(decode_speed, "bandwidth", lambda n_bytes: 1e9)
     monkeypatch.setenv("COLUMNS", "200")
     table = printed_by(decode_speed, "--rounds", 2, "--tokens", 4, "--threads", 1)
     rows = re.findall(r"│ (\w[\w ,.]*?) +│ +([\d,]+) │ +([\d,]+) │ +([\d.]+) │", table)
