@@ -126,6 +126,8 @@ def facts(checkpoint, name, speaker, device):
 
 # ---- text in, text out -----------------------------------------------------------------------------
 
+LOADING_PAYS, COMPILING_PAYS = 32, 2000  # after so many tokens: it takes half a second, or twenty
+
 
 class Speaker:
     """A model with its tokenizer and the options of decoding: a prompt in, pieces of text out.
@@ -137,7 +139,7 @@ class Speaker:
         from engine.decoding import Decoder
 
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self.decoder = Decoder(model)
+        self.decoder, self.n_steps = Decoder(model), 0
         self.context = model.config.block_size
         self.max_length = max_length or self.context
         # A mark the model writes itself ends its answer; only <|unknown|> is a part of the text.
@@ -151,9 +153,7 @@ class Speaker:
         """The model of a checkpoint (default: the newest). quantize: "int8". options: see `model.candidates`,
         and `seed`; what is not said is greedy. UserError if there is no such model."""
         _, _, model, tokenizer, _ = load_model(path, True, device, quantize)
-        speaker = cls(model, tokenizer, max_length, **{"temperature": 0, **options})
-        speaker.decoder.compile()
-        return speaker
+        return cls(model, tokenizer, max_length, **{"temperature": 0, **options})
 
     def chat(self, messages):
         """Yield the answer to a conversation in pieces: [{"role": "user", "content": str}, ...]."""
@@ -215,7 +215,7 @@ class Speaker:
 
     def tokens(self, ids, max_tokens):
         """Yield what follows `ids`, as ids."""
-        from engine.decoding import Request
+        from engine.decoding import Request, is_compiled
 
         options = self.options | {"stop_tokens": self.stop_tokens}
         if options.get("temperature") == 0 and self.model.drafter():
@@ -224,6 +224,9 @@ class Speaker:
         request = self.decoder.add(Request(ids, max_tokens, **options))
         try:
             while request.finish_reason is None:
+                self.n_steps += 1
+                if self.n_steps == (LOADING_PAYS if is_compiled() else COMPILING_PAYS):
+                    self.decoder.compile()
                 n_before = len(request.context)
                 self.decoder.step()
                 yield from request.context[n_before:]
@@ -512,11 +515,9 @@ def main():
 
     instruct = args.instruct or questions is not None
     speaker, about, attention = load_speaker(args, instruct)
-    from engine.decoding import is_compiled
-
     is_talk = args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
-    if is_talk or is_compiled():  # it pays for a conversation, or costs nothing
-        speaker.decoder.compile()
+    if is_talk:
+        speaker.decoder.compile()  # while the first question is typed
     with attention:
         if questions is not None:
             print(about)

@@ -80,7 +80,7 @@ class Decoder:
         PyTorch does the steps meanwhile, unless `wait`; and for good where there is no Numba, where what it
         compiles cannot be kept, or where the network is another one.
         """
-        if supports(self.model):
+        if supports(self.model) and not self._compiling and not self._compiled:
             # Not the model itself: a thread that frees tensors while the program ends makes it crash.
             is_int8 = isinstance(self.model.lm_head, Int8Linear)
             self._compiling = threading.Thread(target=prepare, args=(is_int8,), daemon=True)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import engine.checkpoint
+import engine.decoding
 import inference
 from engine.checkpoint import Checkpoint
 from model import GPT, ModelConfig
@@ -304,6 +305,20 @@ def test_five_lines_of_python(project, save, tokenizer, capsys):
     exec(lines.replace("checkpoint/x.pt", str(path)), {})
     assert capsys.readouterr().out == "好吗"
     assert "".join(inference.Speaker.load().complete("Hello你")) == "好吗"
+
+
+@pytest.mark.parametrize("is_ready, when", [(True, 32), (False, 2000)])
+def test_a_compiler_is_called_when_that_pays(tokenizer, monkeypatch, is_ready, when):
+    """Not for a short answer; for several together that are as long as that, once."""
+    monkeypatch.setattr(engine.decoding, "is_compiled", lambda: is_ready)
+    again = {i: i for i in range(tokenizer.vocab_size)}
+    talker = speaker(checkpoint(tokenizer, *chain(tokenizer, again)))
+    calls, n_tokens = [], 0
+    monkeypatch.setattr(talker.decoder, "compile", lambda: calls.append(n_tokens))
+    while n_tokens < 2100:
+        for _ in talker.tokens([tokenizer.bos_id, 9], 30):
+            n_tokens += 1
+    assert calls == [when - 1]
 
 
 def test_lines_piped_in(project, save, tokenizer):
