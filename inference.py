@@ -225,7 +225,7 @@ class Speaker:
         try:
             while request.finish_reason is None:
                 self.n_steps += 1
-                if self.n_steps == (LOADING_PAYS if is_compiled() else COMPILING_PAYS):
+                if self.n_steps == COMPILING_PAYS or self.n_steps == LOADING_PAYS and is_compiled():
                     self.decoder.compile()
                 n_before = len(request.context)
                 self.decoder.step()

@@ -6,8 +6,8 @@ waits for the others (`meet`) before it reads what they wrote. Weights are float
 (engine/quantize.py). It is the network of model.py and knows no other. engine/compiled_step.py calls it.
 
 Numba brings its own compiler, so nobody needs to have one. It works for some seconds when a step is run for
-the first time, and keeps the result beside this file; so all that it compiles is in this file, which tells
-it when that is out of date.
+the first time, and keeps the result; so all that it compiles is in this file, which tells it when that is
+out of date.
 """
 
 import os
@@ -15,10 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
+from engine.decoding import CACHE
 from engine.quantize import GROUP, NEIGHBOURS, ROWS
+
+config.CACHE_DIR = str(CACHE)
 
 SPINS = 2000  # looks before a waiting thread offers its core to others
 PATIENCE = 4000  # looks before a thread that has nothing to do goes to sleep: some tenths of a millisecond

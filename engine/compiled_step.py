@@ -11,6 +11,7 @@ import torch
 
 from config.schema import ModelConfig
 from engine.compiled import ASLEEP, BLOCK, STATE, Job, Scratch, Weights, follow, lead
+from engine.decoding import COMPILED
 from engine.quantize import GROUP, Int8Linear, quantize
 from model import GPT
 
@@ -145,9 +146,6 @@ def weights_of(model):
 
 
 if __name__ == "__main__":
-    from engine.decoding import COMPILED
-
     warm_up(is_int8=False)
     warm_up(is_int8=True)
-    COMPILED.parent.mkdir(exist_ok=True)
     COMPILED.touch()

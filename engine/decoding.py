@@ -21,9 +21,11 @@ import codecs
 import collections
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import torch
@@ -195,7 +197,23 @@ class Decoder:
 
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPILED = ROOT / "engine" / "__pycache__" / "compiled.done"  # is there when Numba has kept its work
+
+
+def cache_folder():
+    """Where Numba keeps its work: beside the code or, if that is another user's, with the user's caches.
+
+    It is of no use to another Python, to much another processor, and where the code is moved to.
+    """
+    beside = ROOT / "engine" / "__pycache__"
+    is_ours = os.access(beside if beside.exists() else beside.parent, os.W_OK)
+    of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    place = os.environ.get("NUMBA_CACHE_DIR") or (beside if is_ours else of_user)
+    names = sys.implementation.cache_tag, torch.backends.cpu.get_cpu_capability(), zlib.crc32(os.fsencode(ROOT))
+    return Path(place, "nano_{}_{}_{:08x}".format(*names).replace(" ", ""))
+
+
+CACHE = cache_folder()
+COMPILED = CACHE / "done"
 LOADING = threading.Lock()
 atexit.register(LOADING.acquire)  # a program that ended while Numba loads would crash
 
@@ -212,9 +230,12 @@ def supports(model):
 
 
 def is_compiled():
-    """Whether that was done on this machine before, with engine/compiled.py as it is now."""
-    source = ROOT / "engine" / "compiled.py"
-    return COMPILED.exists() and COMPILED.stat().st_mtime >= source.stat().st_mtime
+    """Whether that was done on this machine before, with engine/compiled.py and Numba as they are now."""
+    numba = importlib.util.find_spec("numba")
+    if not numba or not os.access(CACHE, os.W_OK) or not COMPILED.exists():  # it only reads where it may write
+        return False
+    sources = (ROOT / "engine" / "compiled.py", numba.origin)
+    return COMPILED.stat().st_mtime >= max(os.stat(source).st_mtime for source in sources)
 
 
 def prepare(is_int8):
@@ -224,9 +245,12 @@ def prepare(is_int8):
         subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True)
     if is_compiled():
         with LOADING:
-            from engine import compiled_step
+            try:
+                from engine import compiled_step
 
-            compiled_step.warm_up(is_int8)
+                compiled_step.warm_up(is_int8)
+            except Exception:  # in many kinds, when what lies there is damaged: the next start compiles anew
+                shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def compiled_step(model):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from test_model import differ, random_tokens
 from torch import nn
 
 from config.schema import ModelConfig
-from engine.decoding import ROOT, supports
+from engine.decoding import CACHE, ROOT, Decoder, supports
 from engine.quantize import GROUP, ROWS, Int8Linear, quantize
 from model import GPT
 
@@ -162,6 +163,30 @@ def test_a_program_may_end_at_any_time():
             [sys.executable, "-c", code, str(ROOT), seconds], capture_output=True, text=True
         )
         assert (done.returncode, done.stderr) == (7, ""), seconds
+
+
+@pytest.mark.parametrize("trouble", ["damaged", "nowhere"])
+def test_without_its_cache_the_steps_are_pytorchs(tmp_path, trouble):
+    """What is damaged is deleted, so that the next start compiles anew."""
+    folder = tmp_path / CACHE.name
+    if trouble == "damaged":
+        Decoder(network()).compile(wait=True)
+        shutil.copytree(CACHE, folder)
+        for index in folder.rglob("*.nbi"):
+            os.truncate(index, index.stat().st_size // 2)
+    else:
+        tmp_path.joinpath("file").touch()
+        folder = tmp_path / "file" / CACHE.name
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from engine.decoding import *\n"
+        "from config.schema import ModelConfig\n"
+        "decoder = Decoder(GPT(ModelConfig(n_embd=64).resolved(30)).eval())\n"
+        "decoder.compile(wait=True); decoder.run([request := Request([1], 5)]); print(len(request.tokens))"
+    )
+    env = os.environ | {"NUMBA_CACHE_DIR": str(folder.parent)}
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")
+    assert not folder.exists()
 
 
 # ---- eight bits ------------------------------------------------------------------------------------
