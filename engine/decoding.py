@@ -208,8 +208,8 @@ def cache_folder():
     is_ours = os.access(beside if beside.exists() else beside.parent, os.W_OK)
     of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = os.environ.get("NUMBA_CACHE_DIR") or (beside if is_ours else of_user)
-    names = sys.implementation.cache_tag, torch.backends.cpu.get_cpu_capability(), zlib.crc32(os.fsencode(ROOT))
-    return Path(place, "nano_{}_{}_{:08x}".format(*names).replace(" ", ""))
+    python, processor = sys.implementation.cache_tag, torch.backends.cpu.get_cpu_capability()
+    return Path(place, f"nano_{python}_{processor.replace(' ', '')}_{zlib.crc32(os.fsencode(ROOT)):08x}")
 
 
 CACHE = cache_folder()
@@ -232,7 +232,7 @@ def supports(model):
 def is_compiled():
     """Whether that was done on this machine before, with engine/compiled.py and Numba as they are now."""
     numba = importlib.util.find_spec("numba")
-    if not numba or not os.access(CACHE, os.W_OK) or not COMPILED.exists():  # it only reads where it may write
+    if not numba or not COMPILED.exists() or not os.access(CACHE, os.W_OK):  # it reads where it may write
         return False
     sources = (ROOT / "engine" / "compiled.py", numba.origin)
     return COMPILED.stat().st_mtime >= max(os.stat(source).st_mtime for source in sources)
