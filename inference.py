@@ -126,7 +126,7 @@ def facts(checkpoint, name, speaker, device):
 
 # ---- text in, text out -----------------------------------------------------------------------------
 
-LOADING_PAYS, COMPILING_PAYS = 32, 2000  # after so many tokens: it takes half a second, or twenty
+LOADING_PAYS, COMPILING_PAYS = 64, 2000  # after so many tokens: it takes half a second, or twenty
 
 
 class Speaker:

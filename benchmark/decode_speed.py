@@ -1,7 +1,8 @@
-"""Tokens a second, one text and sixteen, beside Transformers, llama2.c and llama.cpp on the same weights.
+"""Tokens a second, of one text and of many, beside Transformers, llama2.c and llama.cpp on the same weights.
 
     python benchmark/decode_speed.py                              # Nano and Transformers
     python benchmark/decode_speed.py --llama2c ~/llama2.c         # a folder where `make run runq` was done
+    python benchmark/decode_speed.py --requests 2 4 8 16 32       # so many texts at once
 
 llama.cpp is measured if llama-cpp-python is installed. Everything is greedy and takes its turn in each round,
 with as many threads; the table tells the median of the rounds, and the best one. The model has random
@@ -43,10 +44,11 @@ def parse_arguments():
     add("--threads", type=int, default=2, help="of every program (2)")
     add("--tokens", type=int, default=128, help="drawn in each run (128)")
     add("--rounds", type=int, default=10, help="(10)")
+    add("--requests", type=int, nargs="+", default=[16], metavar="N", help="texts at once, beside one (16)")
     add("--llama2c", type=Path, metavar="FOLDER", help="holds llama2.c's run and runq")
     args = parser.parse_args()
-    if min(args.threads, args.rounds) < 1 or not 2 <= args.tokens <= 200:
-        raise UserError("--threads and --rounds must be 1 or more, --tokens between 2 and 200")
+    if min(args.threads, args.rounds, *args.requests) < 1 or not 2 <= args.tokens <= 200:
+        raise UserError("--threads, --rounds and --requests must be 1 or more, --tokens between 2 and 200")
     if args.llama2c and not (args.llama2c / "run").is_file():
         raise UserError(f"there is no {args.llama2c / 'run'}; `make run runq` makes it")
     return args
@@ -210,7 +212,8 @@ def main():
                 runs[f"llama2.c, {program}"] = size, measure
             name, is_int8 = "Nano int8" if size == "int8" else "Nano", size == "int8"
             runs[name] = size, nano(checkpoint, n, int8=is_int8)
-            runs[f"{name}, 16 requests"] = None, nano(checkpoint, n, 16, int8=is_int8)
+            for count in args.requests:
+                runs[f"{name}, {count} requests"] = None, nano(checkpoint, n, count, int8=is_int8)
         speeds = {name: [] for name in runs}
         limits = {kind: [] for kind in n_bytes}
         for number in range(args.rounds + 1):

@@ -1,9 +1,9 @@
 """Weights in 8 bits: a quarter of the memory, and of the time that reading them takes.
 
 Each row of a matrix is cut into groups of GROUP weights, which share a scale: w = q * scale, q in -127..127,
-the largest weight of a group being 127 or -127 ("weight-only", symmetric; Dettmers et al. 2022, LLM.int8(),
-section 2.1, in blocks instead of rows). Activations stay as they are. The embedding does, too: a token reads
-one row of it.
+the largest weight of a group being 127 or -127 (symmetric; Dettmers et al. 2022, LLM.int8(), section 2.1,
+in blocks instead of rows). Activations stay as they are ("weight-only"), but engine/compiled.py rounds them
+to 16 bits. The embedding stays, too: a token reads one row of it.
 
 The numbers lie in the order in which engine/compiled.py reads them: of ROWS rows the first two weights, then
 the next two, and so on.

@@ -307,7 +307,7 @@ def test_five_lines_of_python(project, save, tokenizer, capsys):
     assert "".join(inference.Speaker.load().complete("Hello你")) == "好吗"
 
 
-@pytest.mark.parametrize("is_ready, when", [(True, [31, 1999]), (False, [1999])])
+@pytest.mark.parametrize("is_ready, when", [(True, [63, 1999]), (False, [1999])])
 def test_a_compiler_is_called_when_that_pays(tokenizer, monkeypatch, is_ready, when):
     """Not for a short answer; for several that are long together. (Called again, it does nothing.)"""
     monkeypatch.setattr(engine.decoding, "is_compiled", lambda: is_ready)
