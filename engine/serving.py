@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 
-from engine.decoding import Decoder, Request, TextStream
+from engine.decoding import Decoder, Request, TextStream, is_compiled
 from engine.errors import UserError
 from engine.wire import ApiError
 from tokenizer import check_messages, render_chat
@@ -53,7 +53,7 @@ class Engine(threading.Thread):
         self.model, self.n_slots, self.max_queue, self.seconds = model, n_slots, max_queue, seconds
         self.attention = attention or contextlib.nullcontext()
         self.decoder = Decoder(model, n_slots)
-        self.decoder.compile()
+        self.decoder.compile(wait=is_compiled())  # half a second, and a seed means the same from now on
         self.error, self.n_tokens, self.n_failures, self.n_open = None, 0, 0, 0
         self.is_stopped = False
         self._loop, self._orders = None, queue.SimpleQueue()
