@@ -126,7 +126,7 @@ def facts(checkpoint, name, speaker, device):
 
 # ---- text in, text out -----------------------------------------------------------------------------
 
-LOADING_PAYS, COMPILING_PAYS = 64, 2000  # after so many tokens: it takes half a second, or twenty
+LOADING, COMPILING = 0.5, 20.0  # seconds that it takes to have compiled steps
 
 
 class Speaker:
@@ -139,7 +139,7 @@ class Speaker:
         from engine.decoding import Decoder
 
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self.decoder, self.n_steps = Decoder(model), 0
+        self.decoder, self.waited = Decoder(model), 0.0  # seconds, until compiled steps are wanted
         self.context = model.config.block_size
         self.max_length = max_length or self.context
         # A mark the model writes itself ends its answer; only <|unknown|> is a part of the text.
@@ -224,11 +224,13 @@ class Speaker:
         request = self.decoder.add(Request(ids, max_tokens, **options))
         try:
             while request.finish_reason is None:
-                self.n_steps += 1
-                if self.n_steps == COMPILING_PAYS or self.n_steps == LOADING_PAYS and is_compiled():
-                    self.decoder.compile()
-                n_before = len(request.context)
+                n_before, start = len(request.context), time.perf_counter()
                 self.decoder.step()
+                self.waited += time.perf_counter() - start
+                if self.waited > COMPILING or self.waited > LOADING and is_compiled():
+                    # Who has waited that long may wait as long again: it costs no more than it saves.
+                    self.decoder.compile()
+                    self.waited = -math.inf
                 yield from request.context[n_before:]
         finally:
             self.decoder.remove(request)  # of which the rest is not to be heard, after Ctrl-C

@@ -307,18 +307,25 @@ def test_five_lines_of_python(project, save, tokenizer, capsys):
     assert "".join(inference.Speaker.load().complete("Hello你")) == "好吗"
 
 
-@pytest.mark.parametrize("is_ready, when", [(True, [63, 1999]), (False, [1999])])
+@pytest.mark.parametrize("is_ready, when", [(True, 5), (False, 200)])
 def test_a_compiler_is_called_when_that_pays(tokenizer, monkeypatch, is_ready, when):
-    """Not for a short answer; for several that are long together. (Called again, it does nothing.)"""
+    """Once, when answering has taken as long as it takes: not for a short answer."""
     monkeypatch.setattr(engine.decoding, "is_compiled", lambda: is_ready)
     again = {i: i for i in range(tokenizer.vocab_size)}
     talker = speaker(checkpoint(tokenizer, *chain(tokenizer, again)))
-    calls, n_tokens = [], 0
-    monkeypatch.setattr(talker.decoder, "compile", lambda: calls.append(n_tokens))
-    while n_tokens < 2100:
-        for _ in talker.tokens([tokenizer.bos_id, 9], 30):
-            n_tokens += 1
-    assert calls == when
+    calls, clock, step = [], 0.0, talker.decoder.step
+
+    def slow_step():
+        nonlocal clock
+        clock += 0.1001
+        step()
+
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(talker.decoder, "step", slow_step)
+    monkeypatch.setattr(talker.decoder, "compile", lambda: calls.append(round(clock, 1)))
+    for _ in range(10):
+        list(talker.tokens([tokenizer.bos_id, 9], 30))
+    assert calls == [when / 10]
 
 
 def test_lines_piped_in(project, save, tokenizer):
