@@ -215,7 +215,8 @@ class Speaker:
 
     def tokens(self, ids, max_tokens):
         """Yield what follows `ids`, as ids."""
-        from engine.decoding import Request, is_compiled
+        from engine.compile_cache import is_compiled
+        from engine.decoding import Request
 
         options = self.options | {"stop_tokens": self.stop_tokens}
         if options.get("temperature") == 0 and self.model.drafter():
@@ -368,7 +369,8 @@ def answer_greedily(model, prompts, max_tokens, stop_tokens, on_answers=lambda c
 
     `max_tokens[i]` bounds the i-th, its stop token included, and so does the context.
     """
-    from engine.decoding import Decoder, Request, is_compiled
+    from engine.compile_cache import is_compiled
+    from engine.decoding import Decoder, Request
 
     requests = [
         Request(

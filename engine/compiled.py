@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import config, njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
-from engine.decoding import CACHE
+from engine.compile_cache import CACHE
 from engine.quantize import GROUP, NEIGHBOURS, ROWS
 
 config.CACHE_DIR = str(CACHE)

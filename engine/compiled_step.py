@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from config.schema import ModelConfig
+from engine.compile_cache import COMPILED
 from engine.compiled import ASLEEP, BLOCK, STATE, Job, Scratch, Weights, follow, lead
-from engine.decoding import COMPILED
 from engine.quantize import GROUP, Int8Linear, quantize
 from model import GPT
 

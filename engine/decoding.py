@@ -25,11 +25,11 @@ import shutil
 import subprocess
 import sys
 import threading
-import zlib
-from pathlib import Path
 
 import torch
 
+from engine.compile_cache import CACHE, is_compiled
+from engine.config import ROOT
 from engine.quantize import Int8Linear
 from model import GPT, sample
 
@@ -196,24 +196,6 @@ class Decoder:
             self.cache.copy_row(len(self.running), row)
 
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def cache_folder():
-    """Where Numba keeps its work: beside the code or, if that is another user's, with the user's caches.
-
-    It is of no use to another Python, to much another processor, and where the code is moved to.
-    """
-    beside = ROOT / "engine" / "__pycache__"
-    is_ours = os.access(beside if beside.exists() else beside.parent, os.W_OK)
-    of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    place = os.environ.get("NUMBA_CACHE_DIR") or (beside if is_ours else of_user)
-    python, processor = sys.implementation.cache_tag, torch.backends.cpu.get_cpu_capability()
-    return Path(place, f"nano_{python}_{processor.replace(' ', '')}_{zlib.crc32(os.fsencode(ROOT)):08x}")
-
-
-CACHE = cache_folder()
-COMPILED = CACHE / "done"
 LOADING = threading.Lock()
 atexit.register(LOADING.acquire)  # a program that ended while Numba loads would crash
 
@@ -227,15 +209,6 @@ def supports(model):
     is_right = type(model) is GPT and weight.device.type == "cpu" and weight.dtype == torch.float32
     has_numba = importlib.util.find_spec("numba") is not None
     return is_right and has_numba and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
-
-
-def is_compiled():
-    """Whether that was done on this machine before, with engine/compiled.py and Numba as they are now."""
-    numba = importlib.util.find_spec("numba")
-    if not numba or not COMPILED.exists() or not os.access(CACHE, os.W_OK):  # it reads where it may write
-        return False
-    sources = (ROOT / "engine" / "compiled.py", numba.origin)
-    return COMPILED.stat().st_mtime >= max(os.stat(source).st_mtime for source in sources)
 
 
 def prepare(is_int8):

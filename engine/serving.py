@@ -19,7 +19,8 @@ import queue
 import threading
 import time
 
-from engine.decoding import Decoder, Request, TextStream, is_compiled
+from engine.compile_cache import is_compiled
+from engine.decoding import Decoder, Request, TextStream
 from engine.errors import UserError
 from engine.wire import ApiError
 from tokenizer import check_messages, render_chat

@@ -16,7 +16,9 @@ from test_model import differ, random_tokens
 from torch import nn
 
 from config.schema import ModelConfig
-from engine.decoding import CACHE, ROOT, Decoder, supports
+from engine.compile_cache import CACHE
+from engine.config import ROOT
+from engine.decoding import Decoder, supports
 from engine.quantize import GROUP, ROWS, Int8Linear, quantize
 from model import GPT
 
