@@ -482,12 +482,13 @@ def test_too_little_room(web, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
-def test_no_permission(web, tmp_path):
+def test_a_file_where_the_folder_should_be(web, tmp_path):
     (tmp_path / "x").write_text("a file")
     fails(get(web, tmp_path / "x"), str(tmp_path / "x"))
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission(web, tmp_path):
     tmp_path.chmod(0o500)
     fails(get(web, tmp_path / "y"), "permission denied")
     tmp_path.chmod(0o700)
