@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from test_model import differ, random_tokens
@@ -23,6 +24,7 @@ from engine.quantize import GROUP, ROWS, Int8Linear, quantize
 from model import GPT
 
 compiled = pytest.importorskip("engine.compiled_step", reason="Numba is not installed")
+product = pytest.importorskip("engine.compiled").product
 LLAMA3 = dict(rope_type="llama3", factor=4.0, original_max_position_embeddings=16)
 SHAPES = {
     "plain": dict(),
@@ -66,6 +68,23 @@ def test_logits_are_those_of_the_model(shape, int8, n_threads):
             assert differ(found, expected[rows, places]) < (1e-2 * expected.std() if int8 else 1e-4)
             assert (cache.lengths[:batch] == (places + 1).numpy()).all()
     assert cache.lengths[9] == 0 and not cache.keys[:, 9].any()
+
+
+@pytest.mark.parametrize("add_to", [False, True])
+@pytest.mark.parametrize("n", [1, 3, 4, 9])
+def test_int8_products_lose_nothing_but_what_16_bits_of_the_activations_do(n, add_to):
+    torch.manual_seed(n)
+    small = Int8Linear(nn.Linear(200, 37).requires_grad_(False))
+    x, out = torch.zeros(16, 256), torch.randn(16, 192)
+    x[:n, :200] = torch.randn(n, 200) * 10 ** torch.linspace(-3, 3, 200)
+    groups = x.unflatten(1, (-1, GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    rounded = (groups * (32767 / largest.clamp(min=1e-30))).round() * (largest / 32767)
+    expected = rounded.flatten(1)[:n, :200].double() @ small.weight.T.double() + small.bias
+    expected += out[:n, :37] * add_to
+    matrix = small.q.numpy(), small.scales.numpy(), small.bias.numpy()
+    product(out.numpy(), matrix, x.numpy(), n, add_to, np.int64(0), 1)
+    assert differ(out[:n, :37], expected) < 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
