@@ -341,10 +341,10 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size=1, capacity=None, n_layer=None):
         """n_layer: how many layers it is for; default: all blocks."""
-        c, weight = self.config, self.wte.weight
+        c = self.config
         heads, *sizes = self.blocks[0].attn.cache_sizes  # and the sizes of a key and a value
         shape = n_layer or c.n_layer, batch_size, heads, capacity or c.block_size, *sizes
-        return KVCache(*shape, device=weight.device, dtype=weight.dtype)
+        return KVCache(*shape, device=self.device, dtype=self.dtype)
 
     def drafter(self):
         """None, or a function that guesses how a text goes on, for `generate`, called after each pass:
@@ -361,6 +361,14 @@ class GPT(nn.Module):
         """Called after each step of the optimizer. sum_over_processes(*numbers) -> list of floats."""
 
     # -- what all architectures do alike -------------------------------------------------------------------
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self):
+        return next(self.parameters()).dtype
 
     def forward(self, tokens, targets=None, loss_mask=None, loss_divisor=None, cache=None, lengths=None):
         """tokens [B, T] -> (logits [B, T, V], loss, other_vars).
@@ -491,7 +499,7 @@ class GPT(nn.Module):
         draft: greedy text without a penalty may be drafted, if the architecture has a `drafter`: the same
         tokens, sooner (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding").
         """
-        context, device, generator = self.prompt(tokens), self.wte.weight.device, None
+        context, device, generator = self.prompt(tokens), self.device, None
         if seed is not None:
             generator = torch.Generator(device).manual_seed(seed)
         draft = draft and options.get("temperature") == 0 and options.get("repetition_penalty", 1.0) == 1.0

@@ -150,18 +150,17 @@ def answers(model, problem, tokenizer, questions):
     import numpy as np
     import torch
 
-    device = model.wte.weight.device
     prompts = [question + problem.mark * problem.is_causal for question in questions]
     prompts = [torch.from_numpy(ids.astype(np.int64)) for ids in tokenizer.encode_batch(prompts)]
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=tokenizer.padding_id)
-    ids = ids.to(device)
+    ids = ids.to(model.device)
     model.eval()
     if not problem.is_causal:
         return [tokenizer.decode(row) for row in model.transduce(ids).cpu()]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     cache, written = model.new_cache(len(prompts)), []
     with torch.inference_mode():
-        last = model.hidden(ids, cache, lengths)[torch.arange(len(prompts), device=device), lengths - 1]
+        last = model.hidden(ids, cache, lengths)[torch.arange(len(prompts), device=model.device), lengths - 1]
         for _ in range(problem.longest[1]):
             written.append(model.logits(last).argmax(-1, keepdim=True))
             last = model.hidden(written[-1], cache)[:, 0]
