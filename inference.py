@@ -126,7 +126,7 @@ def facts(checkpoint, name, speaker, device):
 
 # ---- text in, text out -----------------------------------------------------------------------------
 
-LOADING, COMPILING = 0.5, 20.0  # seconds that it takes to have compiled steps
+LOADING, COMPILING = 0.5, 12.0  # seconds that it takes to have compiled steps
 
 
 class Speaker:
@@ -215,7 +215,6 @@ class Speaker:
 
     def tokens(self, ids, max_tokens):
         """Yield what follows `ids`, as ids."""
-        from engine.compile_cache import is_compiled
         from engine.decoding import Request
 
         options = self.options | {"stop_tokens": self.stop_tokens}
@@ -228,7 +227,7 @@ class Speaker:
                 n_before, start = len(request.context), time.perf_counter()
                 self.decoder.step()
                 self.waited += time.perf_counter() - start
-                if self.waited > COMPILING or self.waited > LOADING and is_compiled():
+                if self.waited > COMPILING or self.waited > LOADING and self.decoder.is_prepared:
                     # Who has waited that long may wait as long again: it costs no more than it saves.
                     self.decoder.compile()
                     self.waited = -math.inf
@@ -369,7 +368,6 @@ def answer_greedily(model, prompts, max_tokens, stop_tokens, on_answers=lambda c
 
     `max_tokens[i]` bounds the i-th, its stop token included, and so does the context.
     """
-    from engine.compile_cache import is_compiled
     from engine.decoding import Decoder, Request
 
     requests = [
@@ -379,7 +377,7 @@ def answer_greedily(model, prompts, max_tokens, stop_tokens, on_answers=lambda c
         for prompt, n in zip(prompts, max_tokens, strict=True)
     ]
     decoder = Decoder(model, n_slots=64)
-    if is_compiled():
+    if decoder.is_prepared:
         decoder.compile(wait=True)
     decoder.run(requests, on_end=lambda request: on_answers(1))
     return [(request.tokens, request.finish_reason == "stop") for request in requests]
@@ -475,8 +473,8 @@ def load_checkpoint(path, instruct):
 def load_model(path, instruct, device="auto", quantize=None):
     """(checkpoint, its name, model, tokenizer, the hardware's Choice), ready to continue texts."""
     from engine import hardware
+    from engine.blocks import quantize as to_int8
     from engine.checkpoint import build
-    from engine.quantize import quantize as to_int8
 
     checkpoint, name = load_checkpoint(path, instruct)
     # Small models gain nothing from half precision when they write one token at a time.

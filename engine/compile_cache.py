@@ -25,13 +25,17 @@ def cache_folder():
 
 
 CACHE = cache_folder()
-COMPILED = CACHE / "done"  # is there when all of it is
 
 
-def is_compiled():
+def mark(weights):
+    """The file that is there when all of it is, for these weights: "float32" or "int8"."""
+    return CACHE / weights
+
+
+def is_compiled(weights):
     """Whether that was done on this machine before, with engine/compiled.py and Numba as they are now."""
-    numba = importlib.util.find_spec("numba")
-    if not numba or not COMPILED.exists() or not os.access(CACHE, os.W_OK):  # it reads where it may write
+    numba, done = importlib.util.find_spec("numba"), mark(weights)
+    if not numba or not done.exists() or not os.access(CACHE, os.W_OK):  # it reads where it may write
         return False
     sources = (ROOT / "engine" / "compiled.py", numba.origin)
-    return COMPILED.stat().st_mtime >= max(os.stat(source).st_mtime for source in sources)
+    return done.stat().st_mtime >= max(os.stat(source).st_mtime for source in sources)

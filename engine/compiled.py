@@ -1,25 +1,38 @@
-"""Decoding on a CPU: a step of the network for B tokens, each of another row of the cache, compiled by Numba.
+"""Decoding on a CPU: one pass of some tokens through the network, compiled by Numba.
 
 PyTorch spends more time between its operations than in them when there is one token. Here one function runs
-the whole step, in every thread of a small team: each computes its share of the rows of each matrix, and
-waits for the others (`meet`) before it reads what they wrote. Weights are float32 or int8
-(engine/quantize.py). It is the network of model.py and knows no other. engine/compiled_step.py calls it.
+the whole pass, in every thread of a small team: each has a share of the heads and of the hidden features, and
+waits for the others (`meet`) where it needs what they have computed. The tokens may be of one text or of
+many: each has a row of the cache and a place there. It is the network of model.py, with weights in float32 or
+int8 (engine/blocks.py), and knows no other. engine/compiled_steps.py calls it.
 
-Numba brings its own compiler, so nobody needs to have one. It works for some seconds when a step is run for
+What a token gets does not depend on the others: its numbers are added up in the same order, however many
+there are.
+
+Numba brings its own compiler, so nobody needs to have one. It works for some seconds when a pass is run for
 the first time, and keeps the result; so all that it compiles is in this file, which tells it when that is
 out of date.
 """
 
+import operator
 import os
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import config, njit, types
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import (
+    intrinsic,
+    lower_builtin,
+    models,
+    overload,
+    register_model,
+    type_callable,
+)
 
+from engine.blocks import GROUP, NEIGHBOURS, ROWS
 from engine.compile_cache import CACHE
-from engine.quantize import GROUP, NEIGHBOURS, ROWS
 
 config.CACHE_DIR = str(CACHE)
 
@@ -27,11 +40,11 @@ SPINS = 2000  # looks before a waiting thread offers its core to others
 PATIENCE = 4000  # looks before a thread that has nothing to do goes to sleep: some tenths of a millisecond
 
 # Not parallel=True: Numba's own pools cost 100 us for each loop (workqueue) or stall where another process
-# wants a core (OpenMP). Not fastmath, but where a loop adds up numbers of one token: what a token gets would
-# depend on its column, as the compiler would cut the loops otherwise.
-options = dict(nogil=True, boundscheck=False, cache=True, error_model="numpy")
-compiled, fast = njit(**options), njit(**options, fastmath=True)
-inlined = njit(inline="always", **options)
+# wants a core (OpenMP). Not fastmath: the order in which numbers are added is ours.
+# _nrt=False: nobody counts who uses an array. All threads would do so in the same places of memory, for which
+# their cores would have to wait for one another; so nothing is allocated here.
+options = dict(nogil=True, boundscheck=False, cache=True, error_model="numpy", _nrt=False)
+compiled, inlined = njit(**options), njit(inline="always", **options)
 give_way = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
 f32 = np.float32
 
@@ -40,9 +53,8 @@ f32 = np.float32
 
 # Places in `control`, each in a cache line of its own, as others look at them.
 ARRIVED = 0  # see `meet`
-ASKED = 8  # how many steps there are to do
-NUMBER = 16  # of the job that they belong to
-STATE = 24  # STATE + 8 rank: of that thread; the place after that: how many steps it has done
+ASKED = 8  # how many passes there are to do
+STATE = 16  # STATE + 8 rank: of that thread; the place after that: how many passes it has done
 AWAKE, ENGAGED, ASLEEP = 0, 1, 2
 
 
@@ -103,60 +115,54 @@ def meet(control, n_threads):
 
 # ---- vectors -----------------------------------------------------------------------------------------
 # What the compiler does not make of loops by itself: sums that stay in registers, of a shape that we choose.
-# Each processor gets them cut to the size of its registers. Places are counted in the flat array; a tuple of
-# them gives a tuple of vectors. Nobody looks whether they are negative, as Numba's a[i] does for each number.
+# Each processor gets them cut to the size of its registers. They are read and written at places in a flat
+# array, and nobody looks whether these are negative, as Numba's a[i] does for each number.
 
-INT32 = ir.IntType(32)
-
-
-class Vector(types.Type):
-    """`width` lanes of 32 bits: of a float32, an int32, or two int16 each."""
-
-    def __init__(self, width, element):
-        self.width, self.element = width, element
-        super().__init__(name=f"Vector({width}, {element})")
-
-    @property
-    def count(self):
-        return self.width * 32 // self.element.bitwidth
+INT32, FLOAT = ir.IntType(32), ir.FloatType()
 
 
-@register_model(Vector)
-class VectorModel(models.PrimitiveModel):
+class Vectors(types.Type):
+    """`count` vectors of ROWS lanes of 32 bits, each of which is a float32, an int32, or two int16.
+
+    a + b and the like: of all lanes; b may be one vector, or a number, for all vectors of a.
+    """
+
+    def __init__(self, count, element):
+        self.count, self.element = count, element
+        super().__init__(name=f"Vectors({count}, {element})")
+
+
+@register_model(Vectors)
+class VectorsModel(models.PrimitiveModel):
     def __init__(self, manager, kind):
-        element = manager.lookup(kind.element).get_value_type()
-        super().__init__(manager, kind, ir.VectorType(element, kind.count))
+        number, n_numbers = manager.lookup(kind.element).get_value_type(), ROWS * 32 // kind.element.bitwidth
+        super().__init__(manager, kind, ir.ArrayType(ir.VectorType(number, n_numbers), kind.count))
 
 
-def kind_of(like, element):
-    """The type of a vector as wide as `like`, the type of a written number or of a tuple of vectors."""
-    return Vector(like.literal_value if isinstance(like, types.Literal) else like.dtype.width, element)
-
-
-def as_many(places, kind):
-    """The type of `kind` for each of the places."""
-    return types.UniTuple(kind, places.count) if isinstance(places, types.UniTuple) else kind
+def count_of(places):
+    return places.count if isinstance(places, types.UniTuple | Vectors) else 1
 
 
 def each(builder, function, *values):
-    """function of values, or of all their first parts, all their second parts, ...: a tuple.
+    """function of all first parts of the values, of all second ones, ...; no array is its own part."""
+    count = max((v.type.count for v in values if isinstance(v.type, ir.ArrayType)), default=1)
 
-    Of a value that is no tuple, every part is the value.
-    """
-    is_tuple = [isinstance(value.type, ir.ArrayType) for value in values]
-    if not any(is_tuple):
-        return function(*values)
-    count = values[is_tuple.index(True)].type.count
-    results = []
-    for k in range(count):
-        parts = zip(values, is_tuple, strict=True)
-        results.append(function(*(builder.extract_value(v, k) if many else v for v, many in parts)))
-    if results[0] is None:
-        return None
-    packed = ir.Constant(ir.ArrayType(results[0].type, count), ir.Undefined)
-    for k, result in enumerate(results):
-        packed = builder.insert_value(packed, result, k)
-    return packed
+    def part(value, k):
+        is_array = isinstance(value.type, ir.ArrayType)
+        return builder.extract_value(value, min(k, value.type.count - 1)) if is_array else value
+
+    results = [function(*(part(value, k) for value in values)) for k in range(count)]
+    if results[0] is not None:
+        packed = ir.Constant(ir.ArrayType(results[0].type, count), ir.Undefined)
+        for k, result in enumerate(results):
+            packed = builder.insert_value(packed, result, k)
+        return packed
+
+
+def filled(builder, value, kind):
+    """A number in all lanes of a vector."""
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, INT32(0))
+    return taken(builder, one, one, [0] * kind.count)
 
 
 def taken(builder, a, b, order):
@@ -164,26 +170,122 @@ def taken(builder, a, b, order):
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, len(order)), [*order]))
 
 
-def called(builder, name, x):
-    """One of LLVM's functions of a vector of float32"""
-    function = ir.FunctionType(x.type, [x.type])
-    return builder.call(builder.module.declare_intrinsic(f"{name}.v{x.type.count}f32", fnty=function), [x])
+def larger(builder, a, b):
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def arithmetic(function, generate_one):
+    """Have function(a, b) do generate_one(builder, a, b) with vectors a and b of float32."""
+
+    @type_callable(function)
+    def of(context):
+        def typer(a, b):
+            vectors = [kind for kind in (a, b) if isinstance(kind, Vectors)]
+            return max(vectors, key=lambda kind: kind.count, default=None)
+
+        return typer
+
+    def generate(context, builder, signature, args):
+        kind = context.get_value_type(signature.return_type).element
+        args = [filled(builder, arg, kind) if arg.type == FLOAT else arg for arg in args]
+        return each(builder, lambda a, b: generate_one(builder, a, b), *args)
+
+    for kinds in ((Vectors, Vectors), (Vectors, types.Float), (types.Float, Vectors)):
+        lower_builtin(function, *kinds)(generate)
+
+
+# "contract": a product that is added to something is rounded once, together with the sum.
+arithmetic(operator.add, lambda builder, a, b: builder.fadd(a, b, flags=["contract"]))
+arithmetic(operator.sub, lambda builder, a, b: builder.fsub(a, b, flags=["contract"]))
+arithmetic(operator.mul, lambda builder, a, b: builder.fmul(a, b, flags=["contract"]))
+arithmetic(operator.truediv, lambda builder, a, b: builder.fdiv(a, b))
+arithmetic(np.maximum, larger)
+arithmetic(np.minimum, lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
+
+
+def called(builder, name, result, *args):
+    """One of LLVM's functions."""
+    function = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(builder.module.declare_intrinsic(name, fnty=function), args)
+
+
+def unary(function, name):
+    """Have function(x) be one of LLVM's functions of a vector of float32."""
+
+    @type_callable(function)
+    def of(context):
+        return lambda x: x if isinstance(x, Vectors) else None
+
+    @lower_builtin(function, Vectors)
+    def generate(context, builder, signature, args):
+        return each(builder, lambda x: called(builder, f"llvm.{name}.v{ROWS}f32", x.type, x), *args)
+
+
+unary(np.floor, "floor")
+unary(np.rint, "rint")
+unary(np.abs, "fabs")
+
+
+@intrinsic
+def power_of_two(typingctx, n):
+    """2^n for whole numbers in float32 from -126 to 127"""
+
+    def generate(context, builder, signature, args):
+        def one(n):
+            number, shift = (ir.Constant(ir.VectorType(INT32, ROWS), [value] * ROWS) for value in (127, 23))
+            bits = builder.shl(builder.add(builder.fptosi(n, number.type), number), shift)
+            return builder.bitcast(bits, n.type)
+
+        return each(builder, one, *args)
+
+    return n(n), generate
+
+
+def across(builder, join, vectors):
+    """join(a, b) of all vectors, then of the halves of what is left, and so on, up to one number"""
+    vector, *others = (builder.extract_value(vectors, k) for k in range(vectors.type.count))
+    for other in others:
+        vector = join(vector, other)
+    while (half := vector.type.count // 2) >= 1:
+        vector = join(*(taken(builder, vector, vector, range(k, k + half)) for k in (0, half)))
+    return builder.extract_element(vector, INT32(0))
+
+
+@intrinsic
+def total(typingctx, vectors):
+    """The sum of all lanes of all vectors"""
+
+    def generate(context, builder, signature, args):
+        return across(builder, builder.fadd, *args)
+
+    return types.float32(vectors), generate
+
+
+@intrinsic
+def largest(typingctx, vectors):
+    """The largest of all lanes of all vectors"""
+
+    def generate(context, builder, signature, args):
+        return across(builder, lambda a, b: larger(builder, a, b), *args)
+
+    return types.float32(vectors), generate
 
 
 @intrinsic(prefer_literal=True)
-def zeros(typingctx, count, width, element):
-    """A tuple of `count` vectors of zeros, f32 or np.int32"""
-    kind = types.UniTuple(kind_of(width, element.dtype), count.literal_value)
+def zeros(typingctx, count, element):
+    """As many vectors as `count` says, or has, of float32 or int32"""
+    number = count.literal_value if isinstance(count, types.Literal) else count.count
+    kind = Vectors(number, element.dtype)
 
     def generate(context, builder, signature, args):
         return ir.Constant(context.get_value_type(kind), None)
 
-    return kind(count, width, element), generate
+    return kind(count, element), generate
 
 
 @intrinsic(prefer_literal=True)
 def clipped(typingctx, first, step, last, count):
-    """The places first, first + step, ..., `count` of them, but `last` for those that lie behind it."""
+    """The places first, first + step, ..., `count` of them, but `last` for those that lie behind it"""
 
     def generate(context, builder, signature, args):
         first, step, last, _ = args
@@ -197,34 +299,48 @@ def clipped(typingctx, first, step, last, count):
     return kind(types.int64, types.int64, types.int64, count), generate
 
 
-@intrinsic(prefer_literal=True)
-def load(typingctx, array, places, i, width):
-    """The vector of the numbers from array[place + i] on; int8 becomes int16. width: see `kind_of`."""
-    element = types.int16 if array.dtype == types.int8 else array.dtype
-    kind = kind_of(width, element)
+@intrinsic
+def times(typingctx, places, n):
+    """A place, or each of a tuple of places, times n"""
 
     def generate(context, builder, signature, args):
+        if isinstance(places, types.UniTuple):
+            return each(builder, builder.mul, *args)
+        return builder.mul(*args)
+
+    return places(places, types.int64), generate
+
+
+@intrinsic
+def load(typingctx, array, places, i):
+    """The vectors of the numbers from array[place + i] on; int8 becomes int16."""
+    kind = Vectors(count_of(places), types.int16 if array.dtype == types.int8 else array.dtype)
+
+    def generate(context, builder, signature, args):
+        vector = context.get_value_type(kind).element
+
         def load_one(place):
             place = pointer(context, builder, array, args[0], builder.add(place, args[2]))
-            stored = ir.VectorType(place.type.pointee, kind.count)
+            stored = ir.VectorType(place.type.pointee, vector.count)
             place = builder.bitcast(place, stored.as_pointer())
-            vector = builder.load(place, align=array.dtype.bitwidth // 8)
-            return builder.sext(vector, context.get_value_type(kind)) if array.dtype == types.int8 else vector
+            numbers = builder.load(place, align=array.dtype.bitwidth // 8)
+            return builder.sext(numbers, vector) if array.dtype == types.int8 else numbers
 
         return each(builder, load_one, args[1])
 
-    placed = as_many(places, types.int64)
-    return as_many(places, kind)(array, placed, types.int64, width), generate
+    return kind(array, places, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
-def spread(typingctx, array, places, i, width):
-    """The vector of array[place + i] in each lane; of int16, of that and the next one."""
-    kind = kind_of(width, array.dtype)
-    n_numbers = kind.count // kind.width
-    order = [k if NEIGHBOURS else k // kind.width for k in range(kind.count)]
+@intrinsic
+def spread(typingctx, array, places, i):
+    """The vectors of array[place + i] in each lane; of int16, of that and the next one."""
+    kind = Vectors(count_of(places), array.dtype)
 
     def generate(context, builder, signature, args):
+        n_lanes = context.get_value_type(kind).element.count
+        n_numbers = n_lanes // ROWS
+        order = [k if NEIGHBOURS else k // ROWS for k in range(n_lanes)]
+
         def spread_one(place):
             place = pointer(context, builder, array, args[0], builder.add(place, args[2]))
             few = ir.VectorType(place.type.pointee, n_numbers)
@@ -233,43 +349,31 @@ def spread(typingctx, array, places, i, width):
 
         return each(builder, spread_one, args[1])
 
-    placed = as_many(places, types.int64)
-    return as_many(places, kind)(array, placed, types.int64, width), generate
+    return kind(array, places, types.int64), generate
 
 
 @intrinsic
 def store(typingctx, array, places, i, vectors):
-    """array[place + i : place + i + width] = the vector"""
+    """array[place + i : place + i + ROWS] = the vectors; float32 becomes int16 where the array is."""
 
     def generate(context, builder, signature, args):
         def store_one(place, vector):
             place = pointer(context, builder, array, args[0], builder.add(place, args[2]))
+            if array.dtype != vectors.element:
+                vector = builder.fptosi(vector, ir.VectorType(place.type.pointee, ROWS))
             place = builder.bitcast(place, vector.type.as_pointer())
             builder.store(vector, place, align=array.dtype.bitwidth // 8)
 
         each(builder, store_one, args[1], args[3])
         return context.get_dummy_value()
 
-    return types.void(array, as_many(places, types.int64), types.int64, vectors), generate
+    return types.void(array, places, types.int64, vectors), generate
 
 
 @intrinsic
-def multiply_add(typingctx, sums, a, b):
-    """sums + a * b, float32, each of which may be a tuple of vectors or one for all"""
-
-    def generate(context, builder, signature, args):
-        def one(total, a, b):
-            return builder.fadd(total, builder.fmul(a, b, flags=["contract"]), flags=["contract"])
-
-        return each(builder, one, *args)
-
-    return sums(sums, a, b), generate
-
-
-@intrinsic
-def multiply_add_pairs(typingctx, sums, a, b):
+def products_of_pairs(typingctx, sums, a, b):
     """sums + a * b, int32; of a and b, int16, each lane gives two products. See NEIGHBOURS."""
-    n = sums.dtype.width
+    n = ROWS
     orders = (range(0, 2 * n, 2), range(1, 2 * n, 2)) if NEIGHBOURS else (range(n), range(n, 2 * n))
 
     def generate(context, builder, signature, args):
@@ -285,72 +389,12 @@ def multiply_add_pairs(typingctx, sums, a, b):
 
 @intrinsic
 def as_float(typingctx, vectors):
-    """A tuple of vectors of int32 as float32"""
-    kind = types.UniTuple(kind_of(vectors, types.float32), vectors.count)
+    """Vectors of int32 as float32"""
 
     def generate(context, builder, signature, args):
-        element = context.get_value_type(kind.dtype)
-        return each(builder, lambda one: builder.sitofp(one, element), *args)
+        return each(builder, lambda one: builder.sitofp(one, ir.VectorType(FLOAT, ROWS)), *args)
 
-    return kind(vectors), generate
-
-
-@intrinsic
-def larger(typingctx, vectors, x):
-    """Of a tuple of vectors and of the absolute numbers of x, the larger ones"""
-
-    def generate(context, builder, signature, args):
-        def one(most, x):
-            x = called(builder, "llvm.fabs", x)
-            return builder.select(builder.fcmp_ordered(">", x, most), x, most)
-
-        return each(builder, one, *args)
-
-    return vectors(vectors, x), generate
-
-
-@intrinsic
-def totals(typingctx, vectors):
-    """Of a tuple of vectors, the sums of their numbers: a vector, as wide as there are vectors."""
-    kind = Vector(vectors.count, types.float32)
-
-    def generate(context, builder, signature, args):
-        def added(a, b, *orders):
-            return builder.fadd(*(taken(builder, a, b, order) for order in orders))
-
-        parts = [builder.extract_value(args[0], k) for k in range(kind.width)]
-        while (half := parts[0].type.count // 2) >= kind.width:
-            parts = [added(v, v, range(half), range(half, 2 * half)) for v in parts]
-        evens, odds = range(0, 2 * kind.width, 2), range(1, 2 * kind.width, 2)
-        while len(parts) > 1:  # neighbours are added, of two vectors at a time; one of each vector is left
-            parts = [added(a, b, evens, odds) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
-
-    return kind(vectors), generate
-
-
-@intrinsic
-def transpose(typingctx, out, i, n_columns, x, j, n_rows):
-    """out[i + r * n_columns + k] = x[j + k * n_rows + r] for r, k = 0 .. 7"""
-
-    def generate(context, builder, signature, args):
-        def row(array, number, first, r, stride):
-            place = builder.add(first, builder.mul(stride, stride.type(r)))
-            place = pointer(context, builder, array, number, place)
-            return builder.bitcast(place, ir.VectorType(ir.FloatType(), 8).as_pointer())
-
-        rows = [builder.load(row(x, *args[3:5], r, args[5]), align=4) for r in range(8)]
-        for half in (4, 2, 1):  # blocks beside the diagonal change places, ever smaller ones
-            for r in (r for r in range(8) if not r & half):
-                pair = rows[r], rows[r + half]
-                low = [8 + k - half if k & half else k for k in range(8)]
-                for number, order in ((r, low), (r + half, [k + half for k in low])):
-                    rows[number] = taken(builder, *pair, order)
-        for r, vector in enumerate(rows):
-            builder.store(vector, row(out, *args[:2], r, args[2]), align=4)
-        return context.get_dummy_value()
-
-    return types.void(out, types.int64, types.int64, x, types.int64, types.int64), generate
+    return Vectors(vectors.count, types.float32)(vectors), generate
 
 
 @intrinsic
@@ -367,8 +411,20 @@ def prefetch(typingctx, array, place):
     return types.void(array, types.int64), generate
 
 
+@inlined
+def exp(x):
+    """e^x to 3e-7 of it"""
+    x = np.minimum(np.maximum(x, f32(-87)), f32(88)) * f32(1.4426950408889634)
+    n = np.floor(x + f32(0.5))
+    f = (x - n) * f32(0.6931471805599453)
+    p = f * (f * f32(1 / 720) + f32(1 / 120)) + f32(1 / 24)
+    p = f * (f * (f * (f * p + f32(1 / 6)) + f32(1 / 2)) + f32(1)) + f32(1)
+    return p * power_of_two(n)
+
+
 # ---- products ----------------------------------------------------------------------------------------
-# out [n, M] = or += x [n, N] times a matrix [M, N]; rows of x and out are `stride` numbers apart (`Scratch`).
+# out [n, M] = x [n, N] times a matrix [M, N], of which ROWS rows, a block, lie together (engine/blocks.py).
+# A vector of weights has one of each row, and is multiplied by one number of x.
 
 
 @compiled
@@ -377,296 +433,226 @@ def share(size, rank, n_threads):
     return size * rank // n_threads, size * (rank + 1) // n_threads
 
 
-@compiled
-def dots(out, w, x, add_to, begin, end):
-    """Of one token: out[begin:end] = or += rows of w [M, N] times x [N].
-
-    Four rows at once, from far apart: a processor fetches several streams of memory faster than one.
-    """
-    N, flat, quarter, results = w.shape[1], w.reshape(-1), (end - begin + 3) // 4, np.empty(4, f32)
-    for r in range(begin, begin + quarter):
-        rows, sums = clipped(r * N, quarter * N, (end - 1) * N, 4), zeros(4, 16, f32)
-        for i in range(0, N - 15, 16):
-            sums = multiply_add(sums, load(flat, rows, i, 16), load(x, 0, i, 16))
-        store(results, 0, 0, totals(sums))
-        for k in range(4):
-            row, result = r + k * quarter, results[k]
-            if row < end:
-                for i in range(N - N % 16, N):
-                    result += w[row, i] * x[i]
-                out[row] = out[row] + result if add_to else result
-
-
-TILE = 6  # rows at once: their sums for 16 tokens just fit into the registers of AVX2
-BLOCK = 24  # rows, which are turned into columns 8 by 8
-
-
-@compiled
-def tiles(out, stride, w, x, B, b, width, add_to, begin, end, nothing):
-    """Of `width` tokens from b on: blocks begin .. end - 1 of the rows of w [M, N] times x [N, B].
-
-    nothing: TILE vectors of zeros, as wide as there are tokens.
-    """
-    M, N, flat, results = w.shape[0], w.shape[1], w.reshape(-1), np.empty(BLOCK * width, f32)
-    for first in range(begin * BLOCK, end * BLOCK, BLOCK):
-        for c in range(0, width if add_to else 0, 8):
-            for r in range(0, BLOCK, 8):
-                transpose(results, r * width + c, width, out, (b + c) * stride + first + r, stride)
-        for r in range(0, BLOCK, TILE):
-            place, targets = (first + r) * N, clipped(r * width, width, BLOCK * width, TILE)
-            rows, sums = clipped(place, N, (M - 1) * N, TILE), nothing
-            if add_to:
-                sums = load(results, targets, 0, nothing)
-            for j in range(0, N, 16):
-                for k in range(TILE):  # the rows after the next ones, in the order of memory
-                    prefetch(flat, place + TILE * (2 * N + j) + 16 * k)
-                for i in range(j, min(j + 16, N)):
-                    sums = multiply_add(sums, spread(flat, rows, i, nothing), load(x, b, i * B, nothing))
-            store(results, targets, 0, sums)
-        for c in range(0, width, 8):
-            for r in range(0, BLOCK, 8):
-                transpose(out, (b + c) * stride + first + r, stride, results, r * width + c, width)
-
-
 # int8 weights are multiplied by whole numbers, too: x is rounded to 16 bits, 32,767 being the largest number
-# of a group. Then nothing more is lost, and nothing depends on n: the sum of a group has at most 29 bits.
+# of a group. Then nothing more is lost: the sum of a group has at most 29 bits.
+PARTS = GROUP // ROWS
 
 
 @compiled
-def rounded(x, n, N):
-    """x [n, N] -> int16 [n N] and their scales [n N / GROUP]"""
-    flat, stride = x.reshape(-1), x.shape[1]
-    whole, scales, lanes = np.empty(n * N, np.int16), np.empty(n * N // GROUP, f32), np.empty(16, f32)
-    for first in range(0, n * N, GROUP):
-        place, most, largest = first // N * stride + first % N, zeros(1, 16, f32), f32(0)
-        for i in range(0, GROUP, 16):
-            most = larger(most, load(flat, place, i, 16))
-        store(lanes, 0, 0, most[0])
-        for k in range(16):
-            largest = max(largest, lanes[k])
-        scales[first // GROUP], factor = largest / f32(32767), f32(32767) / max(largest, f32(1e-30))
-        for i in range(GROUP):
-            whole[first + i] = np.int16(np.rint(flat[place + i] * factor))
-    return whole, scales
+def rounded(whole, scales, x, n, begin, end):
+    """whole [n, N], scales [n, N / GROUP] = these groups of x [n, N], rounded; both are flat."""
+    stride, n_groups, flat = x.shape[1], x.shape[1] // GROUP, x.reshape(-1)
+    for b in range(n):
+        for g in range(begin, end):
+            places = clipped(b * stride + g * GROUP, ROWS, n * stride, PARTS)
+            numbers = load(flat, places, 0)
+            most = largest(np.abs(numbers))
+            scales[b * n_groups + g], factor = most / f32(32767), f32(32767) / max(most, f32(1e-30))
+            store(whole, places, 0, np.rint(numbers * factor))
 
 
-@inlined
-def int8_sums(sums, n_groups, q, places, scales, groups, x, tokens, x_scales, x_groups):
-    """sums, four vectors of ROWS rows, plus four times a block of ROWS rows of q times a token of x.
+def operand(w, x, n, columns, scratch):
+    """These columns (from, to) of x [n, N] as `sums_of` takes them.
 
-    places, groups: of the blocks in q and scales; tokens, x_groups: in x and x_scales. Of each, one or four.
+    That is: numbers, scales, how far apart the rows of both are, from, to; of int8, from and to in groups.
     """
-    for g in range(n_groups):
-        parts = zeros(4, 16, np.int32)
-        for i in range(g * GROUP, (g + 1) * GROUP, 2):
-            parts = multiply_add_pairs(parts, load(q, places, i * ROWS, 16), spread(x, tokens, i, 16))
-        of_x = spread(x_scales, x_groups, g, 16)
-        scale = multiply_add(zeros(4, 16, f32), load(scales, groups, g * ROWS, 16), of_x)
-        sums = multiply_add(sums, as_float(parts), scale)
-    return sums
 
 
-@compiled
-def int8_dots(out, stride, q, scales, x, x_scales, n, add_to, begin, end):
-    """Of few tokens, one after the other: blocks begin .. end - 1, four of them at once, as in `dots`."""
-    N, n_groups, flat, factors = 2 * q.shape[1], scales.shape[1], q.reshape(-1), scales.reshape(-1)
-    quarter = (end - begin + 3) // 4
-    for block in range(begin, begin + quarter):
-        places = clipped(block * ROWS * N, quarter * ROWS * N, (end - 1) * ROWS * N, 4)
-        groups = clipped(block * ROWS * n_groups, quarter * ROWS * n_groups, (end - 1) * ROWS * n_groups, 4)
-        for b in range(n):
-            first, last = b * stride + block * ROWS, b * stride + (end - 1) * ROWS
-            targets, sums = clipped(first, quarter * ROWS, last, 4), zeros(4, 16, f32)
-            if add_to:
-                sums = load(out, targets, 0, 16)
-            sums = int8_sums(sums, n_groups, flat, places, factors, groups, x, b * N, x_scales, b * n_groups)
-            for k in range(4):
-                if block + k * quarter < end:
-                    store(out, targets[k], 0, sums[k])
+@overload(operand)
+def _(w, x, n, columns, scratch):
+    def float32(w, x, n, columns, scratch):
+        return x.reshape(-1), scratch.scales, x.shape[1], 0, columns[0], columns[1]
+
+    def int8(w, x, n, columns, scratch):
+        begin, end = columns[0] // GROUP, (columns[1] + GROUP - 1) // GROUP
+        rounded(scratch.whole, scratch.scales, x, n, begin, end)
+        return scratch.whole, scratch.scales, x.shape[1], x.shape[1] // GROUP, begin, end
+
+    return float32 if w.dtype == types.float32 else int8
 
 
-@compiled
-def int8_tiles(out, stride, q, scales, x, x_scales, n, add_to, begin, end):
-    """Of many tokens, four at once: blocks begin .. end - 1."""
-    N, n_groups, flat, factors = 2 * q.shape[1], scales.shape[1], q.reshape(-1), scales.reshape(-1)
-    for block in range(begin, end):
-        place, group, target = block * ROWS * N, block * ROWS * n_groups, block * ROWS
-        for b in range(0, n, 4):
-            tokens = clipped(b * N, N, (n - 1) * N, 4)
-            x_groups = clipped(b * n_groups, n_groups, (n - 1) * n_groups, 4)
-            targets = clipped(b * stride + target, stride, (n - 1) * stride + target, 4)
-            sums = zeros(4, 16, f32)
-            if add_to:
-                sums = load(out, targets, 0, 16)
-            sums = int8_sums(sums, n_groups, flat, place, factors, group, x, tokens, x_scales, x_groups)
-            store(out, targets, 0, sums)
+def sums_of(sums, w, scales, blocks, x, tokens, soon, turn, pace):
+    """sums plus the products of blocks of w and tokens of x (`operand`); of one of the two there is only one.
+
+    soon: the block that is wanted next. It is fetched meanwhile, `pace` of its numbers with each
+    multiplication, of which this is the turn-th round; 0: the processor finds out by itself.
+    """
 
 
-def multiply(out, w, scales, x, n, add_to, rank, n_threads):
-    """This thread's part of out for n tokens; returns which rows of the matrix that were: from, to."""
+@overload(sums_of, inline="always")
+def _(sums, w, scales, blocks, x, tokens, soon, turn, pace):
+    def float32(sums, w, scales, blocks, x, tokens, soon, turn, pace):
+        numbers, _, stride, _, begin, end = x
+        size, flat = w.shape[1] * ROWS, w.reshape(-1)
+        places, rows = times(blocks, size), times(tokens, stride)
+        ahead = soon * size + begin * ROWS + ((end - begin) * turn - begin) * pace
+        for i in range(begin, end):
+            if pace:
+                prefetch(flat, ahead + i * pace)
+            sums = sums + load(flat, places, i * ROWS) * spread(numbers, rows, i)
+        return sums
 
-
-@overload(multiply)
-def _(out, w, scales, x, n, add_to, rank, n_threads):
-    def float32(out, w, scales, x, n, add_to, rank, n_threads):
-        results, source, stride = out.reshape(-1), x.reshape(-1), out.shape[1]
-        (M, N), B = w.shape, out.shape[0]
-        if n == 1:
-            begin, end = share(M, rank, n_threads)
-            dots(results, w, source, add_to, begin, end)
-            return begin, end
-        columns = np.empty((N + 7) // 8 * 8 * B, f32)
-        for i in range(0, N, 8):
-            for b in range(0, B, 8):
-                transpose(columns, i * B + b, B, source, b * x.shape[1] + i, x.shape[1])
-        begin, end = share((M + BLOCK - 1) // BLOCK, rank, n_threads)
-        for b in range(0, B - 15, 16):
-            tiles(results, stride, w, columns, B, b, 16, add_to, begin, end, zeros(TILE, 16, f32))
-        if B % 16 == 8:
-            tiles(results, stride, w, columns, B, B - 8, 8, add_to, begin, end, zeros(TILE, 8, f32))
-        return begin * BLOCK, end * BLOCK
-
-    def int8(out, w, scales, x, n, add_to, rank, n_threads):
-        begin, end = share(w.shape[0], rank, n_threads)
-        whole, x_scales = rounded(x, n, 2 * w.shape[1])
-        if n < 4:
-            int8_dots(out.reshape(-1), out.shape[1], w, scales, whole, x_scales, n, add_to, begin, end)
-        else:
-            int8_tiles(out.reshape(-1), out.shape[1], w, scales, whole, x_scales, n, add_to, begin, end)
-        return begin * ROWS, end * ROWS
+    def int8(sums, w, scales, blocks, x, tokens, soon, turn, pace):
+        numbers, x_scales, stride, n_groups, begin, end = x
+        size, flat, factors = 2 * w.shape[1] * ROWS, w.reshape(-1), scales.reshape(-1)
+        places, groups = times(blocks, size), times(blocks, scales.shape[1] * ROWS)
+        rows, x_groups = times(tokens, stride), times(tokens, n_groups)
+        for g in range(begin, end):
+            parts = zeros(sums, np.int32)
+            for i in range(g * GROUP, (g + 1) * GROUP, 2):
+                parts = products_of_pairs(parts, load(flat, places, i * ROWS), spread(numbers, rows, i))
+            sums = sums + as_float(parts) * (load(factors, groups, g * ROWS) * spread(x_scales, x_groups, g))
+        return sums
 
     return float32 if w.dtype == types.float32 else int8
 
 
 @compiled
-def product(out, matrix, x, n, add_to, rank, n_threads):
-    """This thread's part of out [n, M] = x [n, N] times the matrix [M, N], or += if add_to."""
+def few(out, w, scales, x, n, begin, end):
+    """Of few tokens, one after the other: blocks begin .. end - 1, whose number is a multiple of four.
+
+    Four at once, from far apart: a processor fetches several streams of memory faster than one.
+    """
+    results, stride, quarter = out.reshape(-1), out.shape[1], (end - begin) // 4
+    for block in range(begin, begin + quarter):
+        blocks = clipped(block, quarter, end, 4)
+        for b in range(n):
+            sums = sums_of(zeros(4, f32), w, scales, blocks, x, b, 0, 0, 0)
+            store(results, times(blocks, ROWS), b * stride, sums)
+
+
+# So many at once: their sums just fit into the registers, of which AVX-512 has twice as many as others have.
+TOKENS = 8 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
+
+
+@compiled
+def many(out, w, scales, x, n, begin, end):
+    """Of many tokens, TOKENS of them at once: blocks begin .. end - 1."""
+    results, stride, turns = out.reshape(-1), out.shape[1], (n + TOKENS - 1) // TOKENS
+    for block in range(begin, end):
+        for turn in range(turns):
+            tokens = clipped(turn * TOKENS, 1, n - 1, TOKENS)
+            sums = zeros(TOKENS, f32)
+            sums = sums_of(sums, w, scales, block, x, tokens, block + 1, turn, ROWS // turns)
+            store(results, times(tokens, stride), block * ROWS, sums)
+
+
+@compiled
+def product(out, matrix, x, n, rows, columns, has_bias, scratch):
+    """out [n, M] = x [n, N] times the matrix [M, N]: the blocks that hold these rows of it (from, to).
+
+    columns: those of the matrix that count; x is taken for zero elsewhere.
+    """
     w, scales, bias = matrix
-    begin, end = multiply(out, w, scales, x, n, add_to, rank, n_threads)
-    for b in range(n):
-        for r in range(begin, min(end, bias.shape[0])):
-            out[b, r] += bias[r]
+    begin, end = rows[0] // ROWS, (rows[1] + ROWS - 1) // ROWS
+    numbers, rest = operand(w, x, n, columns, scratch), begin
+    if n <= (TOKENS // 2 if scales.shape[0] else 2):  # with 8 bits there is less to wait for
+        rest = end - (end - begin) % 4
+        few(out, w, scales, numbers, n, begin, rest)
+    many(out, w, scales, numbers, n, rest, end)
+    if has_bias:
+        for b in range(n):
+            for r in range(begin * ROWS, min(end * ROWS, bias.shape[0])):
+                out[b, r] += bias[r]
 
 
 # ---- what lies between them --------------------------------------------------------------------------
-
-
-@intrinsic
-def power_of_two(typingctx, n):
-    """2^n for an int32 from -126 to 127"""
-
-    def generate(context, builder, signature, args):
-        bits = builder.shl(builder.add(args[0], args[0].type(127)), args[0].type(23))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(types.int32), generate
+# Sizes are filled up with zeros to whole vectors.
 
 
 @compiled
-def exp(x):
-    """e^x to 3e-7 of it. The mathematical library's takes one number at a time, this one is vectorized."""
-    x = min(max(x, f32(-87)), f32(88)) * f32(1.4426950408889634)
-    n = np.floor(x + f32(0.5))
-    f = (x - n) * f32(0.6931471805599453)
-    p = f32(1 / 24) + f * (f32(1 / 120) + f * f32(1 / 720))
-    p = f32(1) + f * (f32(1) + f * (f32(1 / 2) + f * (f32(1 / 6) + f * p)))
-    return p * power_of_two(np.int32(n))
+def norm(out, x, size, weight, eps):
+    """out = RMSNorm of x [size]"""
+    squares = zeros(1, f32)
+    for i in range(0, size, ROWS):
+        numbers = load(x, i, 0)
+        squares = squares + numbers * numbers
+    factor = f32(1) / np.sqrt(total(squares) / f32(size) + f32(eps))
+    for i in range(0, size, ROWS):
+        store(out, i, 0, load(x, i, 0) * factor * load(weight, i, 0))
 
 
 @compiled
-def norm_of(out, x, n, weight, eps):
-    """out [n, C] = RMSNorm of the rows of x [n, C]"""
-    C, flat, lanes = weight.shape[0], x.reshape(-1), np.empty(1, f32)
-    for b in range(n):
-        squares = zeros(1, 16, f32)
-        for i in range(0, C - 15, 16):
-            numbers = load(flat, b * x.shape[1], i, 16)
-            squares = multiply_add(squares, numbers, numbers)
-        store(lanes, 0, 0, totals(squares))
-        mean = lanes[0]
-        for i in range(C - C % 16, C):
-            mean += x[b, i] * x[b, i]
-        factor = f32(1) / np.sqrt(mean / f32(C) + f32(eps))
-        for i in range(C):
-            out[b, i] = x[b, i] * factor * weight[i]
-
-
-@fast
-def norm(x, weight, eps):
-    """x [N] becomes its RMSNorm; weight [0]: x stays."""
-    if weight.shape[0]:
-        squares = f32(0)
-        for i in range(x.shape[0]):
-            squares += x[i] * x[i]
-        factor = f32(1) / np.sqrt(squares / f32(x.shape[0]) + f32(eps))
-        for i in range(x.shape[0]):
-            x[i] *= factor * weight[i]
+def rotate(out, x, half, rotary, position, factor):
+    """out = factor times x [2 half], the pairs (i, i + half) turned. rotary: [2, positions, half]"""
+    _, n_positions, size = rotary.shape
+    table, cos, sin = rotary.reshape(-1), position * size, (n_positions + position) * size
+    for i in range(0, half, ROWS):
+        c, s = load(table, cos, i) * factor, load(table, sin, i) * factor
+        store(out, i, 0, load(x, i, 0) * c - load(x, half, i) * s)
+    for i in range(0, half, ROWS):  # overwrites what was too much of the first half
+        c, s = load(table, cos, i) * factor, load(table, sin, i) * factor
+        store(out, half, i, load(x, half, i) * c + load(x, i, 0) * s)
 
 
 @compiled
-def rotate(x, rotary, position):
-    """Turn the pairs (i, i + D/2) of x [D] in place."""
-    if rotary.shape[1]:
-        half = x.shape[0] // 2
-        for i in range(half):
-            cos, sin, first, second = rotary[0, position, i], rotary[1, position, i], x[i], x[half + i]
-            x[i] = first * cos - second * sin
-            x[half + i] = second * cos + first * sin
+def swiglu(out, gate_up, size, columns):
+    """These columns (from, to) of out [F] = SiLU of gate times up; gate_up [2 F]"""
+    for i in range(columns[0], columns[1], ROWS):
+        gate = load(gate_up, i, 0)
+        store(out, i, 0, gate / (exp(f32(0) - gate) + f32(1)) * load(gate_up, size, i))
 
 
-@fast
-def attend(out, q, keys, values, place, soon, scores):
-    """out [D] = softmax(q [D] times keys [S, D]) times values [S, D]; scores [S + 4].
+@compiled
+def softmax(scores, size):
+    """scores[:size] become e^(x - the largest one); returns 1 / their sum."""
+    top, sums = zeros(1, f32) - f32(3e38), zeros(1, f32)
+    for s in range(0, size, ROWS):
+        top = np.maximum(top, load(scores, s, 0))
+    most = largest(top)
+    for s in range(0, size, ROWS):
+        weights = exp(load(scores, s, 0) - most)
+        store(scores, s, 0, weights)
+        sums = sums + weights
+    return f32(1) / total(sums)
 
-    Of the flat arrays keys and values, S D numbers from `place` on; those from `soon` on are wanted next.
+
+@compiled
+def attend(out, q, cache, place, soon, S, scores):
+    """out [D] = softmax(q [D] times S keys) times S values.
+
+    They begin at `place` of the cache: ROWS keys, their values, the next ROWS keys, and so on. soon: where
+    those begin that are wanted next, or -1.
     """
-    S, D = scores.shape[0] - 4, q.shape[0]
-    whole = D - D % 16
-    scale, largest, weights = f32(1 / np.sqrt(D)), f32(-3e38), f32(0)
-    for s in range(0, S, 4):
-        rows, sums = clipped(place + s * D, D, place + (S - 1) * D, 4), zeros(4, 16, f32)
-        for i in range(0, whole, 16):
-            for k in range(4):
-                prefetch(keys, soon + (s + k) * D + i)
-            sums = multiply_add(sums, load(keys, rows, i, 16), load(q, 0, i, 16))
-        store(scores, s, 0, totals(sums))
-    for i in range(whole, D):
-        for s in range(S):
-            scores[s] += q[i] * keys[place + s * D + i]
-    for s in range(S):
-        largest = max(largest, scores[s])
-    for s in range(S):
-        scores[s] = exp((scores[s] - largest) * scale)
-        weights += scores[s]
-    scores[S], scores[S + 1] = 0, f32(1) / weights
-    factor = spread(scores, S + 1, 0, 16)
-    for i in range(0, whole, 32):
-        # Two parts of two rows at once: a sum that is added to waits for itself.
-        parts = clipped(i, 16, whole - 16, 2)
-        one, other = zeros(2, 16, f32), zeros(2, 16, f32)
-        for s in range(0, S, 2):
-            first, second = s * D, min(s + 1, S - 1) * D
-            for k in range(2):
-                prefetch(values, soon + first + parts[k])
-                prefetch(values, soon + second + parts[k])
-            one = multiply_add(one, load(values, parts, place + first, 16), spread(scores, s, 0, 16))
-            other = multiply_add(other, load(values, parts, place + second, 16), spread(scores, s, 1, 16))
-        both = multiply_add(multiply_add(zeros(2, 16, f32), one, factor), other, factor)
-        store(out, parts, 0, both)
-    for i in range(whole, D):
-        out[i] = 0
-        for s in range(S):
-            out[i] += scores[s] * scores[S + 1] * values[place + s * D + i]
+    size, n_scores = out.shape[0], (S + ROWS - 1) // ROWS * ROWS
+    for s in range(0, n_scores, 2 * ROWS):  # two blocks of keys at once
+        blocks, sums, others = clipped(s, ROWS, n_scores - ROWS, 2), zeros(2, f32), zeros(2, f32)
+        rows = times(blocks, 2 * size)
+        for i in range(0, size, 2):
+            if soon >= 0:
+                for k in range(4):
+                    prefetch(cache, soon + s * size + (2 * i + k) * ROWS)
+            sums = sums + load(cache, rows, place + i * ROWS) * spread(q, i, 0)
+            others = others + load(cache, rows, place + (i + 1) * ROWS) * spread(q, i, 1)
+        store(scores, blocks, 0, sums + others)
+    for s in range(S, n_scores):
+        scores[s] = f32(-3e38)
+    factor = softmax(scores, n_scores)
+    if S % 2:
+        scores[S] = 0  # of the value behind the last one, if they are taken by twos
+    for i in range(0, size, 2 * ROWS):
+        # Two parts of two values at once: a sum that is added to waits for itself.
+        parts, one, other = clipped(i, ROWS, size - ROWS, 2), zeros(2, f32), zeros(2, f32)
+        for first in range(0, S, ROWS):
+            for s in range(first, min(first + ROWS, S), 2):
+                row = place + (first + ROWS) * size + s * size
+                if soon >= 0:
+                    for k in range(2):
+                        prefetch(cache, soon + (n_scores + s) * size + parts[k])
+                        prefetch(cache, soon + (n_scores + s + 1) * size + parts[k])
+                one = one + load(cache, parts, row) * spread(scores, s, 0)
+                other = other + load(cache, parts, row + size) * spread(scores, s, 1)
+        store(out, parts, 0, (one + other) * factor)
 
 
 # ---- the network -----------------------------------------------------------------------------------------
 
 
 class Weights(NamedTuple):
-    """Of all L layers one after the other; a matrix is (weights [L, M, N], scales, bias [L, M]).
+    """Of all L layers one after the other; a matrix is (weights [L, ...], scales, bias [L, M]).
 
-    Of int8, weights and scales are those of Int8Linear, and float32 has no scales. What a model lacks is an
-    empty array: None would be another type, and a compilation of its own.
+    Weights and scales lie as in engine/blocks.py; float32 has no scales. What a model lacks is an empty
+    array: None would be another type, and a compilation of its own.
     """
 
     qkv: tuple
@@ -677,40 +663,58 @@ class Weights(NamedTuple):
     mlp_norm: np.ndarray
     q_norm: np.ndarray  # [L, D]
     k_norm: np.ndarray
-    norm: np.ndarray  # [C]
-    wte: np.ndarray  # [V, C]
+    norm: np.ndarray  # [1, C]
+    wte: np.ndarray  # [V / R, C, R]: R is 1, or ROWS where it is the output head, too
     wpe: np.ndarray
     rotary: np.ndarray  # [2, block_size, D / 2]: cos, sin
-    head: tuple
+    head: tuple  # [1, ...]
+
+
+class Sizes(NamedTuple):
+    """As in the model's configuration."""
+
+    n_embd: int
     n_head: int
+    head_dim: int
     n_hidden: int
+    vocab_size: int
+    norm_eps: float
 
 
 class Scratch(NamedTuple):
-    """What threads give to one another, [B, size]: B is 1, or `n` filled up to a multiple of 8.
+    """What a thread has for itself. Rows are filled up with zeros, to whole blocks and groups."""
 
-    Rows are filled up with zeros, so that blocks of weights of any shape end within them.
-    """
-
-    x: np.ndarray  # [B, C]: the stream
-    qkv: np.ndarray
+    x: np.ndarray  # [B, C]: the stream, the same for all threads
+    h: np.ndarray  # [B, C]
+    qkv: np.ndarray  # [B, (H + 2 G) D]
     y: np.ndarray  # [B, H D]
     gate_up: np.ndarray  # [B, 2 F]
-    logits: np.ndarray  # [B, V]
+    hidden: np.ndarray  # [B, F]
+    whole: np.ndarray  # int16, see `rounded`
+    scales: np.ndarray
+    head: np.ndarray  # [D]: a query or key
+    turned: np.ndarray  # [D]
+    scores: np.ndarray  # [S]
+    out: np.ndarray  # [D]: of attention
 
 
 class Job(NamedTuple):
-    """What is the same for many steps."""
+    """What a thread works with; all but `scratch` are the same for all."""
 
-    number: int  # which job it is
-    control: np.ndarray  # int64, see below
-    tokens: np.ndarray  # [n]
-    positions: np.ndarray
+    control: np.ndarray  # see above
+    counts: np.ndarray  # [2]: of the tokens, and of those (the first ones) of which logits are wanted
+    tokens: np.ndarray  # [B]
+    rows: np.ndarray  # [B]: of the cache, one for each token
+    positions: np.ndarray  # [B]: there
+    lengths: np.ndarray  # [rows]: how many tokens each row holds
     weights: Weights
-    keys: np.ndarray
-    values: np.ndarray
+    sizes: Sizes
+    cache: np.ndarray  # [L, rows, G, S / ROWS, 2, ROWS D]: blocks of keys [D, ROWS] and of values [ROWS, D]
+    added: np.ndarray  # [2, n_threads, B, C]: to the stream, after attention and after the MLP
+    logits: np.ndarray  # [B, V]
+    best: np.ndarray  # [n_threads, B]: the likeliest token of those that a thread has computed
+    most: np.ndarray  # [n_threads, B]: its logit
     scratch: Scratch
-    eps: float
 
 
 @compiled
@@ -720,119 +724,199 @@ def of_layer(matrix, layer):
 
 
 @compiled
-def attention(scratch, weights, layer, all_keys, all_values, positions, eps, rank, n_threads):
-    """qkv [n, (H + 2 G) D] -> y [n, H D]; this thread's share of the n G groups of heads."""
-    _, n_rows, G, S, D = all_keys.shape
-    keys, values, H = all_keys.reshape(-1), all_values.reshape(-1), weights.n_head
-    qkv, y = scratch.qkv, scratch.y
-    head, out, scores = np.empty(D, f32), np.empty(D, f32), np.empty(S + 4, f32)
-    begin, end = share(positions.shape[0] * G, rank, n_threads)
-    for item in range(begin, end):
-        b, g = item // G, item % G
-        position = positions[b]
-        place = ((layer * n_rows + b) * G + g) * S * D
-        for i in range(D):
-            head[i] = qkv[b, (H + g) * D + i]
-            values[place + position * D + i] = qkv[b, (H + G + g) * D + i]
-        norm(head, weights.k_norm[layer], eps)
-        rotate(head, weights.rotary, position)
-        for i in range(D):
-            keys[place + position * D + i] = head[i]
-        for h in range(g * (H // G), (g + 1) * (H // G)):
-            for i in range(D):
-                head[i] = qkv[b, h * D + i]
-            norm(head, weights.q_norm[layer], eps)
-            rotate(head, weights.rotary, position)
-            is_last = h + 1 == (g + 1) * (H // G)
-            soon = place + S * D if is_last else place
-            attend(out, head, keys, values, place, soon, scores[: position + 5])
-            for i in range(D):
-                y[b, h * D + i] = out[i]
+def copy_head(out, x, first, D, factor):
+    """out [D] = factor times x[first : first + D]; zeros fill it up."""
+    for i in range(0, D, ROWS):
+        store(out, i, 0, load(x, first, i) * factor)
+    for i in range(D, out.shape[0]):
+        out[i] = 0
 
 
 @compiled
-def step(job, rank, n_threads):
-    """One thread's share of the logits for the tokens of a job, which are written into its cache, too."""
-    _, control, tokens, positions, weights, keys, values, scratch, eps = job
-    x, gate_up = scratch.x, scratch.gate_up
-    n, L, C, F = tokens.shape[0], keys.shape[0], weights.norm.shape[0], weights.n_hidden
-    h, hidden = np.zeros_like(x), np.zeros_like(gate_up)
-    if rank == 0:
+def turn_head(scratch, x, first, D, weight, rotary, position, eps, factor):
+    """scratch.turned [D] = factor times the numbers x[first : first + D], normalized and rotated"""
+    head, turned = scratch.head, scratch.turned
+    copy_head(head, x, first, D, f32(1))
+    if weight.shape[0]:
+        norm(head, head, D, weight, eps)
+    if rotary.shape[1]:
+        rotate(turned, head, D // 2, rotary, position, factor)
+    else:
+        copy_head(turned, head, 0, D, factor)
+
+
+@compiled
+def attention(job, layer, heads, groups):
+    """qkv [n, (H + 2 G) D] -> y [n, H D]; of these heads, and groups of heads (from, to)."""
+    scratch, weights, sizes, positions = job.scratch, job.weights, job.sizes, job.positions
+    _, n_rows, G, n_blocks, _, half = job.cache.shape
+    H, D, eps, n, rotary = sizes.n_head, sizes.head_dim, sizes.norm_eps, job.counts[0], weights.rotary
+    cache, turned, out, capacity = job.cache.reshape(-1), scratch.turned, scratch.out, 2 * n_blocks * half
+    k_norm, q_norm, scale = weights.k_norm[layer], weights.q_norm[layer], f32(1 / np.sqrt(D))
+    for g in range(groups[0], groups[1]):
+        begin, end = max(heads[0], g * (H // G)), min(heads[1], (g + 1) * (H // G))
         for b in range(n):
-            for i in range(C):
-                x[b, i] = weights.wte[tokens[b], i]
-                if weights.wpe.shape[0]:
-                    x[b, i] += weights.wpe[positions[b], i]
-    meet(control, n_threads)
-    for i in range(4 * L + 1):
-        # One call of `product` for all matrices: Numba compiles a function anew wherever it is called.
-        layer, part = i // 4, i % 4
-        if layer == L:
-            norm_of(h, x, n, weights.norm, eps)
-            matrix, source, out = weights.head, h, scratch.logits
-        elif part == 0:
-            norm_of(h, x, n, weights.attn_norm[layer], eps)
-            matrix, source, out = of_layer(weights.qkv, layer), h, scratch.qkv
-        elif part == 1:
-            attention(scratch, weights, layer, keys, values, positions, eps, rank, n_threads)
-            meet(control, n_threads)
-            matrix, source, out = of_layer(weights.proj, layer), scratch.y, x
-        elif part == 2:
-            norm_of(h, x, n, weights.mlp_norm[layer], eps)
-            matrix, source, out = of_layer(weights.gate_up, layer), h, gate_up
-        else:
-            for b in range(n):  # each thread all of it: none needs to wait once more
-                for k in range(F):
-                    hidden[b, k] = gate_up[b, F + k] * gate_up[b, k] / (f32(1) + exp(-gate_up[b, k]))
-            matrix, source, out = of_layer(weights.down, layer), hidden, x
-        product(out, matrix, source, n, part % 2 == 1, rank, n_threads)
-        meet(control, n_threads)
+            qkv, y, position = scratch.qkv[b], scratch.y[b], positions[b]
+            place = ((layer * n_rows + job.rows[b]) * G + g) * capacity
+            following = ((layer * n_rows + job.rows[min(b + 1, n - 1)]) * G + g) * capacity
+            turn_head(scratch, qkv, (H + g) * D, D, k_norm, rotary, position, eps, f32(1))
+            block, column = place + position // ROWS * 2 * half, position % ROWS
+            for i in range(D):
+                cache[block + i * ROWS + column] = turned[i]
+            copy_head(out, qkv, (H + G + g) * D, D, f32(1))
+            for i in range(0, out.shape[0], ROWS):
+                store(cache, block + half + column * out.shape[0], i, load(out, i, 0))
+            for h in range(begin, end):
+                turn_head(scratch, qkv, h * D, D, q_norm, rotary, position, eps, scale)
+                soon = following if h + 1 == end else -1
+                attend(out, turned, cache, place, soon, position + 1, scratch.scores)
+                for i in range(0, out.shape[0], ROWS):
+                    store(y, h * D, i, load(out, i, 0))
+
+
+@compiled
+def likeliest(logits, begin, end):
+    """(the place of the largest of logits[begin:end], the first one if there are several, and what it is)"""
+    most, place = f32(-np.inf), begin
+    for first in range(begin, end, 256):
+        last = min(first + 256, end)
+        whole = last - (last - first) % ROWS
+        top = zeros(1, f32) - f32(np.inf)
+        for i in range(first, whole, ROWS):
+            top = np.maximum(top, load(logits, i, 0))
+        highest = largest(top)
+        for i in range(whole, last):
+            highest = max(highest, logits[i])
+        if highest > most:
+            most, place = highest, first
+    while place < end - 1 and logits[place] != most:
+        place += 1
+    return place, most
+
+
+@compiled
+def embed(job):
+    """x [n, C] of the tokens"""
+    x, wte, wpe = job.scratch.x, job.weights.wte, job.weights.wpe
+    for b in range(job.counts[0]):
+        block, row = job.tokens[b] // wte.shape[2], job.tokens[b] % wte.shape[2]
+        for i in range(wte.shape[1]):
+            x[b, i] = wte[block, i, row]
+            if wpe.shape[0]:
+                x[b, i] += wpe[job.positions[b], i]
+
+
+@compiled
+def add_to(x, added, size):
+    """The stream x [C] += what each of the threads has computed, [n_threads, C]."""
+    for i in range(0, size, ROWS):
+        numbers = load(x, i, 0)
+        for rank in range(added.shape[0]):
+            numbers = numbers + load(added[rank], i, 0)
+        store(x, i, 0, numbers)
+
+
+@compiled
+def forward(job, rank, n_threads):
+    """One thread's share of a pass: the tokens are written into the cache, and logits computed.
+
+    It has some of the heads and some of the hidden features, and of each matrix the rows that make them, or
+    the columns that they are multiplied with. So what the others have computed is needed twice a layer only,
+    where it is added to the stream (Shoeybi et al. 2019, "Megatron-LM", section 3).
+    """
+    weights, sizes, scratch, added, logits = job.weights, job.sizes, job.scratch, job.added, job.logits
+    C, F, D, eps = sizes.n_embd, sizes.n_hidden, sizes.head_dim, sizes.norm_eps
+    x, h, n, n_logits = scratch.x, scratch.h, job.counts[0], job.counts[1]
+    H, L, G = sizes.n_head, job.cache.shape[0], job.cache.shape[2]
+    stream, heads = (0, C), share(H, rank, n_threads)
+    groups = (heads[0] // (H // G), (heads[1] + H // G - 1) // (H // G))
+    units = share((F + GROUP - 1) // GROUP, rank, n_threads)
+    features = (units[0] * GROUP, min(units[1] * GROUP, F))
+    embed(job)
+    for layer in range(L):
+        for b in range(n):
+            norm(h[b], x[b], C, weights.attn_norm[layer], eps)
+        matrix = of_layer(weights.qkv, layer)
+        for first, last in (heads, (H + groups[0], H + groups[1]), (H + G + groups[0], H + G + groups[1])):
+            product(scratch.qkv, matrix, h, n, (first * D, last * D), stream, True, scratch)
+        attention(job, layer, heads, groups)
+        matrix, columns = of_layer(weights.proj, layer), (heads[0] * D, heads[1] * D)
+        product(added[0, rank], matrix, scratch.y, n, stream, columns, rank == 0, scratch)
+        meet(job.control, n_threads)
+        for b in range(n):
+            add_to(x[b], added[0, :, b], C)
+            norm(h[b], x[b], C, weights.mlp_norm[layer], eps)
+        matrix = of_layer(weights.gate_up, layer)
+        for first in (0, F):
+            rows = (first + features[0], first + features[1])
+            product(scratch.gate_up, matrix, h, n, rows, stream, True, scratch)
+        for b in range(n):
+            swiglu(scratch.hidden[b], scratch.gate_up[b], F, features)
+        matrix = of_layer(weights.down, layer)
+        product(added[1, rank], matrix, scratch.hidden, n, stream, features, rank == 0, scratch)
+        meet(job.control, n_threads)
+        for b in range(n):
+            add_to(x[b], added[1, :, b], C)
+    if n_logits:
+        matrix = of_layer(weights.head, 0)
+        blocks = share(matrix[0].shape[0], rank, n_threads)
+        rows = (blocks[0] * ROWS, blocks[1] * ROWS)
+        for b in range(n_logits):
+            norm(h[b], x[b], C, weights.norm[0], eps)
+        product(logits, matrix, h, n_logits, rows, stream, True, scratch)
+        for b in range(n_logits):
+            found = likeliest(logits[b], rows[0], min(rows[1], sizes.vocab_size))
+            job.best[rank, b], job.most[rank, b] = found
+        meet(job.control, n_threads)
 
 
 # ---- a team of threads -----------------------------------------------------------------------------------
 
 
 @compiled
-def lead(job, n_threads):
-    """One step by the whole team, of which the caller is rank 0; returns whether it was done.
+def lead(job, n, n_logits, n_threads):
+    """One pass by the whole team, of which the caller is rank 0; returns whether it was done.
 
-    It is not if one of the others is asleep. From here on, nobody falls asleep, and nothing raises: Ctrl-C,
-    for instance, would leave them waiting for this thread's share for ever.
+    The first n of the job's tokens are appended to their rows. The pass is not done if one of the others is
+    asleep. From here on, nobody falls asleep, and nothing raises: Ctrl-C, for instance, would leave them
+    waiting for this thread's share for ever.
     """
-    control = job.control
+    control, best, most, lengths = job.control, job.best, job.most, job.lengths
     for rank in range(1, n_threads):
         while not swap(control, STATE + 8 * rank, AWAKE, ENGAGED):
             if read(control, STATE + 8 * rank) == ASLEEP:
                 for other in range(1, rank):
                     write(control, STATE + 8 * other, AWAKE)
                 return False
-    write(control, NUMBER, job.number)
+    job.counts[0], job.counts[1] = n, n_logits
+    for b in range(n):
+        job.positions[b] = lengths[job.rows[b]]
+        lengths[job.rows[b]] += 1
     add(control, ASKED, 1)
-    step(job, np.int64(0), n_threads)  # a mere 0 is of another type, and needs another compilation
-    for b in range(job.positions.shape[0]):
-        job.positions[b] += 1
+    forward(job, np.int64(0), n_threads)  # a mere 0 is of another type, and needs another compilation
+    for b in range(n_logits):
+        for rank in range(1, n_threads):
+            if most[rank, b] > most[0, b]:
+                best[0, b], most[0, b] = best[rank, b], most[rank, b]
     return True
 
 
 @compiled
 def follow(job, rank, n_threads):
-    """Do this thread's share of the steps of a job, until there is another job, or nothing to do for long.
+    """Do this thread's share of passes, until there is nothing to do for long.
 
-    To be woken takes 50 to 100 us, a tenth of a step: so it looks around for a while before it falls asleep.
-    Returns whether it has.
+    To be woken takes 50 to 100 us, a tenth of a pass: so it looks around for a while before it falls asleep.
     """
     control, me, looks = job.control, STATE + 8 * rank, 0
     swap(control, me, ASLEEP, AWAKE)
     while True:
         if read(control, ASKED) > control[me + 1]:
-            if read(control, NUMBER) != job.number:
-                return False
-            step(job, rank, n_threads)
+            forward(job, rank, n_threads)
             control[me + 1] += 1
             write(control, me, AWAKE)
             looks = 0
         elif looks > PATIENCE and swap(control, me, AWAKE, ASLEEP):
-            return True
+            return
         looks += 1
         if looks > SPINS:
             give_way()

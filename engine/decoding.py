@@ -28,9 +28,9 @@ import threading
 
 import torch
 
+from engine.blocks import Int8Linear
 from engine.compile_cache import CACHE, is_compiled
 from engine.config import ROOT
-from engine.quantize import Int8Linear
 from model import GPT, sample
 
 
@@ -70,25 +70,29 @@ class Decoder:
     """
 
     def __init__(self, model, n_slots=1):
-        self.model, self.n_slots = model, n_slots
-        self.cache = model.new_cache(n_slots)
+        self.model, self.n_slots, self.steps = model, n_slots, TorchSteps(model, n_slots)
         self.running, self.waiting = [], collections.deque()  # running[i] has row i of the cache
-        self._compiling = self._compiled = None
+        self._compiling = None
 
     def compile(self, wait=False):
         """Let engine/compiled.py do the steps, which is several times as fast, as soon as it is ready.
 
-        That takes a quarter of a minute for the first time on a machine, and half a second ever after.
+        That takes a quarter of a minute for the first time on a machine, and half a second ever after
+        (`is_prepared`).
         PyTorch does the steps meanwhile, unless `wait`; and for good where there is no Numba, where what it
-        compiles cannot be kept, or where the network is another one.
+        compiles cannot be kept, or where the network is another one. The model's weights are moved to lie
+        otherwise (engine/blocks.py): it can still be used, but not trained.
         """
-        if supports(self.model) and not self._compiling and not self._compiled:
+        if supports(self.model) and isinstance(self.steps, TorchSteps) and not self._compiling:
             # Not the model itself: a thread that frees tensors while the program ends makes it crash.
-            is_int8 = isinstance(self.model.lm_head, Int8Linear)
-            self._compiling = threading.Thread(target=prepare, args=(is_int8,), daemon=True)
+            self._compiling = threading.Thread(target=prepare, args=(weights_of(self.model),), daemon=True)
             self._compiling.start()
             if wait:
                 self._compiling.join()
+
+    @property
+    def is_prepared(self):
+        return is_compiled(weights_of(self.model))
 
     @property
     def is_busy(self):
@@ -98,10 +102,9 @@ class Decoder:
         """Let it wait for a row; returns it. ValueError for a prompt that is empty or holds a foreign id,
         and for options that make no sense."""
         self.model.prompt(request.context)
-        device = self.model.wte.weight.device
         sample(torch.zeros(1), **request.options)
         if request.generator is None and request.seed is not None:
-            request.generator = torch.Generator(device).manual_seed(request.seed)
+            request.generator = torch.Generator(self.model.device).manual_seed(request.seed)
         if request.finish_reason is None:
             self.waiting.append(request)
         return request
@@ -114,23 +117,24 @@ class Decoder:
             self._leave(self.running.index(request))
         request.finish_reason = request.finish_reason or "cancelled"
 
-    @torch.inference_mode()
     def step(self):
         """One more token for all that run; returns these requests, those that have just ended among them."""
-        lengths = self.cache.lengths
+        if isinstance(self.steps, TorchSteps) and self._compiling and not self._compiling.is_alive():
+            self._change_steps()
         while self.waiting and len(self.running) < self.n_slots:
-            lengths[len(self.running)] = 0
+            self.steps.lengths[len(self.running)] = 0
             self.running.append(self.waiting.popleft())
         if not self.running:
             return []
-        for row, request in enumerate(self.running):
-            if lengths[row] in (0, self.cache.capacity):
+        capacity = self.steps.capacity
+        for row, (request, length) in enumerate(zip(self.running, self.steps.lengths.tolist(), strict=False)):
+            if length in (0, capacity):
                 # When the context is full, half of it makes room for as much again.
-                keep = self.cache.capacity if lengths[row] == 0 else max(1, self.cache.capacity // 2)
-                self._read(row, request.context[-keep:-1])
-        logits = self._next([request.context[-1] for request in self.running])
+                keep = max(1, capacity // 2) if length else capacity
+                self.steps.read(row, request.context[-keep:-1])
+        logits, likeliest = self.steps.next([request.context[-1] for request in self.running])
         advanced = list(self.running)
-        tokens = self._draw(logits)
+        tokens = self._draw(logits, likeliest)
         for row in reversed(range(len(advanced))):
             request = advanced[row]
             if tokens[row] in request.stop_tokens:
@@ -152,32 +156,22 @@ class Decoder:
                 if request.finish_reason:
                     on_end(request)
 
-    def _read(self, row, tokens):
-        """Fill a row of the cache anew."""
-        cache = self.cache.rows(row, row + 1)
-        cache.lengths[:] = 0
-        if tokens:
-            self.model.hidden(torch.tensor([tokens], device=cache.keys.device), cache)
+    def _change_steps(self):
+        """From PyTorch's to the compiled ones, if they could be compiled; what was read is read again."""
+        lengths = self.steps.lengths
+        self._compiling, steps = None, compiled_steps(self.model, self.n_slots)
+        if steps:
+            self.steps = steps
+            for row, request in enumerate(self.running):
+                last = len(request.context) - 1
+                steps.read(row, request.context[last - lengths[row] : last])
 
-    def _next(self, tokens):
-        """The last token of every running request -> scores of the next one [n, V], float32."""
-        if self._compiling and not self._compiling.is_alive():
-            self._compiling, self._compiled = None, compiled_step(self.model)
-        if self._compiled:
-            return self._compiled.logits(tokens, self.cache)
-        n = len(tokens)
-        cache = self.cache.rows(0, n, int(self.cache.lengths[:n].max()) + 1)
-        x = self.model.hidden(torch.tensor(tokens, device=cache.keys.device).unsqueeze(1), cache)
-        return self.model.logits(x[:, -1]).float()
-
-    def _draw(self, logits):
-        """A token for each row of the scores [n, V]; notes logprobs where they are asked for."""
-        # Of all at once: most need nothing else. (NumPy takes a hundredth of PyTorch's time for it.)
-        best = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
+    def _draw(self, logits, likeliest):
+        """A token for each row of the logits [n, V]; notes logprobs where they are asked for."""
         tokens = []
         for row, request in enumerate(self.running):
             if request.is_greedy:
-                token = best[row]
+                token = likeliest[row]
             else:
                 token = sample(logits[row], request.generator, previous=request.context, **request.options)
             if request.n_logprobs is not None and token not in request.stop_tokens:
@@ -193,7 +187,40 @@ class Decoder:
         last = self.running.pop()
         if row < len(self.running):
             self.running[row] = last
-            self.cache.copy_row(len(self.running), row)
+            self.steps.move(len(self.running), row)
+
+
+class TorchSteps:
+    """Steps as PyTorch's operations: for any model, on any device.
+
+    lengths [n_slots]: how many tokens of `capacity` each row of the cache holds.
+    """
+
+    def __init__(self, model, n_slots):
+        self.model, self.cache = model, model.new_cache(n_slots)
+        self.lengths, self.capacity = self.cache.lengths, self.cache.capacity
+
+    @torch.inference_mode()
+    def read(self, row, tokens):
+        """Fill a row anew with the tokens (a list of ids)."""
+        cache = self.cache.rows(row, row + 1)
+        cache.lengths[:] = 0
+        if tokens:
+            self.model.hidden(torch.tensor([tokens], device=self.model.device), cache)
+
+    @torch.inference_mode()
+    def next(self, tokens):
+        """A token for each of the first n rows -> (logits [n, V] of the next one, n likeliest ones)."""
+        n = len(tokens)
+        cache = self.cache.rows(0, n, int(self.lengths[:n].max()) + 1)
+        x = self.model.hidden(torch.tensor(tokens, device=self.model.device).unsqueeze(1), cache)
+        logits = self.model.logits(x[:, -1]).float()
+        # (NumPy takes a hundredth of PyTorch's time for it.)
+        return logits, (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
+
+    def move(self, source, target):
+        """Copy a row over another one."""
+        self.cache.copy_row(source, target)
 
 
 LOADING = threading.Lock()
@@ -205,34 +232,41 @@ def supports(model):
 
     NUMBA_DISABLE_JIT=1, which tells Numba to compile nothing, leaves the steps to PyTorch.
     """
-    weight = model.wte.weight
-    is_right = type(model) is GPT and weight.device.type == "cpu" and weight.dtype == torch.float32
+    is_right = type(model) is GPT and model.device.type == "cpu" and model.dtype == torch.float32
     has_numba = importlib.util.find_spec("numba") is not None
     return is_right and has_numba and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 
 
-def prepare(is_int8):
+def weights_of(model):
+    return "int8" if isinstance(model.lm_head, Int8Linear) else "float32"
+
+
+def prepare(weights):
     """Compile, in a process of its own, which may go on when this one ends, and load."""
-    if not is_compiled():
-        command = [sys.executable, "-m", "engine.compiled_step"]
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+    except OSError:  # nothing can be kept
+        return
+    if not is_compiled(weights):
+        command = [sys.executable, "-m", "engine.compiled_steps", weights]
         subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True)
-    if is_compiled():
+    if is_compiled(weights):
         with LOADING:
             try:
-                from engine import compiled_step
+                from engine import compiled_steps
 
-                compiled_step.warm_up(is_int8)
+                compiled_steps.warm_up(weights)
             except Exception:  # in many kinds, when what lies there is damaged: the next start compiles anew
                 shutil.rmtree(CACHE, ignore_errors=True)
 
 
-def compiled_step(model):
-    """The CompiledStep of a model that is prepared, or None: it could not be compiled."""
-    if not is_compiled():
+def compiled_steps(model, n_slots):
+    """The CompiledSteps of a model that is prepared, or None: they could not be compiled."""
+    if not is_compiled(weights_of(model)):
         return None
-    from engine.compiled_step import CompiledStep
+    from engine.compiled_steps import CompiledSteps
 
-    return CompiledStep(model)
+    return CompiledSteps(model, n_slots)
 
 
 class TextStream:

@@ -19,7 +19,6 @@ import queue
 import threading
 import time
 
-from engine.compile_cache import is_compiled
 from engine.decoding import Decoder, Request, TextStream
 from engine.errors import UserError
 from engine.wire import ApiError
@@ -54,7 +53,8 @@ class Engine(threading.Thread):
         self.model, self.n_slots, self.max_queue, self.seconds = model, n_slots, max_queue, seconds
         self.attention = attention or contextlib.nullcontext()
         self.decoder = Decoder(model, n_slots)
-        self.decoder.compile(wait=is_compiled())  # half a second, and a seed means the same from now on
+        # If it is half a second only: a seed means the same from the first request on.
+        self.decoder.compile(wait=self.decoder.is_prepared)
         self.error, self.n_tokens, self.n_failures, self.n_open = None, 0, 0, 0
         self.is_stopped = False
         self._loop, self._orders = None, queue.SimpleQueue()

@@ -25,8 +25,8 @@ from test_inference import chain, checkpoint
 import engine.checkpoint
 import engine.gate
 import serve
+from engine.blocks import quantize as to_int8
 from engine.decoding import Decoder, Request, TextStream
-from engine.quantize import quantize as to_int8
 from inference import Speaker
 from model import GPT, ModelConfig
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
@@ -837,7 +837,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
     path = at_random().save()
     env = shared_project.environment | {"NUMBA_DISABLE_JIT": "0"}
     # Now, or the memory that Numba takes would look like a leak.
-    module = [sys.executable, "-m", "engine.compiled_step"]
+    module = [sys.executable, "-m", "engine.compiled_steps"]
     subprocess.run(module, cwd=shared_project.root, env=env, check=True)
     process = subprocess.Popen(
         shared_project.command("serve.py", "-m", path, "--port", "0", "--slots", "16", *quantize),

@@ -1,6 +1,5 @@
-"""engine/compiled.py and engine/quantize.py: the same numbers as PyTorch's."""
+"""engine/compiled.py, engine/compiled_steps.py and engine/blocks.py: the same numbers as PyTorch's."""
 
-import copy
 import gc
 import os
 import shutil
@@ -10,20 +9,19 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 import torch
 from test_model import differ, random_tokens
 from torch import nn
 
 from config.schema import ModelConfig
+from engine.blocks import GROUP, ROWS, Int8Linear, quantize
 from engine.compile_cache import CACHE
 from engine.config import ROOT
 from engine.decoding import Decoder, supports
-from engine.quantize import GROUP, ROWS, Int8Linear, quantize
 from model import GPT
 
-compiled = pytest.importorskip("engine.compiled_step", reason="Numba is not installed")
+compiled = pytest.importorskip("engine.compiled_steps", reason="Numba is not installed")
 product = pytest.importorskip("engine.compiled").product
 LLAMA3 = dict(rope_type="llama3", factor=4.0, original_max_position_embeddings=16)
 SHAPES = {
@@ -44,60 +42,73 @@ def network(**fields):
     return model.requires_grad_(False)
 
 
-@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("n_threads", [1, 3, 6])
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_those_of_the_model(shape, int8, n_threads):
+    """Whatever heads and features a thread has, if it has any."""
     model, tokens = network(**SHAPES[shape]), random_tokens(9, 24, vocab_size=29)
     if int8:
         quantize(model)
-    expected, before = model(tokens)[0], copy.deepcopy(model.state_dict())
+    expected = model(tokens)[0]
     assert expected.std() > 0.5
-    steps = compiled.CompiledStep(model, n_threads)
-    for name, tensor in model.state_dict().items():  # they lie elsewhere, and are the same
-        assert torch.equal(tensor, before[name])
-    assert torch.equal(model(tokens)[0], expected)
+    steps = compiled.CompiledSteps(model, 10, n_threads)
+    assert torch.equal(model(tokens)[0], expected)  # the weights lie elsewhere, and are the same
     for batch in (1, 2, 9):
-        cache, rows = model.new_cache(10), torch.arange(batch)
-        model.hidden(tokens[:batch, :3], cache.rows(0, batch))
-        cache.lengths[:batch] -= rows.numpy() % 3  # the rows are not in step
+        rows = torch.arange(batch)
+        for row in rows.tolist():  # which are not in step
+            steps.read(row, tokens[row, : 3 - row % 3].tolist())
         for _ in range(21):
-            places = torch.from_numpy(cache.lengths[:batch].copy())
-            found = steps.logits(tokens[rows, places].tolist(), cache)
+            places = torch.from_numpy(steps.lengths[:batch].copy())
+            found, likeliest = steps.next(tokens[rows, places].tolist())
             # Beside int8 weights, activations have 16 bits; with bfloat16's 8, it would be 0.2.
-            assert differ(found, expected[rows, places]) < (1e-2 * expected.std() if int8 else 1e-4)
-            assert (cache.lengths[:batch] == (places + 1).numpy()).all()
-    assert cache.lengths[9] == 0 and not cache.keys[:, 9].any()
+            assert differ(found[:batch], expected[rows, places]) < (1e-2 * expected.std() if int8 else 1e-4)
+            assert likeliest == found[:batch].argmax(-1).tolist()
+            assert (steps.lengths[:batch] == (places + 1).numpy()).all()
+    assert steps.lengths[9] == 0 and not steps.job.cache[:, 9].any()
 
 
-@pytest.mark.parametrize("add_to", [False, True])
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_token_does_not_know_of_the_others(shape, int8):
+    """To the last bit: one at a time or many, in whatever row, in a prompt or drawn."""
+    sizes = dict(n_embd=256, n_hidden=512, block_size=48) if shape == "plain" else dict(block_size=48)
+    model, tokens = network(**(sizes | SHAPES[shape])), random_tokens(40, 48, vocab_size=29)
+    steps = compiled.CompiledSteps(quantize(model) if int8 else model, 41, 2)
+    expected = torch.stack([steps.next(column)[0].clone() for column in tokens.T.tolist()])
+    for batch in (1, 2, 5, 16, 24):
+        steps.lengths[:] = 0
+        for t in range(4):
+            assert torch.equal(steps.next(tokens[:batch, t].tolist())[0][:batch], expected[t, :batch])
+        for length in (1, 2, 7, 33, 40):
+            steps.read(batch - 1, tokens[batch - 1, :length].tolist())
+            steps.move(batch - 1, batch)
+            last = tokens[: batch + 1, 4].tolist()
+            last[batch - 1 :] = [tokens[batch - 1, length].item()] * 2
+            found = steps.next(last)[0]
+            for row in (batch - 1, batch):
+                assert torch.equal(found[row], expected[length, batch - 1])
+                assert steps.lengths[row] == length + 1
+
+
+@pytest.mark.parametrize("columns", [(0, 200), (128, 192), (70, 200), (64, 64)])
 @pytest.mark.parametrize("n", [1, 3, 4, 9])
-def test_int8_products_lose_nothing_but_what_16_bits_of_the_activations_do(n, add_to):
+def test_int8_products_lose_nothing_but_what_16_bits_of_the_activations_do(n, columns):
     torch.manual_seed(n)
     small = Int8Linear(nn.Linear(200, 37).requires_grad_(False))
-    x, out = torch.zeros(16, 256), torch.randn(16, 192)
-    x[:n, :200] = torch.randn(n, 200) * 10 ** torch.linspace(-3, 3, 200)
+    x, out = torch.zeros(16, 256), torch.full((16, 192), torch.nan)
+    x[:n, slice(*columns)] = (torch.randn(n, 200) * 10 ** torch.linspace(-3, 3, 200))[:, slice(*columns)]
     groups = x.unflatten(1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
     rounded = (groups * (32767 / largest.clamp(min=1e-30))).round() * (largest / 32767)
     expected = rounded.flatten(1)[:n, :200].double() @ small.weight.T.double() + small.bias
-    expected += out[:n, :37] * add_to
-    matrix = small.q.numpy(), small.scales.numpy(), small.bias.numpy()
-    product(out.numpy(), matrix, x.numpy(), n, add_to, np.int64(0), 1)
-    assert differ(out[:n, :37], expected) < 1e-6 * expected.abs().max()
-
-
-@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
-def test_rows_do_not_know_of_each_other(int8):
-    """With int8, nothing depends on their number; with float32, only the order in which numbers are added."""
-    model, tokens = network(n_embd=256, n_hidden=512), random_tokens(40, 8, vocab_size=29)
-    steps = compiled.CompiledStep(quantize(model) if int8 else model, 2)
-    found = {}
-    for batch in (1, 2, 5, 16, 24, 40):
-        cache, texts = model.new_cache(batch), tokens[:batch].T.tolist()
-        found[batch] = torch.stack([steps.logits(column, cache).clone() for column in texts])
-    for batch, logits in found.items():
-        assert differ(logits, found[40][:, :batch]) <= (0 if int8 else 2e-5 * logits.std()), batch
+    scratch = compiled.scratch_of(ModelConfig(n_embd=256).resolved(2), 16)
+    matrix = small.w.numpy(), small.scales.numpy(), small.bias.numpy()
+    product(out.numpy(), matrix, x.numpy(), n, (0, 16), columns, False, scratch)
+    assert differ(out[:n, :16] + small.bias[:16], expected[:, :16]) < 1e-6 * expected.abs().max()
+    assert out[:, 16:].isnan().all() and out[n:].isnan().all()
+    product(out.numpy(), matrix, x.numpy(), n, (17, 37), columns, True, scratch)
+    assert differ(out[:n, 16:37], expected[:, 16:]) < 1e-6 * expected.abs().max()
 
 
 def test_int8_in_the_order_that_arm_likes(tmp_path):
@@ -105,7 +116,7 @@ def test_int8_in_the_order_that_arm_likes(tmp_path):
     code = (
         "import platform; platform.machine = lambda: 'aarch64'\n"
         "from test_compiled import *\n"
-        "from engine.quantize import NEIGHBOURS\n"
+        "from engine.blocks import NEIGHBOURS\n"
         "assert not NEIGHBOURS\n"
         "test_rounding_is_less_than_half_a_step(130)\n"
         "test_logits_are_those_of_the_model('groups', True, 2)\n"
@@ -115,12 +126,21 @@ def test_int8_in_the_order_that_arm_likes(tmp_path):
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
-def test_weights_are_in_memory_once():
-    model = network()
-    steps = compiled.CompiledStep(model, 1)
-    model.blocks[1].attn.qkv.weight.fill_(5.0)
-    assert (steps.weights.qkv[0][1] == 5).all() and not (steps.weights.qkv[0][0] == 5).any()
-    assert steps.weights.wte.ctypes.data == model.wte.weight.data_ptr() == steps.weights.head[0].ctypes.data
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_in_memory_once(tied):
+    def n_bytes():
+        tensors = [*model.parameters(), *model.buffers()]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    model = network(tie_embeddings=tied)
+    before, weights = n_bytes(), compiled.CompiledSteps(model, 1).job.weights
+    assert before <= n_bytes() < before + 50_000  # rows are filled up to blocks
+    model.blocks[1].attn.qkv.w.fill_(5.0)
+    assert (weights.qkv[0][1] == 5).all() and not (weights.qkv[0][0] == 5).any()
+    assert model.lm_head.w.data_ptr() == weights.head[0].ctypes.data
+    assert tied == (weights.wte.ctypes.data == weights.head[0].ctypes.data)
+    model.lm_head.w.fill_(7.0)
+    assert tied == bool((model.wte(torch.tensor([3])) == 7).all())
 
 
 def test_what_it_is_not_for():
@@ -131,8 +151,8 @@ def test_what_it_is_not_for():
 
 def test_threads_end_with_the_model():
     before = threading.active_count()
-    steps = compiled.CompiledStep(network(), 3)
-    steps.logits([1], network().new_cache())
+    steps = compiled.CompiledSteps(network(), 1, 3)
+    steps.next([1])
     assert threading.active_count() == before + 2
     del steps
     gc.collect()
@@ -142,8 +162,8 @@ def test_threads_end_with_the_model():
 def test_ctrl_c_may_come_at_any_time():
     """The others never wait for a thread that has gone; the next step is sound."""
     model, n_interrupted = network(), 0
-    steps, cache = compiled.CompiledStep(model, 3), model.new_cache()
     expected = model(torch.tensor([[1, 2]]))[0][0]
+    steps = compiled.CompiledSteps(model, 1, 3)
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
@@ -154,15 +174,15 @@ def test_ctrl_c_may_come_at_any_time():
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + i % 30))
                 while True:
-                    cache.lengths[0] = 0
-                    steps.logits([1], cache)
+                    steps.lengths[0] = 0
+                    steps.next([1])
             except KeyboardInterrupt:
                 n_interrupted += 1
             if i % 50 == 0:
                 time.sleep(0.01)  # the others have fallen asleep
-            cache.lengths[0] = 0
-            assert differ(steps.logits([1], cache)[0], expected[0]) < 1e-4
-            assert differ(steps.logits([2], cache)[0], expected[1]) < 1e-4
+            steps.lengths[0] = 0
+            assert differ(steps.next([1])[0][0], expected[0]) < 1e-4
+            assert differ(steps.next([2])[0][0], expected[1]) < 1e-4
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
@@ -220,7 +240,7 @@ def test_rounding_is_less_than_half_a_step(width):
     linear.weight[4] *= 1e-30
     small = Int8Linear(linear)
     n_groups = -(-width // GROUP)
-    assert small.q.dtype == torch.int8 and small.q.numel() == 2 * ROWS * n_groups * GROUP
+    assert small.w.dtype == torch.int8 and small.w.numel() == 2 * ROWS * n_groups * GROUP
     assert small.scales.shape == (2, n_groups, ROWS)
     largest = torch.stack([part.abs().amax(1) for part in linear.weight.split(GROUP, dim=1)], dim=1)
     allowed = (largest / 127 / 2 * 1.001).repeat_interleave(GROUP, dim=1)[:, :width]

@@ -11,7 +11,7 @@ from test_tokenizer import BPE, CHAR, any_text, awkward
 
 import models
 from engine.config import check_model
-from engine.decoding import Decoder, Request, TextStream
+from engine.decoding import Decoder, Request, TextStream, TorchSteps
 from model import GPT
 
 # Also with engine/compiled.py, where it is for that network.
@@ -70,7 +70,23 @@ def test_alone_or_together_greedy_text_is_the_same(name, n_slots, compiled):
         expected = list(model.generate(prompt, request.max_tokens, temperature=0, stop_tokens=stop))
         assert request.tokens == expected
         assert request.finish_reason == ("length" if len(expected) == request.max_tokens else "stop")
-    assert bool(decoder._compiled) == (compiled and type(model) is GPT)
+    assert isinstance(decoder.steps, TorchSteps) != (compiled and type(model) is GPT)
+
+
+@pytest.mark.parametrize("n_before", [0, 3, 30, 60])
+def test_steps_may_become_compiled_ones_at_any_time(n_before):
+    """Also while texts are under way that have outgrown the context."""
+    pytest.importorskip("numba")
+    model, texts = network(), prompts(5)
+    decoder = Decoder(model, 3)
+    requests = [decoder.add(Request(prompt, 70, temperature=0)) for prompt in texts]
+    for _ in range(n_before):
+        decoder.step()
+    decoder.compile(wait=True)
+    decoder.run([])
+    assert not isinstance(decoder.steps, TorchSteps)
+    for prompt, request in zip(texts, requests, strict=True):
+        assert request.tokens == list(model.generate(prompt, 70, temperature=0))
 
 
 SETTINGS = [
