@@ -5,11 +5,16 @@
     python benchmark/decode_speed.py --requests 2 4 8 16 32       # so many texts at once
 
 llama.cpp is measured if llama-cpp-python is installed. Everything is greedy and takes its turn in each round,
-with as many threads; the table tells the median of the rounds, and the best one. The model has random
-weights: 12.9 M parameters, of which 8.2 M are the embedding, which is the output head, too.
+twice, with as many threads; the table tells the median of the better ones, and the best one. The model has
+random weights: 12.9 M parameters, of which 8.2 M are the embedding, which is the output head, too.
 
-The bandwidth limit is what could be if reading the weights once a token, at the speed at which this
-machine sums up an array of their size (which a part of may stay in its caches), were all there is to do.
+The limit is what could be if there were nothing to do but to read the weights once a step, at the speed at
+which this machine sums up an array of their size (which a part of may stay in its caches), or to multiply
+with them, at the speed of PyTorch's product of two matrices of 1,024 x 1,024, whichever takes longer. (Whole
+numbers are multiplied faster, so several texts with 8 bits have no limit here.)
+
+Where threads work together, much depends on how far apart their cores are. So the time is told, too, in which
+a number goes from one to the other: within one chip's cache some 30 ns, between two 150 ns or more.
 """
 
 import argparse
@@ -21,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -44,7 +50,7 @@ def parse_arguments():
     add("--threads", type=int, default=2, help="of every program (2)")
     add("--tokens", type=int, default=128, help="drawn in each run (128)")
     add("--rounds", type=int, default=10, help="(10)")
-    add("--requests", type=int, nargs="+", default=[16], metavar="N", help="texts at once, beside one (16)")
+    add("--requests", type=int, nargs="+", default=[16], metavar="N", help="texts at once, as x N (16)")
     add("--llama2c", type=Path, metavar="FOLDER", help="holds llama2.c's run and runq")
     args = parser.parse_args()
     if min(args.threads, args.rounds, *args.requests) < 1 or not 2 <= args.tokens <= 200:
@@ -76,15 +82,37 @@ def random_checkpoint():
 # ---- who is measured -------------------------------------------------------------------------------
 
 
-def nano(checkpoint, n_tokens, n_requests=1, int8=False):
-    """A function that draws n_tokens for each of n_requests, and returns tokens/s."""
+def decoder_of(checkpoint, n_requests, int8, compiled=True):
+    from engine.blocks import quantize
     from engine.checkpoint import build
-    from engine.decoding import Decoder, Request
-    from engine.quantize import quantize
+    from engine.decoding import Decoder
 
     model, _ = build(checkpoint, "the benchmark")
     decoder = Decoder(quantize(model) if int8 else model, n_requests)
-    decoder.compile(wait=True)
+    if compiled:
+        decoder.compile(wait=True)
+        decoder.step()
+    return decoder
+
+
+def reading(checkpoint, int8, compiled):
+    """Tokens/s of a prompt."""
+    decoder = decoder_of(checkpoint, 1, int8, compiled)
+    steps, prompt = decoder.steps, [i % decoder.model.config.vocab_size for i in range(200)]
+
+    def measure():
+        start = time.perf_counter()
+        steps.read(0, prompt)
+        return len(prompt) / (time.perf_counter() - start)
+
+    return measure
+
+
+def nano(checkpoint, n_tokens, n_requests=1, int8=False):
+    """A function that draws n_tokens for each of n_requests, and returns tokens/s."""
+    from engine.decoding import Request
+
+    decoder = decoder_of(checkpoint, n_requests, int8)
 
     def measure():
         requests = [Request(range(1, 2 + i), n_tokens, temperature=0) for i in range(n_requests)]
@@ -177,6 +205,45 @@ def bandwidth(n_bytes):
     return n_bytes / min(times)
 
 
+def products():
+    """Multiplications and additions a second in a product of two matrices."""
+    import torch
+
+    n, times = 1024, []
+    a, b = torch.randn(2, n, n)
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return n**3 / min(times)
+
+
+def from_core_to_core(n_times=20_000):
+    """Seconds in which what one thread has written is seen by another one; None without Numba."""
+    if not importlib.util.find_spec("numba"):
+        return None
+    import numpy as np
+    from numba import njit
+
+    from engine.compiled import read, write
+
+    @njit(nogil=True)
+    def talk(ball, rank):
+        for i in range(n_times):
+            while read(ball, 0) != 2 * i + rank:
+                pass
+            write(ball, 0, 2 * i + rank + 1)
+
+    for _ in range(2):  # the first time, it is compiled
+        ball = np.zeros(8, np.int64)
+        other = threading.Thread(target=talk, args=(ball, 1))
+        other.start()
+        start = time.perf_counter()
+        talk(ball, 0)
+        other.join()
+    return (time.perf_counter() - start) / (2 * n_times)
+
+
 def main():
     args = parse_arguments()
     import torch
@@ -199,50 +266,63 @@ def main():
             huggingface.write_folder(checkpoint, "the benchmark", place / "hf")
         # Neighbours in this list are measured in the same second: those who are compared.
         runs = {
-            "Transformers, generate": ("float32", transformers(place / "hf", n)),
-            "Nano, GPT.generate": ("float32", eager(checkpoint, n)),
+            "Transformers": ("float32", 1, transformers(place / "hf", n)),
+            "Nano, GPT.generate": ("float32", 1, eager(checkpoint, n)),
         }
         for kind, size, program in (("float32", "float32", "run"), ("q8_0", "int8", "runq")):
             if importlib.util.find_spec("llama_cpp"):
                 gguf_file.write(checkpoint, "the benchmark", place / f"{kind}.gguf", kind)
-                runs[f"llama.cpp, {kind}"] = size, llama_cpp(place / f"{kind}.gguf", n, args.threads)
+                runs[f"llama.cpp, {kind}"] = size, 1, llama_cpp(place / f"{kind}.gguf", n, args.threads)
             if args.llama2c and (args.llama2c / program).is_file():
                 llama2c_files.write_folder(checkpoint, "the benchmark", place / program, kind)
                 measure = llama2c(args.llama2c / program, place / program, n, args.threads)
-                runs[f"llama2.c, {program}"] = size, measure
+                runs[f"llama2.c, {program}"] = size, 1, measure
             name, is_int8 = "Nano int8" if size == "int8" else "Nano", size == "int8"
-            runs[name] = size, nano(checkpoint, n, int8=is_int8)
+            runs[name] = size, 1, nano(checkpoint, n, int8=is_int8)
             for count in args.requests:
-                runs[f"{name}, {count} requests"] = None, nano(checkpoint, n, count, int8=is_int8)
-        speeds = {name: [] for name in runs}
-        limits = {kind: [] for kind in n_bytes}
-        for number in range(args.rounds + 1):
+                runs[f"{name} x {count}"] = size, count, nano(checkpoint, n, count, int8=is_int8)
+        for size in ("float32", "int8"):
+            for who, compiled in (("PyTorch", False), ("Nano", True)):
+                measure = reading(checkpoint, size == "int8", compiled)
+                runs[f"{who} reads, {size}"] = size, None, measure
+        speeds, distances = {name: [] for name in runs}, []
+        steps = {"float32": [], "int8": [], "multiplying": []}  # that could be done in a second
+        for number in range(1, args.rounds + 1):
             status.update(f"round {number} of {args.rounds}")
-            for name, (_, measure) in runs.items():
-                speed = measure()
-                if number:  # the first one warms up
-                    speeds[name].append(speed)
-            for kind, size in n_bytes.items() if number else ():
-                limits[kind].append(bandwidth(size) / size)  # tokens/s
-    table = Table(
-        "", "tokens/s", "best", "x Transformers", "x Nano", "x Nano int8", "of the bandwidth limit",
-        title=f"{n_weights / 1e6:.1f} M weights, {args.threads} threads; limit: "
-        + ", ".join(f"{kind} {statistics.median(limits[kind]):,.0f} tokens/s" for kind in limits),
-    )  # fmt: skip
+            for name, (_, _, measure) in runs.items():
+                speeds[name].append(max(measure(), measure()))  # after a pause, a processor starts slowly
+            for kind, size in n_bytes.items():
+                steps[kind].append(bandwidth(size) / size)
+            steps["multiplying"].append(products() / n_weights)
+            distances.append(from_core_to_core())
+    table = Table("", "tokens/s", "best", "x HF", "x Nano", "x int8", "of limit")
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
+    table.title = f"{n_weights / 1e6:.1f} M weights, {args.threads} threads, {args.rounds} rounds"
+    table.caption = "limit of one text: " + ", ".join(
+        f"{kind} {statistics.median(steps[kind]):,.0f} tokens/s" for kind in n_bytes
+    )
+    table.caption += f"; of many: float32 {statistics.median(steps['multiplying']):,.0f}"
+    if distances[0]:
+        table.caption += f"; from core to core {statistics.median(distances) * 1e9:,.0f} ns"
+
+    def limit(kind, count):
+        """Of each round."""
+        if count == 1:
+            return steps[kind]
+        return [min(count * a, b) for a, b in zip(steps[kind], steps["multiplying"], strict=True)]
 
     def ratio(name, others):
         """The median over the rounds: both were measured in the same minute."""
         return statistics.median(a / b for a, b in zip(speeds[name], others, strict=True))
 
-    for name, (kind, _) in runs.items():
-        share = f"{ratio(name, limits[kind]):.0%}" if kind else ""
-        peers = "Transformers, generate", "Nano", "Nano int8"
-        ratios = (f"{ratio(name, speeds[peer]):.2f}" for peer in peers)
-        table.add_row(
-            name, f"{statistics.median(speeds[name]):,.0f}", f"{max(speeds[name]):,.0f}", *ratios, share
-        )
+    for name, (kind, count, _) in runs.items():
+        row = [name, f"{statistics.median(speeds[name]):,.0f}", f"{max(speeds[name]):,.0f}"]
+        if count:
+            row += (f"{ratio(name, speeds[peer]):.2f}" for peer in ("Transformers", "Nano", "Nano int8"))
+        if count == 1 or count and kind == "float32":
+            row.append(f"{ratio(name, limit(kind, count)):.0%}")
+        table.add_row(*row)
     console.print(table)
 
 

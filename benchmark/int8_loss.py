@@ -39,17 +39,17 @@ def loss_of_steps(model, tokens):
     import torch
     import torch.nn.functional as F
 
-    from engine.compiled_step import CompiledStep
+    from engine.compiled_steps import CompiledSteps
 
-    size, total, step = model.config.block_size, 0.0, CompiledStep(model)
+    size, total, steps = model.config.block_size, 0.0, CompiledSteps(model, n_slots=64)
     inputs, targets = tokens[:-1].split(size), tokens[1:].split(size)
     for i in range(0, len(inputs), 64):
         # The last block may be shorter: what follows its end is read, but not counted.
         x, y = (torch.nn.utils.rnn.pad_sequence(part[i : i + 64], True, -1) for part in (inputs, targets))
-        cache = model.new_cache(len(x))
+        steps.lengths[:] = 0
         for t in range(x.shape[1]):
-            logits = step.logits(x[:, t].clamp(min=0).tolist(), cache)
-            total += F.cross_entropy(logits, y[:, t], ignore_index=-1, reduction="sum").item()
+            logits, _ = steps.next(x[:, t].clamp(min=0).tolist())
+            total += F.cross_entropy(logits[: len(x)], y[:, t], ignore_index=-1, reduction="sum").item()
     return total / (len(tokens) - 1)
 
 
@@ -68,9 +68,9 @@ def main():
 
     from data import TokenFile
     from engine import checkpoint
+    from engine.blocks import quantize
     from engine.config import find, shown
     from engine.decoding import supports
-    from engine.quantize import quantize
 
     loaded = checkpoint.load(find(args.model))
     model, tokenizer = checkpoint.build(loaded, shown(find(args.model)))
