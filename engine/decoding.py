@@ -176,8 +176,8 @@ class Decoder:
                 token = sample(logits[row], request.generator, previous=request.context, **request.options)
             if request.n_logprobs is not None and token not in request.stop_tokens:
                 logprobs = logits[row].log_softmax(-1)
-                likeliest = logprobs.topk(min(request.n_logprobs, logprobs.numel()))
-                pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+                top = logprobs.topk(min(request.n_logprobs, logprobs.numel()))
+                pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
                 request.logprobs.append((logprobs[token].item(), list(pairs)))
             tokens.append(token)
         return tokens

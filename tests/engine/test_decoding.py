@@ -54,7 +54,10 @@ def decoder_of(model, n_slots, compiled=False):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("n_slots", [1, 3, 16])
 def test_alone_or_together_greedy_text_is_the_same(name, n_slots, compiled):
-    """Of prompts of all lengths, which come and go and outgrow the context; `generate` is the definition."""
+    """Of prompts of all lengths, which come and go and outgrow the context; `generate` is the definition.
+
+    Whether logprobs are told makes no difference.
+    """
     model, requests = network(name), []
     decoder, texts = decoder_of(model, n_slots, compiled), prompts(20)
     stop = [3]
@@ -62,7 +65,7 @@ def test_alone_or_together_greedy_text_is_the_same(name, n_slots, compiled):
     while len(requests) < len(texts) or decoder.is_busy:
         while len(requests) < len(texts) and (late.random() < 0.4 or not decoder.is_busy):
             n = len(requests)
-            options = dict(max_tokens=5 + 3 * n, temperature=0, stop_tokens=stop)
+            options = dict(max_tokens=5 + 3 * n, temperature=0, stop_tokens=stop, n_logprobs=[None, 2][n % 2])
             requests.append(decoder.add(Request(texts[n], **options)))
         advanced = decoder.step()
         assert len(advanced) <= n_slots and len(decoder.running) <= n_slots
