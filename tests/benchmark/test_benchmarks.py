@@ -234,5 +234,5 @@ def test_the_memory_of_zero_follows_its_formula(tiny_project):
 
 @pytest.mark.slow
 def test_time_and_link_are_measured(tiny_project):
-    done = tiny_project.run("benchmark/spread_cost.py", "time", "--rounds", 1, "--steps", 2, timeout=300)
+    done = tiny_project.run("benchmark/spread_cost.py", "time", "--rounds", 1, "--steps", 2, timeout=600)
     assert done.returncode == 0 and done.stdout.count("21 M") == 2, done.stderr
