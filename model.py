@@ -499,9 +499,8 @@ class GPT(nn.Module):
         draft: greedy text without a penalty may be drafted, if the architecture has a `drafter`: the same
         tokens, sooner (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding").
         """
-        context, device, generator = self.prompt(tokens), self.device, None
-        if seed is not None:
-            generator = torch.Generator(device).manual_seed(seed)
+        context, device = self.prompt(tokens), self.device
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
         draft = draft and options.get("temperature") == 0 and options.get("repetition_penalty", 1.0) == 1.0
         cache, pending = None, None
         while max_tokens > 0:
@@ -546,9 +545,17 @@ class GPT(nn.Module):
 
 
 def sample(logits, generator=None, **options):
-    """Draw one token id from logits [V]. The options are those of `candidates`."""
+    """Draw one token id from logits [V]. The options are those of `candidates`.
+
+    generator: on the CPU, where it is drawn on every device, so that a seed means the same on all.
+    """
     probabilities, ids = candidates(logits, **options)
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator) if len(ids) > 1 else 0])
+    if len(ids) == 1:
+        return int(ids)
+    # Inverse transform sampling, as torch.multinomial takes ten times as long over many tokens.
+    total = probabilities.cpu().cumsum(0, dtype=torch.float64)
+    drawn = total[-1] * torch.rand(1, generator=generator, dtype=torch.float64)
+    return int(ids[torch.searchsorted(total, drawn, right=True)])
 
 
 def candidates(
@@ -568,23 +575,26 @@ def candidates(
     if not 0 <= min_p <= 1:
         raise ValueError("needs 0 <= min_p <= 1")
     if repetition_penalty != 1.0 and len(previous):
-        seen = torch.tensor(sorted(set(previous)), device=logits.device)
+        seen = torch.tensor([*set(previous)], device=logits.device)
         values = logits[seen]
         logits = logits.index_put(
             (seen,), torch.where(values > 0, values / repetition_penalty, values * repetition_penalty)
         )
     if temperature < 1e-6:  # 0, or so little that dividing by it would overflow
         return logits.new_ones(1), logits.argmax(-1, keepdim=True)
-    # Only what is kept is sorted, the likeliest first; from here on the rest costs nothing.
-    n_kept = min(top_k or logits.numel(), logits.numel())
-    if n_kept < logits.numel() or top_p < 1:
-        logits, ids = logits.topk(n_kept)
+    if 0 < top_k < logits.numel():
+        logits, ids = logits.topk(top_k)
     else:
-        ids = torch.arange(n_kept, device=logits.device)
+        ids = torch.arange(logits.numel(), device=logits.device)
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
+        for n in (2048, len(ids)):  # to sort a whole vocabulary takes thirty times as long
+            likeliest, places = probabilities.topk(min(n, len(ids)))
+            if likeliest.sum() >= top_p:
+                break
+        probabilities, ids = likeliest, ids[places]
         # A token stays while those before it hold less than top_p; the first one does so for any top_p.
         probabilities[1:][probabilities.cumsum(0)[:-1] >= top_p] = 0
     if min_p:
-        probabilities[probabilities < min_p * probabilities.max()] = 0
+        probabilities = probabilities.where(probabilities >= min_p * probabilities.max(), 0)
     return probabilities, ids

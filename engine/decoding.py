@@ -55,7 +55,7 @@ class Request:
         self.is_greedy = (options.get("temperature"), options.get("repetition_penalty", 1.0)) == (0, 1.0)
         self.logprobs = []
         self.finish_reason = None if max_tokens > 0 else "length"
-        self.generator = None  # of random numbers, on the model's device
+        self.generator = None  # of random numbers
 
     @property
     def tokens(self):
@@ -104,7 +104,7 @@ class Decoder:
         self.model.prompt(request.context)
         sample(torch.zeros(1), **request.options)
         if request.generator is None and request.seed is not None:
-            request.generator = torch.Generator(self.model.device).manual_seed(request.seed)
+            request.generator = torch.Generator().manual_seed(request.seed)
         if request.finish_reason is None:
             self.waiting.append(request)
         return request

@@ -603,6 +603,17 @@ def test_candidates_have_the_right_probabilities(setting):
         assert differ(found, torch.tensor(distribution(logits, **setting))) < 1e-5
 
 
+@pytest.mark.parametrize("spread", [0.1, 5])
+@pytest.mark.parametrize("setting", [dict(top_p=0.9), dict(top_k=3000, top_p=0.99, min_p=0.1)], ids=str)
+def test_most_of_many_tokens_may_be_candidates(setting, spread):
+    logits = spread * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor(distribution(logits, **setting))
+    assert differ(probabilities(logits, **setting), expected) < 1e-5
+    # Where the sum of those before it is all but top_p, rounding decides about a token.
+    n_found, n_expected = ((p > 0).sum().item() for p in (probabilities(logits, **setting), expected))
+    assert abs(n_found - n_expected) <= 1 and (n_expected > 2048) == (spread == 0.1)
+
+
 @pytest.mark.parametrize("setting", [SETTINGS[i] for i in (0, 1, 4, 7, 12, 14, 18, 19)], ids=str)
 def test_sample_draws_as_often_as_it_should(setting):
     logits = 2 * torch.randn(12, generator=torch.Generator().manual_seed(4))
