@@ -55,17 +55,21 @@ FORMAT = {"format": "nano-tokenizer", "version": 1}
 
 
 class Tokenizer(ABC):
-    """Ids, decoding, saving. `words[i]` is the UTF-8 (or part of it) that id N_SPECIAL + i stands for."""
+    """Ids, decoding, saving.
+
+    words: the UTF-8, or part of it, that each id stands for; special tokens are written as their names.
+    """
 
     kind = None
     padding_id, unknown_id, bos_id, eos_id, instruct_id, response_id, system_id = range(N_SPECIAL)
 
     def __init__(self, words):
-        words = [token.encode() for token in SPECIAL_TOKENS] + words
-        self.vocab_size = len(words)
+        """words: of the ids from N_SPECIAL on"""
+        self.words = [token.encode() for token in SPECIAL_TOKENS] + words
+        self.vocab_size = len(self.words)
         # All words in one row of bytes, so that decoding is arithmetic on arrays.
-        self._bytes = np.frombuffer(b"".join(words), np.uint8)
-        self._lengths = np.array([len(word) for word in words])
+        self._bytes = np.frombuffer(b"".join(self.words), np.uint8)
+        self._lengths = np.array([len(word) for word in self.words])
         self._starts = np.cumsum(self._lengths) - self._lengths
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 

@@ -269,6 +269,11 @@ def compiled_steps(model, n_slots):
     return CompiledSteps(model, n_slots)
 
 
+def word_of(tokenizer, token):
+    """The bytes of a token that was drawn: a model may have more rows than its tokenizer has tokens."""
+    return tokenizer.words[token if token < tokenizer.vocab_size else tokenizer.unknown_id]
+
+
 class TextStream:
     """Ids one by one in, text out, as soon as it is certain.
 
@@ -284,9 +289,7 @@ class TextStream:
 
     def feed(self, token):
         """The text that is certain now; "" if there is none."""
-        if token >= self.tokenizer.vocab_size:  # a model may have more rows than there are tokens
-            token = self.tokenizer.unknown_id
-        return self._release(self._decoder.decode(self.tokenizer.decode_bytes([token])))
+        return self._release(self._decoder.decode(word_of(self.tokenizer, token)))
 
     def end(self):
         """What still waits when no token follows."""

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
+from engine.decoding import word_of
+
 REFUSED = {
     "tools": "this model cannot call tools",
     "functions": "this model cannot call functions",
@@ -298,11 +300,6 @@ class Form:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
-    def bytes_of(self, token):
-        if token >= self.tokenizer.vocab_size:  # a model may have more rows than there are tokens
-            token = self.tokenizer.unknown_id
-        return self.tokenizer.decode_bytes([token])
-
 
 class ChatForm(Form):
     prefix, name, chunk_name = "chatcmpl-", "chat.completion", "chat.completion.chunk"
@@ -323,7 +320,7 @@ class ChatForm(Form):
         return {"content": told}
 
     def told(self, token, logprob):
-        data = self.bytes_of(token)
+        data = word_of(self.tokenizer, token)
         text = data.decode("utf-8", "replace")
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
 
@@ -343,7 +340,7 @@ class TextForm(Form):
         for token in tokens:
             offsets.append(choice.n_characters)
             # Each character has one byte that is none of UTF-8's continuation bytes.
-            choice.n_characters += sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(token))
+            choice.n_characters += sum(byte & 0xC0 != 0x80 for byte in word_of(self.tokenizer, token))
         return {
             "tokens": names,
             "token_logprobs": [max(logprob, -9999.0) for logprob, _ in logprobs],
@@ -355,7 +352,7 @@ class TextForm(Form):
         }
 
     def name_of(self, token):
-        data = self.bytes_of(token)
+        data = word_of(self.tokenizer, token)
         try:
             return data.decode()
         except UnicodeDecodeError:  # a part of a character

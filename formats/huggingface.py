@@ -40,7 +40,7 @@ def to_library(tokenizer):
 
     from tokenizer import N_SPECIAL, SPECIAL_TOKENS, byte_alphabet
 
-    words = [tokenizer.decode_bytes([i]) for i in range(N_SPECIAL, tokenizer.vocab_size)]
+    words = tokenizer.words[N_SPECIAL:]
     if tokenizer.kind == "char":
         words = [word.decode() for word in words]
     else:
