@@ -24,6 +24,7 @@ from engine.errors import UserError
 BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is Arm's name
 FP16 = ("amx_fp16", "avx512_fp16")
 KERNELS = ("flash", "mem_efficient", "math")  # each one works wherever the ones before it do
+CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what a container may use (control groups, version 2)
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,14 @@ class Choice:
 
 
 def detect(device="auto"):
-    """Ask this machine -> Machine. GPUs are left alone when `device` is "cpu"."""
+    """Ask this machine -> Machine. GPUs are left alone when `device` is "cpu".
+
+    Torch gets no more threads than there are cores: in a container that may use two of 64, it would start 64.
+    """
     import torch
 
+    cores = _cores()
+    torch.set_num_threads(min(torch.get_num_threads(), cores))
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     name, features = _linux_cpu()
     gpus = []
@@ -90,7 +96,7 @@ def detect(device="auto"):
     flash_built = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     return Machine(
         cpu=name or capabilities.get("cpu_name") or platform.machine(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores,
         memory=_memory(),
         torch=str(torch.__version__),
         cpu_features=tuple(f for f in BF16 + FP16 if f in features or capabilities.get(f)),
@@ -350,6 +356,15 @@ def _linux_cpu():
     return facts.get("model name", ""), set((facts.get("flags") or facts.get("features", "")).split())
 
 
+def _cores():
+    """How many this process may use: the machine's, or as many as its container has time for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        granted, period = map(int, (CONTAINER / "cpu.max").read_text().split())
+        cores = min(cores, max(1, granted // period))
+    return cores
+
+
 def _memory():
     """Bytes this process may use: the machine's, or its container's if that is less. None: unknown."""
     try:
@@ -357,5 +372,5 @@ def _memory():
     except (AttributeError, ValueError, OSError):
         return None
     with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        total = min(total, int((CONTAINER / "memory.max").read_text()))
     return total

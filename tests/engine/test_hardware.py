@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from engine import hardware
 from engine.errors import UserError
 from engine.hardware import (
     Gpu,
@@ -193,6 +194,25 @@ def test_this_machine():
     assert machine.cpu and machine.cores >= 1 and machine.memory > 2**28
     json.dumps(dataclasses.asdict(choose(machine)))  # goes into the log's first line
     assert detect("cpu").gpus == ()
+
+
+@pytest.mark.parametrize(
+    "told, cores",
+    [("100000 100000", 1), ("20000 100000", 1), ("290000 100000", 2), ("max 100000", None), ("", None)],
+)
+def test_a_container_may_have_less(monkeypatch, tmp_path, told, cores):
+    torch, before = pytest.importorskip("torch"), detect()
+    n_threads = torch.get_num_threads()
+    (tmp_path / "cpu.max").write_text(told)
+    (tmp_path / "memory.max").write_text("300000000" if cores else "max")
+    monkeypatch.setattr(hardware, "CONTAINER", tmp_path)
+    try:
+        machine = detect()
+        assert machine.cores == min(before.cores, cores or before.cores)
+        assert torch.get_num_threads() == min(n_threads, machine.cores)
+        assert machine.memory == (300000000 if cores else before.memory)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def test_contexts():
