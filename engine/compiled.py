@@ -523,18 +523,28 @@ def few(out, w, scales, x, n, begin, end):
 
 # So many at once: their sums just fit into the registers, of which AVX-512 has twice as many as others have.
 TOKENS = 8 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
+HALF = TOKENS // 2
+
+
+@inlined
+def tile(results, stride, w, scales, x, n, block, turn, pace, count):
+    """One block, and `count` tokens from TOKENS * turn on."""
+    tokens = clipped(TOKENS * turn, 1, n - 1, count)
+    sums = sums_of(zeros(count, f32), w, scales, block, x, tokens, block + 1, turn, pace)
+    store(results, times(tokens, stride), block * ROWS, sums)
 
 
 @compiled
 def many(out, w, scales, x, n, begin, end):
-    """Of many tokens, TOKENS of them at once: blocks begin .. end - 1."""
+    """Of many tokens, TOKENS or HALF of them at once: blocks begin .. end - 1."""
     results, stride, turns = out.reshape(-1), out.shape[1], (n + TOKENS - 1) // TOKENS
+    pace = ROWS // turns
     for block in range(begin, end):
         for turn in range(turns):
-            tokens = clipped(turn * TOKENS, 1, n - 1, TOKENS)
-            sums = zeros(TOKENS, f32)
-            sums = sums_of(sums, w, scales, block, x, tokens, block + 1, turn, ROWS // turns)
-            store(results, times(tokens, stride), block * ROWS, sums)
+            if n - TOKENS * turn > HALF:
+                tile(results, stride, w, scales, x, n, block, turn, pace, TOKENS)
+            else:
+                tile(results, stride, w, scales, x, n, block, turn, pace, HALF)
 
 
 @compiled
@@ -546,7 +556,7 @@ def product(out, matrix, x, n, rows, columns, has_bias, scratch):
     w, scales, bias = matrix
     begin, end = rows[0] // ROWS, (rows[1] + ROWS - 1) // ROWS
     numbers, rest = operand(w, x, n, columns, scratch), begin
-    if n <= (TOKENS // 2 if scales.shape[0] else 2):  # with 8 bits there is less to wait for
+    if n <= (2 if scales.shape[0] else 1):  # with 8 bits there is less to wait for
         rest = end - (end - begin) % 4
         few(out, w, scales, numbers, n, begin, rest)
     many(out, w, scales, numbers, n, rest, end)
