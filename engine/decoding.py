@@ -78,10 +78,9 @@ class Decoder:
         """Let engine/compiled.py do the steps, which is several times as fast, as soon as it is ready.
 
         That takes a quarter of a minute for the first time on a machine, and half a second ever after
-        (`is_prepared`).
-        PyTorch does the steps meanwhile, unless `wait`; and for good where there is no Numba, where what it
-        compiles cannot be kept, or where the network is another one. The model's weights are moved to lie
-        otherwise (engine/blocks.py): it can still be used, but not trained.
+        (`is_prepared`). PyTorch does the steps meanwhile, unless `wait`; and for good where there is no
+        Numba, where what it compiles cannot be kept, or where the network is another one. The model's weights
+        are moved to lie otherwise (engine/blocks.py): it can still be used, but not trained.
         """
         if supports(self.model) and isinstance(self.steps, TorchSteps) and not self._compiling:
             # Not the model itself: a thread that frees tensors while the program ends makes it crash.
