@@ -14,19 +14,22 @@ input, then to write ids. What it writes, in dataset/prepared/:
 A document is either for training or for validation, never for both, and this is decided before
 anything is cut into blocks. All numbers are little-endian, so any program can read the files.
 
-Reading happens all the time, and rests on one idea: the batch of step N is a pure function of
-(files, seed, N). There is no iterator and no state to save. A run that was killed goes on at
-step N with exactly the batch it would have seen, on one machine or on four. What a loader
-usually keeps in memory, the shuffled order of an epoch, is here a formula (`shuffled`).
+Reading happens all the time, and rests on one idea: the files are one endless row of sequences,
+epoch after epoch, and sequence number N of it is a pure function of (files, seed, N). There is no
+iterator, and the state of training is one number: how many sequences it has consumed. A run that was
+killed goes on with exactly the batch it would have seen, on one machine or on four, with the batch
+size it had or another. What a loader usually keeps in memory, the shuffled order of an epoch, is
+here a formula (`shuffled`).
 
     files = [TokenFile("dataset/prepared/pretrain_train.bin")]
     batches = Batches(files, block_size=256, batch_size=16, seed=1337)
-    x, y, mask = batches(step)  # each [16, 256]
+    x, y, mask = batches(consumed)  # each [16, 256]; consumed += 16
 """
 
 import argparse
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -492,6 +495,29 @@ class TokenFile:
         if fingerprint is not None and meta["tokenizer"] != fingerprint:
             raise UserError(f"{path} was made with another tokenizer; run `python data.py` again")
 
+    @property
+    def fingerprint(self):
+        """It tells files by what they hold, not by their place: a digest of all counts and checksums."""
+        return hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def needs(self):
+        """For each document of an SFT file, the smallest block_size with which a token of it counts: int64
+        [n_documents]; as large as can be where none counts at all."""
+        needs = np.full(len(self.starts) - 1, np.iinfo(np.int64).max)
+        first = 0
+        while first < len(needs):
+            # As many documents as fit in a chunk, or a single one that is longer.
+            base = int(self.starts[first])
+            last = max(first + 1, int(np.searchsorted(self.starts, base + CHUNK, side="right")) - 1)
+            begins, ends = self.starts[first:last] - base, self.starts[first + 1 : last + 1] - base
+            counted = np.append(np.flatnonzero(self.mask[base : base + ends[-1]]), ends[-1])
+            # The first token of a document is read, and never predicted.
+            places = counted[np.searchsorted(counted, begins + 1)]
+            needs[first:last] = np.where(places < ends, places - begins, needs[first:last])
+            first = last
+        return needs
+
     def _fail(self, part, what):
         raise UserError(f"{part_path(self._stem, part)} {what}; run `python data.py` again")
 
@@ -513,6 +539,7 @@ class TokenFile:
             and all(type(meta.get(key)) is int and meta[key] >= 0 for key in COUNTS)
             and meta["n_documents"] >= 1
             and meta["n_tokens"] >= 2
+            and meta["n_bytes"] >= 1
             and type(meta.get("vocab_size")) is int
             and isinstance(crc32, dict)
             and {"bin", "starts"} <= crc32.keys()
@@ -579,7 +606,7 @@ def shuffled(places, n, keys):
 
 
 class Batches:
-    """Batches of token files, by number: batches(step) depends on (files, sizes, seed, step) alone.
+    """Batches of token files, by number: batches(first) depends on (files, sizes, seed, first) alone.
 
     files       list of TokenFile, trained in this order, one pass each; together they are one
                 epoch, and the next epoch starts from the first again, in another order
@@ -589,24 +616,32 @@ class Batches:
     A sequence of a pretraining file is a block of the stream of documents. The stream is taken as a
     ring, which each epoch cuts from another place on, so that blocks are not the same every time;
     every token but one is predicted once an epoch. A sequence of an SFT file is one conversation;
-    of one longer than a block the end is cut off (`n_truncated` of them).
+    of one longer than a block the end is cut off (`n_truncated` of them), and one that is cut before
+    its answer, so that nothing in it counts, is left out (`n_left_out`).
+
+    UserError if a file has no sequence that counts.
     """
 
     def __init__(self, files, block_size, batch_size, seed=1337):
         self.files, self.block_size, self.batch_size = list(files), block_size, batch_size
         self.seed = seed
-        self.tokens_per_epoch = self.n_truncated = 0
-        counts = []
+        self.tokens_per_epoch = self.n_truncated = self.n_left_out = 0
+        counts, self._kept = [], []  # the conversations of each file that count
         for file in self.files:
             if file.kind == "pretrain":
-                targets = len(file.tokens) - 1
+                targets, kept = len(file.tokens) - 1, None
                 counts.append(-(-targets // block_size))
                 self.tokens_per_epoch += targets
             else:
-                targets = np.diff(file.starts) - 1
-                counts.append(len(targets))
+                kept = np.flatnonzero(file.needs <= block_size)
+                if not len(kept):
+                    raise UserError(_nothing_counts(file, block_size))
+                targets = np.diff(file.starts)[kept] - 1
+                counts.append(len(kept))
                 self.tokens_per_epoch += int(np.minimum(targets, block_size).sum())
                 self.n_truncated += int((targets > block_size).sum())
+                self.n_left_out += len(file.needs) - len(kept)
+            self._kept.append(kept)
         self._bounds = np.cumsum([0, *counts])  # of the files' sequences within an epoch
         self.sequences_per_epoch = int(self._bounds[-1])
 
@@ -614,21 +649,33 @@ class Batches:
     def described(self):
         return f"{self.tokens_per_epoch:,} tokens an epoch"
 
-    def position(self, step):
-        """Where the first row of batch `step` stands: (epoch, number of the file, sequence in it)."""
-        epoch, place = divmod(step * self.batch_size, self.sequences_per_epoch)
+    @property
+    def data(self):
+        """What it reads, for a checkpoint to remember: [{"fingerprint", "size" (in words)}], one a file."""
+        counts = [(file.meta["n_documents"], file.meta["n_tokens"]) for file in self.files]
+        sizes = [f"{documents:,} documents, {tokens:,} tokens" for documents, tokens in counts]
+        fingerprints = [file.fingerprint for file in self.files]
+        return [dict(fingerprint=f, size=size) for f, size in zip(fingerprints, sizes, strict=True)]
+
+    @property
+    def n_counting(self):
+        """How many tokens count in an epoch, or about as many: what is cut off counts here."""
+        return sum(file.meta["n_loss_tokens"] for file in self.files)
+
+    def position(self, first):
+        """Where the sequence of this number stands: (epoch, number of the file, sequence in it)."""
+        epoch, place = divmod(first, self.sequences_per_epoch)
         stage = int(np.searchsorted(self._bounds, place, side="right")) - 1
         return epoch, stage, int(place - self._bounds[stage])
 
-    def __call__(self, step):
-        """x [B, T] and y [B, T] int64, mask [B, T] float32: predict y from x where the mask is 1.
+    def __call__(self, first):
+        """The batch of the sequences from number `first` on, of all that there are, epoch after epoch:
+        x [B, T] and y [B, T] int64, mask [B, T] float32: predict y from x where the mask is 1.
 
         T is the longest row, rounded up to a multiple of 8, never above block_size; shorter rows are
-        padded with <|padding|> and mask 0.
+        padded with <|padding|> and mask 0. In every row some token counts.
         """
-        epochs, places = np.divmod(
-            step * self.batch_size + np.arange(self.batch_size), self.sequences_per_epoch
-        )
+        epochs, places = np.divmod(first + np.arange(self.batch_size), self.sequences_per_epoch)
         stages = np.searchsorted(self._bounds, places, side="right") - 1
         rows = []
         for epoch, stage in sorted(set(zip(epochs.tolist(), stages.tolist(), strict=True))):
@@ -645,7 +692,7 @@ class Batches:
 
     def _sequences(self, epoch, stage, places):
         """(ids [n + 1], mask [n] or 1) of the sequences at `places` of a file's shuffled order."""
-        file, size = self.files[stage], self.block_size
+        file, size, kept = self.files[stage], self.block_size, self._kept[stage]
         *order, begin = keys(9, self.seed, epoch, stage)
         count = int(self._bounds[stage + 1] - self._bounds[stage])
         places = shuffled(places, count, order)
@@ -660,10 +707,20 @@ class Batches:
                     ids = np.concatenate([ids, file.tokens[: length - len(ids)]])
                 yield ids, 1
         else:
-            for place in places.tolist():
+            for place in kept[places].tolist():
                 first, end = file.starts[place : place + 2].tolist()
                 end = min(end, first + size + 1)
                 yield file.tokens[first:end], file.mask[first + 1 : end]
+
+
+def _nothing_counts(file, block_size):
+    least = int(file.needs.min())
+    if least > len(file.tokens):
+        return f"{file.path}: no token in it counts, so nothing can be learned from it"
+    return (
+        f"{file.path}: block_size={block_size} cuts every conversation before its answer; "
+        f"the first answer needs a model whose block_size is {least} or more"
+    )
 
 
 # ---- the command line ------------------------------------------------------------------------------

@@ -31,7 +31,9 @@ def parse_arguments():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="FILE", help="checkpoint to write (default: the newest)")
+    add("-m", "--model", metavar="FILE", default="newest",
+        help="checkpoint to write, or newest, or best: that of the newest run with the lowest validation "
+        "loss (newest)")  # fmt: skip
     add("-o", "--output", metavar="PATH", help="where to (default: beside the checkpoint, by its name)")
     add("--format", choices=FORMATS, default="huggingface", help="who is to read it (huggingface)")
     add("--type", choices=("float32", "float16", "q8_0"),
@@ -43,7 +45,7 @@ def parse_arguments():
     args = parser.parse_args()
     if args.read is None and (args.task or args.tokenizer):
         raise UserError("--task and --tokenizer are for --read; a checkpoint knows both")
-    if args.read is not None and (args.model or args.output):
+    if args.read is not None and (args.model != "newest" or args.output):
         raise UserError("--read makes a checkpoint in checkpoint/: it takes neither --model nor --output")
     if args.read is not None and (args.format != "huggingface" or args.type):
         raise UserError("--read knows folders of Transformers' only: it takes neither --format nor --type")
@@ -56,10 +58,11 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     from engine.config import find, shown
+    from inference import CHOICES, check_model_file, load_checkpoint
 
-    for path in (args.model, args.tokenizer):
-        if path is not None and not find(path).is_file():
-            raise UserError(f"there is no file {shown(find(path))}")
+    check_model_file(args.model)
+    if args.tokenizer is not None and not find(args.tokenizer).is_file():
+        raise UserError(f"there is no file {shown(find(args.tokenizer))}")
     if args.read is not None:
         if not find(args.read).is_dir():
             raise UserError(f"there is no folder {shown(find(args.read))}")
@@ -75,12 +78,10 @@ def main():
             return Path(args.output).expanduser()
         return path.with_name(path.stem + {"huggingface": "", "gguf": ".gguf"}.get(args.format, "_llama2c"))
 
-    if args.model or args.output:
-        check_free(output_of(args.model and find(args.model)))
-    from inference import load_checkpoint
-
+    if args.model not in CHOICES or args.output:
+        check_free(output_of(find(args.model)))
     checkpoint, name = load_checkpoint(args.model, instruct=False)
-    output = output_of(find(args.model) if args.model else checkpoint.path)
+    output = output_of(checkpoint.path if args.model in CHOICES else find(args.model))
     if args.format == "huggingface":
         from formats.huggingface import write_folder
 

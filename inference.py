@@ -46,7 +46,9 @@ def parse_arguments():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="FILE", help="checkpoint (default: the newest; with -i, the newest of SFT)")
+    add("-m", "--model", metavar="FILE", default="newest",
+        help="checkpoint, or newest (with -i, of SFT), or best: that of the newest run with the lowest "
+        "validation loss (newest)")  # fmt: skip
     add("-i", "--instruct", action="store_true", help="wrap what you type in the instruction template")
     add("-l", "--max_length", type=int, metavar="N",
         help="most tokens of prompt and answer together (the context window)")  # fmt: skip
@@ -111,17 +113,29 @@ def prompt_sign():
     return "\001\033[1;36m\002>\001\033[0m\002 "  # \001 and \002 tell readline what takes no space
 
 
-def facts(checkpoint, name, speaker, device):
-    """The model in two lines."""
-    loss = checkpoint.best.get("loss")
+def facts(checkpoint, name, speaker, device, asked):
+    """The model in two lines. asked: -m."""
     parts = [
         f"{speaker.model.n_params / 1e6:.2f} M parameters",
         f"context {speaker.model.config.block_size:,}",
         f"{checkpoint.task} step {checkpoint.step:,}",
-        f"validation loss {loss:.3f}" if isinstance(loss, float) else "not validated",
+        validation(checkpoint),
         device,
     ]
-    return f"{name}\n{' · '.join(parts)}"
+    best, which = checkpoint.best, ""
+    if asked in CHOICES:
+        which = f" ({asked})"
+    if asked == "newest" and best["step"] not in (None, checkpoint.step):
+        which = f" (newest; -m best is step {best['step']:,}, with validation loss {best['loss']:.3f})"
+    return f"{name}{which}\n{' · '.join(parts)}"
+
+
+def validation(checkpoint):
+    """The validation loss of these weights, in words, or of the last ones before them that have one."""
+    loss, step = checkpoint.validation["loss"], checkpoint.validation["step"]
+    if loss is None:
+        return "not validated"
+    return f"validation loss {loss:.3f}" + f" at step {step:,}" * (step != checkpoint.step)
 
 
 # ---- text in, text out -----------------------------------------------------------------------------
@@ -149,9 +163,9 @@ class Speaker:
         )  # fmt: skip
 
     @classmethod
-    def load(cls, path=None, max_length=None, device="auto", quantize=None, **options):
-        """The model of a checkpoint (default: the newest). quantize: "int8". options: see `model.candidates`,
-        and `seed`; what is not said is greedy. UserError if there is no such model."""
+    def load(cls, path="newest", max_length=None, device="auto", quantize=None, **options):
+        """The model of a checkpoint, or "newest", or "best". quantize: "int8". options: `seed`, and see
+        `model.candidates`; what is not said is greedy. UserError if there is no such model."""
         _, _, model, tokenizer, _ = load_model(path, True, device, quantize)
         return cls(model, tokenizer, max_length, **{"temperature": 0, **options})
 
@@ -450,19 +464,31 @@ def evaluate(speaker, questions):
 # ---- the model -------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path, instruct):
-    """(checkpoint, its name): of the file, or if `path` is None the newest there is."""
-    from engine import checkpoint as checkpoints
+CHOICES = ("newest", "best")
+
+
+def check_model_file(path):
+    """UserError unless there is such a file, or `path` is one of CHOICES. Needs no torch."""
     from engine.config import find, shown
 
-    if path is not None:
+    if path not in CHOICES and not find(path).is_file():
+        raise UserError(f"there is no file {shown(find(path))}; without -m the newest model is taken")
+
+
+def load_checkpoint(path, instruct):
+    """(checkpoint, its name): of the file, or of the newest run here, if `path` is one of CHOICES."""
+    from engine import checkpoint as checkpoints
+    from engine import runs
+    from engine.config import find, shown
+
+    if path not in CHOICES:
         path = find(path)
         return checkpoints.load(path), shown(path)
-    tasks = ["sft", "pretrain"]
+    choose, tasks = {"newest": runs.newest, "best": runs.best}[path], ["sft", "pretrain"]
     if not instruct:
-        tasks.sort(key=lambda task: checkpoints.of_task(task)[-1:], reverse=True)  # begins with the time
+        tasks.sort(key=lambda task: [entry.run for entry in runs.saved(task)[-1:]], reverse=True)
     for task in tasks:
-        if found := checkpoints.newest(task):
+        if found := choose(task):
             checkpoint, path, notices = found
             for text in notices:
                 notice(text)
@@ -499,15 +525,15 @@ def load_speaker(args, instruct):
         notice(f"{name} was fine-tuned to answer: use -i to ask it")
     options = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     speaker = Speaker(model, tokenizer, args.max_length, **{key: getattr(args, key) for key in options})
-    return speaker, facts(checkpoint, name, speaker, choice.device), hardware.attention_context(choice)
+    about = facts(checkpoint, name, speaker, choice.device, args.model)
+    return speaker, about, hardware.attention_context(choice)
 
 
 def main():
     args = parse_arguments()
-    from engine.config import find, shown
+    check_model_file(args.model)
+    from engine.config import find
 
-    if args.model is not None and not find(args.model).is_file():
-        raise UserError(f"there is no file {shown(find(args.model))}; without -m the newest model is taken")
     if sys.stdin is None and args.prompt is None and args.eval is None:
         raise UserError("standard input is closed, so nothing can be asked; use --prompt")
     questions = read_questions(find(args.eval)) if args.eval is not None else None

@@ -48,7 +48,8 @@ def parse_arguments():
         add("--seed", type=int, default=1337, metavar="N", help="of weights, training and test (1337)")
         add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
         add("-m", "--model", metavar="FILE", help="no training: try this checkpoint again")
-        add("--resume", action="store_true", help="go on with the newest run of this problem")
+        add("--resume", nargs="?", const=True, metavar="RUN",
+            help="go on with the newest run of this problem, or this one (its name, or a file)")  # fmt: skip
         add("--play", action="store_true", help="then type questions")
     args = parser.parse_args()
     if not args.problem and not args.results:
@@ -82,32 +83,33 @@ def learn(args):
     shape = {"block_size": problem.block_size, "is_causal": problem.is_causal, **problem.model()}
     shape = check(ModelConfig, shape, here)
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
-    from engine import checkpoint, hardware
+    from engine import hardware, runs
     from engine.parallel import Alone
     from train import Job, initial_model, train
 
     choice = hardware.prepare(config)
-    start = checkpoint.starting_point(problem.name, config, args.resume)
+    start = runs.starting_point(problem.name, config, args.resume)
     if start.checkpoint:
         learned = problem_of(start.checkpoint, args, start.name, problem.tokenizer())
         if learned != problem:
-            size = " ".join(f"--{name} {value}" for name, value in learned.sizes.items())
-            raise UserError(f"{start.name} has learned {size}: say so, or leave --resume out")
+            raise UserError(
+                f"{start.name} has learned {learned.described}: ask for that, name another run behind "
+                "--resume, or leave it out"
+            )
     model, tokenizer = initial_model(start, config, shape, choice, problem.tokenizer)
     batches = tasks.Examples(problem, tokenizer, config.batch_size, args.seed)
     test = tasks.Test(problem, tokenizer, config.batch_size, args.seed, N_TEST)
     began = time.perf_counter()
-    job = Job(problem.name, config, choice, start, model, tokenizer, batches, test, exact=True)
-    log = train(job, Alone())
-    if log is None:  # stopped before its end
+    job = Job(problem.name, config, choice, start, model, tokenizer, batches, [test], exact=True)
+    trained = train(job, Alone())
+    if trained is None:  # stopped before its end
         return
     seconds = time.perf_counter() - began
-    _, path, _ = checkpoint.newest(problem.name)
-    seconds = None if start.run else round(seconds, 1)  # of a run gone on with, only a part is known
+    seconds = None if start.resumes else round(seconds, 1)  # of a run gone on with, only a part is known
     facts = {"steps": config.max_steps, "seconds": seconds, "seed": args.seed,
-             "device": choice.name, "checkpoint": path.name}  # fmt: skip
+             "device": choice.name, "checkpoint": trained.checkpoint.name}  # fmt: skip
     report(problem, model, tokenizer, test.questions, facts)
-    draw_chart(log, path.with_suffix(".png"))
+    draw_chart(trained.log, trained.checkpoint.with_suffix(".png"))
     if args.play:
         play(problem, model, tokenizer)
 

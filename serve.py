@@ -33,7 +33,9 @@ def parse_arguments():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("-m", "--model", metavar="FILE", help="checkpoint (default: the newest of SFT, else the newest)")
+    add("-m", "--model", metavar="FILE", default="newest",
+        help="checkpoint, or newest (of SFT, if there is one), or best: that of the newest run with the "
+        "lowest validation loss (newest)")  # fmt: skip
     add("--host", default="127.0.0.1", help="address to listen at; all but this machine's own need a key")
     add("--port", type=int, default=8000, help="0: any that is free (8000)")
     add("--api_key", metavar="KEY", default=os.environ.get("NANO_API_KEY") or None,
@@ -253,15 +255,14 @@ def load_service(args):
             raise UserError(f"memory does not suffice for {args.slots} slots; lower --slots") from None
         raise
     service = Service(checkpoint, find(name), speaker, engine, choice.device)
-    return service, facts(checkpoint, name, speaker, choice.device)
+    return service, facts(checkpoint, name, speaker, choice.device, args.model)
 
 
 def main():
     args = parse_arguments()
-    from engine.config import find, shown
+    from inference import check_model_file
 
-    if args.model is not None and not find(args.model).is_file():
-        raise UserError(f"there is no file {shown(find(args.model))}; without -m the newest model is taken")
+    check_model_file(args.model)
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401

@@ -2,18 +2,20 @@
 
     python train.py -t pretrain                         from config/config_pretrain.json
     python train.py -t sft                              from config/config_sft.json
-    python train.py -t pretrain --resume                go on where the newest good checkpoint ends
+    python train.py -t pretrain --resume                go on where the newest run ended
+    python train.py -t pretrain --resume 20260102_030405      ... or a certain one, by its name or checkpoint
     python train.py -t pretrain --plan                  no training: size, memory, speed, time to finish
     python train.py -t pretrain --plan --world 2 --link 1     the same for two machines, 1 Gbit/s between them
     python train.py -t pretrain --set batch_size=8 --set device=cpu
 
-A step takes one global batch of batch_size x gradient_accumulation_steps sequences. Batch, dropout
-and learning rate of step N follow from the configuration and N alone, so a run that was killed
-continues, bit for bit, from any of its checkpoints. Pretraining and SFT differ in their data only:
+A step takes one global batch of batch_size x gradient_accumulation_steps sequences. What it computes
+follows from the configuration, its number and how many sequences the run has consumed, so a run that was
+killed continues, bit for bit, from any of its checkpoints. Pretraining and SFT differ in their data only:
 SFT's loss mask is one on the words of the answers and zero elsewhere.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import shlex
@@ -43,8 +45,8 @@ def parse_arguments(doc, extend=None):
                         help="the model (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="override a key; repeatable")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on from the newest good checkpoint of this task")
+    parser.add_argument("--resume", nargs="?", const=True, metavar="RUN",
+                        help="go on with the newest run of this task, or with this one (its name, or a file)")
     # fmt: on
     if extend:
         extend(parser)
@@ -52,7 +54,6 @@ def parse_arguments(doc, extend=None):
     args.set = parse_overrides(args.set)
     args.config = find(args.config or f"config/config_{args.task}.json")
     args.model = find(args.model)
-    args.since = None
     return args
 
 
@@ -60,9 +61,10 @@ def parse_arguments(doc, extend=None):
 class Job:
     """A model and what it learns from: `text_job` makes one of token files, problem.py of a toy problem.
 
-    batches(step) -> x, y [global batch, T] and the loss mask, numpy arrays; validation(i) -> the same,
-    a micro-batch. Both know how many `sequences_per_epoch` they have. With `exact`, a validation also
-    tells in how many sequences all tokens of the mask are right.
+    batches(first) -> x, y [global batch, T] and the loss mask, numpy arrays, of the sequences from this
+    number on. validation: a list of such, one for each file, whose batches are micro-batches. All know how
+    many `sequences_per_epoch` they have, and what `data` they read. With `exact`, a validation also tells in
+    how many sequences all tokens of the mask are right.
     """
 
     task: str
@@ -72,8 +74,13 @@ class Job:
     model: Any
     tokenizer: Any
     batches: Any
-    validation: Any
+    validation: list
     exact: bool = False
+
+    @property
+    def data(self):
+        """As a checkpoint has it."""
+        return {"train": self.batches.data, "validation": [one for v in self.validation for one in v.data]}
 
 
 def plan_arguments(parser):
@@ -117,13 +124,8 @@ def enter_launch(example):
 def main_launched(args, strategy, loss_scaling=True):
     """The rest of such a script. strategy(config, choice): how the run is spread (engine/parallel.py)."""
     config, model_config = load_run(args)
-    import psutil
-
     from engine import hardware
 
-    if not args.resume and "TORCHELASTIC_RUN_ID" in os.environ:
-        # When the launcher brings a run back (--max-restarts), it goes on from what this launch has saved.
-        args.since = psutil.Process().parent().create_time()
     # PyTorch's launcher and DeepSpeed's have different names for it.
     local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"]
     place = int(os.environ["LOCAL_RANK"]), int(local_world)
@@ -136,9 +138,11 @@ def text_job(args, config, model_config, choice, parallel):
     """What -t, --resume and the two configurations ask for."""
     import tokenizer as tokenizers
     from data import Batches, TokenFile
-    from engine import checkpoint, dial
+    from engine import dial, runs
 
-    start = parallel.first(lambda: checkpoint.starting_point(args.task, config, args.resume, args.since))
+    start = parallel.first(
+        lambda: runs.starting_point(args.task, config, args.resume, parallel.run_of_this_launch())
+    )
     model, tokenizer = initial_model(
         start, config, model_config, choice, lambda: tokenizers.load(find(config.tokenizer_path))
     )
@@ -155,7 +159,7 @@ def text_job(args, config, model_config, choice, parallel):
     block_size, batch_size = model.config.block_size, config.batch_size
     global_batch = batch_size * config.gradient_accumulation_steps
     batches = Batches([pair[0] for pair in files], block_size, global_batch, config.random_seed)
-    validation = Batches([pair[1] for pair in files], block_size, batch_size, config.random_seed)
+    validation = [Batches([pair[1]], block_size, batch_size, config.random_seed) for pair in files]
     return Job(args.task, config, choice, start, model, tokenizer, batches, validation)
 
 
@@ -164,16 +168,16 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
     import torch
 
     import models
-    from engine import checkpoint, plan
+    from engine import checkpoint, plan, runs
     from engine.log import notice
 
     for line in start.notices:
         notice(line)
     if start.checkpoint:
-        for line in checkpoint.extend_context(start, model_config):
+        for line in runs.extend_context(start, model_config):
             notice(line)
         model, tokenizer = checkpoint.build(start.checkpoint, start.name, dropout=config.dropout)
-        for line in checkpoint.differences(model.config, model_config.resolved(tokenizer.vocab_size)):
+        for line in runs.differences(model.config, model_config.resolved(tokenizer.vocab_size)):
             notice(line)
         return model, tokenizer
     tokenizer = make_tokenizer()
@@ -188,8 +192,16 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
     return models.build(shape), tokenizer
 
 
+@dataclass
+class Trained:
+    """What a run has left: the paths of its log and of its last checkpoint."""
+
+    log: Any
+    checkpoint: Any
+
+
 def train(job, parallel, plan_for=None):
-    """The training loop. Returns the path of its log; None if it was stopped, or had nothing to do.
+    """The training loop. Returns what it has `Trained`; None if it was stopped, or had nothing to do.
 
     parallel: how the run is spread over processes (engine/parallel.py). plan_for: (world, link), to train
     nothing and show what the run would take.
@@ -197,7 +209,7 @@ def train(job, parallel, plan_for=None):
     import torch
 
     from engine import checkpoint as checkpoints
-    from engine import hardware, plan
+    from engine import hardware, plan, runs
     from engine.log import RunLog, duration, notice
     from engine.optimizer import learning_rate_at, rate_multiplier
 
@@ -212,41 +224,53 @@ def train(job, parallel, plan_for=None):
         choice.device == "cpu" and choice.dtype == "float32" and choice.sdp_kernel == "auto"
     )
     parallel.prepare(model, config, choice)
-    step, best = 0, {"loss": None, "step": None}
-    if start.run:
-        step, best = start.checkpoint.step, dict(start.checkpoint.best)
+    if start.resumes:
         parallel.restore(start)
+    state, notices = runs.progress(start, config, job.data, batches.position)
+    if start.resumes and (jump := runs.jump_of_the_rate(start, config)):
+        notices.append(jump)
+    for line in notices:
+        notice(line)
     start.checkpoint = None  # frees its copy of the weights
 
     # -- data -------------------------------------------------------------------------------------
 
-    n_validations = min(config.eval_iters, -(-validation.sequences_per_epoch // config.batch_size))
-    if not any(validation(i)[2].any() for i in range(n_validations)):
-        size = model.config.block_size
-        raise UserError(f"block_size={size} cuts every conversation before its answer; raise it")
-
     def tensors(arrays):
         return [torch.from_numpy(array).to(choice.device, non_blocking=True) for array in arrays]
 
+    # Of every file the same sequences each time, of a longer one more of them.
+    n_sequences = [v.sequences_per_epoch for v in validation]
+    shares = [config.eval_iters * n / sum(n_sequences) for n in n_sequences]
+    places = [
+        (number, i * config.batch_size)
+        for number, (n, share) in enumerate(zip(n_sequences, shares, strict=True))
+        for i in range(min(max(1, round(share)), -(-n // config.batch_size)))
+    ]
+
     @torch.no_grad()
     def evaluate():
-        """(loss in nats per token, share of exact answers): always over the same eval_iters batches."""
+        """(loss in nats per token of all validation files, of each, share of exact answers)."""
         model.eval()
-        total = weight = n_exact = n_sequences = 0
-        for first in range(0, n_validations, parallel.world):
-            i = first + parallel.rank
-            x, y, mask = tensors(validation(min(i, n_validations - 1)))
+        totals, weights, n_exact, n_asked = [0.0] * len(validation), [0.0] * len(validation), 0, 0
+        for first in range(0, len(places), parallel.world):
+            at = first + parallel.rank
+            number, place = places[min(at, len(places) - 1)]
+            x, y, mask = tensors(validation[number](place))
             with hardware.forward_context(choice):
                 logits, loss, _ = model(x, y, mask, loss_divisor=1)
-            if i >= n_validations:  # a surplus process only keeps the others company
+            if at >= len(places):  # a surplus process only keeps the others company
                 continue
-            total, weight = total + loss.item(), weight + mask.sum().item()
+            totals[number] += loss.item()
+            weights[number] += mask.sum().item()
             if job.exact:
                 n_exact += int(((logits.argmax(-1) == y) | (mask == 0)).all(-1).sum())
-                n_sequences += len(x)
+                n_asked += len(x)
         model.train()
-        total, weight, n_exact, n_sequences = parallel.sum(total, weight, n_exact, n_sequences)
-        return total / weight, n_exact / max(1, n_sequences)
+        *sums, n_exact, n_asked = parallel.sum(*totals, *weights, n_exact, n_asked)
+        losses = [sums[i] / sums[i + len(validation)] for i in range(len(validation))]
+        parts = [v.n_counting for v in validation]
+        whole = sum(loss * (part / sum(parts)) for loss, part in zip(losses, parts, strict=True))
+        return whole, losses, n_exact / n_asked if job.exact else None
 
     def forward(batch, first):
         """Of the micro-batch that begins with this row: the sum of its tokens' losses, and what to watch."""
@@ -258,7 +282,7 @@ def train(job, parallel, plan_for=None):
         """Has torch.compile do now, before the clock starts, what it puts off until the first pass."""
         print("Compiling the training step: about a minute, this once.", flush=True)
         try:
-            forward(batches(step), rows.start)[0].backward()
+            forward(batches(state.consumed["sequences"]), rows.start)[0].backward()
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -267,13 +291,14 @@ def train(job, parallel, plan_for=None):
         parallel.clear()
         model.after_step(lambda *numbers: [0.0] * len(numbers))  # what it has counted does not count
 
-    def one_step(step):
-        """Train on the batch of this step -> its loss, the norm of its gradient, {name: what is watched}."""
-        seed = config.random_seed * 1_000_003 + step + (parallel.rank << 40)
+    def one_step():
+        """Train on the next batch -> (its loss, the norm of its gradient, {name: what is watched}, how many
+        sequences and tokens it has consumed)."""
+        seed = config.random_seed * 1_000_003 + state.step + (parallel.rank << 40)
         torch.manual_seed(seed % (1 << 63))  # dropout
-        batch = batches(step)
+        batch = batches(state.consumed["sequences"])
         speed.add(batch[0].shape)
-        divisor = max(1.0, float(batch[2].sum()))  # a batch of questions cut before their answers has none
+        divisor = float(batch[2].sum())
         step_loss, watched = 0.0, {}
         for first in rows:
             with parallel.micro_batch(last=first == rows[-1]):
@@ -283,13 +308,14 @@ def train(job, parallel, plan_for=None):
             for name, value in other_vars.items():
                 watched[name] = watched.get(name, 0.0) + value.detach() / (len(rows) * parallel.world)
         step_loss, *means = parallel.sum(step_loss, *watched.values())
-        norm = parallel.step(rate_multiplier(step, config), math.isfinite(step_loss))
+        norm = parallel.step(rate_multiplier(state.step, config), math.isfinite(step_loss))
         model.after_step(parallel.sum)
-        return step_loss, norm, dict(zip(watched, means, strict=True))
+        consumed = {"sequences": len(batch[2]), "tokens": int(divisor)}
+        return step_loss, norm, dict(zip(watched, means, strict=True)), consumed
 
     # -- the loop ---------------------------------------------------------------------------------
 
-    if config.max_steps and step >= config.max_steps and not plan_for:
+    if config.max_steps and state.step >= config.max_steps and not plan_for:
         print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
         return None
     facts = plan.Facts(job.task, model, choice, batches, validation, config)
@@ -298,47 +324,61 @@ def train(job, parallel, plan_for=None):
             compile_step()
     speed = Speedometer(model)
     if plan_for:
-        plan.show(facts, speed, lambda: one_step(step), *plan_for)
+        plan.show(facts, speed, one_step, *plan_for)
         return None
     print(facts.summary())
     if facts.too_large:
         notice(facts.too_large)
 
+    run, stop, stopping = contextlib.nullcontext(), StopRequest(parallel.world > 1), False
+    if not parallel.rank:
+        run = start.run or runs.Run()
+        runs.sweep(run)
+        parallel.hand_on(run.name)
+    run_name = parallel.first(lambda: run.name)
+
     def save():
         states = parallel.states()
         if parallel.rank:
-            return
+            return None
         saved = checkpoints.Checkpoint(
-            job.task, run_id, step, model.config.model_dump(), config.model_dump(mode="json"),
-            job.tokenizer.to_dict(), best=best, **states,
+            job.task, run_name, model_config=model.config.model_dump(),
+            train_config=config.model_dump(mode="json"), tokenizer=job.tokenizer.to_dict(), data=job.data,
+            **vars(state), **states,
         )  # fmt: skip
-        log.event("Save", (epoch, step), {"": shown(saved.save())})
-        checkpoints.prune(saved, config.keep_checkpoints, began)
+        path = saved.save()
+        log.event("Save", (epoch, state.step), {"": shown(path)})
+        runs.prune(saved, config.keep_checkpoints)
+        return path
 
     def diverged(what):
         # The weights of all checkpoints before this step have given finite losses.
-        good = [path for _, at, path in checkpoints.of_task(job.task, run_id) if at < step]
+        good = [entry.path for entry in runs.saved(job.task, run_name) if entry.step < state.step]
         return UserError(
             f"{what}; training stopped and nothing was saved over. "
             + (f"The last good checkpoint is {shown(good[-1])}. " if good else "")
             + "Lower learning_rate, or look for odd texts in the data."
         )
 
-    began, stop, stopping = time.time(), StopRequest(parallel.world > 1), False
-    header = {**facts.header(), "resumed_from_step": step}
-    with RunLog(header, config.max_steps, step) as log, facts.advice_when_out_of_memory():
-        run_id = start.run or log.started
+    header = {**facts.header(), "run": run_name, "resumed_from_step": state.step}
+    if start.branched_from:
+        header["branched_from"] = start.branched_from
+    advice = facts.advice_when_out_of_memory()
+    with run, RunLog(run_name, header, config.max_steps, state.step) as log, advice:
         model.train()
-        last_saved = first_step = step
-        while step < config.max_steps or not config.max_steps:
+        last_saved = first_step = state.step
+        while state.step < config.max_steps or not config.max_steps:
             if stopping := any(parallel.sum(stop.asked)):
                 break
-            epoch, stage, sequence = batches.position(step)
-            loss, norm, watched = one_step(step)
+            epoch, stage, sequence = batches.position(state.consumed["sequences"])
+            loss, norm, watched, consumed = one_step()
             if not math.isfinite(loss) or not (choice.grad_scaling or math.isfinite(norm)):
-                raise diverged(f"step {step + 1}: loss {loss}, gradient norm {norm}")
-            step += 1
-            last = step == config.max_steps
+                raise diverged(f"step {state.step + 1}: loss {loss}, gradient norm {norm}")
+            state.step += 1
+            for what, count in consumed.items():
+                if state.consumed[what] is not None:  # a run of an earlier version has not counted tokens
+                    state.consumed[what] += count
+            step, last = state.step, state.step == config.max_steps
 
             if step % config.log_interval == 0 or last:
                 fields = {
@@ -355,32 +395,36 @@ def train(job, parallel, plan_for=None):
 
             improved = False
             if step % config.eval_interval == 0 or last:
-                value, exact = evaluate()
+                value, values, exact = evaluate()
                 if not math.isfinite(value):
                     raise diverged(f"after step {step}: validation loss {value}")
-                improved = best["loss"] is None or value < best["loss"]
+                state.validation = {"loss": value, "step": step}
+                improved = state.best["loss"] is None or value < state.best["loss"]
                 if improved:
-                    best = {"loss": value, "step": step}
-                fields = {"Loss": f"{value:.6f}", "Best": f"{best['loss']:.6f}"}
+                    state.best = state.validation
+                fields = {"Loss": f"{value:.6f}", "Best": f"{state.best['loss']:.6f}"}
+                if len(values) > 1:
+                    fields |= {f"Loss/{i}": f"{value:.6f}" for i, value in enumerate(values)}
                 if job.exact:
                     fields["Accuracy"] = f"{exact:.2%}"
                 if job.task == "pretrain":
                     fields["BPB"] = f"{facts.bits_per_byte(value):.4f}"
                 log.event("Val", (epoch, step), fields)
             if step % config.save_interval == 0 or improved or last:
-                save()
+                path = save()
                 last_saved = step
             if last_saved == step or step % config.eval_interval == 0:
                 speed.restart()
 
-        if stopping and last_saved < step:
+        if stopping and last_saved < state.step:
             save()
         if stopping:
-            log.say(f"Stopped after step {step}. Go on with: {resume_command(parallel.world > 1)}")
+            command = resume_command(run_name, parallel.world > 1)
+            log.say(f"Stopped after step {state.step}. Go on with: {command}")
         else:
-            log.say(f"Done: step {step}, {step - first_step} of them now.")
+            log.say(f"Done: step {state.step}, {state.step - first_step} of them now.")
             log.say(f"Loss chart: python plot_loss.py -n {shown(log.path)}")
-    return None if stopping else log.path
+    return None if stopping else Trained(log.path, path)
 
 
 class Speedometer:
@@ -414,12 +458,17 @@ class Speedometer:
         return fields
 
 
-def resume_command(launched):
-    """What was typed, with --resume, for a shell. A launcher does not tell what was typed."""
+def resume_command(run_name, launched):
+    """What was typed, with --resume and the run's name, for a shell; a launcher does not tell what it was."""
     if launched:
-        return "the same command and --resume"
-    typed = [word for word in sys.argv if word != "--resume"]
-    return shlex.join(["python", *typed, "--resume"])
+        return f"the same command and --resume {run_name}"
+    typed = sys.argv[:]
+    if "--resume" in typed:
+        at = typed.index("--resume")
+        has_value = at + 1 < len(typed) and not typed[at + 1].startswith("-")
+        del typed[at : at + 1 + has_value]
+    typed = [word for word in typed if not word.startswith("--resume=")]
+    return shlex.join(["python", *typed, "--resume", run_name])
 
 
 class StopRequest:

@@ -2,15 +2,20 @@
 
 A checkpoint is a dictionary of tensors and plain JSON values, in PyTorch's zip container:
 
-    format, version   "nano-checkpoint", 1
-    task, run         "pretrain" or "sft", and the time at which the run began
+    format, version   "nano-checkpoint", 2
+    task, run         "pretrain" or "sft", and the name of the run (engine/runs.py)
     step              optimizer steps done
-    best              {"loss": best validation loss or None, "step": where it was reached}
+    consumed          {"sequences": of the present data, from its beginning; "tokens": that counted in all}
+    data              {"train": [{"fingerprint", "size"} of each file], "validation": the same}
+    validation        {"loss": the last validation loss or None, "step": where it was measured}
+    best              the same of the lowest one, on the present data
     model_config, train_config    plain JSON
     tokenizer         JSON as text: PyTorch takes 0.3 s to read 32,000 merges one by one
-    model, optimizer, scaler                  state dictionaries (scaler: float16's loss scaling)
+    model, optimizer, scaler                  state dictionaries (scaler: float16's loss scaling);
+                      optimizer is empty in a model that no run of ours has trained (export.py --read)
 
-The random state needs no tensors: data order and dropout of step N follow from random_seed and N.
+The random state needs no tensors: the data's order follows from random_seed and the sequences consumed,
+dropout from random_seed and the step.
 
 It is written beside its final name, flushed, then renamed, so a file that has the name is whole.
 It is read without trust: every record's checksum is verified, nothing in it is run.
@@ -18,6 +23,7 @@ It is read without trust: every record's checksum is verified, nothing in it is 
 
 import contextlib
 import json
+import math
 import os
 import re
 import zipfile
@@ -30,12 +36,16 @@ from torch.overrides import TorchFunctionMode
 import models
 import tokenizer as tokenizers
 from config.schema import LAST_STEP
-from engine.config import ROOT, check_model, find, shown
+from engine.config import ROOT, check_model, shown
 from engine.errors import UserError
 
-FORMAT, VERSION = "nano-checkpoint", 1
+FORMAT, VERSION = "nano-checkpoint", 2
 TIME = r"[0-9]{8}_[0-9]{6}"  # a run's name
 FOLDER = ROOT / "checkpoint"
+
+
+def unmeasured():
+    return {"loss": None, "step": None}
 
 
 @dataclass
@@ -49,29 +59,47 @@ class Checkpoint:
     model: dict
     optimizer: dict
     scaler: dict = field(default_factory=dict)
-    best: dict = field(default_factory=lambda: {"loss": None, "step": None})
+    best: dict = field(default_factory=unmeasured)
+    validation: dict = field(default_factory=unmeasured)
+    consumed: dict = field(default_factory=lambda: {"sequences": 0, "tokens": 0})
+    data: dict = field(default_factory=dict)
 
     @property
     def path(self):
         return FOLDER / f"{self.task}_{self.run}_step_{self.step}.pt"
 
     @property
+    def can_resume(self):
+        """Whether a run has left it, and not a program that only made a model's file."""
+        return "state" in self.optimizer
+
+    @property
     def is_sound(self):
         """Whether its plain values are such as training writes; `build` and `restore` check the tensors."""
+        tensors = ("model", "optimizer", "scaler")
         try:
-            json.dumps([self.task, self.run, self.best, self.model_config, self.train_config, self.tokenizer])
+            json.dumps({key: value for key, value in vars(self).items() if key not in tensors})
         except (TypeError, ValueError, RecursionError):
             return False
-        loss, step = self.best.get("loss"), self.best.get("step")
+        losses = [
+            kept == unmeasured()
+            or (kept.keys() == {"loss", "step"} and type(kept["loss"]) is float and type(kept["step"]) is int)
+            and math.isfinite(kept["loss"])
+            for kept in (self.best, self.validation)
+        ]
+        consumed, files = self.consumed, [*self.data.values()]
         return bool(
             # Task and run become part of a file's name.
             re.fullmatch("[a-z]+", self.task)
             and re.fullmatch(TIME, self.run)
             and type(self.step) is int
             and 0 <= self.step <= LAST_STEP
-            and self.best.keys() == {"loss", "step"}
-            and (loss is None or type(loss) is float)
-            and (step is None or type(step) is int)
+            and all(losses)
+            and consumed.keys() == {"sequences", "tokens"}
+            and _is_count(consumed["sequences"])
+            and (consumed["tokens"] is None or _is_count(consumed["tokens"]))
+            and self.data.keys() in ({"train", "validation"}, set())
+            and all(isinstance(kind, list) and all(map(_is_data, kind)) for kind in files)
         )
 
     def save(self):
@@ -129,7 +157,9 @@ def load(path):
         raise UserError(f"{name} is not a checkpoint of Nano: nothing in it was run") from None
     if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
         raise UserError(f"{name} is a PyTorch file, but not a checkpoint of Nano")
-    if state.pop("version", None) != VERSION:
+    if (version := state.pop("version", None)) == 1:
+        state |= _not_in_version_1(state)
+    elif version != VERSION:
         raise UserError(f"{name} was written by another version of Nano")
     if isinstance(text := state.get("tokenizer"), str):  # in older files it is the dictionary
         with contextlib.suppress(ValueError, RecursionError):
@@ -139,6 +169,32 @@ def load(path):
     if not typed or not (checkpoint := Checkpoint(**state)).is_sound:
         raise UserError(f"{name} lacks parts of a checkpoint of Nano")
     return checkpoint
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_data(value):
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"fingerprint", "size"}
+        and all(isinstance(text, str) for text in value.values())
+    )
+
+
+def _not_in_version_1(state):
+    """The fields that files of version 1 lack, as far as they follow from the others."""
+    config, step, best = (state.get(key) for key in ("train_config", "step", "best"))
+    config = config if isinstance(config, dict) else {}
+    factors = step, config.get("batch_size", 1), config.get("gradient_accumulation_steps", 1)
+    known = all(type(factor) is int for factor in factors)
+    is_last = isinstance(best, dict) and best.get("step") == step
+    return {
+        "consumed": {"sequences": math.prod(factors) if known else 0, "tokens": None},
+        "validation": best if is_last else unmeasured(),
+        "data": {},
+    }
 
 
 def build(checkpoint, source, dropout=0.0):
@@ -186,94 +242,6 @@ def _fit(tensors, shapes):
     )
 
 
-def differences(found, wanted):
-    """One sentence if the model of a checkpoint is not the configured one, none if it is."""
-    if found.architecture != wanted.architecture:
-        return [f"the model stays {found.architecture}, as in the checkpoint, not {wanted.architecture}"]
-    differ = [f"{key} {value} (configured: {getattr(wanted, key)})" for key, value in found
-              if key != "dropout" and value != getattr(wanted, key)]  # fmt: skip
-    return [f"the model keeps the shape it has in the checkpoint: {', '.join(differ)}"] if differ else []
-
-
-def extend_context(start, wanted):
-    """Give the checkpoint that a new run starts from the configured block_size and rope_scaling, where that
-    stretches its positions, or stretches them otherwise. Returns what to tell of it.
-
-    UserError if the checkpoint is of another architecture; `build` refuses one with learned positions.
-    """
-    if start.run or not wanted.rope_scaling:
-        return []
-    shape, scaling = start.checkpoint.model_config, wanted.rope_scaling.model_dump()
-    if shape.get("rope_scaling") == scaling:
-        return []
-    if (found := shape.get("architecture")) != wanted.architecture:
-        raise UserError(
-            f"rope_scaling is to stretch the context of {start.name}, but the model there is {found}, "
-            f"not {wanted.architecture}: set architecture to it, or rope_scaling to null"
-        )
-    told = (
-        f"the context of {start.name} is stretched as rope_scaling says ({scaling['rope_type']}, "
-        f"factor {scaling['factor']:g}): block_size {shape.get('block_size')} -> {wanted.block_size}"
-    )
-    shape.update(block_size=wanted.block_size, rope_scaling=scaling)
-    return [told]
-
-
-@dataclass
-class Start:
-    """Where a run begins: `checkpoint` None is from scratch; `run` is set if it goes on with one."""
-
-    checkpoint: Checkpoint | None = None
-    name: str = ""
-    run: str | None = None
-    notices: tuple = ()
-
-
-def starting_point(task, config, resume, since=None):
-    """What the run starts from, by --resume and the key from_checkpoint.
-
-    since: --resume is also meant if there is a checkpoint written after this time (see `newest`).
-
-    A checkpoint of the same task and the same data is gone on with: its step, optimizer and data
-    order. Of any other, only model and tokenizer are taken.
-    """
-    if resume or since is not None:
-        if found := newest(task, since or 0.0):
-            checkpoint, path, notices = found
-            return _continued(checkpoint, path, config, notices)
-    notices = [f"there is no {task} checkpoint to resume from: starting a new run"] if resume else []
-    path = config.from_checkpoint
-    if path == "auto":
-        if not (found := newest("pretrain")):
-            raise UserError(
-                "from_checkpoint is \"auto\", but checkpoint/ holds no pretrained model; run "
-                '`python train.py -t pretrain` first, or set from_checkpoint to "" to start from nothing'
-            )
-        checkpoint, path, more = found
-        notices += more
-    elif path:
-        path = find(path)
-        checkpoint = load(path)
-    else:
-        return Start(notices=notices)
-    same_data = [list(p) for p in config.dataset_path] == checkpoint.train_config.get("dataset_path")
-    if checkpoint.task == task and same_data:
-        return _continued(checkpoint, path, config, notices)
-    return Start(checkpoint, shown(path), None, [*notices, f"starting from the weights of {shown(path)}"])
-
-
-def _continued(checkpoint, path, config, notices):
-    """Go on with the run of a checkpoint; say where the configuration has changed meanwhile."""
-    now = config.model_dump(mode="json")
-    changes = [f"{key}: {checkpoint.train_config.get(key)} -> {value}" for key, value in now.items()
-               if key not in ("from_checkpoint", *config.automatic)
-               and checkpoint.train_config.get(key) != value]  # fmt: skip
-    notices = [*notices, f"going on with {shown(path)} at step {checkpoint.step}"]
-    if changes:
-        notices.append("changed since then: " + ", ".join(changes))
-    return Start(checkpoint, shown(path), checkpoint.run, notices)
-
-
 def moments(start, shapes):
     """What the optimizer keeps of each parameter, {number: {name: tensor}}, as `optimizer` has it.
 
@@ -292,49 +260,8 @@ def moments(start, shapes):
 
 
 def unfit(start):
+    before = start.checkpoint.train_config.get("optimizer", "unknown")
     return UserError(
-        f"{start.name}: its optimizer state does not fit this optimizer; "
-        "set from_checkpoint to it in a new run to take its weights alone"
+        f'{start.name}: its optimizer state, of "{before}", does not fit this optimizer; to take its weights '
+        f"alone, start a new run: without --resume, with --set from_checkpoint={start.name}"
     )
-
-
-def of_task(task, run=None):
-    """[(run, step, path)] of the checkpoints of a task (and run), oldest first."""
-    pattern = re.compile(rf"{re.escape(task)}_({TIME})_step_([0-9]+)\.pt")
-    found = [(match[1], int(match[2]), path) for path in FOLDER.glob(f"{task}_*.pt")
-             if (match := pattern.fullmatch(path.name))]  # fmt: skip
-    return sorted(entry for entry in found if run in (None, entry[0]))
-
-
-def newest(task, since=0.0):
-    """The newest good checkpoint of the newest run of a task: (checkpoint, path, notices) or None.
-
-    since: only of those written after this time, in seconds since 1970.
-    """
-    entries = [entry for entry in of_task(task) if os.path.getmtime(entry[2]) >= since]
-    notices = []
-    for _, _, path in reversed([entry for entry in entries if entry[0] == entries[-1][0]]):
-        try:
-            return load(path), path, notices
-        except UserError as error:
-            notices.append(f"{error}; trying the one before it")
-    if notices:
-        raise UserError("; ".join(notices))
-    return None
-
-
-def prune(checkpoint, keep, since):
-    """Delete all but the `keep` newest checkpoints of this run and its best one; 0 keeps all.
-
-    Later ones are left alone: they are there when a run goes on from an earlier step. What killed runs
-    of this task have left half written is deleted, too: files that nobody has written to since a time,
-    in seconds since 1970, at which this process ran already.
-    """
-    entries = [entry for entry in of_task(checkpoint.task, checkpoint.run) if entry[1] <= checkpoint.step]
-    for _, step, path in entries[:-keep] if keep else []:
-        if step != checkpoint.best["step"]:
-            path.unlink(missing_ok=True)
-    for path in FOLDER.glob(f"{checkpoint.task}_*.pt.part"):
-        with contextlib.suppress(OSError):  # another process was faster
-            if path.stat().st_mtime < since:
-                path.unlink()

@@ -33,7 +33,7 @@ def resolved(config, model, choice, task, start):
     if task != "pretrain":
         raise UserError(f'{config.automatic[0]} is "auto", which is for pretraining; give it a number')
     values = config.model_dump(mode="json")
-    before = start.checkpoint.train_config if start.run else {}
+    before = start.checkpoint.train_config if start.resumes else {}
     for key in config.automatic:
         if key in OF_THE_MODEL and before.get(key, "auto") != "auto":
             values[key] = before[key]

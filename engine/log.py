@@ -1,9 +1,10 @@
 """The run's log file, and what the person in front of it sees.
 
-The file train_<time>.log begins with one line that a program can read, "# " and a JSON object;
-then comes one line an event, of fields joined by " | ". In a terminal a single progress line moves
-instead of the Train lines; elsewhere (a pipe, nohup, systemd) the same lines are printed plainly.
-With the key "tensorboard" all numbers go to runs/train_<time> as well.
+The file train_<run>.log begins with one line that a program can read, "# " and a JSON object;
+then comes one line an event, of fields joined by " | ". A run that is resumed goes on in its log, with
+another such first line. In a terminal a single progress line moves instead of the Train lines; elsewhere
+(a pipe, nohup, systemd) the same lines are printed plainly. With the key "tensorboard" all numbers go to
+runs/train_<run> as well.
 """
 
 import json
@@ -11,7 +12,6 @@ import os
 import re
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -38,14 +38,14 @@ def duration(seconds):
 class RunLog:
     """Writes events to the log file and shows them. A context manager, for the progress line's sake."""
 
-    def __init__(self, header, total_steps, first_step):
-        self.started, self.file = self._create()
-        self.path = Path(self.file.name)
+    def __init__(self, run, header, total_steps, first_step):
+        self.path = ROOT / f"train_{run}.log"
+        self.file = self._open()
         header = {"format": "nano-log", "version": 1, **header}
         self.file.write("# " + json.dumps(header, ensure_ascii=False) + "\n")
         self.tensorboard = None
         if header.get("train_config", {}).get("tensorboard") and not muted:
-            self.tensorboard = self._tensorboard()
+            self.tensorboard = self._tensorboard(first_step)
         self.console = Console(highlight=False)
         self.progress = None
         if self.console.is_terminal:
@@ -55,26 +55,25 @@ class RunLog:
             )  # fmt: skip
             self.bar = self.progress.add_task("", total=total_steps or None, completed=first_step, facts="")
 
-    @staticmethod
-    def _create():
-        """(time of start, open file): the time names log and checkpoints, so no two runs share one."""
-        while True:
-            started = time.strftime("%Y%m%d_%H%M%S")
-            if muted:
-                return started, open(os.devnull, "w", encoding="utf-8")
-            try:
-                return started, open(ROOT / f"train_{started}.log", "x", encoding="utf-8", buffering=1)
-            except FileExistsError:
-                time.sleep(0.1)
+    def _open(self):
+        """The file, at the beginning of a line: a process that was killed may have left half of one."""
+        if muted:
+            return open(os.devnull, "w", encoding="utf-8")
+        with open(self.path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                file.write(b"" if file.read() == b"\n" else b"\n")
+        return open(self.path, "a", encoding="utf-8", buffering=1)
 
-    def _tensorboard(self):
+    def _tensorboard(self, first_step):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
                 "tensorboard is true, but the package is missing: pip install tensorboard, or set it to false"
             ) from None
-        return SummaryWriter(ROOT / "runs" / self.path.stem)
+        # What a killed process has noted of later steps is noted again.
+        return SummaryWriter(ROOT / "runs" / self.path.stem, purge_step=first_step + 1)
 
     def __enter__(self):
         if self.progress:

@@ -22,6 +22,8 @@ A strategy has these parts, in the order in which the loop uses them:
                                      multiplier: of all peak learning rates
     sum(values) -> values            numbers, each summed over all processes
     states() -> {...}                model, optimizer and scaler as a checkpoint stores them
+    hand_on(run)                     the launcher is told the run's name, and tells it to the processes that
+    run_of_this_launch() -> run      follow when it brings the run back; None: nothing was handed on
 """
 
 import contextlib
@@ -53,6 +55,12 @@ class Alone:
 
     def agree(self, facts):
         pass
+
+    def hand_on(self, run):
+        pass
+
+    def run_of_this_launch(self):
+        return None
 
     def rows(self, config):
         """Its part of the rows of a global batch, cut into micro-batches of equal size."""
@@ -119,6 +127,8 @@ class DataParallel(Alone):
     """Every process has the whole model. Gradients are exchanged while the backward pass goes on, in the last
     micro-batch of a step only (Li et al. 2020, "PyTorch Distributed", section 3.2)."""
 
+    launchers = None  # the launcher's store, which outlives the processes
+
     def __init__(self, backend, choice):
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.device = choice.device
@@ -140,7 +150,7 @@ class DataParallel(Alone):
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return None
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        launchers = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)
+        self.launchers = launchers = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)
         if not self.rank:
             with socket.create_connection(address) as connection:
                 host = connection.getsockname()[0]  # by which the others reach this machine
@@ -157,6 +167,20 @@ class DataParallel(Alone):
             except dist.DistError:  # that was the address of one that has ended
                 if time.monotonic() > until:
                     raise
+
+    def hand_on(self, run):
+        if self.launchers:
+            self.launchers.set("run", run)
+
+    def run_of_this_launch(self):
+        if self.launchers:
+            return self.launchers.get("run").decode() if self.launchers.check(["run"]) else None
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            raise UserError(
+                "this launcher brings processes back, but cannot tell them which run they had: "
+                "start it again with --resume RUN"
+            )
+        return None
 
     def __enter__(self):
         return self

@@ -51,14 +51,17 @@ class Facts:
             f"{self.task} {size:.2f} M parameters, {flops:.1f} MFLOP a token",
             f"data {self.batches.described}; {steps}",
         ]
-        if cut := self.batches.n_truncated:
-            lines.append(f"data {cut:,} conversations are longer than block_size and lose their end")
+        for what, sources in (("data", [self.batches]), ("validation", self.validation)):
+            if cut := sum(source.n_truncated for source in sources):
+                lines.append(f"{what} {cut:,} conversations are longer than block_size and lose their end")
+            if n := sum(source.n_left_out for source in sources):
+                lines.append(f"{what} {n:,} conversations are left out: block_size ends before their answer")
         return "\n".join(lines)
 
     def bits_per_byte(self, nats_per_token):
         """Loss in a unit that does not depend on the tokenizer."""
-        metas = [file.meta for file in self.validation.files]
-        tokens_per_byte = sum(m["n_tokens"] for m in metas) / max(1, sum(m["n_bytes"] for m in metas))
+        metas = [file.meta for source in self.validation for file in source.files]
+        tokens_per_byte = sum(m["n_tokens"] for m in metas) / sum(m["n_bytes"] for m in metas)
         return nats_per_token / math.log(2) * tokens_per_byte
 
     def memory(self, batch_size=None):

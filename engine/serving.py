@@ -14,7 +14,6 @@ comes back with `loop.call_soon_threadsafe`, all of it in one call.
 import asyncio
 import contextlib
 import logging
-import math
 import queue
 import threading
 import time
@@ -197,7 +196,7 @@ class Service:
     def __init__(self, checkpoint, path, speaker, engine, device):
         self.speaker, self.engine, self.name = speaker, engine, path.stem
         self.tokenizer, self.context = speaker.tokenizer, speaker.context
-        self.can_chat, loss = checkpoint.task == "sft", checkpoint.best["loss"]
+        self.can_chat, loss = checkpoint.task == "sft", checkpoint.validation["loss"]
         self.facts = {
             "id": self.name,
             "object": "model",
@@ -205,7 +204,7 @@ class Service:
             "owned_by": "nano",
             "task": checkpoint.task,
             "step": checkpoint.step,
-            "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
+            "validation_loss": loss if checkpoint.validation["step"] == checkpoint.step else None,
             "architecture": speaker.model.config.architecture,
             "parameters": speaker.model.n_params,
             "context": self.context,

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import math
 import os
-import time
 import warnings
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from pydantic import ValidationError
 
 import models
 from engine import checkpoint as checkpoints
+from engine import runs
 from engine.config import shown
 from engine.errors import UserError
 from engine.optimizer import Muon, make_optimizer, orthogonal, state_shapes
@@ -284,7 +284,8 @@ def convert(folder, task, config, shape, tokenizer):
                 f"{shown(folder)} holds another model than the configuration: {name} is "
                 f"{found.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
             )
-    return checkpoints.Checkpoint(
-        task, time.strftime("%Y%m%d_%H%M%S"), step, shape.model_dump(), config.model_dump(mode="json"),
-        tokenizer.to_dict(), weights, {"state": {}, "param_groups": []},
-    ).save()  # fmt: skip
+    with runs.Run() as run:
+        return checkpoints.Checkpoint(
+            task, run.name, step, shape.model_dump(), config.model_dump(mode="json"), tokenizer.to_dict(),
+            weights, optimizer={},
+        ).save()  # fmt: skip

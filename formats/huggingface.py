@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import shutil
-import time
 from pathlib import Path
 
 from engine.errors import UserError
@@ -272,6 +271,7 @@ def read_folder(folder, task, tokenizer_path):
     if (n_tokens := 1 + max(row for row in rows if row is not None)) > config.vocab_size:
         raise UserError(f"the tokenizer has {n_tokens:,} tokens, and the model only {config.vocab_size:,}")
     from engine.checkpoint import Checkpoint
+    from engine.runs import Run
 
     read, metadata = open_weights(folder)
     if getattr(config, "num_nextn_predict_layers", 0):
@@ -291,11 +291,8 @@ def read_folder(folder, task, tokenizer_path):
         print(f"Its tokens have Nano's numbers now; new to it are {', '.join(new) or 'none'}.")
     if task is None:
         task = "sft" if metadata.get("task") == "sft" else "pretrain"
-    now = time.strftime("%Y%m%d_%H%M%S")
-    made = Checkpoint(task, now, 0, config.model_dump(), {}, tokenizer.to_dict(), state, optimizer={})
-    while made.path.exists():
-        time.sleep(0.1)
-        made.run = time.strftime("%Y%m%d_%H%M%S")
-    path = shown(made.save())
+    with Run() as run:
+        made = Checkpoint(task, run.name, 0, config.model_dump(), {}, tokenizer.to_dict(), state, {})
+        path = shown(made.save())
     print(f"{path}: {config.architecture}, of a {family.class_name}")
     print(f"Talk with it: python inference.py {'-i ' if task == 'sft' else ''}-m {path}")

@@ -92,6 +92,10 @@ class Problem(ABC):
         """{"digits": 6}"""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    @property
+    def described(self):
+        return " ".join([self.name, *(f"--{name} {value}" for name, value in self.sizes.items())])
+
     def tokenizer(self):
         return CharTokenizer("".join(sorted({*self.characters, *(self.mark if self.is_causal else "")})))
 
@@ -165,11 +169,11 @@ def is_held_out(question):
 class Examples:
     """Training batches, drawn as they are needed.
 
-    What is drawn for a step depends on (problem, seed, batch size, step) alone.
+    What is drawn for a batch depends on (problem, seed, batch size, number of the batch) alone.
     """
 
     sequences_per_epoch = math.inf
-    n_truncated = 0
+    n_truncated = n_left_out = 0
     described = "examples drawn anew for every step"
 
     def __init__(self, problem, tokenizer, batch_size, seed):
@@ -193,15 +197,23 @@ class Examples:
         chance.shuffle(steps)
         return steps
 
-    def __call__(self, step):
-        return self.problem.encode(self.tokenizer, self.questions(step), subproblems=True)
+    def __call__(self, first):
+        """The batch of the examples from this number on; of the batch it lies in, if the size has changed."""
+        questions = self.questions(first // self.batch_size)
+        return self.problem.encode(self.tokenizer, questions, subproblems=True)
 
-    def position(self, step):
-        return 0, 0, step * self.batch_size
+    def position(self, first):
+        return 0, 0, first
+
+    @property
+    def data(self):
+        return [{"fingerprint": self.problem.described, "size": self.described}]
 
 
 class Test:
-    """At most `count` different held-out questions; test(i) is batch i of them, in the form of `Examples`."""
+    """At most `count` different held-out questions; test(first) are those from this number on, as a batch."""
+
+    n_truncated = n_left_out = 0
 
     def __init__(self, problem, tokenizer, batch_size, seed, count):
         self.problem, self.tokenizer, self.batch_size = problem, tokenizer, batch_size
@@ -220,8 +232,13 @@ class Test:
     def sequences_per_epoch(self):
         return len(self.questions)
 
-    def __call__(self, i):
-        first = i * self.batch_size
+    n_counting = sequences_per_epoch
+
+    @property
+    def data(self):
+        return [{"fingerprint": self.problem.described, "size": f"{len(self.questions):,} questions"}]
+
+    def __call__(self, first):
         return self.problem.encode(self.tokenizer, self.questions[first : first + self.batch_size])
 
 

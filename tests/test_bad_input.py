@@ -219,7 +219,7 @@ def test_a_full_disk_under_the_output(tiny_project):
 
 
 def test_a_full_disk_under_the_log(train, monkeypatch):
-    monkeypatch.setattr("engine.log.RunLog._create", lambda _: ("now", open("/dev/full", "w", 1)))
+    monkeypatch.setattr("engine.log.RunLog._open", lambda _: open("/dev/full", "w", 1))
     assert told(train("pretrain")) == "the disk is full; free some space and run the same command again"
     assert not train.checkpoints()
 
@@ -235,7 +235,7 @@ def test_no_permission(train, monkeypatch):
         patch.setattr(zipfile, "ZipFile", forbidden)
         assert told(train("pretrain", from_checkpoint=str(path))).startswith("no permission to read ")
     with monkeypatch.context() as patch:
-        patch.setattr("engine.log.RunLog._create", forbidden)
+        patch.setattr("engine.log.RunLog._open", forbidden)
         assert told(train("pretrain", "--resume")) == f"permission denied ({path})"
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", forbidden)

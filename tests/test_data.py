@@ -410,7 +410,7 @@ def test_an_epoch_shows_every_block_once_and_the_next_in_another_order(files):
     file = files["pretrain_train"]
     batches = Batches([file], 16, 4, seed=5)
     n = batches.sequences_per_epoch
-    rows = np.concatenate([batches(step)[0] for step in range(-(-2 * n // 4))])[: 2 * n]
+    rows = np.concatenate([batches(first)[0] for first in range(0, 2 * n, 4)])[: 2 * n]
     stream = np.concatenate([file.tokens, file.tokens[:17]])
     starts = {stream[i : i + 16].tobytes(): i for i in range(len(file.tokens))}
     found = [starts.get(row.astype(np.uint16).tobytes()) for row in rows]
@@ -427,8 +427,8 @@ def test_conversations_once_an_epoch_masked_and_padded(files):
     n = batches.sequences_per_epoch
     assert n == file.meta["n_documents"] and batches.n_truncated == 0
     seen = []
-    for step in range(n):
-        x, y, mask = batches(step)
+    for first in range(0, 3 * n, 3):
+        x, y, mask = batches(first)
         assert x.dtype == y.dtype == np.int64 and mask.dtype == np.float32
         assert x.shape == y.shape == mask.shape and x.shape[1] % 8 == 0
         longest = 0
@@ -451,6 +451,30 @@ def test_long_conversations_are_cut(files):
     assert batches.n_truncated == (lengths > 10).sum() > 0
     assert batches.tokens_per_epoch == np.minimum(lengths - 1, 9).sum()
     assert all(batches(step)[0].shape == (4, 9) for step in range(20))
+
+
+def test_a_conversation_counts_if_a_token_of_its_answer_is_in_the_block(files):
+    file = files["sft_train"]
+    documents = list(zip(file.starts.tolist(), file.starts.tolist()[1:], strict=False))
+    needs = [next(i for i in range(1, end - start) if file.mask[start + i]) for start, end in documents]
+    assert file.needs.tolist() == needs
+    for block_size in range(min(needs), max(needs) + 2):
+        batches = Batches([file], block_size, 1)
+        assert batches.sequences_per_epoch == sum(need <= block_size for need in needs)
+        assert batches.n_left_out == len(needs) - batches.sequences_per_epoch
+        rows = [batches(first) for first in range(batches.sequences_per_epoch)]
+        assert all(mask.any() for *_, mask in rows)
+        kept = [file.tokens[start : start + x.shape[1]] for start, _ in documents for x, *_ in rows[:1]]
+        assert any(np.array_equal(rows[0][0][0, :3], ids[:3]) for ids in kept)
+    with pytest.raises(UserError, match=f"the first answer needs a model whose block_size is {min(needs)} "):
+        Batches([file], min(needs) - 1, 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+def test_where_answers_begin_does_not_depend_on_chunks(files, chunk, monkeypatch):
+    expected = files["sft_train"].needs
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    np.testing.assert_array_equal(TokenFile(files["sft_train"].path).needs, expected)
 
 
 def test_a_curriculum_in_order(files):

@@ -46,15 +46,18 @@ def chain(tokenizer, after, block_size=64):
     return config, model
 
 
+NEVER = {"loss": None, "step": None}
+
+
 def checkpoint(tokenizer, config, model, **fields):
-    values = {"task": "sft", "run": "20260102_030405", "step": 7, **fields}
+    loss = {"loss": 0.125, "step": 7}
+    values = {"task": "sft", "run": "20260102_030405", "step": 7, "best": loss, "validation": loss, **fields}
     return Checkpoint(
         model_config=config.model_dump(),
         train_config={},
         tokenizer=tokenizer.to_dict(),
         model=model.state_dict(),
         optimizer={},
-        best={"loss": 0.125, "step": 7},
         **values,
     )
 
@@ -171,8 +174,29 @@ def test_the_newest_checkpoint_is_taken(project, save, tokenizer, monkeypatch, c
     assert "pretrain step 7" in load_in(project, monkeypatch)[1] and not capsys.readouterr().err
     save(project, polite(tokenizer, run="20260104_000000", step=12345))
     _, about, _ = load_in(project, monkeypatch)
-    assert "sft step 12,345" in about and "validation loss 0.125" in about and "context 64" in about
+    assert "sft step 12,345 · validation loss 0.125 at step 7 ·" in about and "context 64" in about
     assert "use -i" in capsys.readouterr().err
+
+
+def test_best_and_newest(project, save, tokenizer, monkeypatch):
+    """Each has the loss of its own weights, and the default tells which one it is."""
+    best = {"loss": 0.125, "step": 7}
+    path = save(project, polite(tokenizer, best=best))
+    save(project, polite(tokenizer, step=9, best=best, validation={"loss": 0.5, "step": 9}))
+    for arguments in ([], ["-m", "newest"]):
+        about = load_in(project, monkeypatch, "-i", *arguments)[1]
+        assert "step_9.pt (newest; -m best is step 7, with validation loss 0.125)\n" in about
+        assert "sft step 9 · validation loss 0.500 ·" in about
+    about = load_in(project, monkeypatch, "-i", "-m", "best")[1]
+    assert "step_7.pt (best)\n" in about and "sft step 7 · validation loss 0.125 ·" in about
+    assert "step_7.pt\n" in load_in(project, monkeypatch, "-i", "-m", path)[1]
+    path.unlink()
+    with pytest.raises(inference.UserError, match="there is no checkpoint .*step_7.pt"):
+        load_in(project, monkeypatch, "-i", "-m", "best")
+    save(project, polite(tokenizer, step=11, best=NEVER, validation=NEVER))
+    assert "· not validated ·" in load_in(project, monkeypatch, "-i")[1]
+    with pytest.raises(inference.UserError, match="nothing was validated up to .*; take it with -m newest"):
+        load_in(project, monkeypatch, "-i", "-m", "best")
 
 
 def test_models_that_cannot_speak_are_refused(project, save, tokenizer, monkeypatch):
@@ -407,7 +431,8 @@ def test_a_conversation_in_a_terminal(project, save, tokenizer):
     save(project, polite(tokenizer))
     screen = Terminal(project, "-i", "--profile")
     start = screen.sees("leaves")
-    assert "sft_20260102_030405_step_7.pt\n0.0" in start and "sft step 7 · validation loss 0.125" in start
+    assert "sft_20260102_030405_step_7.pt (newest)\n0.0" in start
+    assert "sft step 7 · validation loss 0.125" in start
     screen.sees(">")
     screen.child.sendline("")
     screen.sees(">")

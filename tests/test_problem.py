@@ -83,10 +83,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(project, tmp_path_
     )  # fmt: skip
     next(line for line in process.stdout if " | Train | " in line)
     process.terminate()
-    assert process.stdout.read().rstrip().endswith("--resume") and process.wait() == 0
+    assert re.search(r" --resume \d{8}_\d{6}\n$", process.stdout.read()) and process.wait() == 0
     for size in ((), ("--digits", 4)):
         other = project.run("problem.py", "sort", *size, "--resume")
-        assert other.returncode == 2 and "has learned --digits 3" in other.stderr, other.stderr
+        assert other.returncode == 2 and re.search("has learned (sort )?--digits 3", other.stderr)
     done = project.run(*arguments, "--resume")
     assert done.returncode == 0 and "resumed" in done.stdout, done.stderr
     one, two = (load(place.checkpoints("sort")[60]) for place in (whole, project))

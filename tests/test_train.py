@@ -403,3 +403,77 @@ def test_tensorboard_that_is_missing_is_named(train, monkeypatch):
     done = train("pretrain", tensorboard=True)
     assert done.returncode == 2 and "pip install tensorboard" in done.stderr
     assert train("pretrain").returncode == 0 and not (train.root / "runs").exists()
+
+
+# ---- several validation files, and conversations that are cut ----------------------------------------------
+
+
+def test_every_validation_file_counts_by_its_size(train, tiny_data):
+    """One file can be learned by heart, the other is noise: neither hides the other."""
+    tokenizer = tokenizers.load(tiny_data / "tokenizer.json")
+    dice = random.Random(1)
+    texts = {"easy": ["1 + 1 = 2。" * 4] * 40, "hard": []}
+    texts["hard"] = ["".join(dice.choices("0123456789", k=40)) for _ in range(120)]
+    pairs, files = [], []
+    for name, lines in texts.items():
+        (train.root / f"{name}.txt").write_text("<|eos|>".join(lines), "utf-8")
+        prepare([train.root / f"{name}.txt"], [], train.root / name, val_fraction=0.3, tokenizer=tokenizer)
+        pairs.append([f"{name}/pretrain_{split}.bin" for split in ("train", "val")])
+        files.append(TokenFile(train.root / pairs[-1][1]))
+    settings = dict(dataset_path=pairs, max_steps=60, eval_interval=20, batch_size=2, eval_iters=12)
+    assert train("pretrain", **settings).returncode == 0
+    *_, (step, *logged) = train.logged("Val", "Loss", "Best", "Loss/0", "Loss/1", "BPB")
+    whole, best, easy, hard, bits = map(float, logged)
+    sizes = [file.meta["n_tokens"] for file in files]
+    assert step == 60 and abs(easy - hard) > 0.3
+    assert whole == pytest.approx((easy * sizes[0] + hard * sizes[1]) / sum(sizes), abs=2e-6)
+    tokens_per_byte = sum(sizes) / sum(file.meta["n_bytes"] for file in files)
+    assert bits == pytest.approx(whole / math.log(2) * tokens_per_byte, abs=1e-4)
+    checkpoint = load(train.checkpoints()[60])
+    assert checkpoint.validation["loss"] == pytest.approx(whole, abs=1e-6) and best <= whole
+    # An outside account of it: of each file its first sequences, at least one batch, the larger file more.
+    model, _ = build(checkpoint, "a test's")
+    counts = [Batches([file], 32, 2).sequences_per_epoch for file in files]
+    for file, loss, count in zip(files, (easy, hard), counts, strict=True):
+        batches, total, weight = Batches([file], 32, 2, 1337), 0.0, 0
+        n = min(max(1, round(12 * count / sum(counts))), -(-count // 2))
+        for first in range(0, 2 * n, 2):
+            x, y, mask = map(torch.from_numpy, batches(first))
+            total += float(model(x, y, mask, loss_divisor=1)[1])
+            weight += float(mask.sum())
+        assert loss == pytest.approx(total / weight, abs=1e-5) and n > 1
+
+
+def write_chats(train, name, n_long, n_short, tokenizer):
+    """Questions of 80 and of 5 characters, some of each; answers of two."""
+    questions = ["1" * 80] * n_long + ["1" * 5] * n_short
+    chats = [{"question": question, "answer": f"{i % 10}。"} for i, question in enumerate(questions)]
+    (train.root / f"{name}.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), "utf-8")
+    prepare([], [train.root / f"{name}.jsonl"], train.root / name, val_fraction=0.2, tokenizer=tokenizer)
+    return [f"{name}/sft_{split}.bin" for split in ("train", "val")]
+
+
+def test_conversations_cut_before_their_answers_are_left_out(train, tiny_data):
+    """So no step is a mean of nothing, and none of them counts as learned."""
+    tokenizer = tokenizers.load(tiny_data / "tokenizer.json")
+    settings = dict(from_checkpoint="", max_steps=20, eval_interval=10)
+    mixed = write_chats(train, "mixed", 30, 30, tokenizer)
+    done = train("sft", dataset_path=[mixed], **settings)
+    assert done.returncode == 0
+    n_cut = [int((TokenFile(train.root / path).needs > 32).sum()) for path in mixed]
+    assert sum(n_cut) == 30 and min(n_cut) > 0
+    for what, count in zip(("data", "validation"), n_cut, strict=True):
+        told = f"{what} {count} conversations are left out: block_size ends before their answer\n"
+        assert told in done.stdout
+    assert all(float(loss) > 0 for _, loss in train.logged("Train", "Loss")) and len(losses(train)) == 20
+
+    long = write_chats(train, "long", 30, 0, tokenizer)
+    for data in ([mixed[0], long[1]], [long[0], mixed[1]]):
+        done = train("sft", dataset_path=[data], **settings)
+        [path] = [path for path in data if path in long]
+        assert done.returncode == 2 and done.stderr.endswith(
+            f"{path}: block_size=32 cuts every conversation before its answer; "
+            "the first answer needs a model whose block_size is 82 or more\n"
+        )
+    assert train("sft", dataset_path=[long], **settings, block_size=82).returncode == 0
+    assert train("sft", dataset_path=[long], **settings, block_size=81).returncode == 2

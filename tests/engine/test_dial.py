@@ -88,7 +88,7 @@ def test_a_run_has_numbers_and_keeps_them(train):
     assert train.same(load(train.checkpoints()[4]), whole)
     done = train("pretrain", "--resume", **{**settings, "max_steps": 5, "learning_rate": 0.004})
     changed = f"changed since then: max_steps: 4 -> 5, learning_rate: {written['learning_rate']} -> 0.004\n"
-    assert done.returncode == 0 and done.stderr.endswith(changed)
+    assert done.returncode == 0 and changed in done.stderr
     after = load(train.checkpoints()[5]).train_config
     by_hand = {"max_steps": 5, "learning_rate": 0.004, "min_lr": 0.0004}
     assert {**written, **by_hand} == {key: after[key] for key in KEYS}

@@ -158,12 +158,12 @@ def test_no_test_question_is_ever_trained_on(name):
         examples = tasks.Examples(problem, tokenizer, 64, seed)
         for step in range(100):
             trained.update(examples.questions(step))
-            trained.update(asked_on_the_way(problem, examples.questions(step), examples(step)[2]))
+            trained.update(asked_on_the_way(problem, examples.questions(step), examples(64 * step)[2]))
     for seed in (1, 2, 3):
         test = tasks.Test(problem, tokenizer, 16, seed, 2000)
         assert len(set(test.questions)) == len(test.questions) >= 5
         assert trained.isdisjoint(test.questions)
-        assert sum(len(test(i)[0]) for i in range(-(-len(test.questions) // 16))) == len(test.questions)
+        assert sum(len(test(first)[0]) for first in range(0, len(test.questions), 16)) == len(test.questions)
 
 
 def test_at_the_default_sizes_there_are_enough_unseen_questions():
@@ -184,7 +184,7 @@ def test_questions_of_a_step_are_of_like_length():
     problem = tasks.make("calculator", {})
     tokenizer = problem.tokenizer()
     examples = tasks.Examples(problem, tokenizer, 64, 5)
-    batches = [examples(step)[0] for step in range(64)]
+    batches = [examples(64 * step)[0] for step in range(64)]
     assert max(x.shape[1] for x in batches) > 0.9 * problem.block_size
     assert sum((x == tokenizer.padding_id).sum() for x in batches) < 0.1 * sum(x.size for x in batches)
 

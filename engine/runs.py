@@ -1,0 +1,427 @@
+"""Which run this is: its name, its lock, and where it begins.
+
+A run is known by its name, the time (UTC) at which it was started, as in pretrain_20260102_030405_step_60.pt
+and train_20260102_030405.log. Names are given in the order in which runs are started, whatever the clock
+says: a new one is later than all that are here already. While a process trains a run it holds the lock
+checkpoint/<name>.lock, which the system lifts when the process ends, however it ends. So runs of one task
+can train beside each other in one folder, each prunes and continues only its own files, and no run is
+trained twice at once.
+
+A run goes on with --resume, from its last checkpoint, by one process after another, under its name: within
+a run, a higher step is always later. To go on from an earlier one is to begin another run, a branch.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import socket
+import weakref
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from config.schema import TrainConfig
+from engine import checkpoint as checkpoints
+from engine.checkpoint import TIME, Checkpoint, load, unmeasured
+from engine.config import check, find, shown
+from engine.errors import UserError
+from engine.optimizer import learning_rate_at
+
+CLOCK = "%Y%m%d_%H%M%S"
+
+# ---- names and locks ---------------------------------------------------------------------------------
+
+
+class Run:
+    """A run that this process may train, and no other one, until it is released or forgotten.
+
+    Run() is a new one, Run(name) one that exists. UserError if another process has the run, or if nothing can
+    be written to the folder of checkpoints. Processes that it is sent to know its name only.
+    """
+
+    def __init__(self, name=None):
+        try:
+            checkpoints.FOLDER.mkdir(parents=True, exist_ok=True)
+            self._take(name)
+        except OSError as error:
+            folder, why = shown(checkpoints.FOLDER), error.strerror.lower()
+            raise UserError(f"no checkpoint could be written to {folder}/ ({why})") from None
+
+    def _take(self, name):
+        while True:
+            self.name = name or _next_name()
+            lock = _locked(self.name)
+            if not lock and name:
+                raise UserError(f"run {name} is being trained by another process{_holder(name)}")
+            if lock:
+                self.release = weakref.finalize(self, _released, lock)
+                if name or self.name not in _names():
+                    return
+                self.release()  # another process was faster, and is done already
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release()
+
+    def __reduce__(self):
+        return Name, (self.name,)
+
+
+@dataclass
+class Name:
+    """A run that another process trains."""
+
+    name: str
+
+
+def _lock_file(name):
+    return checkpoints.FOLDER / f"{name}.lock"
+
+
+def _locked(name):
+    """The lock of a run, held; None if another process holds it."""
+    lock = FileLock(_lock_file(name), thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    with contextlib.suppress(OSError):  # for `_holder`; Windows lets nobody write to it
+        _lock_file(name).write_text(f"{os.getpid()} on {socket.gethostname()}", "utf-8")
+    return lock
+
+
+def _released(lock):
+    with contextlib.suppress(OSError):  # Windows deletes no file that is open
+        os.unlink(lock.lock_file)
+    lock.release()
+
+
+def _holder(name):
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if text := _lock_file(name).read_text("utf-8"):
+            return f", {text}"
+    return ""
+
+
+def _names():
+    """Of all runs that have left a log or a checkpoint."""
+    folder = checkpoints.FOLDER
+    found = [re.fullmatch(rf"train_({TIME})\.log", path.name) for path in folder.parent.glob("train_*.log")]
+    return {match[1] for match in found if match} | {entry.run for entry in saved()}
+
+
+def _next_name():
+    now = datetime.now(timezone.utc).replace(tzinfo=None)
+    for name in _names():
+        with contextlib.suppress(ValueError, OverflowError):  # that is no time
+            now = max(now, datetime.strptime(name, CLOCK) + timedelta(seconds=1))
+    return now.strftime(CLOCK)
+
+
+# ---- which checkpoints there are -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, order=True)
+class Saved:
+    """A checkpoint's file. They are ordered as they were written."""
+
+    run: str
+    step: int
+    task: str
+    path: Path
+
+
+def saved(task=None, run=None):
+    """All checkpoints that are here [of a task] [of a run], oldest first."""
+    pattern = re.compile(rf"([a-z]+)_({TIME})_step_([0-9]{{1,15}})\.pt")
+    found = [(pattern.fullmatch(path.name), path) for path in checkpoints.FOLDER.glob("*_step_*.pt")]
+    entries = [Saved(match[2], int(match[3]), match[1], path) for match, path in found if match]
+    return sorted(entry for entry in entries if task in (None, entry.task) and run in (None, entry.run))
+
+
+def newest(task, run=None):
+    """The last good checkpoint of the newest run of a task, or of this run: (checkpoint, path, notices).
+
+    None if there is none; UserError if all of that run are damaged.
+    """
+    notices, entries = [], saved(task, run)
+    for entry in reversed([entry for entry in entries if entry.run == entries[-1].run]):
+        try:
+            return load(entry.path), entry.path, notices
+        except UserError as error:
+            notices.append(f"{error}; trying the one before it")
+    if notices:
+        raise UserError("; ".join(notices))
+    return None
+
+
+def best(task):
+    """The checkpoint of that run with the lowest validation loss, in the form of `newest`.
+
+    UserError if nothing was validated, or the file is gone.
+    """
+    if not (found := newest(task)):
+        return None
+    checkpoint, path, notices = found
+    step = checkpoint.best["step"]
+    if step is None:
+        raise UserError(f"nothing was validated up to {shown(path)}, so none is best; take it with -m newest")
+    if step == checkpoint.step:
+        return found
+    path = path.with_name(f"{checkpoint.task}_{checkpoint.run}_step_{step}.pt")
+    return load(path), path, notices
+
+
+def prune(checkpoint, keep):
+    """Delete all but the `keep` newest checkpoints of this run and its best one; 0 keeps all."""
+    entries = saved(checkpoint.task, checkpoint.run)
+    for entry in entries[:-keep] if keep else []:
+        if entry.step != checkpoint.best["step"]:
+            entry.path.unlink(missing_ok=True)
+
+
+def sweep(run):
+    """Delete what killed processes have left half written, of this run and of all that nobody trains."""
+    for path in checkpoints.FOLDER.glob("*.part"):
+        name = re.match(rf"[a-z]+_({TIME})_step_", path.name)
+        lock = name and name[1] != run.name and _locked(name[1])
+        if name and (name[1] == run.name or lock):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if lock:
+            _released(lock)
+
+
+# ---- where a run begins --------------------------------------------------------------------------------
+
+
+@dataclass
+class Start:
+    """Where a run begins.
+
+    checkpoint     whose model and tokenizer it has; None: it starts from nothing
+    name           of the checkpoint's file
+    run            a Run that exists already; None: a new one
+    resumes        step, optimizer and position are the checkpoint's, too
+    branched_from  {"run", "step"}, if it resumes what another run has left behind
+    notices        what to tell of it
+    """
+
+    checkpoint: Checkpoint | None = None
+    name: str = ""
+    run: Run | None = None
+    resumes: bool = False
+    branched_from: dict | None = None
+    notices: list = field(default_factory=list)
+
+
+def starting_point(task, config, resume=None, launched=None):
+    """What a run starts from.
+
+    resume: None: a new run; True: the newest run of the task goes on; else a run's name, or the file of a
+    checkpoint to go on from. launched: the name of the run that the launcher has started before and brings
+    back; it goes on, whatever else is asked for.
+
+    A new run takes model and tokenizer of the key from_checkpoint, and nothing else of it.
+    """
+    if launched:
+        run = Run(launched)
+        if saved(task, launched):
+            return _resumed(*newest(task, launched), run, config)
+        return _new(task, config, run)
+    if resume is True:
+        for name in sorted({entry.run for entry in saved(task)}, reverse=True):
+            run = _available(task, name)
+            found = newest(task, name)
+            if found and found[0].can_resume:  # no model that was only read in or converted
+                return _resumed(*found, run, config)
+            run.release()
+        start = _new(task, config)
+        start.notices.insert(0, f"there is no {task} run to resume: starting a new one")
+        return start
+    return _resume(task, resume, config) if resume else _new(task, config)
+
+
+def _new(task, config, run=None):
+    """The Start of a run that has not done a step."""
+    notices, path = [], config.from_checkpoint
+    if path == "auto":
+        if not (found := newest("pretrain")):
+            raise UserError(
+                "from_checkpoint is \"auto\", but checkpoint/ holds no pretrained model; run "
+                '`python train.py -t pretrain` first, or set from_checkpoint to "" to start from nothing'
+            )
+        checkpoint, path, notices = found
+    elif path:
+        path = find(path)
+        checkpoint = load(path)
+    else:
+        return Start(run=run)
+    notices.append(f"starting from the weights of {shown(path)}")
+    if checkpoint.task == task and checkpoint.can_resume:
+        notices.append(f"this is a new run; that one goes on with --resume {checkpoint.run}")
+    return Start(checkpoint, shown(path), run, notices=notices)
+
+
+def _resume(task, wanted, config):
+    """The Start for --resume with a run's name or a checkpoint's file."""
+    path, name = find(wanted), re.fullmatch(rf"(?:{task}_)?({TIME})", wanted)
+    if name and not path.is_file():
+        if not saved(task, name[1]):
+            raise UserError(f"--resume {wanted}: there is no checkpoint of this run{_others(task, name[1])}")
+        run = Run(name[1])
+        checkpoint, path, notices = newest(task, run.name)
+    else:
+        checkpoint, run, notices = load(path), None, []
+    if checkpoint.task != task:
+        raise UserError(f"--resume {shown(path)} is a checkpoint of {checkpoint.task}, not of {task}")
+    if not checkpoint.can_resume:
+        raise UserError(
+            f"--resume {shown(path)} is a model that no run has left; to start a run from it: "
+            f"--set from_checkpoint={shown(path)}"
+        )
+    if not run:
+        later = [entry for entry in saved(task, checkpoint.run) if entry.step > checkpoint.step]
+        if later or path.resolve() != checkpoint.path.resolve():
+            notices = [f"{shown(path)} is not where its run ended: this is a new run that branches off there"]
+        else:
+            run = Run(checkpoint.run)
+    return _resumed(checkpoint, path, notices, run, config)
+
+
+def _available(task, name):
+    """The Run of this name; UserError, with what else could be resumed, if another process has it."""
+    try:
+        return Run(name)
+    except UserError as error:
+        raise UserError(f"{error}{_others(task, name)}") from None
+
+
+def _others(task, name):
+    others = sorted({entry.run for entry in saved(task)} - {name})[-5:]
+    return f"; other runs of {task} go on with --resume {' or --resume '.join(others)}" if others else ""
+
+
+def _resumed(checkpoint, path, notices, run, config):
+    """Go on from a checkpoint; say where the configuration has changed meanwhile."""
+    before, now = checkpoint.train_config, config.model_dump(mode="json")
+    # Data are known by what they hold: see `progress`.
+    ignored = ("from_checkpoint", "dataset_path", *config.automatic)
+    changes = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items()
+               if key not in ignored and before.get(key) != value]  # fmt: skip
+    notices = [*notices, f"going on with {shown(path)} at step {checkpoint.step}"]
+    if changes:
+        notices.append("changed since then: " + ", ".join(changes))
+    branched_from = None if run else {"run": checkpoint.run, "step": checkpoint.step}
+    return Start(checkpoint, shown(path), run, True, branched_from, notices)
+
+
+# ---- how far it has come -------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """What of a run its checkpoints remember beside model and optimizer: see engine/checkpoint.py."""
+
+    step: int = 0
+    consumed: dict = field(default_factory=lambda: {"sequences": 0, "tokens": 0})
+    best: dict = field(default_factory=unmeasured)
+    validation: dict = field(default_factory=unmeasured)
+
+
+def progress(start, config, data, position):
+    """(the Progress with which a run starts, what to tell of it).
+
+    data: as a checkpoint has it; position: of `Batches`. Where the data, or their order, are other ones than
+    before, the run begins them anew; where what it is validated on is, so does its best loss.
+    """
+    if not start.resumes:
+        return Progress(), []
+    saved, before, notices = start.checkpoint, start.checkpoint.train_config, []
+    state = Progress(saved.step, dict(saved.consumed), dict(saved.best), dict(saved.validation))
+    if not saved.data:
+        notices.append(f"{start.name} does not say what its data held: they are taken to be the same")
+        saved.data = data
+    paths = dict(zip(("train", "validation"), zip(*config.dataset_path, strict=True), strict=True))
+    for kind, files in paths.items():
+        notices += _changed(files, saved.data[kind], data[kind])
+    # A curriculum that only grows, or changes further on, has been consumed so far as it is now.
+    same_seed = before.get("random_seed") == config.random_seed
+    epoch, stage, place = position(state.consumed["sequences"])
+    n_seen = stage + (place > 0)
+    if saved.data["train"] != data["train"] or not same_seed:
+        if not same_seed or epoch or saved.data["train"][:n_seen] != data["train"][:n_seen]:
+            state.consumed["sequences"] = 0
+            what = "content has changed" if same_seed else "order has changed, with random_seed"
+            notices.append(f"the data begin anew, at their first sequence: their {what}")
+    sample = ("random_seed", "batch_size", "eval_iters")
+    if saved.data != data:
+        notices.append("validation may hold documents that were trained on before; the best loss counts anew")
+    elif any(before.get(key) != getattr(config, key) for key in sample):
+        notices.append("other sequences are validated than before: the best loss counts anew")
+    else:
+        return state, notices
+    state.best, state.validation = unmeasured(), unmeasured()
+    return state, notices
+
+
+def _changed(paths, before, now):
+    for path, old, new in itertools.zip_longest(paths, before, now):
+        if old != new:
+            old, new = ((file or {"size": "nothing"})["size"] for file in (old, new))
+            what = "other content of the same size" if old == new else f"{old} then, {new} now"
+            yield f"the data have changed: {path or 'a further file'}: {what}"
+
+
+def jump_of_the_rate(start, config):
+    """A sentence if the learning rate of the next step is another one than the configuration had before."""
+    try:
+        before = check(TrainConfig, start.checkpoint.train_config, start.name)
+    except UserError:  # of a version that had other keys
+        return None
+    step = start.checkpoint.step
+    old, new = learning_rate_at(step, before), learning_rate_at(step, config)
+    if abs(new - old) <= 0.01 * old:
+        return None
+    return f"the learning rate jumps, at step {step}, from {old:.2e} to {new:.2e}"
+
+
+# ---- the model it starts with --------------------------------------------------------------------------
+
+
+def differences(found, wanted):
+    """One sentence if the model of a checkpoint is not the configured one, none if it is."""
+    if found.architecture != wanted.architecture:
+        return [f"the model stays {found.architecture}, as in the checkpoint, not {wanted.architecture}"]
+    differ = [f"{key} {value} (configured: {getattr(wanted, key)})" for key, value in found
+              if key != "dropout" and value != getattr(wanted, key)]  # fmt: skip
+    return [f"the model keeps the shape it has in the checkpoint: {', '.join(differ)}"] if differ else []
+
+
+def extend_context(start, wanted):
+    """Give the checkpoint that a new run starts from the configured block_size and rope_scaling, where that
+    stretches its positions, or stretches them otherwise. Returns what to tell of it.
+
+    UserError if the checkpoint is of another architecture; `build` refuses one with learned positions.
+    """
+    if start.resumes or not wanted.rope_scaling:
+        return []
+    shape, scaling = start.checkpoint.model_config, wanted.rope_scaling.model_dump()
+    if shape.get("rope_scaling") == scaling:
+        return []
+    if (found := shape.get("architecture")) != wanted.architecture:
+        raise UserError(
+            f"rope_scaling is to stretch the context of {start.name}, but the model there is {found}, "
+            f"not {wanted.architecture}: set architecture to it, or rope_scaling to null"
+        )
+    told = (
+        f"the context of {start.name} is stretched as rope_scaling says ({scaling['rope_type']}, "
+        f"factor {scaling['factor']:g}): block_size {shape.get('block_size')} -> {wanted.block_size}"
+    )
+    shape.update(block_size=wanted.block_size, rope_scaling=scaling)
+    return [told]
