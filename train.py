@@ -19,6 +19,7 @@ import contextlib
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -335,6 +336,10 @@ def train(job, parallel, plan_for=None):
         run = start.run or runs.Run()
         runs.sweep(run)
         parallel.hand_on(run.name)
+        free = shutil.disk_usage(checkpoints.FOLDER).free
+        if free < facts.checkpoint_bytes:
+            size = plan.gib(facts.checkpoint_bytes)
+            notice(f"a checkpoint takes about {size}, and {plan.gib(free)} are free in checkpoint/")
     run_name = parallel.first(lambda: run.name)
 
     def save():

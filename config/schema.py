@@ -115,7 +115,8 @@ class TrainConfig(Schema):
     """config/config_pretrain.json and config/config_sft.json: one training run."""
 
     from_checkpoint: str = Field(
-        "", description='start from this model; "auto": the newest pretrained one; "": from scratch'
+        "", description='a new run starts from the weights of this model; "auto": of the newest pretrained '
+        'one; "": from nothing'
     )
     dataset_path: list[tuple[str, str]] = Field(
         min_length=1,
@@ -174,7 +175,9 @@ class TrainConfig(Schema):
     )
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: unlimited")
     eval_interval: int = Field(100, ge=1, description="steps between validations")
-    eval_iters: int = Field(5, ge=1, description="batches per validation")
+    eval_iters: int = Field(
+        5, ge=1, description="batches per validation; of several files each has its share, one at least"
+    )
     log_interval: int = Field(1, ge=1, description="steps between log lines")
     save_interval: int = Field(1000, ge=1, description="steps between checkpoints that are always written")
     keep_checkpoints: int = Field(
@@ -194,7 +197,7 @@ class TrainConfig(Schema):
     compile: bool = Field(
         False, description="torch.compile the step: a minute at the start, faster then; needs a C++ compiler"
     )
-    tensorboard: bool = Field(False, description="write runs/train_<time> for TensorBoard, besides the log")
+    tensorboard: bool = Field(False, description="write runs/train_<run> for TensorBoard, besides the log")
 
     @property
     def automatic(self):

@@ -84,6 +84,12 @@ class Facts:
             "activations": tokens * per_token,
         }
 
+    @property
+    def checkpoint_bytes(self):
+        """Of one checkpoint, about: weights and moments."""
+        sizes = self.memory()
+        return sizes["weights"] + sizes["optimizer"]
+
     def memory_spread(self, world):
         """{way to spread: bytes of weights, gradients and moments in each of `world` processes}.
 
