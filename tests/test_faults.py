@@ -80,16 +80,17 @@ def test_a_full_disk_under_the_first_process_ends_all(tiny_project, script):
 def test_the_launcher_brings_a_killed_run_back(tiny_project, train, script):
     settings = dict(max_steps=200, save_interval=20, learning_rate=2e-3, min_lr=2e-4, eval_interval=1000)
     assert train("pretrain", **settings).returncode == 0
-    # An older run must not be taken for this one.
-    older = settings_of({**settings, "max_steps": 40, "random_seed": 1})
-    assert tiny_project.run("train.py", "-t", "pretrain", *older).returncode == 0
-    for path in tiny_project.checkpoints().values():
-        os.utime(path, (1, 1))
+    # Another run, which begins before this one and ends while it trains, must not be taken for it.
+    other = settings_of({**settings, "max_steps": 40, "random_seed": 1})
+    assert tiny_project.run("train.py", "-t", "pretrain", *other).returncode == 0
     for path in tiny_project.root.glob("train_*.log"):
         path.unlink()
+    before = list(tiny_project.checkpoints().values())
     launcher = (*TORCHRUN, "--max-restarts", "1")
     process = start(tiny_project, launcher, script, "-t", "pretrain", **settings)
     next(line for line in process.stdout if "step_60.pt" in line)
+    for path in before:
+        path.rename(path.with_name(re.sub(r"\d{8}_\d{6}", "20410101_000000", path.name)))
     os.kill(processes_of(tiny_project)[1], signal.SIGKILL)
     output, errors = finish(process, 120)
     assert process.returncode == 0 and "Done: step 200" in output, errors

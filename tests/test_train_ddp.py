@@ -80,3 +80,16 @@ def test_processes_that_are_configured_differently_are_refused(tiny_project):
     _, errors = finish(process)
     assert process.returncode and "learning_rate is 0.02 there and 0.01 here" in errors
     assert "Warning" not in errors.partition("error: ")[0] and not tiny_project.checkpoints()
+
+
+def test_launches_beside_each_other_are_runs_of_their_own(tiny_project):
+    settings = dict(save_interval=5, keep_checkpoints=1)
+    lasting = in_training(tiny_project, *DDP, until=" | Save | ", **settings)
+    output = launched(tiny_project, *DDP, "-t", "pretrain", **settings, max_steps=6, random_seed=7)
+    assert "Done: step 6, 6 of them now." in output
+    lasting.send_signal(signal.SIGTERM)
+    finish(lasting)
+    checkpoints = [load(path) for path in (tiny_project.root / "checkpoint").glob("*.pt")]
+    runs = {(checkpoint.run, checkpoint.train_config["random_seed"]) for checkpoint in checkpoints}
+    assert sorted(seed for _, seed in runs) == [7, 1337] and len({name for name, _ in runs}) == 2
+    assert len(list(tiny_project.root.glob("train_*.log"))) == 2
