@@ -233,7 +233,10 @@ def starting_point(task, config, resume=None, launched=None):
         run = Run(launched)
         if saved(task, launched):
             return _resumed(*newest(task, launched), run, config)
-        return _new(task, config, run)
+        # It was new, and has left nothing yet: once more, under the same name.
+        start = starting_point(task, config, None if resume is True else resume)
+        start.run = run
+        return start
     if resume is True:
         for name in sorted({entry.run for entry in saved(task)}, reverse=True):
             run = _available(task, name)
@@ -247,7 +250,7 @@ def starting_point(task, config, resume=None, launched=None):
     return _resume(task, resume, config) if resume else _new(task, config)
 
 
-def _new(task, config, run=None):
+def _new(task, config):
     """The Start of a run that has not done a step."""
     notices, path = [], config.from_checkpoint
     if path == "auto":
@@ -261,11 +264,11 @@ def _new(task, config, run=None):
         path = find(path)
         checkpoint = load(path)
     else:
-        return Start(run=run)
+        return Start()
     notices.append(f"starting from the weights of {shown(path)}")
     if checkpoint.task == task and checkpoint.can_resume:
         notices.append(f"this is a new run; that one goes on with --resume {checkpoint.run}")
-    return Start(checkpoint, shown(path), run, notices=notices)
+    return Start(checkpoint, shown(path), notices=notices)
 
 
 def _resume(task, wanted, config):
@@ -343,7 +346,9 @@ def progress(start, config, data, position):
     if not start.resumes:
         return Progress(), []
     saved, before, notices = start.checkpoint, start.checkpoint.train_config, []
-    state = Progress(saved.step, dict(saved.consumed), dict(saved.best), dict(saved.validation))
+    # The best checkpoint of a branch is one of its own.
+    best = unmeasured() if start.branched_from else dict(saved.best)
+    state = Progress(saved.step, dict(saved.consumed), best, dict(saved.validation))
     if not saved.data:
         notices.append(f"{start.name} does not say what its data held: they are taken to be the same")
         saved.data = data

@@ -147,7 +147,7 @@ def test_going_back_to_an_earlier_step_loses_nothing(train):
     [branch] = {*train.checkpoints().values()} - before.keys()
     one, two = load(last), load(branch)
     assert one.run < two.run
-    one.train_config = two.train_config  # of which keep_checkpoints differs
+    one.train_config, one.best = two.train_config, two.best  # keep_checkpoints; a branch's best is its own
     assert train.same(one, two)
 
 

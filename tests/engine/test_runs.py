@@ -348,3 +348,26 @@ def test_a_run_has_one_log(train):
     ]  # fmt: skip
     assert headers[2]["branched_from"] == {"run": run, "step": 2} and "branched_from" not in headers[1]
     assert "\n2026-01-02 03:04:05 | Train | Epo\n# {" in text
+
+
+def test_what_a_launcher_brings_back_goes_on_under_its_name(train):
+    """A run of its own, a branch, or one that was resumed; before its first checkpoint and after it."""
+    from config.schema import TrainConfig
+    from engine.config import check
+    from engine.runs import starting_point
+
+    settings = dict(max_steps=4, save_interval=2)
+    assert train("pretrain", **settings).returncode == 0
+    early, last = (entry.path for entry in saved("pretrain"))
+    config = check(TrainConfig, load(last).train_config, "a test's")
+    for resume, step in ((None, 0), (True, 0), (str(early), 2)):
+        start = starting_point("pretrain", config, resume, launched="20410101_000000")
+        assert start.run.name == "20410101_000000" and (start.checkpoint.step if step else 0) == step
+        assert bool(start.branched_from) == start.resumes == bool(step)
+        start.run.release()
+    branch = load(early)
+    branch.run, branch.step = "20410101_000000", 3
+    branch.save()
+    start = starting_point("pretrain", config, str(early), launched="20410101_000000")
+    assert start.checkpoint.step == 3 and start.resumes and not start.branched_from
+    start.run.release()
