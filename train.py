@@ -359,10 +359,10 @@ def train(job, parallel, plan_for=None):
     def diverged(what):
         # The weights of all checkpoints before this step have given finite losses.
         good = [entry.path for entry in runs.saved(job.task, run_name) if entry.step < state.step]
+        last = f" The last good checkpoint is {shown(good[-1])}: --resume it," if good else " Begin again"
         return UserError(
-            f"{what}; training stopped and nothing was saved over. "
-            + (f"The last good checkpoint is {shown(good[-1])}. " if good else "")
-            + "Lower learning_rate, or look for odd texts in the data."
+            f"{what}; training stopped and nothing was saved over.{last} with a lower learning_rate, "
+            "or look for odd texts in the data."
         )
 
     header = {**facts.header(), "run": run_name, "resumed_from_step": state.step}

@@ -17,7 +17,10 @@ def make_optimizer(model, config, dtype="float32", muon=None):
     UserError for an unembedding_lr where the head is the embedding.
     """
     if model.config.tie_embeddings and config.unembedding_lr is not None:
-        raise UserError("unembedding_lr is for an untied head, and tie_embeddings is true; set embedding_lr")
+        raise UserError(
+            "unembedding_lr is for an untied head, and tie_embeddings is true: set it to null, and "
+            "embedding_lr instead"
+        )
     embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     matrices = set(model.matrices())
 

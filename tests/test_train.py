@@ -278,7 +278,7 @@ def test_training_stops_where_the_loss_is_no_number(train):
     assert done.returncode == 2 and "Loss: nan" not in done.stdout
     step, good = re.fullmatch(
         r"error: step (\d+): loss \S+, gradient norm \S+; training stopped and nothing was saved over\."
-        r" The last good checkpoint is checkpoint/(\S+)\. Lower learning_rate, .*\n",
+        r" The last good checkpoint is checkpoint/(\S+): --resume it, with a lower learning_rate, .*\n",
         done.stderr,
     ).groups()
     last = len(losses(train))
@@ -288,6 +288,10 @@ def test_training_stops_where_the_loss_is_no_number(train):
     again = train("pretrain", "--resume", **DIVERGING)
     assert again.returncode == 2 and f"step {step}: loss" in again.stderr and good in again.stderr
     assert len(train.checkpoints()) == last
+    # What it advises does work.
+    lower = {**DIVERGING, "learning_rate": 1e-5, "min_lr": 1e-6, "weight_decay": 0, "max_steps": last + 3}
+    done = train("pretrain", "--resume", f"checkpoint/{good}", **lower)
+    assert done.returncode == 0 and f"Done: step {last + 3}" in done.stdout
 
 
 def test_a_validation_loss_that_is_no_number_is_never_the_best(train):
@@ -306,7 +310,7 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(train):
     done = train("pretrain", "--resume", max_steps=8, eval_interval=2, save_interval=3, dataset_path=paths)
     assert done.returncode == 2
     assert re.search(r"\nerror: after step 6: validation loss (nan|inf); training stopped", done.stderr)
-    assert f" The last good checkpoint is checkpoint/{train.checkpoints()[5].name}." in done.stderr
+    assert f" The last good checkpoint is checkpoint/{train.checkpoints()[5].name}: --resume" in done.stderr
     assert list(train.checkpoints()) == [4, 5] and good.read_bytes() == content
 
 
