@@ -1,7 +1,8 @@
 """Where Numba keeps what it made of engine/compiled.py, and whether it is there."""
 
-import importlib.util
+import importlib.metadata
 import os
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -14,14 +15,22 @@ from engine.config import ROOT
 def cache_folder():
     """Beside the code or, if that is another user's, with the user's caches.
 
-    What is there is of no use to another Python, to much another processor, and where the code is moved to.
+    What is there is of no use to another Python, to much another processor, and where the code is moved to;
+    nor when the code or Numba has changed, which Numba tells by the time of one file: so all that goes into
+    the name.
     """
     beside = ROOT / "engine" / "__pycache__"
     is_ours = os.access(beside if beside.exists() else beside.parent, os.W_OK)
     of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = os.environ.get("NUMBA_CACHE_DIR") or (beside if is_ours else of_user)
     python, processor = sys.implementation.cache_tag, torch.backends.cpu.get_cpu_capability()
-    return Path(place, f"nano_{python}_{processor.replace(' ', '')}_{zlib.crc32(os.fsencode(ROOT)):08x}")
+    home = f"nano_{python}_{processor.replace(' ', '')}_{zlib.crc32(os.fsencode(ROOT)):08x}"
+    parts = [(ROOT / "engine" / f"{name}.py").read_bytes() for name in ("compiled", "blocks")]
+    try:
+        parts += [importlib.metadata.version(package).encode() for package in ("numba", "llvmlite")]
+    except importlib.metadata.PackageNotFoundError:  # nothing will be compiled
+        pass
+    return Path(place, f"{home}_{zlib.crc32(b''.join(parts)):08x}")
 
 
 CACHE = cache_folder()
@@ -33,9 +42,12 @@ def mark(weights):
 
 
 def is_compiled(weights):
-    """Whether that was done on this machine before, with engine/compiled.py and Numba as they are now."""
-    numba, done = importlib.util.find_spec("numba"), mark(weights)
-    if not numba or not done.exists() or not os.access(CACHE, os.W_OK):  # it reads where it may write
-        return False
-    sources = (ROOT / "engine" / "compiled.py", numba.origin)
-    return done.stat().st_mtime >= max(os.stat(source).st_mtime for source in sources)
+    """Whether that was done on this machine before, with the code and Numba as they are now."""
+    return mark(weights).exists() and os.access(CACHE, os.W_OK)  # it reads where it may write
+
+
+def forget_older():
+    """Delete what was made of the code as it was before."""
+    for folder in CACHE.parent.glob(CACHE.name.rpartition("_")[0] + "_*"):
+        if folder != CACHE:
+            shutil.rmtree(folder, ignore_errors=True)

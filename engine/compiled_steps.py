@@ -14,7 +14,7 @@ from torch import nn
 
 from config.schema import ModelConfig
 from engine.blocks import GROUP, ROWS, Int8Linear, TiedEmbedding, block, quantize
-from engine.compile_cache import mark
+from engine.compile_cache import forget_older, mark
 from engine.compiled import ASLEEP, STATE, Job, Scratch, Sizes, Weights, follow, lead
 from model import GPT
 
@@ -223,3 +223,4 @@ if __name__ == "__main__":
     for weights in sys.argv[1:] or ("float32", "int8"):
         warm_up(weights)
         mark(weights).touch()
+    forget_older()
