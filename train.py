@@ -17,7 +17,6 @@ import argparse
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 from config.schema import TrainConfig
 from engine.config import find, load_run, parse_overrides, shown
 from engine.errors import UserError, is_out_of_memory, run
+from engine.stop import Launcher, StopRequest
 
 
 def parse_arguments(doc, extend=None):
@@ -116,20 +116,19 @@ def enter_launch(example):
 
 def main_launched(args, strategy, loss_scaling=True):
     """The rest of such a script. strategy(config, choice): how the run is spread (engine/parallel.py)."""
+    launcher = Launcher()
     config, model_config = load_run(args)
-    import psutil
-
     from engine import hardware
 
     if not args.resume and "TORCHELASTIC_RUN_ID" in os.environ:
         # When the launcher brings a run back (--max-restarts), it goes on from what this launch has saved.
-        args.since = psutil.Process().parent().create_time()
+        args.since = launcher.began
     # PyTorch's launcher and DeepSpeed's have different names for it.
     local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"]
     place = int(os.environ["LOCAL_RANK"]), int(local_world)
     choice = hardware.prepare(config, place, loss_scaling)
     with strategy(config, choice) as parallel:
-        train(text_job(args, config, model_config, choice, parallel), parallel)
+        train(text_job(args, config, model_config, choice, parallel), parallel, launcher=launcher)
 
 
 def text_job(args, config, model_config, choice, parallel):
@@ -188,11 +187,11 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
     return models.build(shape), tokenizer
 
 
-def train(job, parallel, plan_for=None):
+def train(job, parallel, plan_for=None, launcher=None):
     """The training loop. Returns the path of its log; None if it was stopped, or had nothing to do.
 
     parallel: how the run is spread over processes (engine/parallel.py). plan_for: (world, link), to train
-    nothing and show what the run would take.
+    nothing and show what the run would take. launcher: of a launched run (engine/stop.py).
     """
     import torch
 
@@ -269,6 +268,7 @@ def train(job, parallel, plan_for=None):
 
     def one_step(step):
         """Train on the batch of this step -> its loss, the norm of its gradient, {name: what is watched}."""
+        parallel.reached(step + 1)
         seed = config.random_seed * 1_000_003 + step + (parallel.rank << 40)
         torch.manual_seed(seed % (1 << 63))  # dropout
         batch = batches(step)
@@ -324,7 +324,7 @@ def train(job, parallel, plan_for=None):
             + "Lower learning_rate, or look for odd texts in the data."
         )
 
-    began, stop, stopping = time.time(), StopRequest(parallel.world > 1), False
+    began, stop, stopping = time.time(), StopRequest(launcher), False
     header = {**facts.header(), "resumed_from_step": step}
     with RunLog(header, config.max_steps, step) as log, facts.advice_when_out_of_memory():
         run_id = start.run or log.started
@@ -373,10 +373,11 @@ def train(job, parallel, plan_for=None):
             if last_saved == step or step % config.eval_interval == 0:
                 speed.restart()
 
+        stop.heard()
         if stopping and last_saved < step:
             save()
         if stopping:
-            log.say(f"Stopped after step {step}. Go on with: {resume_command(parallel.world > 1)}")
+            log.say(f"Stopped after step {step}. Go on with: {resume_command(launcher)}")
         else:
             log.say(f"Done: step {step}, {step - first_step} of them now.")
             log.say(f"Loss chart: python plot_loss.py -n {shown(log.path)}")
@@ -420,23 +421,6 @@ def resume_command(launched):
         return "the same command and --resume"
     typed = [word for word in sys.argv if word != "--resume"]
     return shlex.join(["python", *typed, "--resume"])
-
-
-class StopRequest:
-    """Ctrl-C or SIGTERM: `asked` becomes true and the loop ends after its step; the second ends at once.
-
-    launched: the launcher of several processes passes on what the terminal has sent already, and
-    ends the processes itself if they take too long; so the second one is not another wish.
-    """
-
-    def __init__(self, launched=False):
-        self.asked, self.launched = False, launched
-        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def __call__(self, number, frame):
-        self.asked = True
-        for number, handler in self.before.items() if not self.launched else ():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
