@@ -135,13 +135,16 @@ class Watch:
         return not any(self.silence[one] < MINUTE and (alone or one in self.known) for one in lower)
 
     def _waiting(self, one, seconds):
-        what = "no answer for" if one in self.known else "not there after"
-        return f"Waiting for {self._name(one)}: {what} {duration(seconds)}."
+        if one not in self.known:
+            return f"Waiting for {self._name(one)}: not there after {duration(seconds)}."
+        step = one != LAUNCHER and self.known[one][1]
+        seen = f", last seen in step {step}" if step else ""
+        return f"Waiting for {self._name(one)}: no answer for {duration(seconds)}{seen}."
 
     def _name(self, one):
         if one == LAUNCHER:
             return "the launcher at {}:{}".format(*self.address)
         if one not in self.known:
             return f"process {one}"
-        _, step, pid, host = self.known[one]
-        return f"process {one} on {host} (pid {pid}{f', last seen in step {step}' * bool(step)})"
+        _, _, pid, host = self.known[one]
+        return f"process {one} on {host} (pid {pid})"

@@ -131,7 +131,8 @@ def test_who_has_not_arrived_and_where_somebody_was_seen_last():
     run.stopped, run.said = {2}, []
     run.tick(14)
     [(_, by, line)] = run.said
-    assert by == 0 and line.startswith("Waiting for process 2 on box (pid 4002, last seen in step ")
+    pattern = r"Waiting for process 2 on box \(pid 4002\): no answer for 1 min 00 s, last seen in step \d+\."
+    assert by == 0 and re.fullmatch(pattern, line)
 
 
 def test_before_the_first_process_has_come_nobody_has_a_store():
@@ -193,7 +194,8 @@ def test_a_process_that_is_stopped_and_goes_on(shared_project, owner):
     assert [one.returncode for one in done] == [0, 0, 0], b"".join(one.stderr for one in done).decode()
     first, second, third = (one.stderr.decode() for one in done)
     assert first == third == ""
-    name = r"process 0 on \S+ \(pid \d+, last seen in step 7\)"
+    name = r"process 0 on \S+ \(pid \d+\)"
     waits, *more, ends = second.splitlines()
-    assert re.fullmatch(rf"Waiting for {name}: no answer for [23] s\.", waits) and len(more) <= 1
+    assert re.fullmatch(rf"Waiting for {name}: no answer for [23] s, last seen in step 7\.", waits)
+    assert len(more) <= 1
     assert re.fullmatch(rf"No longer waiting for {name}, after [345] s\.", ends)
