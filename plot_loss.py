@@ -46,8 +46,8 @@ DECIMAL = r"[-+]?(?:[0-9]{1,30}(?:\.[0-9]{0,30})?(?:[eE][-+]?[0-9]{1,3})?|(?i:na
 VALUE = re.compile(DECIMAL + "(?![^ %])")
 WATCHED = re.compile(r"([a-z][a-z0-9_]{0,40})(?:/([0-9]{1,5}))?")  # "expert_load/2": of layer 2
 PART = re.compile(r"Loss/([0-9]{1,5})")  # "Loss/0": of the first of several validation files
-SAVED = re.compile(r"(?:.*[/\\])?([a-z]+)_(\w+)_step_[0-9]+\.pt")  # <task>_<run>_step_<N>.pt
-NAME = re.compile(r"[\w.-]{1,64}")
+SAVED = re.compile(r"(?:.*[/\\])?([a-z]+)_(.{1,200})_step_[0-9]+\.pt")  # <task>_<run>_step_<N>.pt
+NAME = re.compile(r"\S.{0,199}")
 FLOPS = {"GFLOP/s": 1e9, "TFLOP/s": 1e12, "GFLOPS": 1e9, "TFLOPS": 1e12}
 
 # The original Nano wrote, over the years: "Epoch-Step: 0-10", "Step: 10", "Iteration #10";
@@ -115,9 +115,9 @@ class Run:
         """{i: name of the i-th validation file}, as far as the header tells"""
         with contextlib.suppress(KeyError, TypeError, ValueError):
             pairs = self.header["train_config"]["dataset_path"]
-            names = list(dict.fromkeys(re.split(r"[/\\]", path)[-1][:40] for _, path in pairs))
-            if len(names) == len(self.parts):
-                return dict(enumerate(name.removesuffix(".bin") for name in names))
+            files = dict.fromkeys(re.split(r"[/\\]", path)[-1] for _, path in pairs)
+            names = (file.removesuffix(".bin")[:40] for file in files)
+            return dict(zip(sorted(self.parts), names, strict=True))
         return {i: f"file {i}" for i in self.parts}
 
     @property
@@ -192,7 +192,7 @@ class Run:
         task = self.header.get("task")
         if not isinstance(task, str) or not NAME.fullmatch(task):
             return None
-        return {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}.get(task, task.capitalize())
+        return {"pretrain": "Pretraining", "sft": "Supervised fine-tuning"}.get(task, task[:40].capitalize())
 
     @property
     def facts(self):
@@ -204,7 +204,7 @@ class Run:
         last = max(step for step, _ in self.train)
         facts.append(f"steps {self.since + 1:,} to {last:,}" if 0 < self.since < last else f"{last:,} steps")
         if isinstance(origin := self.origin.get("run"), str) and NAME.fullmatch(origin):
-            facts.append(f"branched from {origin}")
+            facts.append(f"branched from {origin[:60]}")
         if self.starts > 1:
             facts.append(f"{self.starts:,} starts")
         if seconds := self.seconds + self.span:
@@ -267,9 +267,10 @@ class Log:
     def start(self, header):
         """A header: of the same run, or of the next one."""
         this = self.runs[-1]
-        if this.starts and header.get("format") != "nano-log":
+        begun = this.starts or this.points
+        if begun and header.get("format") != "nano-log":
             return
-        if this.starts and not (header.get("run") and header.get("run") == this.header.get("run")):
+        if begun and not (header.get("run") and header.get("run") == this.header.get("run")):
             self.n_runs += 1
             this = Run(self.path, f"{self.path.stem} ({self.n_runs})")
             self.runs = [*self.runs[1 - RUNS :], this]

@@ -457,6 +457,8 @@ def test_logs_put_together_in_one_file_stay_several_runs(tmp_path):
     assert [len(run["train"]) for run in curves(path)] == [9, 12]
     labels = [text.get_text() for text in drawn(path)[0].get_legend().get_texts()]
     assert [label.partition(":")[0] for label in labels[:2]] == ["all", "all (2)"]
+    path.write_text(steps(1, 5) + header() + steps(1, 6, run="20260102_999999"), "utf-8")
+    assert [len(run["train"]) for run in curves(path)] == [5, 6]
     path.write_text("".join(header(run=f"r{i}") + steps(1, i) for i in range(1, 40)), "utf-8")
     assert [len(run["train"]) for run in curves(path)] == list(range(40 - plot_loss.RUNS, 40))
     done = plot("-n", str(path), "-o", str(tmp_path / "x.png"))
@@ -502,6 +504,8 @@ def test_validation_files_that_the_header_does_not_name(tmp_path, path):
     log.write_text(text + VAL.replace("| BPB", "| Loss/0: 2 | Loss/1: 4 | BPB").format(1, 3), "utf-8")
     labels = [text.get_text() for text in drawn(log)[0].get_legend().get_texts()]
     assert labels[-2:] == ["validation of file 0: 2.000", "validation of file 1: 4.000"]
+    log.write_text(log.read_text("utf-8").replace("Loss/0", "Loss/3").replace("Loss/1", "Loss/99"), "utf-8")
+    assert drawn(log)[0].get_legend()
 
 
 # ---- logs that cannot be drawn, and such as nobody has written ---------------------------------------------
