@@ -48,10 +48,10 @@ class Launcher(threading.Thread):
         import psutil
 
         super().__init__(daemon=True)
-        self.step_ended = self.is_double = False
-        parent = psutil.Process(os.getppid())
-        self.began = parent.create_time()
-        with contextlib.suppress(psutil.Error):  # forbidden here, or about to end
+        self.step_ended, self.is_double, self.began = False, False, time.time()
+        with contextlib.suppress(psutil.Error):  # it is out of sight, or about to end
+            parent = psutil.Process(os.getppid())
+            self.began = parent.create_time()
             # The `deepspeed` command starts another process, and that one those that train.
             self.is_double = "deepspeed.launcher.launch" in parent.cmdline() and any(
                 "deepspeed" in word for word in parent.parent().cmdline()
