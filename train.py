@@ -20,7 +20,6 @@ import math
 import os
 import shlex
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from typing import Any
 from config.schema import TrainConfig
 from engine.config import find, load_run, parse_overrides, shown
 from engine.errors import UserError, is_out_of_memory, run
+from engine.stop import Launcher, StopRequest
 
 
 def parse_arguments(doc, extend=None):
@@ -124,6 +124,7 @@ def enter_launch(example):
 
 def main_launched(args, strategy, loss_scaling=True):
     """The rest of such a script. strategy(config, choice): how the run is spread (engine/parallel.py)."""
+    launcher = Launcher()
     config, model_config = load_run(args)
     from engine import hardware
 
@@ -132,7 +133,7 @@ def main_launched(args, strategy, loss_scaling=True):
     place = int(os.environ["LOCAL_RANK"]), int(local_world)
     choice = hardware.prepare(config, place, loss_scaling)
     with strategy(config, choice) as parallel:
-        train(text_job(args, config, model_config, choice, parallel), parallel)
+        train(text_job(args, config, model_config, choice, parallel), parallel, launcher=launcher)
 
 
 def text_job(args, config, model_config, choice, parallel):
@@ -201,11 +202,11 @@ class Trained:
     checkpoint: Any
 
 
-def train(job, parallel, plan_for=None):
+def train(job, parallel, plan_for=None, launcher=None):
     """The training loop. Returns what it has `Trained`; None if it was stopped, or had nothing to do.
 
     parallel: how the run is spread over processes (engine/parallel.py). plan_for: (world, link), to train
-    nothing and show what the run would take.
+    nothing and show what the run would take. launcher: of a launched run (engine/stop.py).
     """
     import torch
 
@@ -295,6 +296,7 @@ def train(job, parallel, plan_for=None):
     def one_step():
         """Train on the next batch -> (its loss, the norm of its gradient, {name: what is watched}, how many
         sequences and tokens it has consumed)."""
+        parallel.reached(state.step + 1)
         seed = config.random_seed * 1_000_003 + state.step + (parallel.rank << 40)
         torch.manual_seed(seed % (1 << 63))  # dropout
         batch = batches(state.consumed["sequences"])
@@ -331,7 +333,7 @@ def train(job, parallel, plan_for=None):
     if facts.too_large:
         notice(facts.too_large)
 
-    run, stop, stopping = contextlib.nullcontext(), StopRequest(parallel.world > 1), False
+    run, stop, stopping = contextlib.nullcontext(), StopRequest(launcher), False
     if not parallel.rank:
         run = start.run or runs.Run()
         runs.sweep(run)
@@ -421,10 +423,11 @@ def train(job, parallel, plan_for=None):
             if last_saved == step or step % config.eval_interval == 0:
                 speed.restart()
 
+        stop.heard()
         if stopping and last_saved < state.step:
             save()
         if stopping:
-            command = resume_command(run_name, parallel.world > 1)
+            command = resume_command(run_name, launcher)
             log.say(f"Stopped after step {state.step}. Go on with: {command}")
         else:
             log.say(f"Done: step {state.step}, {state.step - first_step} of them now.")
@@ -474,23 +477,6 @@ def resume_command(run_name, launched):
         del typed[at : at + 1 + has_value]
     typed = [word for word in typed if not word.startswith("--resume=")]
     return shlex.join(["python", *typed, "--resume", run_name])
-
-
-class StopRequest:
-    """Ctrl-C or SIGTERM: `asked` becomes true and the loop ends after its step; the second ends at once.
-
-    launched: the launcher of several processes passes on what the terminal has sent already, and
-    ends the processes itself if they take too long; so the second one is not another wish.
-    """
-
-    def __init__(self, launched=False):
-        self.asked, self.launched = False, launched
-        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def __call__(self, number, frame):
-        self.asked = True
-        for number, handler in self.before.items() if not self.launched else ():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

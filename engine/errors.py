@@ -53,7 +53,8 @@ def run_launched(main):
     except SystemExit as exit:
         code = exit.code
     except BaseException:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         code = 1
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # its reader has left
@@ -83,5 +84,6 @@ def _leave(sentence):
         # Nobody should read the same sentence from each process: the launcher ends them all with the first.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(patience)
-    print(f"error: {sentence}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)

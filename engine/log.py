@@ -7,9 +7,11 @@ another such first line. In a terminal a single progress line moves instead of t
 runs/train_<run> as well.
 """
 
+import errno
 import json
 import os
 import re
+import signal
 import sys
 import time
 
@@ -35,8 +37,40 @@ def duration(seconds):
     return f"{hours} h {minutes % 60:02d} min" if days < 1 else f"{days} d {hours % 24} h"
 
 
+class Outlet:
+    """Standard output or standard errors of a run, which does not break off when nobody reads them any more.
+
+    A terminal may have been closed: the log file has all. A program that is piped to and leaves (`| head`)
+    is a wish to end after the step, as SIGHUP is; what is still to be said then goes to standard errors.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.others = [sys.stderr.fileno, lambda: os.open(os.devnull, os.O_WRONLY)][stream is sys.stderr :]
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, do, *args):
+        try:
+            return do(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO) or not self.others:
+                raise
+            os.dup2(self.others.pop(0)(), self.stream.fileno())
+            if error.errno == errno.EPIPE:
+                signal.raise_signal(getattr(signal, "SIGHUP", signal.SIGTERM))
+            self.flush()  # what could not be written is still there
+
+
 class RunLog:
-    """Writes events to the log file and shows them. A context manager, for the progress line's sake."""
+    """Writes events to the log file and shows them. A context manager, for the sake of what it shows."""
 
     def __init__(self, run, header, total_steps, first_step):
         self.path = ROOT / f"train_{run}.log"
@@ -76,6 +110,8 @@ class RunLog:
         return SummaryWriter(ROOT / "runs" / self.path.stem, purge_step=first_step + 1)
 
     def __enter__(self):
+        self.streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = map(Outlet, self.streams)
         if self.progress:
             self.progress.start()
         return self
@@ -83,6 +119,7 @@ class RunLog:
     def __exit__(self, *_):
         if self.progress:
             self.progress.stop()
+        sys.stdout, sys.stderr = self.streams
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()

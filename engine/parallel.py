@@ -16,6 +16,7 @@ A strategy has these parts, in the order in which the loop uses them:
     rows(config) -> range            its rows of the global batch; the step of the range is its micro-batch
     prepare(model, config, choice)   builds the optimizer; `forward` is then the model to call in training
     restore(start)                   puts the optimizer's state back
+    reached(step)                    tells the others that the loop begins this step, counted from 1
     micro_batch(last)                a context for one forward and backward pass; `last`: of this step
     backward(loss)                   adds its gradients
     step(multiplier, sound) -> norm  clips, updates the weights if the loss was `sound`, clears the gradients;
@@ -40,6 +41,7 @@ import torch.distributed as dist
 
 from engine import checkpoint as checkpoints
 from engine.errors import UserError
+from engine.heartbeat import Heartbeat
 from engine.optimizer import make_optimizer, state_shapes
 
 warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its successor is too new
@@ -92,6 +94,9 @@ class Alone:
         except (ValueError, KeyError, RuntimeError, TypeError):
             raise checkpoints.unfit(start) from None
 
+    def reached(self, step):
+        pass
+
     def micro_batch(self, last):
         return contextlib.nullcontext()
 
@@ -136,6 +141,7 @@ class DataParallel(Alone):
             torch.cuda.set_device(choice.device)
         automatic = "nccl" if choice.device_type == "cuda" else "gloo"
         backend = automatic if backend == "auto" else backend
+        self.heartbeat = Heartbeat(self.rank, self.world)
         dist.init_process_group(
             backend, store=self._store(), rank=self.rank, world_size=self.world, timeout=TIMEOUT
         )
@@ -187,7 +193,9 @@ class DataParallel(Alone):
 
     def __exit__(self, kind, error, _):
         if not kind:
-            dist.barrier()  # none leaves while another one still needs it
+            dist.barrier()  # none leaves while another one still needs it,
+            self.heartbeat.stop()
+            dist.barrier()  # nor the store, which may be in the first process
         elif issubclass(kind, RuntimeError) and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
             raise UserError("the connection to another process of this run was lost") from None
 
@@ -216,6 +224,9 @@ class DataParallel(Alone):
             self.forward, device_ids=devices, broadcast_buffers=False
         )
         self.forward = self.spread
+
+    def reached(self, step):
+        self.heartbeat.step = step
 
     def micro_batch(self, last):
         return contextlib.nullcontext() if last else self.spread.no_sync()

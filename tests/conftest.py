@@ -38,6 +38,9 @@ RUN = {
 }
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what training handles
+
+
 class Workplace:
     """A folder `root` with configurations and data, in which train.py has left logs and checkpoints."""
 
@@ -143,7 +146,7 @@ class Trainer(Workplace):
         from engine.errors import run
 
         sets = [part for item in settings.items() for part in ("--set", f"{item[0]}={json.dumps(item[1])}")]
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in ENDING}
         returncode = 0
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["train.py", "-t", task, *map(str, args), *sets])

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import warm
@@ -78,6 +79,19 @@ def in_training(project, launcher, script, *args, until=" | Train | ", **setting
         if until in line:
             return process
     pytest.fail(finish(process)[1])
+
+
+def told(process, text, seconds=30):
+    """The next line with this text that a launched run writes to its standard errors."""
+    too_late = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+    too_late.start()
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if text in line:
+            too_late.cancel()
+            return line
+    pytest.fail(f"it did not say {text!r}: {lines}")
 
 
 def with_prelude(project, prelude, script="train_ddp.py"):

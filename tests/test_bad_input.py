@@ -74,6 +74,14 @@ def test_wrong_arguments(args, sentence, monkeypatch, capsys, tmp_path):
     assert not output.out and "Traceback" not in output.err
 
 
+def test_an_error_that_nobody_reads(shared_project):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = shared_project.command("train.py", "-t", "sft", "-c", "nowhere.json")
+    assert subprocess.run(command, stderr=writer).returncode == 2
+    os.close(writer)
+
+
 # ---- files that are not what they should be ----------------------------------------------------------------
 
 

@@ -3,16 +3,19 @@
 import os
 import re
 import signal
+import time
 
 import pytest
 from launching import (
     ENDLESS,
     TORCHRUN,
+    deepspeed,
     finish,
     in_training,
     processes_of,
     settings_of,
     start,
+    told,
     with_prelude,
 )
 
@@ -100,3 +103,42 @@ def test_the_launcher_brings_a_killed_run_back(tiny_project, train, script):
     assert curve.keys() == again.keys()
     limit = 1e-5 if script == "train_ddp.py" else 1e-4
     assert max(abs(float(curve[step]) - float(again[step])) for step in curve) <= limit
+
+
+# tests/engine/test_heartbeat.py and test_stop.py have the single parts.
+SHORT_MINUTE = "import engine.heartbeat\nengine.heartbeat.MINUTE = 3.0\n"
+STOPPED = {
+    "the second, torchrun": ("train_ddp.py", 1),
+    "the first, torchrun": ("train_ddp.py", 0),
+    "the second, deepspeed": ("train_deepspeed.py", 1),
+    "the first, deepspeed": ("train_deepspeed.py", 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "rank"),
+    [pytest.param(*one, marks=[pytest.mark.slow][:i]) for i, one in enumerate(STOPPED.values())],
+    ids=STOPPED,
+)
+def test_a_stopped_process_is_named_and_the_run_ends_with_its_launcher(tiny_project, script, rank):
+    launcher = TORCHRUN if script == "train_ddp.py" else deepspeed()
+    script = with_prelude(tiny_project, SHORT_MINUTE, script)
+    process = in_training(tiny_project, launcher, script, log_interval=50)
+    processes = processes_of(tiny_project)
+    os.kill(processes[rank], signal.SIGSTOP)
+    who = rf"process {rank} on \S+ \(pid {processes[rank]}\)"
+    waits = told(process, "Waiting for ")
+    assert re.fullmatch(rf"Waiting for {who}: no answer for [345] s, last seen in step \d+\.\n", waits)
+    os.kill(processes[rank], signal.SIGCONT)
+    assert re.fullmatch(rf"No longer waiting for {who}, after \d+ s\.\n", told(process, "No longer"))
+
+    for number in signal.SIGSTOP, signal.SIGCONT:  # all of them: a laptop sleeps, and wakes
+        for pid in processes.values():
+            os.kill(pid, number)
+        time.sleep(4 if number == signal.SIGSTOP else 1)
+    process.kill()
+    output, errors = finish(process)  # it ends with the last of its processes
+    assert "Waiting" not in errors and errors.count("The launcher has ended") == 1, errors
+    [(step, path)] = tiny_project.checkpoints().items()
+    assert f"Stopped after step {step}. Go on with: the same command and --resume" in output
+    assert load(path).step == step and not processes_of(tiny_project)

@@ -12,6 +12,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 import plot_loss
@@ -329,3 +331,312 @@ def test_what_a_model_gives_to_watch_has_panels_of_its_own(tmp_path):
     draw(figure := Figure(), [log])
     [load] = [panel for panel in figure.axes if panel.get_ylabel() == "expert\nload"]
     assert [text.get_text() for text in load.get_legend().get_texts()] == ["layer 1", "layer 12"]
+
+
+# ---- runs that were stopped and resumed ------------------------------------------------------------------
+
+AT = "2026-01-02 03:04:05 | "
+STEP_TRAIN = AT + "Train | Epoch-Step: 0-{0} | Loss: {1} | LR: 1e-3 | load/2: {1} | Speed: 9.5 GFLOP/s\n"
+STEP_VAL = AT + "Val | Epoch-Step: 0-{0} | Loss: {1} | Loss/0: {1} | Accuracy: 50.00% | Best: 1.0\n"
+STEP_SAVE = AT + "Save | Epoch-Step: 0-{0} | checkpoint/pretrain_{2}_step_{0}.pt\n"
+NAME = "20260102_030405"
+
+
+def steps(first, last, run=NAME, task="pretrain"):
+    """What is logged from one step to another: each step has its own loss, every third a validation, too."""
+    lines = [form.format(step, 9 - step / 50, run) for step in range(first, last + 1)
+             for form in (STEP_TRAIN, *(STEP_VAL, STEP_SAVE) * (step % 3 == 0))]  # fmt: skip
+    return "".join(lines).replace("pretrain_", f"{task}_")
+
+
+def header(since=0, task="pretrain", **more):
+    return "# " + json.dumps(HEADER | {"task": task, "resumed_from_step": since, **more}) + "\n"
+
+
+def curves(*paths):
+    """[{name of a curve: its points}] of the runs in these logs."""
+    logs = [Log(path) for path in paths]
+    for log in logs:
+        log.read()
+    return [{name: points for name, points in one.curves.items() if points} for one in plot_loss.joined(logs)]
+
+
+def whole(tmp_path, last=30):
+    path = tmp_path / "whole.log"
+    path.write_text(header(run=NAME) + steps(1, last), "utf-8")
+    [run] = curves(path)
+    assert run["train"] == [(step, 9 - step / 50) for step in range(1, last + 1)]
+    assert {"train", "val", "rate", "speed", "accuracy", ("Loss", 0), ("load", 2)} == run.keys()
+    return run
+
+
+@st.composite
+def starts(draw):
+    """[(step it goes on from, last step it logs)]: killed anywhere, resumed from any step up to there."""
+    pieces, reached = [(0, draw(st.integers(0, 29)))], 0
+    for _ in range(draw(st.integers(0, 4))):
+        reached = max(reached, pieces[-1][1])
+        since = draw(st.integers(0, min(reached, pieces[-1][1])))
+        pieces.append((since, draw(st.integers(since, 29))))
+    since = draw(st.integers(0, pieces[-1][1]))
+    return [*pieces, (since, 30)]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@given(starts(), st.data())
+def test_a_resumed_run_is_one_curve_however_it_was_cut(tmp_path, pieces, data):
+    text = ""
+    for since, last in pieces:
+        text += header(since, run=NAME) + steps(since + 1, last)
+        if last < 30:  # killed while it wrote one more line, or after a power cut: zeros
+            line = STEP_TRAIN.format(last + 1, 1.25)
+            text += line[: data.draw(st.integers(0, len(line)))]
+            text += data.draw(st.sampled_from(["", "\n", "\0\0"]))
+    path = tmp_path / "train_x.log"
+    path.write_text(text, "utf-8")
+    assert curves(path) == [whole(tmp_path)]
+    (log := Log(path)).read()
+    assert f"{len(pieces)} starts" in log.facts or len(pieces) == 1
+
+    # The same for one that is followed while it is written.
+    log, rest = Log(path), text.encode()
+    path.write_bytes(b"")
+    while rest:
+        size = data.draw(st.integers(1, 9000))
+        with open(path, "ab") as file:
+            file.write(rest[:size])
+        log.read()
+        rest = rest[size:]
+    assert {name: points for name, points in log.curves.items() if points} == whole(tmp_path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@given(starts(), st.randoms())
+def test_logs_of_before_one_for_each_start_are_joined(tmp_path, pieces, random):
+    """Their headers name no run, but their checkpoints do. They may be given in any order."""
+    paths = []
+    for number, (since, last) in enumerate(pieces):
+        path = tmp_path / f"train_{number}.log"
+        text = header(since) + steps(since + 1, last) + STEP_SAVE.format(last, 0, NAME)
+        path.write_text(text.replace("03:04:05", f"03:04:{number:02d}"), "utf-8")
+        paths.append(path)
+    random.shuffle(paths)
+    assert curves(*paths) == [whole(tmp_path)]
+
+
+def test_what_is_not_known_to_be_one_run_is_not_joined(tmp_path):
+    texts = {
+        "first": header() + steps(1, 9),
+        "of another run": header(9) + steps(10, 20, run="20260102_999999"),
+        "of another task": header(9, task="sft") + steps(10, 20, task="sft"),
+        "without a checkpoint": header(9) + steps(10, 11),
+        "of two runs": header(9) + steps(10, 20) + steps(21, 30, run="20260102_999999"),
+        "branch": header(9, run="b", branched_from={"run": NAME, "step": 9}) + steps(10, 20, run="b"),
+        "without a header": steps(10, 20),
+    }
+    paths = [tmp_path / f"{name}.log" for name in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        path.write_text(text, "utf-8")
+    runs = curves(*paths)
+    assert len(runs) == len(texts)
+    assert [run["train"][0][0] for run in runs] == [1, 10, 10, 10, 10, 10, 10]
+    (log := Log(paths[-2])).read()
+    assert f"steps 10 to 20  ·  branched from {NAME}" in log.facts
+
+
+def test_a_run_that_began_anew_has_nothing_of_before(tmp_path):
+    path = tmp_path / "x.log"
+    path.write_text(header(run=NAME) + steps(1, 20) + header(run=NAME) + steps(1, 3), "utf-8")
+    [run] = curves(path)
+    assert run == whole(tmp_path, last=3)
+
+
+def test_logs_put_together_in_one_file_stay_several_runs(tmp_path):
+    path = tmp_path / "all.log"
+    path.write_text(header() + steps(1, 9) + header() + steps(1, 12, run="20260102_999999"), "utf-8")
+    assert [len(run["train"]) for run in curves(path)] == [9, 12]
+    labels = [text.get_text() for text in drawn(path)[0].get_legend().get_texts()]
+    assert [label.partition(":")[0] for label in labels[:2]] == ["all", "all (2)"]
+    path.write_text(steps(1, 5) + header() + steps(1, 6, run="20260102_999999"), "utf-8")
+    assert [len(run["train"]) for run in curves(path)] == [5, 6]
+    path.write_text("".join(header(run=f"r{i}") + steps(1, i) for i in range(1, 40)), "utf-8")
+    assert [len(run["train"]) for run in curves(path)] == list(range(40 - plot_loss.RUNS, 40))
+    done = plot("-n", str(path), "-o", str(tmp_path / "x.png"))
+    assert done.returncode == 0 and f"holds 39 runs; the last {plot_loss.RUNS} are drawn" in done.stderr
+
+
+def test_the_time_of_a_run_is_that_of_its_starts(tmp_path):
+    path = tmp_path / "x.log"
+    text = header(run=NAME) + steps(1, 9) + steps(10, 10).replace("03:04:05", "03:14:10")
+    text += (header(10, run=NAME) + steps(11, 19) + steps(20, 20).replace("03:04:05", "03:14:10")).replace(
+        "2026-01-02", "2026-01-09"
+    )
+    path.write_text(text, "utf-8")
+    (log := Log(path)).read()
+    assert log.facts == "x.log  ·  3.21 M parameters  ·  20 steps  ·  2 starts  ·  20 min 10 s"
+
+
+# ---- several validation files ----------------------------------------------------------------------------
+
+
+def test_the_loss_of_one_validation_file_is_not_that_of_all(tmp_path):
+    path = tmp_path / "train_x.log"
+    pairs = [["a", "data/wiki_val.bin"], ["b", "data\\novel_val.bin"]]
+    line = VAL.replace("| BPB", "| Loss/0: 2.5 | Loss/1: 4.5 | BPB")
+    text = header(run="x", train_config={"dataset_path": pairs})
+    text += "".join(TRAIN.format(1, i, 7 - i / 50) for i in range(1, 101))
+    text += line.format(50, 3.5) + line.format(100, 3.5)
+    path.write_text(text, "utf-8")
+    (log := Log(path)).read()
+    assert log.val == [(50, 3.5), (100, 3.5)]
+    assert log.parts == {0: [(50, 2.5), (100, 2.5)], 1: [(50, 4.5), (100, 4.5)]}
+    loss = drawn(path)[0]
+    labels = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert labels[-2:] == ["validation of wiki_val: 2.500", "validation of novel_val: 4.500"]
+    assert loss.get_ylim()[0] < 2.5  # they are seen whole
+    assert len(drawn(path, write_log(tmp_path / "other.log"))[0].get_legend().get_texts()) == 3
+
+
+@pytest.mark.parametrize("path", [None, 3, [], [["a"]], [["a", 3], ["b", "c"]], [["a", "b"]], {"a": "b"}])
+def test_validation_files_that_the_header_does_not_name(tmp_path, path):
+    log = tmp_path / "train_x.log"
+    text = header(run="x", train_config={"dataset_path": path}) + TRAIN.format(1, 1, 7)
+    log.write_text(text + VAL.replace("| BPB", "| Loss/0: 2 | Loss/1: 4 | BPB").format(1, 3), "utf-8")
+    labels = [text.get_text() for text in drawn(log)[0].get_legend().get_texts()]
+    assert labels[-2:] == ["validation of file 0: 2.000", "validation of file 1: 4.000"]
+    log.write_text(log.read_text("utf-8").replace("Loss/0", "Loss/3").replace("Loss/1", "Loss/99"), "utf-8")
+    assert drawn(log)[0].get_legend()
+
+
+# ---- logs that cannot be drawn, and such as nobody has written ---------------------------------------------
+
+
+def test_one_log_that_cannot_be_drawn_does_not_keep_back_the_others(tmp_path):
+    good, empty, foreign = tmp_path / "good.log", tmp_path / "empty.log", tmp_path / "foreign.log"
+    write_log(good)
+    empty.write_text(header(run="x"))
+    foreign.write_bytes(bytes(range(256)) * 50)
+    done = plot("-n", str(empty), str(good), str(foreign), "-o", str(tmp_path / "x.png"))
+    assert done.returncode == 0 and (tmp_path / "x.png").exists()
+    assert done.stderr.splitlines() == [
+        f"left out: {empty} holds no training step yet; --follow waits for the first one",
+        f"left out: {foreign} is not a training log: no line in it is a training step",
+    ]
+    done = plot("-n", str(empty), str(foreign), "-o", str(tmp_path / "y.png"))
+    assert done.returncode == 2 and not (tmp_path / "y.png").exists()
+    assert done.stderr == f"error: none of these 2 logs can be drawn: {empty} holds no training step yet; " \
+                          "--follow waits for the first one\n"  # fmt: skip
+
+
+ODD = [None, True, -1, 1.5, 10**20, "", "x" * 300, "a\nb", [], [1], {}, {"run": 3, "step": "x"}]
+KEYS = ["task", "n_params", "run", "resumed_from_step", "branched_from", "train_config"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_odd_headers(tmp_path, key):
+    for number, value in enumerate(ODD):
+        path = tmp_path / f"{number}.log"
+        path.write_text(header(**{key: value}) * 2 + steps(1, 9), "utf-8")
+        assert len(drawn(path)) == 5 and drawn(path)[0].lines
+    assert drawn(*tmp_path.glob("*.log"))
+
+
+HOSTILE = {
+    "a line without an end": b"1" * 30_000_000,
+    "a line without an end, of fields": b" | Val | Loss: " * 2_000_000,
+    "digits": (b"Step: 1 Loss " + b"1" * 900_000 + b"\n") * 20,
+    "digits and points": (b"Step: 1 Loss 1.0 " + b"1." * 490 + b"\n") * 2000,
+    "our fields": (TRAIN.format(1, 1, 1).strip() + " | a: 1" * 100_000 + "\n").encode() * 20,
+    "blanks": (b"Step:" + b" " * 990 + b"\n") * 2000,
+    "headers": (header(run="x").encode() + TRAIN.format(1, 1, 1).encode()) * 30_000,
+    "a deep header": (b'# {"a": ' + b"[" * 900_000 + b"\n") * 20,
+    "a long number in a header": (b'# {"resumed_from_step": ' + b"1" * 900_000 + b"}\n") * 20,
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_lines_are_read_in_time_and_the_rest_drawn(tmp_path, content):
+    path = tmp_path / "train_x.log"
+    path.write_bytes(TRAIN.format(1, 1, 7.5).encode() + content + b"\n" + TRAIN.format(1, 2, 7.25).encode())
+    log, before = Log(path), time.process_time()
+    log.read()
+    assert time.process_time() - before < 10  # what grows with the square takes hours
+    assert log.train[-1] == (2, 7.25) and not log.read()
+
+
+def test_a_long_line_is_passed_over_and_told(tmp_path):
+    path = tmp_path / "train_x.log"
+    path.write_bytes(b"x" * (5 * plot_loss.LINE) + b"\n")
+    write_log(tmp_path / "good.log")
+    with open(path, "ab") as file:
+        file.write((tmp_path / "good.log").read_bytes() + b"y" * (plot_loss.LINE + 9))
+    done = plot("-n", str(path), "-o", str(tmp_path / "x.png"))
+    assert done.returncode == 0 and "lines of more than 1 MB are passed over: 2\n" in done.stderr
+    (log := Log(path)).read()
+    offset = log.offset
+    assert not log.read() and offset == path.stat().st_size  # what is passed over is not read again
+
+
+def test_numbers_that_are_none():
+    for loss in ("9" * 5000, "1." + "9" * 5000, "1e99999", "١", "1_0", "0x10", "", "-"):
+        assert taken(TRAIN.format(1, 10, loss)) == ([], [], [], [])
+        assert not taken(f"2024-04-01 | Step: 10 | Loss: {loss} |")[0]
+    for step in ("9" * 5000, 10**15, "-1", "1.5", "x", ""):
+        assert taken(TRAIN.format(1, step, 3.5)) == ([], [], [], [])
+    [(step, _)] = taken(TRAIN.format(1, 999_999_999_999, 3.5))[0]
+    assert plot_loss.short_count(step + 1) == "1T"
+
+
+def test_a_long_log_is_thinned_and_that_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot_loss, "POINTS", 1000)
+    path = tmp_path / "train_x.log"
+    text = header(run="x") + "".join(TRAIN.format(1, i, 7) for i in range(1, 5001))
+    path.write_text(text + VAL.format(5000, 6))
+    (log := Log(path)).read()
+    assert sum(map(len, log.curves.values())) <= 1000 and log.val == [(5000, 6)]
+    assert np.diff([step for step, _ in log.train]).tolist() == [16] * (len(log.train) - 1)
+    assert list(log.notices()) == ["train_x: one of 16 of its 5,000 training steps is drawn"]
+
+
+def test_more_is_watched_than_a_picture_holds(tmp_path):
+    path = tmp_path / "train_x.log"
+    names = [f"| n{i}: 3 | deep/{i}: 4 | Time" for i in range(1, 301)]
+    path.write_text("".join(TRAIN.format(1, i, 7).replace("| Time", more) for i, more in enumerate(names, 1)))
+    (log := Log(path)).read()
+    assert len(log.watched) == plot_loss.NAMES and len(log.curves) <= plot_loss.CURVES + 1
+    done = plot("-n", str(path), "-o", str(tmp_path / "x.png"))
+    assert done.returncode == 0 and "more is watched than a picture has room for" in done.stderr
+
+
+# ---- legends and axes ------------------------------------------------------------------------------------
+
+
+def test_a_legend_of_many_runs_hides_no_curve(tmp_path):
+    paths = [write_log(tmp_path / f"{'long ' * 20}{i}.log", steps=100) for i in range(40)]
+    figure = Figure()
+    logs = [Log(path) for path in paths]
+    for log in logs:
+        log.read()
+    draw(figure, logs)
+    figure.canvas.draw()
+    loss = figure.axes[0]
+    assert loss.get_legend().get_window_extent().y1 <= loss.get_window_extent().y0
+    texts = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert len(texts) == plot_loss.KEYS + 1 and texts[-1] == "and 11 more"
+    assert all("…" in text and len(text) < 120 for text in texts[:-1]) and len({*texts}) == len(texts)
+    assert loss.get_window_extent().width > 0.6 * figure.bbox.width
+    thick = [line.get_color() for line in loss.lines if line.get_linewidth() == 1.9]
+    assert len({*map(str, thick)}) == 40
+
+
+def test_logs_of_one_name_are_told_apart(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        write_log(tmp_path / folder / "train.log")
+    labels = drawn(tmp_path / "a" / "train.log", tmp_path / "b" / "train.log")[0].get_legend().get_texts()
+    assert [label.get_text().partition(":")[0] for label in labels[:2]] == ["a/train", "b/train"]
+
+
+def test_counts_on_the_axis():
+    counts = {0: "0", 9_999: "9,999", 10_000: "10k", 12_500: "12.5k", 1_250_000: "1.25M", 3 * 10**9: "3G"}
+    assert {steps: plot_loss.short_count(steps) for steps in counts} == counts

@@ -4,6 +4,7 @@ Each has its copy of the project, of the configuration and of the data, and only
 checkpoints. This is the recipe of doc/several_machines.md.
 """
 
+import re
 import shlex
 import subprocess
 
@@ -133,3 +134,42 @@ def test_a_killed_process_is_brought_back_on_both(room, tiny_project, other_proj
     curve, again = (dict(place.logged("Train", "Loss")) for place in (train, tiny_project))
     assert curve.keys() == again.keys()
     assert max(abs(float(curve[step]) - float(again[step])) for step in curve) <= 1e-5
+
+
+STOPPED = """
+import os, signal, time
+import engine.heartbeat, engine.parallel
+
+engine.heartbeat.MINUTE = 3.0
+original = engine.parallel.DataParallel.reached
+
+def reached(self, step):
+    original(self, step)
+    if step == 30 and not self.rank:
+        if not os.fork():
+            time.sleep(8)
+            os.kill(os.getppid(), signal.SIGCONT)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+engine.parallel.DataParallel.reached = reached
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "script"), [(TORCHRUN, "train_ddp.py"), (DEEPSPEED, "train_deepspeed.py")]
+)
+def test_the_second_machine_says_that_the_first_one_does_not_answer(
+    room, tiny_project, other_project, launcher, script
+):
+    """With DeepSpeed it has the store through which they hear of each other."""
+    both = tiny_project, other_project
+    for project in both:
+        prelude = with_prelude(project, STOPPED, script)
+    done = run_on_both(room, both, launcher, prelude, "-t", "pretrain", **RUN)
+    assert "first: 0" in done.stdout and "second: 0" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("Done: step 50") == 1
+    waits = re.findall(r"^Waiting for (.*): no answer for \d+ s, last seen in step \d+\.$", done.stderr, re.M)
+    [ends] = re.findall(r"^No longer waiting for (process 0 on .*), after \d+ s\.$", done.stderr, re.M)
+    assert len(waits) in (1, 2) and {*waits} == {ends}

@@ -4,6 +4,7 @@ what it tells. Runs whose process matters are real ones, the others share this p
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -201,6 +202,11 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_the_same(tiny_project, 
 # ---- signals -----------------------------------------------------------------------------------------------
 
 
+def hangups(handler):
+    """For a child: SIGHUP as a terminal has it, or nohup, and not as whoever has started the tests."""
+    return lambda: signal.signal(signal.SIGHUP, handler)
+
+
 def start(project, *args, **settings):
     """A training process that is in the midst of its steps; it would go on for long."""
     settings = {"max_steps": 10**6, **settings}
@@ -211,6 +217,7 @@ def start(project, *args, **settings):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hangups(signal.SIG_DFL),
     )
     for line in process.stdout:
         if " | Train | " in line:
@@ -265,6 +272,41 @@ def test_a_second_signal_ends_it_at_once(tiny_project, number, code):
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == code and "Traceback" not in stderr
     assert not tiny_project.checkpoints()
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN], ids=["", "nohup"])
+def test_a_terminal_that_is_closed_breaks_nothing_off(tiny_project, handler):
+    command, *args = tiny_project.command("train.py", "-t", "pretrain")
+    args += settings_of(max_steps=10**6, decay_lr=False, log_interval=1)
+    child = pexpect.spawn(
+        command, args, cwd=str(tiny_project.elsewhere), env=tiny_project.environment, timeout=60,
+        preexec_fn=hangups(handler),
+    )  # fmt: skip
+    child.expect("loss ")
+    reached = len(losses(tiny_project))
+    os.close(child.child_fd)
+    if handler == signal.SIG_IGN:  # it goes on, with its log file only
+        until = time.monotonic() + 30
+        while len(losses(tiny_project)) < reached + 50:
+            assert time.monotonic() < until and child.isalive()
+            time.sleep(0.1)
+        child.kill(signal.SIGTERM)
+    child.wait()
+    assert child.exitstatus == 0
+    [(step, path)] = tiny_project.checkpoints().items()
+    assert load(path).step == step == len(losses(tiny_project))
+
+
+def test_a_reader_that_leaves_ends_training_after_its_step(tiny_project):
+    """`train.py | head`, or the `tee` that Ctrl-C has ended first."""
+    process = start(tiny_project, "-t", "pretrain", decay_lr=False)
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(30) == 0
+    [(step, path)] = tiny_project.checkpoints().items()
+    assert load(path).step == step == len(losses(tiny_project))
+    assert f" | Save | Epoch-Step: 0-{step} | " in re.sub(r"Epoch-Step: \d+-", "Epoch-Step: 0-", stderr)
+    assert f"Stopped after step {step}. Go on with: python " in stderr and "Traceback" not in stderr
 
 
 # ---- divergence --------------------------------------------------------------------------------------------

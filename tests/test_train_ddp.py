@@ -12,6 +12,7 @@ from launching import (
     largest_difference,
     launched,
     losses,
+    processes_of,
     settings_of,
     start,
     together,
@@ -48,15 +49,24 @@ def test_two_processes_with_muon_draw_the_curve_of_one(tiny_project, train):
     assert largest_difference(losses(train), losses(tiny_project)) <= 1e-5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_launcher_saves_and_ends(tiny_project, number):
+@pytest.mark.parametrize(
+    ("number", "sent_to"),
+    [
+        (signal.SIGINT, "all"),  # Ctrl-C reaches every process of the terminal
+        (signal.SIGTERM, "launcher"),
+        pytest.param(signal.SIGHUP, "launcher", marks=pytest.mark.slow),  # its terminal is closed
+        (signal.SIGTERM, "one of them"),
+    ],
+)
+def test_a_signal_saves_and_ends(tiny_project, number, sent_to):
     process = in_training(tiny_project, *DDP)
-    if number == signal.SIGINT:  # Ctrl-C reaches every process of the terminal
+    if sent_to == "all":
         os.killpg(process.pid, number)
     else:
-        process.send_signal(number)
+        os.kill(process.pid if sent_to == "launcher" else processes_of(tiny_project)[1], number)
     output, errors = finish(process)
     assert "the same command and --resume" in output, errors
+    assert (process.returncode == 0) == (sent_to == "one of them")
     [step] = tiny_project.checkpoints()
     assert f"Stopped after step {step}" in output
     assert load(tiny_project.checkpoints()[step]).step == step

@@ -1,0 +1,103 @@
+"""What ends a run before its end. Whole runs that are ended so: tests/test_train.py, tests/test_faults.py."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from launching import deepspeed, finish
+
+from engine.config import ROOT
+from engine.stop import StopRequest
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture
+def caught():
+    """What is left of the signals that a test sends, where nobody else handles them."""
+    numbers, before = [], {number: signal.getsignal(number) for number in ENDING}
+    for number in ENDING:
+        signal.signal(number, lambda number, frame: numbers.append(number))
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_asks_and_a_second_one_insists(caught, number):
+    stop = StopRequest()
+    signal.raise_signal(number)
+    assert stop.asked and not caught
+    signal.raise_signal(number)
+    # Shell and terminal send one SIGHUP each, and mean the same.
+    assert caught == ([] if number == signal.SIGHUP else [number])
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_launcher_may_send_it_twice(caught, number):
+    stop = StopRequest(launcher=object())
+    for _ in range(3):
+        signal.raise_signal(number)
+    assert stop.asked and not caught
+
+
+def test_what_nohup_ignores_stays_ignored(caught):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop.asked and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+# ---- the launcher is killed --------------------------------------------------------------------------------
+
+LAUNCHED = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from engine import stop
+stop.GRACE = 1.5
+os.environ.update(RANK="3", LOCAL_RANK="0")
+launcher = stop.Launcher()
+"""
+STARTS = 'print("started", flush=True)\ntime.sleep(60)'
+TRAINS = """
+request = stop.StopRequest(launcher)
+print("started", flush=True)
+while not request.asked:
+    time.sleep(0.1)
+"""
+STUCK = TRAINS + "time.sleep(60)"  # with its peers gone
+SAVES = TRAINS + 'request.heard()\ntime.sleep(2.5)\nprint("saved", flush=True)'
+
+
+@pytest.mark.parametrize(
+    ("works", "output", "errors"),
+    [(STARTS, "", 1), (STUCK, "", 2), (SAVES, "saved\n", 1)],
+    ids=["before it trains", "its step does not end", "saving takes long"],
+)
+def test_a_process_ends_when_its_launcher_is_killed(works, output, errors):
+    launch = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LAUNCHED + works!r}])"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", launch], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout.readline() == "started\n"
+    launcher.kill()
+    stdout, stderr = launcher.communicate(timeout=20)  # to their end, which is that of the other process
+    said = "The launcher has ended, and so does this run.", "Process 3 cannot end its step; it ends at once."
+    assert stdout == output and tuple(stderr.splitlines()) == said[:errors]
+
+
+def test_both_launchers_of_deepspeed_are_watched(tmp_path):
+    """`deepspeed` starts a process that starts those that train; killed alone, it would leave them all."""
+    (tmp_path / "works.py").write_text(LAUNCHED + STARTS)
+    command = [sys.executable, "-m", *deepspeed(), tmp_path / "works.py"]
+    runner = subprocess.Popen(
+        command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    for _ in range(2):
+        assert any(line == "started\n" for line in runner.stdout)
+    runner.kill()
+    _, stderr = finish(runner)
+    assert stderr.count("The launcher has ended, and so does this run.") == 2
