@@ -39,7 +39,8 @@ def parse_arguments():
     add("--read", metavar="FOLDER", help="the other way: write a checkpoint of this folder's model")
     add("-t", "--task", choices=("pretrain", "sft"),
         help="what the model that is read was trained for (as its folder says, else pretrain)")  # fmt: skip
-    add("--tokenizer", metavar="JSON", help="a tokenizer of Nano's, instead of the folder's own")
+    add("--tokenizer", metavar="FILE",
+        help="read it with this tokenizer, instead of the folder's own: as for data.py")  # fmt: skip
     args = parser.parse_args()
     if args.read is None and (args.task or args.tokenizer):
         raise UserError("--task and --tokenizer are for --read; a checkpoint knows both")
@@ -57,8 +58,8 @@ def main():
     args = parse_arguments()
     from engine.config import find, shown
 
-    for path in (args.model, args.tokenizer):
-        if path is not None and not find(path).is_file():
+    for path, is_there in ((args.model, Path.is_file), (args.tokenizer, Path.exists)):
+        if path is not None and not is_there(find(path)):
             raise UserError(f"there is no file {shown(find(path))}")
     if args.read is not None:
         if not find(args.read).is_dir():

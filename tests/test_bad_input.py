@@ -89,7 +89,8 @@ def test_files_of_another_kind(train, tiny_data, tmp_path):
     (tmp_path / "x.txt").write_text("other words<|eos|>" * 99)
     prepare([tmp_path / "x.txt"], [], other)
     wrong = told(train("pretrain", dataset_path=[[pretrain[0][0], "other/pretrain_val.bin"]]))
-    assert wrong.endswith("/pretrain_val.bin was made with another tokenizer; run `python data.py` again")
+    assert "/pretrain_val.bin was made with another tokenizer than this run's" in wrong
+    assert "`python data.py --tokenizer FILE`" in wrong
     wrong = told(train("pretrain", tokenizer_path="other/tokenizer.json"))
     assert "pretrain_train.bin was made with another tokenizer" in wrong
     small = CharTokenizer.train(["ab"]).vocab_size
@@ -100,7 +101,7 @@ def test_files_of_another_kind(train, tiny_data, tmp_path):
         ("config/model_config.json", "is not a sound Nano tokenizer"),
         ("dataset/prepared/sft_val.bin", "is no valid JSON"),
         ("nowhere.json", "does not exist; `python data.py` writes a tokenizer"),
-        ("", "is a directory"),
+        ("config", "config/tokenizer.json does not exist"),
     ):
         assert sentence in told(train("pretrain", tokenizer_path=path))
     for path, sentence in (

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import data
 import tokenizer as tokenizer_module
-from data import Batches, Split, TokenFile, cut_in_two, keys, messages_of, prepare, shuffled, text_documents
+from data import Batches, Split, TokenFile, conversation_of, cut_in_two, keys, prepare, shuffled
 from engine.errors import UserError
 from tokenizer import ROOT, load
 
@@ -42,9 +42,8 @@ def prepared(tmp_path_factory):
     (folder / "in.txt").write_bytes("".join(f"<|bos|>{text}<|eos|>\n" for text in texts).encode())
     write_jsonl(folder / "sft.jsonl", QA)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "CHUNK", 500)
-        patch.setattr(data, "CHUNK", 200)
-        patch.setattr(data, "LONG", 100)
+        patch.setattr("sources.reading.CHUNK", 200)
+        patch.setattr("sources.text.LONG", 100)
         prepare([folder / "in.txt"], [folder / "sft.jsonl"], folder / "out", val_fraction=0.2)
     return folder / "out", texts
 
@@ -89,31 +88,6 @@ def test_sft_masks_by_hand(prepared):
             seen.append({"question": question, "answer": answer.removesuffix("<|eos|>")})
         assert file.meta["n_loss_tokens"] == file.mask.sum()
     assert sorted(map(str, seen)) == sorted(map(str, QA))
-
-
-pieces = st.sampled_from(["中", "a", "\r\n", " ", "\n", "<", "|", "<|eos", "𝄞", "e\u0301"])
-
-
-@given(
-    documents=st.lists(st.lists(pieces).map("".join), min_size=1, max_size=30),
-    chunk=st.integers(1, 60),
-    delimiter=st.sampled_from(["<|eos|>", "<|endoftext|>", "<|eos|> \n<|bos|>"]),
-)
-@settings(max_examples=300)
-def test_documents_do_not_depend_on_chunks(documents, chunk, delimiter, tmp_path_factory):
-    path = tmp_path_factory.mktemp("doc") / "x.txt"
-    path.write_bytes(delimiter.join(documents).encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "CHUNK", chunk)
-        patch.setattr(data, "LONG", 20)
-        found, was_open = [], False
-        for texts, is_open in text_documents(path, pytest.fail, lambda n: None):
-            if was_open:
-                found[-1] += texts.pop(0)
-            found += texts
-            was_open = is_open
-    assert not was_open
-    assert found == [document for document in documents if document.strip()]
 
 
 def test_whole_preparation_does_not_depend_on_chunks(prepared, tmp_path):
@@ -170,10 +144,14 @@ def test_bpe_and_a_given_tokenizer(tmp_path):
     assert done.returncode == 0 and "50 characters are not in" in done.stdout
 
 
-def test_all_forms_of_conversation():
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "extra": [1]}]
-    assert [m["content"] for m in messages_of({"question": "a", "answer": "b"})] == ["a", "b"]
-    assert messages_of({"messages": turns}) == messages_of({"conversations": turns}) == turns
+def test_what_the_chat_template_asks_of_a_conversation():
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "extra": [1]}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert conversation_of({"messages": [user, assistant]})[0] == turns
+    assert conversation_of({"messages": [assistant, user, assistant]})[0] == [turns[1], *turns]
+    messages, notes = conversation_of({"messages": [user, user, user, assistant, assistant]})
+    assert [message["content"] for message in messages] == ["a\na\na", "b\nb"]
+    assert notes.count(("joined", "")) == 3
     for bad in (
         [],
         {},
@@ -184,14 +162,16 @@ def test_all_forms_of_conversation():
         {"question": "a", "answer": "\ud800"},
         {"messages": {}},
         {"messages": []},
-        {"messages": turns[:1]},
-        {"messages": turns * 2 + turns[:1]},
-        {"messages": [turns[0], turns[0]]},
-        {"messages": [{"role": "tool", "content": "x"}, *turns]},
+        {"messages": [user]},
+        {"messages": [user, assistant, user]},
+        {"messages": [assistant]},
+        {"messages": [{"role": "system", "content": "a"}, assistant]},
+        {"messages": [user, {"role": "system", "content": "a"}, assistant]},
+        {"messages": [{"role": "tool", "content": "x"}, user, assistant]},
         {"conversations": [{"role": "user", "content": 3}]},
     ):
         with pytest.raises(UserError):
-            messages_of(bad)
+            conversation_of(bad)
 
 
 # ---- bad input, through the command line -----------------------------------------------------------

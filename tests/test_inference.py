@@ -136,7 +136,7 @@ def test_arguments_do_not_wait_for_torch(shared_project):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "holds no question"),
+        (b"", "there is no text in it"),
         (b'{"question": "a", "answer": "b"}\n{"question": 1}\n', "line 2"),
         (b"\xff\n", "line 1: not UTF-8"),
         (b"question,answer\n", "line 1: not JSON"),

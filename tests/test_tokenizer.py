@@ -7,14 +7,13 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenizer as module
 from engine.errors import UserError
 from tokenizer import (
     BLOCK,
-    DELIMITER,
     ROOT,
     SPECIAL_TOKENS,
     BPETokenizer,
@@ -23,7 +22,6 @@ from tokenizer import (
     from_dict,
     load,
     merge_turns,
-    read_text,
     render_chat,
     render_chats,
 )
@@ -322,32 +320,6 @@ def test_merging_keeps_all_words_and_takes_turns(turns):
     check_messages(merged)
     assert count == len(turns) - len(merged)
     assert "\n".join(message["content"] for message in merged) == "\n".join(text for _, text in turns)
-
-
-@given(text=any_text | awkward, chunk=st.integers(1, 40), bom=st.booleans())
-@settings(max_examples=200)
-def test_reading_in_chunks_keeps_every_byte(text, chunk, bom, tmp_path_factory):
-    path = tmp_path_factory.mktemp("read") / "x.txt"
-    path.write_bytes(b"\xef\xbb\xbf" * bom + text.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK", chunk)
-        read = "".join(read_text(path))
-    assert read == (text if bom else text.removeprefix("\ufeff"))
-
-
-def test_bad_lines_are_found_and_left_out(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_bytes("好\r\n".encode() * 10 + b"a\xffb\n" + "坏\n".encode() + "坏".encode()[:2])
-    with pytest.raises(UserError, match=r"x\.txt, line 11: not UTF-8"):
-        list(read_text(path))
-    told = []
-    assert "".join(read_text(path, told.append)) == "好\r\n" * 10 + "坏\n"
-    assert [sentence.split(": ")[0][-7:] for sentence in told] == ["line 11", "line 13"]
-
-
-def test_delimiters_take_the_white_space_between_them():
-    text = "<|bos|> a<|eos|> \n<|bos|>\nb\n<|endoftext|>\n"
-    assert DELIMITER.split(text) == ["", " a", "\nb\n", "\n"]
 
 
 def test_command_line(tmp_path):
