@@ -58,7 +58,7 @@ def conversation_of(record):
     messages, n_joined = merge_turns(messages)
     if messages[-1]["role"] != "assistant":
         raise UserError("ends without an answer of the assistant")
-    if all(message["role"] != "user" for message in messages):
+    if "user" not in [message["role"] for message in messages]:
         raise UserError("holds nothing that the user says")
     for message in messages:
         if message["role"] == "assistant" and (not message["content"] or message["content"].isspace()):

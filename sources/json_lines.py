@@ -8,6 +8,8 @@ from engine.errors import UserError
 from sources import reading
 from sources.reading import fault_of
 
+parse = json.JSONDecoder().decode
+
 
 def documents(reader, of_record, found):
     """What `of_record` makes of each line. Yields (documents, False): those of about a block of bytes."""
@@ -18,7 +20,7 @@ def documents(reader, of_record, found):
             if not line or line.isspace():
                 continue
             try:
-                document, noted = of_record(json.loads(line.decode()))
+                document, noted = of_record(parse(line.decode()))
                 documents.append(document)
                 notes += noted
                 continue

@@ -5,6 +5,7 @@ used. Nothing is dropped in silence: a field that is not read is noted, and one 
 mean something else makes the record unusable.
 """
 
+import functools
 from typing import NamedTuple
 
 from engine.errors import UserError
@@ -19,8 +20,9 @@ def text_of(record):
         raise UserError(f'needs {{"text": "..."}}, but {is_like(record)}')
     if not record["text"] or record["text"].isspace():
         raise UserError("its text is empty")
-    text, marks = plain(record["text"], "its text")
-    return text, [("read", "JSON lines with text"), *unread(record, ("text",)), *marks]
+    marks = marks_of(record["text"])
+    notes = [("read", "JSON lines with text"), *unread(record, {"text"}), *marks]
+    return record["text"].replace(BYTE_ORDER_MARK, ""), notes
 
 
 def words_of(record):
@@ -44,29 +46,29 @@ def name(field):
 
 
 def unread(record, read, place="", matters=None):
-    """Notes of the fields that hold something and are not among those `read`; `place`: where they are.
+    """Notes of the fields that hold something and are not among those `read`, a set; `place`: where they are.
 
     matters: {field: its usual value}; UserError for another value of one of these.
     """
-    matters, fields = matters or {}, []
+    notes = []
     for field, value in record.items():
-        if field in read or value in EMPTY or (field in matters and value == matters[field]):
+        if field in read or value in EMPTY or (matters and field in matters and value == matters[field]):
             continue
-        if field in matters:
+        if matters and field in matters:
             raise UserError(
                 f"its {place}{field} cannot be used, and an answer may mean something else without it"
             )
-        fields.append(field)
-    return [("not read", place + name(field)) for field in fields]
+        notes.append(("not read", place + name(field)))
+    return notes
 
 
-def plain(text, what):
-    """(text without byte-order marks, a note of each)"""
+def marks_of(text):
+    """A note of each byte-order mark in it. UserError if it is no Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{what} holds half a surrogate pair (like \\ud800), no character") from None
-    return text.replace(BYTE_ORDER_MARK, ""), [("marks", "")] * text.count(BYTE_ORDER_MARK)
+        raise UserError("holds half a surrogate pair (like \\ud800), no character") from None
+    return [("marks", "")] * text.count(BYTE_ORDER_MARK)
 
 
 # ---- conversations ---------------------------------------------------------------------------------
@@ -79,13 +81,14 @@ class Shape(NamedTuple):
     may_have: tuple = ()  # fields that are read, too; `system` always is
 
 
-def turns(*texts):
-    roles = ("user", "assistant")
-    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+def turns(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def with_history(record, question, answer):
-    pairs = record.get("history") or []
+    pairs = record.get("history")
+    if not pairs:
+        return turns(question, answer)
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise UserError('its history is not a list like [["question", "answer"], ...]')
     return [message for pair in [*pairs, (question, answer)] for message in turns(*pair)]
@@ -120,6 +123,7 @@ SHAPES = (
 )
 SHAREGPT = "conversations in ShareGPT's shape"  # has "conversations", too: of {"from": ..., "value": ...}
 
+PLAIN, OF_SHAREGPT = {"role", "content"}, {"from", "value"}  # the fields of a message
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
          "assistant": "assistant", "gpt": "assistant"}  # fmt: skip
 # Fields of a conversation or a message without which an answer may mean something else: their usual values.
@@ -138,12 +142,8 @@ def messages_of(record):
         record = {"messages": record}
     if not isinstance(record, dict):
         raise UserError(f"needs a JSON object, but {is_like(record)}")
-    held = {field for field, value in record.items() if value is not None}
-    shapes = [shape for shape in SHAPES if held.issuperset(shape.needs)]
-    if len(shapes) != 1:
-        raise UserError(why_no_shape(record, held, shapes))
-    [shape] = shapes
-    notes = unread(record, ("system", *shape.needs, *shape.may_have), matters=MATTERS)
+    shape, fields = shape_of(tuple([field for field, value in record.items() if value is not None]))
+    notes = [] if record.keys() <= fields else unread(record, fields, matters=MATTERS)
     messages = shape.messages(record)
     if not isinstance(messages, list) or not messages:
         raise UserError(f"its {shape.needs[0]} must be a list of at least one message")
@@ -155,25 +155,47 @@ def messages_of(record):
             raise UserError("its system is not text")
         if messages[0]["role"] == "system":
             raise UserError("has two system texts: a field, and its message 1")
-        system, marks = plain(system, "its system")
         messages.insert(0, {"role": "system", "content": system})
+    if marks := marks_of("".join([message["content"] for message in messages])):
         notes += marks
+        for message in messages:
+            message["content"] = message["content"].replace(BYTE_ORDER_MARK, "")
     return messages, notes
+
+
+@functools.lru_cache(1000)
+def shape_of(held):
+    """(the Shape of a record with these fields, the names of those that are read)"""
+    shapes = [shape for shape in SHAPES if set(held).issuperset(shape.needs)]
+    if len(shapes) > 1:
+        raise UserError(
+            f"is two conversations at once: it has {' and '.join('/'.join(s.needs) for s in shapes)}"
+        )
+    if shapes:
+        [shape] = shapes
+        return shape, {"system", *shape.needs, *shape.may_have}
+    for shape in SHAPES:
+        if there := set(held).intersection(shape.needs):
+            [missing] = set(shape.needs) - there
+            raise UserError(f"has {there.pop()}, but no {missing}")
+    wanted = ", ".join(" and ".join(shape.needs) for shape in SHAPES)
+    raise UserError(f"has no fields of a conversation ({wanted}): {is_like(dict.fromkeys(held))}")
 
 
 def message_of(message, number, notes):
     """{"role", "content"} of a message in one of the ways to write it."""
     if not isinstance(message, dict):
         raise UserError(f"its message {number} is not a JSON object")
-    speaks, says = ("from", "value") if "from" in message else ("role", "content")
-    role = message.get(speaks)
+    role, content, fields = message.get("role"), message.get("content"), PLAIN
+    if "from" in message:
+        role, content, fields = message["from"], message.get("value"), OF_SHAREGPT
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(
             f"its message {number} is from {str(role)[:40]!r}, "
             "and the chat template knows system, user and assistant only"
         )
-    notes += unread(message, (speaks, says), "messages.", MATTERS)
-    content = message.get(says)
+    if not message.keys() <= fields:
+        notes += unread(message, fields, "messages.", MATTERS)
     if isinstance(content, list):
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else part
@@ -181,18 +203,5 @@ def message_of(message, number, notes):
                 raise UserError(f"its message {number} holds a part that is not text: {str(kind)[:40]!r}")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise UserError(f"its message {number}, from {role}, is not text")
-    content, marks = plain(content, f"its message {number}, from {role},")
-    notes += marks
+        raise UserError(f"its message {number} from {role} is not text")
     return {"role": ROLES[role], "content": content}
-
-
-def why_no_shape(record, held, shapes):
-    if shapes:
-        return f"is two conversations at once: it has {' and '.join('/'.join(s.needs) for s in shapes)}"
-    for shape in SHAPES:
-        if there := held.intersection(shape.needs):
-            [missing] = set(shape.needs) - there
-            return f"has {there.pop()}, but no {missing}"
-    wanted = ", ".join(" and ".join(shape.needs) for shape in SHAPES)
-    return f"has no fields of a conversation ({wanted}): {is_like(record)}"

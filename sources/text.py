@@ -21,7 +21,7 @@ def documents(reader, of_record, found):
     Yields (texts, is_open). With `is_open`, the last text goes on in the first of the next list: so a book of
     any length passes through in little memory.
     """
-    held = edge = ""  # what is behind the last delimiter; `edge`, its end, may be half a delimiter
+    held = edge = ""  # what is behind the last delimiter, and its end if that may be half a delimiter
     is_open = False  # whether a part of that has been passed on
     for text in texts(reader, found):
         *ended, tail = DELIMITER.split(edge + text)
@@ -40,7 +40,8 @@ def documents(reader, of_record, found):
             ended, is_open = [], True
         if ended:
             yield ended, False
-        held, edge = held[:-LONGEST], held[-LONGEST:]
+        begins = held.rfind("<", -LONGEST)
+        held, edge = (held, "") if begins < 0 else (held[:begins], held[begins:])
     held += edge
     if is_open or (held and not held.isspace()):
         *batches, last = in_parts([held])
@@ -99,22 +100,24 @@ def pieces(reader, found):
             file.seek(n_whole - len(block), os.SEEK_CUR)
             block = block[:n_whole]
         if block:
-            yield sound_lines(block, reader, found)
+            first = reader.n_lines + 1
             reader.passed(block)
+            yield sound_lines(block, reader.path, first, found)
         if is_cut:
             yield from long_line(reader, found)
 
 
-def sound_lines(block, reader, found):
+def sound_lines(block, path, first, found):
+    """The text of a block of whole lines, of which the first has the number `first`, without the bad ones."""
     if b"\0" not in block:
         try:
             return block.decode()
         except UnicodeDecodeError:
             pass
     sound = []
-    for number, line in enumerate(io.BytesIO(block), reader.n_lines + 1):
+    for number, line in enumerate(io.BytesIO(block), first):
         if fault := fault_of([line]):
-            found.leave_out(reader.path, number, fault, len(line))
+            found.leave_out(path, number, fault, len(line))
         else:
             sound.append(line)
     return b"".join(sound).decode()

@@ -324,12 +324,15 @@ def test_merging_keeps_all_words_and_takes_turns(turns):
 
 def test_command_line(tmp_path):
     (tmp_path / "某 text.txt").write_text(SAMPLE * 20, encoding="utf-8")
-    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "龘\u2028"}]}\n', "utf-8")
+    chat = '\ufeff{"messages": [{"role": "user", "content": "龘\u2028"}], "id": 7}\n'
+    (tmp_path / "chat.jsonl").write_text(chat, "utf-8")
     script = ROOT / "tokenizer.py"
     done = run(script, "train", "--kind", "bpe", "--vocab_size", "300", "某 text.txt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert load(tmp_path / "tokenizer.json").vocab_size == 300
-    assert run(script, "train", "chat.jsonl", "-o", "c.json", cwd=tmp_path).returncode == 0
+    done = run(script, "train", "chat.jsonl", "-o", "c.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "chat.jsonl: 1 conversations of messages; not read: id (1)\n" in done.stdout
     assert load(tmp_path / "c.json").characters == "\u2028龘"
     done = run(script, "stats", "某 text.txt", "--vocab_size", "300", cwd=tmp_path)
     assert done.returncode == 0 and "bytes per token" in done.stdout and "bpe" in done.stdout
@@ -344,6 +347,7 @@ def test_command_line(tmp_path):
         ["train", "chat.jsonl", "--vocab_size", "9"],
         ["train", "chat.jsonl", "--kind", "bpe", "--vocab_size", "9"],
         ["stats", "chat.jsonl", "--tokenizer", "chat.jsonl"],
+        ["stats", "chat.jsonl", "--tokenizer", "empty.txt"],
         ["train"],
         [],
     ):
