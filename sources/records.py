@@ -18,11 +18,11 @@ def text_of(record):
     """The text of {"text": "..."}."""
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise UserError(f'needs {{"text": "..."}}, but {is_like(record)}')
-    if not record["text"] or record["text"].isspace():
-        raise UserError("its text is empty")
     marks = marks_of(record["text"])
-    notes = [("read", "JSON lines with text"), *unread(record, {"text"}), *marks]
-    return record["text"].replace(BYTE_ORDER_MARK, ""), notes
+    text = record["text"].replace(BYTE_ORDER_MARK, "")
+    if not text or text.isspace():
+        raise UserError("its text is empty")
+    return text, [("read", "JSON lines with text"), *unread(record, {"text"}), *marks]
 
 
 def words_of(record):

@@ -141,6 +141,7 @@ def test_conversations_that_cannot_be_used(record, sentence):
         ({"text": ["x"]}, "but its fields are text"),
         ([1], "but it is a list"),
         ({"text": " \n"}, "its text is empty"),
+        ({"text": "\ufeff"}, "its text is empty"),
         ({"text": "\ud800"}, "holds half a surrogate pair"),
     ],
 )
