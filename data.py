@@ -1,6 +1,6 @@
 """Text files to token files, and token files to batches.
 
-Preparing (`python data.py`) happens once. It reads the text twice, chunk by chunk, so that memory
+Preparing (`python data.py`) happens once. It reads the text (sources/) twice, block by block, so that memory
 does not depend on how much text there is: first to find the vocabulary and every mistake in the
 input, then to write ids. What it writes, in dataset/prepared/:
 

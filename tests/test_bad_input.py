@@ -12,6 +12,7 @@ import zipfile
 import pytest
 import torch
 
+import data
 import train as script
 from data import prepare
 from engine.checkpoint import load
@@ -116,6 +117,23 @@ def test_files_of_another_kind(train, tiny_data, tmp_path):
     cut.write_bytes(cut.read_bytes()[:-2])
     assert "pretrain_train.bin is truncated" in told(train("pretrain"))
     assert not list(train.root.glob("train_*")) and not train.checkpoints()
+
+
+def test_what_is_said_about_another_tokenizer_helps(train, tmp_path, monkeypatch):
+    """New text prepared by itself has a tokenizer of its own, however often; --tokenizer is what helps."""
+    assert train("pretrain", max_steps=3).returncode == 0
+    [checkpoint] = train.checkpoints().values()
+    path, out = tmp_path / "new.jsonl", train.root / "new"
+    path.write_text("".join(f'{{"question": "{i}?", "answer": "new {i}"}}\n' for i in range(9)))
+    settings = {"from_checkpoint": str(checkpoint), "max_steps": 3,
+                "dataset_path": [["new/sft_train.bin", "new/sft_val.bin"]]}  # fmt: skip
+    for advised, returncode in (([], 2), (["--tokenizer", str(checkpoint)], 0)):
+        monkeypatch.setattr(sys, "argv", ["data.py", "--sft", str(path), "--out", str(out), *advised])
+        data.main()
+        done = train("sft", **settings)
+        assert done.returncode == returncode
+        if returncode:
+            assert "`python data.py --tokenizer FILE`, where FILE is the checkpoint" in told(done)
 
 
 def test_what_the_machine_cannot_do_is_refused(train):
