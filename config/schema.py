@@ -127,14 +127,12 @@ class TrainConfig(Schema):
     )
     random_seed: int = Field(1337, ge=0, lt=1 << 63, description="seed of weights, data order and dropout")
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] | Auto = Field(
-        32,
-        description='sequences in one forward pass; "auto": a global batch of 0.58 D^0.571 tokens, where '
-        "D is 20 per parameter of the model (Li et al. 2025)",
+        32, description='sequences in one forward pass; "auto": a global batch of 0.58 D^0.571 tokens, where '
+        "D is 20 per parameter of the model (Li et al. 2025)"
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1 << 20)] | Auto = Field(
-        1,
-        description="forward passes per step; times batch_size is the global batch; "
-        '"auto": as few as fit in memory',
+        1, description="forward passes per step; times batch_size is the global batch; "
+        '"auto": as few as fit in memory'
     )
     max_steps: Annotated[int, Field(ge=0, le=LAST_STEP)] | Auto = Field(
         0, description='optimizer steps in all; 0: until stopped; "auto": 20 tokens per parameter'
@@ -144,9 +142,8 @@ class TrainConfig(Schema):
         "adamw", description="how gradients become steps; muon: those of the blocks' matrices, adamw the rest"
     )
     learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = Field(
-        6e-4,
-        description='peak learning rate; "auto": 1.79 N^-0.713 D^0.307, at most 0.01, for N parameters '
-        "and D = 20 N (Li et al. 2025)",
+        6e-4, description='peak learning rate; "auto": 1.79 N^-0.713 D^0.307, at most 0.01, for N parameters '
+        "and D = 20 N (Li et al. 2025)"
     )
     matrix_lr: float | None = Field(
         None, gt=0, le=10, description="muon: peak learning rate of its matrices; null: 0.02"
@@ -171,11 +168,8 @@ class TrainConfig(Schema):
         None, ge=0, lt=1, description="the same as a share of lr_decay_iters; null: warmup_iters counts"
     )
     warmdown_ratio: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="share of lr_decay_iters in which a constant rate falls linearly to "
-        "min_lr at the end; null: a cosine from the warm-up on",
+        None, gt=0, le=1, description="share of lr_decay_iters in which a constant rate falls linearly to "
+        "min_lr at the end; null: a cosine from the warm-up on"
     )
     lr_decay_iters: int = Field(0, ge=0, description="step at which min_lr is reached; 0: max_steps")
     min_lr: Annotated[float, Field(ge=0, le=10)] | Auto = Field(
