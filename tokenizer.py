@@ -34,6 +34,8 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError, run
+from sources import Found, Source
+from sources.records import words_of
 
 ROOT = Path(__file__).resolve().parent
 
@@ -496,10 +498,10 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
 
 
 def texts_of(paths, found=None, limit=None):
-    """All texts of some files (see sources/), those of conversations, too; about `limit` bytes at most."""
-    from sources import Found, Source
-    from sources.records import words_of
+    """All texts of some files (see sources/), those of conversations, too; about `limit` bytes at most.
 
+    found: a sources.Found, which notes what they are.
+    """
     found = found or Found()
     for source in [Source(path, words_of) for path in paths]:
         for documents, _ in source.documents(found):
@@ -513,8 +515,6 @@ def texts_of(paths, found=None, limit=None):
 def train_command(args):
     if args.kind == "char" and args.vocab_size is not None:
         raise UserError("--vocab_size is for --kind bpe; char has one token for every character")
-    from sources import Found
-
     texts = texts_of(args.files, found := Found())
     if args.kind == "char":
         tokenizer = CharTokenizer.train(texts)
@@ -530,10 +530,12 @@ def train_command(args):
 
 def stats_command(args):
     files = args.files or [ROOT / "dataset" / "pretrain.txt"]
-    texts = list(texts_of(files, limit=args.limit * 10**6))
+    texts = list(texts_of(files, found := Found(), args.limit * 10**6))
     n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
     if not n_bytes:
         raise UserError(f"there is no text in {', '.join(map(str, files))}")
+    for sentence in found.told(", ".join(map(str, files))):
+        print(sentence)
     if args.tokenizer:
         from formats import load_tokenizer
 

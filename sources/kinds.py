@@ -64,7 +64,7 @@ BY_CONTENT = {
     rb"(?s).{257}ustar": "is a tar archive; unpack it, and name the text files in it: tar -xf {old}",
     rb"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it, and name the text files in it: 7z x {old}",
     rb"Rar!\x1a\x07": "is a rar archive; unpack it, and name the text files in it: unrar x {old}",
-    rb"PAR1": PARQUET,
+    rb"PAR1[^\s -~]": PARQUET,
     rb"%PDF-": "is a PDF; take the text out of it: pdftotext {old} {txt} (pdftotext is a part of Poppler)",
     rb"\{\\rtf": "is an RTF document; take the text out of it: pandoc -f rtf -t plain {old} -o {txt}",
     rb"\x80[\x02-\x05]": PICKLE,

@@ -149,7 +149,8 @@ PROSE = {
     "h.UNKNOWN": "<p>one tag</p>\n",
     "i.txt": '{"a": 1} is an object in JSON.\nAnd this is none.\nNor this.\n',
     "j.txt": "\ufeffmarked\n",
-    "k.txt": "BZh, PK, GIF8, Rar! and MZ are no signatures\n",
+    "k.txt": "PAR1 of an address\n",
+    "l.txt": "BZh, PK, GIF8, Rar! and MZ are no signatures\n",
 }
 
 
