@@ -1,6 +1,6 @@
 """Text files to token files, and token files to batches.
 
-Preparing (`python data.py`) happens once. It reads the text twice, chunk by chunk, so that memory
+Preparing (`python data.py`) happens once. It reads the text (sources/) twice, block by block, so that memory
 does not depend on how much text there is: first to find the vocabulary and every mistake in the
 input, then to write ids. What it writes, in dataset/prepared/:
 
@@ -43,116 +43,30 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError, run
-from tokenizer import (
-    CHUNK,
-    DELIMITER,
-    ROOT,
-    BPETokenizer,
-    CharTokenizer,
-    Tokenizer,
-    check_messages,
-    load,
-    read_text,
-    render_chats,
-)
+from sources import BadLine, Found, Source
+from sources.reading import CHUNK
+from sources.records import messages_of, text_of
+from tokenizer import ROOT, BPETokenizer, CharTokenizer, Tokenizer, merge_turns, render_chats
 
-# ---- input: files to documents ---------------------------------------------------------------------
+# ---- conversations ---------------------------------------------------------------------------------
 
 
-LONG = 1 << 18  # characters; a longer document is passed on in parts
+def conversation_of(record):
+    """The conversation of a record, as the chat template takes it, and notes: see sources/records.py.
 
-
-def text_documents(path, on_bad_line, on_read):
-    """Documents of a .txt file: what stands between delimiters, exactly as it is, if it is not blank.
-
-    Yields (texts, is_open). With `is_open`, the last text goes on in the first of the next list:
-    so a book of any length passes through in little memory.
+    What one side says in several messages in a row is joined. UserError unless the user says something and
+    the assistant has the last word.
     """
-    tail, is_open = "", False  # text behind the last delimiter; whether its document was begun already
-    for text in read_text(path, on_bad_line, on_read):
-        *texts, tail = DELIMITER.split(tail + text)
-        if texts and not is_open and (not texts[0] or texts[0].isspace()):
-            del texts[0]  # no other can be blank: a delimiter takes in the white space up to the next
-        is_open = is_open and not texts
-        if len(tail) > LONG and (is_open or not tail.isspace()):
-            # Cut where a line ends; in a single long line, so that no delimiter is cut in two.
-            cut = tail.rfind("\n") + 1 or len(tail) - len("<|endoftext|>")
-            texts.append(tail[:cut])
-            tail, is_open = tail[cut:], True
-        if texts:
-            yield texts, is_open
-    if is_open or (tail and not tail.isspace()):
-        yield [tail], False
-
-
-def json_documents(path, document_of, on_bad_line, on_read):
-    """Documents of a .jsonl file, one a line: `document_of` makes a line's JSON value into one.
-
-    Yields (documents, False), some thousand lines at a time.
-    """
-    documents, size = [], 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            size += len(line)
-            if not line.isspace():
-                try:
-                    # utf-8-sig drops the byte-order mark some editors put before the first line.
-                    value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                    documents.append(document_of(value))
-                except UnicodeDecodeError as error:
-                    on_bad_line(f"{path}, line {number}: not UTF-8 ({error.reason})")
-                except RecursionError:
-                    on_bad_line(f"{path}, line {number}: not usable JSON (nested too deeply)")
-                except ValueError as error:
-                    on_bad_line(f"{path}, line {number}: not JSON ({error})")
-                except UserError as error:
-                    on_bad_line(f"{path}, line {number}: {error}")
-            if size >= CHUNK:
-                on_read(size)
-                yield documents, False
-                documents, size = [], 0
-    on_read(size)
-    yield documents, False
-
-
-def text_of(value):
-    """The text of {"text": ...}."""
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise UserError('needs {"text": "..."}')
-    return _words(value["text"], "text")
-
-
-def messages_of(value):
-    """The conversation of {"question", "answer"} or {"messages": [...]} ("conversations" means the same)."""
-    if not isinstance(value, dict):
-        raise UserError(f"needs a JSON object, found {type(value).__name__}")
-    if "question" in value or "answer" in value:
-        for key in ("question", "answer"):
-            if not isinstance(value.get(key), str):
-                raise UserError(f"needs a {key} that is text")
-        roles = (("user", "question"), ("assistant", "answer"))
-        messages = [{"role": role, "content": value[key]} for role, key in roles]
-    else:
-        messages = value.get("messages", value.get("conversations"))
-        if messages is None:
-            raise UserError("has neither question and answer nor messages")
-        check_messages(messages)
+    messages, notes = messages_of(record)
+    messages, n_joined = merge_turns(messages)
     if messages[-1]["role"] != "assistant":
         raise UserError("ends without an answer of the assistant")
+    if "user" not in [message["role"] for message in messages]:
+        raise UserError("holds nothing that the user says")
     for message in messages:
-        speaks = message["role"] == "assistant"
-        _words(message["content"], "answer" if speaks else message["role"], may_be_blank=not speaks)
-    return messages
-
-
-def _words(text, what, may_be_blank=False):
-    if not may_be_blank and (not text or text.isspace()):
-        raise UserError(f"its {what} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"its {what} holds half a surrogate pair (like \\ud800), no character") from None
-    return text
+        if message["role"] == "assistant" and (not message["content"] or message["content"].isspace()):
+            raise UserError("its answer is empty")
+    return messages, notes + [("joined", "")] * n_joined
 
 
 # ---- the split -------------------------------------------------------------------------------------
@@ -302,57 +216,44 @@ class TokenWriter:
 
 
 class Corpus:
-    """The input files of one task ("pretrain" or "sft"), which are read twice."""
+    """The input files of one task ("pretrain" or "sft"), which are read twice. `found`: by the first pass."""
 
     def __init__(self, task, paths, skip_bad_lines=False, on_read=lambda n_bytes: None):
-        self.task, self.paths, self.on_read = task, paths, on_read
-        self.skip_bad_lines, self.n_bad_lines, self.bad_lines = skip_bad_lines, 0, []
+        self.task, self.on_read = task, on_read
+        of_record = conversation_of if task == "sft" else text_of
+        self.sources = [Source(path, of_record, needs_records=task == "sft") for path in paths]
+        self.n_bytes = sum(source.n_bytes for source in self.sources)
+        self.name = str(paths[0]) if len(paths) == 1 else f"{len(paths):,} files for {task}"
+        self.found = Found(skip_bad_lines)
         self.n_documents = self.n_characters = 0
 
-    def batches(self, on_bad_line):
-        """(documents, is_open) of all files in order; see `text_documents`."""
-        for path in self.paths:
-            n_documents = 0
-            if self.task == "sft":
-                batches = json_documents(path, messages_of, on_bad_line, self.on_read)
-            elif Path(path).suffix == ".jsonl":
-                batches = json_documents(path, text_of, on_bad_line, self.on_read)
-            else:
-                batches = text_documents(path, on_bad_line, self.on_read)
-            for documents, is_open in batches:
-                if documents:
-                    n_documents += len(documents)
-                    yield documents, is_open
-            if not n_documents:
-                on_bad_line(f"{path}: there is no text in it")
+    def batches(self, found):
+        """(documents, is_open) of all files in order; see Source."""
+        return itertools.chain.from_iterable(source.documents(found, self.on_read) for source in self.sources)
 
     def survey(self):
-        """The first pass: yields lists of all texts, and on the way counts them and notes bad lines."""
+        """The first pass: yields lists of all texts, and on the way counts them and looks for bad lines."""
         was_open = False
-        for documents, is_open in self.batches(self._note):
-            self.n_documents += len(documents) - was_open
-            was_open = is_open
-            if self.task == "sft":
-                documents = [message["content"] for messages in documents for message in messages]
-            self.n_characters += sum(map(len, documents))
-            yield documents
-
-    def _note(self, sentence):
-        if not self.skip_bad_lines:
-            raise UserError(f"{sentence}; mend it, or use --skip-bad-lines to leave such lines out")
-        self.n_bad_lines += 1
-        if len(self.bad_lines) < 10:
-            self.bad_lines.append(sentence)
+        try:
+            for documents, is_open in self.batches(self.found):
+                self.n_documents += len(documents) - was_open
+                was_open = is_open
+                if self.task == "sft":
+                    documents = [message["content"] for messages in documents for message in messages]
+                self.n_characters += sum(map(len, documents))
+                yield documents
+        except BadLine as error:
+            raise UserError(f"{error}; mend it, or use --skip-bad-lines to leave such lines out") from None
+        if self.n_documents == 0:
+            raise UserError(f"no usable line is left in {self.name} ({self.found.left_out[0]})")
+        if self.n_documents == 1 and (self.task == "sft" or self.n_characters < 2):
+            raise UserError(f"{self.name}: too little to keep some for validation; add more")
 
     def write(self, tokenizer, train, val, fraction, seed):
         """The second pass: encodes all documents and gives each to one of two TokenWriters."""
-        if self.n_documents == 0:
-            raise UserError(f"no usable line is left in {', '.join(map(str, self.paths))}")
-        batches = self.batches(on_bad_line=lambda sentence: None)
+        batches = self.batches(Found(self.found.skip_bad_lines))
         held_out = Split(self.n_documents, fraction, seed).held_out
         if self.n_documents == 1:
-            if self.task == "sft" or self.n_characters < 2:
-                raise UserError(f"{self.paths[0]}: too little to keep some for validation; add more")
             batches = cut_in_two(batches, self.n_characters, fraction)
 
             def held_out(start, count):
@@ -406,11 +307,14 @@ def encode_chats(tokenizer, conversations, *_):
 BPE_SAMPLE = 50 << 20  # bytes of input that BPE learns from: more changes little and takes long
 
 
-def sample(batches, share):
-    """Every so manieth of an iterable, evenly, so that about `share` of it is left."""
-    for number, batch in enumerate(batches):
-        if int((number + 1) * share) > int(number * share):
-            yield batch
+def sample(texts, share):
+    """About `share` of some texts: those that begin in every so manieth million characters."""
+    n_before = 0
+    for text in texts:
+        million = n_before >> 20
+        if int((million + 1) * share) > int(million * share):
+            yield text
+        n_before += len(text)
 
 
 def prepare(pretrain, sft, out, val_fraction=0.05, seed=1337, kind="char", vocab_size=32000,
@@ -424,7 +328,7 @@ def prepare(pretrain, sft, out, val_fraction=0.05, seed=1337, kind="char", vocab
     progress = progress or (lambda what, total: lambda n_bytes: None)
     inputs = {"pretrain": pretrain, "sft": sft}
     corpora = [Corpus(task, paths, skip_bad_lines) for task, paths in inputs.items() if paths]
-    total = sum(os.path.getsize(path) for corpus in corpora for path in corpus.paths)
+    total = sum(corpus.n_bytes for corpus in corpora)
     out = Path(out)
 
     def read_with(what):
@@ -439,8 +343,8 @@ def prepare(pretrain, sft, out, val_fraction=0.05, seed=1337, kind="char", vocab
     elif kind == "char":
         tokenizer = CharTokenizer.train("".join(texts) for texts in survey)
     else:
-        texts = sample(survey, min(1, BPE_SAMPLE / max(1, total)))
-        tokenizer = BPETokenizer.train(itertools.chain.from_iterable(texts), vocab_size)
+        texts = sample(itertools.chain.from_iterable(survey), min(1, BPE_SAMPLE / max(1, total)))
+        tokenizer = BPETokenizer.train(texts, vocab_size)
 
     read_with("encoding")
     out.mkdir(parents=True, exist_ok=True)
@@ -493,7 +397,11 @@ class TokenFile:
             raise UserError(f"{error.filename or path} {why}") from None
         self._verify()
         if fingerprint is not None and meta["tokenizer"] != fingerprint:
-            raise UserError(f"{path} was made with another tokenizer; run `python data.py` again")
+            raise UserError(
+                f"{path} was made with another tokenizer than this run's; prepare its text again with "
+                "`python data.py --tokenizer FILE`, where FILE is the checkpoint that is started from, "
+                "or else the run's tokenizer_path"
+            )
 
     @property
     def fingerprint(self):
@@ -519,7 +427,9 @@ class TokenFile:
         return needs
 
     def _fail(self, part, what):
-        raise UserError(f"{part_path(self._stem, part)} {what}; run `python data.py` again")
+        raise UserError(
+            f"{part_path(self._stem, part)} {what}; write it anew, with the `python data.py` that wrote it"
+        )
 
     def _read_meta(self):
         try:
@@ -733,18 +643,19 @@ def parse_arguments():
         epilog="examples:\n"
         "  python data.py\n"
         "  python data.py --pretrain books/*.txt --out dataset/books --kind bpe --vocab_size 8192\n"
-        "  python data.py --sft chats.jsonl --tokenizer dataset/prepared/tokenizer.json --skip-bad-lines",
+        "  python data.py --sft chats.jsonl --tokenizer checkpoint/x.pt --skip-bad-lines",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--pretrain", nargs="+", metavar="FILE", help='.txt (UTF-8) or .jsonl with {"text": ...}')
-    add("--sft", nargs="+", metavar="FILE", help=".jsonl with question and answer, or messages")
+    add("--pretrain", nargs="+", metavar="FILE", help='text in UTF-8, or JSON lines with {"text": ...}')
+    add("--sft", nargs="+", metavar="FILE", help="JSON lines with conversations, in a shape of doc/data.md")
     add("--out", metavar="DIR", help="default: dataset/prepared")
     add("--val_fraction", type=float, default=0.05, help="share of documents held out (0.05)")
     add("--seed", type=int, default=1337, help="of the choice which documents these are (1337)")
     add("--kind", choices=("char", "bpe"), help="tokenizer to make (char)")
     add("--vocab_size", type=int, help="tokens of bpe, special ones included (32000)")
-    add("--tokenizer", metavar="JSON", help="use this tokenizer and make none")
+    add("--tokenizer", metavar="FILE",
+        help="use this tokenizer.json, or that of a checkpoint or model folder; make none")  # fmt: skip
     add("--skip-bad-lines", action="store_true", help="leave bad lines out and say how many")
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
@@ -770,7 +681,12 @@ def main():
                 f"there is no pretrain.txt, pretrain.jsonl or sft.jsonl in {folder}; put your text there,"
                 " or let `python dataset/sample_world.py` write a sample"
             )
-    tokenizer = load(args.tokenizer) if args.tokenizer else None
+    tokenizer = None
+    if args.tokenizer:
+        from engine.config import find
+        from formats import load_tokenizer
+
+        tokenizer = load_tokenizer(find(args.tokenizer))
     out = Path(args.out) if args.out else folder / "prepared"
 
     from rich.console import Console
@@ -813,10 +729,10 @@ def main():
     if args.kind == "bpe" and tokenizer.vocab_size < (args.vocab_size or 32000):
         console.print(f"the text has only enough repetitions for {tokenizer.vocab_size:,} tokens")
     for corpus in corpora:
-        for sentence in corpus.bad_lines:
-            print(f"left out: {sentence}", file=sys.stderr)
-        if corpus.n_bad_lines:
-            print(f"{corpus.n_bad_lines:,} bad lines of {corpus.task} left out", file=sys.stderr)
+        for sentence in corpus.found.told(corpus.name):
+            print(sentence)
+        for sentence in corpus.found.told_left_out(corpus.task, corpus.n_bytes):
+            print(sentence, file=sys.stderr)
 
 
 if __name__ == "__main__":

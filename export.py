@@ -41,7 +41,8 @@ def parse_arguments():
     add("--read", metavar="FOLDER", help="the other way: write a checkpoint of this folder's model")
     add("-t", "--task", choices=("pretrain", "sft"),
         help="what the model that is read was trained for (as its folder says, else pretrain)")  # fmt: skip
-    add("--tokenizer", metavar="JSON", help="a tokenizer of Nano's, instead of the folder's own")
+    add("--tokenizer", metavar="FILE",
+        help="read it with this tokenizer, instead of the folder's own: as for data.py")  # fmt: skip
     args = parser.parse_args()
     if args.read is None and (args.task or args.tokenizer):
         raise UserError("--task and --tokenizer are for --read; a checkpoint knows both")
@@ -61,7 +62,7 @@ def main():
     from inference import CHOICES, check_model_file, load_checkpoint
 
     check_model_file(args.model)
-    if args.tokenizer is not None and not find(args.tokenizer).is_file():
+    if args.tokenizer is not None and not find(args.tokenizer).exists():
         raise UserError(f"there is no file {shown(find(args.tokenizer))}")
     if args.read is not None:
         if not find(args.read).is_dir():

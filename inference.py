@@ -189,9 +189,11 @@ class Speaker:
         limit = self.room - self.room // 4
         while True:
             ids, _ = render_chat(self.tokenizer, messages, add_generation_prompt=True)
-            if len(ids) <= limit or len(messages) == first_turn + 1:
+            if len(ids) <= limit or len(messages) <= first_turn + 1:
                 return self.fit(ids.tolist())
-            del messages[first_turn : first_turn + 2]
+            del messages[first_turn]
+            if messages[first_turn]["role"] == "assistant" and len(messages) > first_turn + 1:
+                del messages[first_turn]  # its answer
             limit = self.room // 2  # a good deal at once, so that it is not needed again at every turn
 
     @property
@@ -360,20 +362,19 @@ def talk(speaker, instruct, profile):
 
 
 def read_questions(path):
-    """[(messages, kind)] of a .jsonl file: what `python data.py` takes for SFT; "kind" may be added."""
-    from data import json_documents, messages_of
+    """[(messages, kind)] of a file of what `python data.py` takes for SFT; "kind" may be added."""
+    from data import conversation_of
+    from sources import Found, Source
 
-    def refuse(sentence):
-        raise UserError(sentence)
+    def question_of(record):
+        messages, notes = conversation_of(record)
+        kind = record.get("kind", "question") if isinstance(record, dict) else "question"
+        return (messages, str(kind)), [note for note in notes if note != ("not read", "kind")]
 
-    def question_of(value):
-        messages = messages_of(value)
-        return messages, str(value.get("kind", "question"))
-
-    batches = json_documents(path, question_of, refuse, lambda n_bytes: None)
-    questions = [question for questions, _ in batches for question in questions]
-    if not questions:
-        raise UserError(f"{path} holds no question")
+    source, found = Source(path, question_of, needs_records=True), Found()
+    questions = [question for questions, _ in source.documents(found) for question in questions]
+    for sentence in found.told(path):
+        notice(sentence)
     return questions
 
 

@@ -21,10 +21,9 @@ ids made with one are never read with another.
 """
 
 import argparse
-import codecs
 import functools
 import hashlib
-import io
+import itertools
 import json
 import os
 import re
@@ -35,6 +34,8 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError, run
+from sources import Found, Source
+from sources.records import words_of
 
 ROOT = Path(__file__).resolve().parent
 
@@ -415,21 +416,44 @@ def load(path):
 
 
 def check_messages(messages):
-    """UserError unless `messages` is [system,] user, assistant, user, ...: {"role": ..., "content": str}."""
+    """UserError unless `messages` is what `render_chats` takes: [{"role": ..., "content": str}, ...].
+
+    A system message may come first; then user and assistant take turns, and either may begin.
+    """
+    _check_each(messages)
+    for number, (before, message) in enumerate(itertools.pairwise(messages), 2):
+        if message["role"] == before["role"]:
+            other = {"user": "assistant", "assistant": "user"}[message["role"]]
+            raise UserError(f"message {number} is from {message['role']} where {other} should speak")
+
+
+def merge_turns(messages):
+    """(messages that `check_messages` is content with, how many of them have become part of the one before).
+
+    What one role says in several messages in a row becomes one message, its parts joined by a newline.
+    UserError for what that does not mend: an unknown role, a content that is no text, a late system message.
+    """
+    _check_each(messages)
+    merged = []
+    for message in messages:
+        if merged and message["role"] == merged[-1]["role"]:
+            before = merged.pop()
+            message = {**before, "content": before["content"] + "\n" + message["content"]}
+        merged.append(message)
+    return merged, len(messages) - len(merged)
+
+
+def _check_each(messages):
     if not isinstance(messages, list) or not messages:
         raise UserError("the messages must be a list of at least one")
-    turn = "user"
-    for number, message in enumerate(messages):
+    for number, message in enumerate(messages, 1):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant"):
-            raise UserError(f"message {number + 1} needs a role: system, user or assistant, not {role!r}")
+            raise UserError(f"message {number} needs a role: system, user or assistant, not {role!r}")
         if not isinstance(message.get("content"), str):
-            raise UserError(f"message {number + 1} needs a content that is text")
-        if role == "system" and number == 0:
-            continue
-        if role != turn:
-            raise UserError(f"message {number + 1} is from {role} where {turn} should speak")
-        turn = "assistant" if turn == "user" else "user"
+            raise UserError(f"message {number} needs a content that is text")
+        if role == "system" and number > 1:
+            raise UserError(f"message {number} is from system, which may only speak first")
 
 
 def render_chats(tokenizer, conversations, add_generation_prompt=False):
@@ -470,88 +494,28 @@ def render_chat(tokenizer, messages, add_generation_prompt=False):
     return render_chats(tokenizer, [messages], add_generation_prompt)[0]
 
 
-# ---- reading text files ----------------------------------------------------------------------------
-
-
-# What stands between documents in a .txt: one or more of these, and white space between them.
-_MARK = r"<\|(?:bos|eos|endoftext)\|>"
-DELIMITER = re.compile(rf"{_MARK}(?:\s*{_MARK})*")
-CHUNK = 1 << 20  # bytes read at once: little enough for a processor's cache
-
-
-def fail(sentence):
-    raise UserError(sentence)
-
-
-def read_text(path, on_bad_line=fail, on_read=lambda n_bytes: None):
-    """The text of a UTF-8 file in pieces, exactly as it is there (CRLF stays CRLF; a leading BOM goes).
-
-    A piece ends where a line ends, unless lines are longer than CHUNK. For a line that is not UTF-8
-    `on_bad_line` is called with a sentence; if it returns, the line is left out. `on_read` is told
-    how many bytes were read.
-    """
-    number = 1  # of the line at which `data` begins
-    rest = b""  # of a character that the end of the last chunk has cut
-    with open(path, "rb") as file:
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-            file.seek(0)
-        while data := file.read(CHUNK) + file.readline(CHUNK):
-            on_read(len(data))
-            data = rest + data
-            try:
-                text, used = codecs.utf_8_decode(data, "strict", False)
-            except UnicodeDecodeError:
-                text, used = "".join(_good_lines(path, data, number, on_bad_line)), len(data)
-            rest = data[used:]
-            number += np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n"))
-            yield text
-    if rest:
-        yield "".join(_good_lines(path, rest, number, on_bad_line))
-
-
-def _good_lines(path, data, number, on_bad_line):
-    for number, line in enumerate(io.BytesIO(data), number):  # noqa: B020 (it counts on from there)
-        try:
-            yield line.decode()
-        except UnicodeDecodeError as error:
-            on_bad_line(f"{path}, line {number}: not UTF-8 ({error.reason})")
-
-
 # ---- the command line ------------------------------------------------------------------------------
 
 
-def plain_texts(paths, limit=None):
-    """Texts of .txt files, and of the fields of .jsonl files that hold words; about `limit` bytes at most."""
-    for path in paths:
-        for text in json_words(path) if Path(path).suffix == ".jsonl" else read_text(path):
-            yield from DELIMITER.split(text)
-            if limit is not None and (limit := limit - len(text.encode("utf-8", "replace"))) <= 0:
-                return
+def texts_of(paths, found=None, limit=None):
+    """All texts of some files (see sources/), those of conversations, too; about `limit` bytes at most.
 
-
-def json_words(path):
-    """Of each line of a .jsonl file: what stands under the keys that hold a document's or a chat's words."""
-    with open(path, encoding="utf-8", newline="\n") as file:
-        try:
-            for line in file:
-                words, values = [], [json.loads(line.strip() or "{}")]
-                while values:
-                    value = values.pop()
-                    if isinstance(value, dict):
-                        fields = (value.get(key) for key in ("text", "question", "answer", "content"))
-                        words += [field for field in fields if isinstance(field, str)]
-                        values += value.values()
-                    elif isinstance(value, list):
-                        values += value
-                yield "\n".join(words)
-        except (ValueError, RecursionError):
-            raise UserError(f"{path} is not JSON on every line; `python data.py` says where") from None
+    found: a sources.Found, which notes what they are.
+    """
+    found = found or Found()
+    for source in [Source(path, words_of) for path in paths]:
+        for documents, _ in source.documents(found):
+            for document in documents:
+                for text in document if isinstance(document, list) else [document]:
+                    yield text
+                    if limit is not None and (limit := limit - len(text.encode("utf-8", "replace"))) <= 0:
+                        return
 
 
 def train_command(args):
     if args.kind == "char" and args.vocab_size is not None:
         raise UserError("--vocab_size is for --kind bpe; char has one token for every character")
-    texts = plain_texts(args.files)
+    texts = texts_of(args.files, found := Found())
     if args.kind == "char":
         tokenizer = CharTokenizer.train(texts)
     else:
@@ -559,17 +523,23 @@ def train_command(args):
     if args.kind == "char" and tokenizer.vocab_size == N_SPECIAL:
         raise UserError(f"there is no text in {', '.join(args.files)}")
     tokenizer.save(args.output)
+    for sentence in found.told(", ".join(args.files)):
+        print(sentence)
     print(f"{args.output}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint[:12]}")
 
 
 def stats_command(args):
     files = args.files or [ROOT / "dataset" / "pretrain.txt"]
-    texts = list(plain_texts(files, args.limit * 10**6))
+    texts = list(texts_of(files, found := Found(), args.limit * 10**6))
     n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
     if not n_bytes:
         raise UserError(f"there is no text in {', '.join(map(str, files))}")
+    for sentence in found.told(", ".join(map(str, files))):
+        print(sentence)
     if args.tokenizer:
-        tokenizers = {path: load(path) for path in args.tokenizer}
+        from formats import load_tokenizer
+
+        tokenizers = {path: load_tokenizer(path) for path in args.tokenizer}
     else:
         tokenizers = {"char": CharTokenizer.train(texts), "bpe": BPETokenizer.train(texts, args.vocab_size)}
 
@@ -617,14 +587,15 @@ def main():
     )
     commands = parser.add_subparsers(required=True, metavar="train|stats")
     train = commands.add_parser("train", help="learn a vocabulary and save it")
-    train.add_argument("files", nargs="+", metavar="FILE", help=".txt (UTF-8) or .jsonl")
+    train.add_argument("files", nargs="+", metavar="FILE", help="text in UTF-8 or JSON lines")
     train.add_argument("--kind", choices=("char", "bpe"), default="char", help="default: char")
     train.add_argument("--vocab_size", type=int, help="tokens of bpe, special ones included (32000)")
     train.add_argument("-o", "--output", default="tokenizer.json", help="default: tokenizer.json")
     train.set_defaults(command=train_command)
     stats = commands.add_parser("stats", help="bytes per token, speed, unknown rate, frequent tokens")
     stats.add_argument("files", nargs="*", metavar="FILE", help="default: dataset/pretrain.txt")
-    stats.add_argument("--tokenizer", nargs="+", metavar="JSON", help="default: both kinds, made here")
+    stats.add_argument("--tokenizer", nargs="+", metavar="FILE",
+                       help="as for data.py (default: both kinds, made here)")  # fmt: skip
     stats.add_argument("--vocab_size", type=int, default=8192, help="tokens of the bpe trained here (8192)")
     stats.add_argument("--limit", type=int, default=20, help="megabytes of text to look at (20)")
     stats.set_defaults(command=stats_command)

@@ -138,15 +138,15 @@ def main_launched(args, strategy, loss_scaling=True):
 
 def text_job(args, config, model_config, choice, parallel):
     """What -t, --resume and the two configurations ask for."""
-    import tokenizer as tokenizers
     from data import Batches, TokenFile
     from engine import dial, runs
+    from formats import load_tokenizer
 
     start = parallel.first(
         lambda: runs.starting_point(args.task, config, args.resume, parallel.run_of_this_launch())
     )
     model, tokenizer = initial_model(
-        start, config, model_config, choice, lambda: tokenizers.load(find(config.tokenizer_path))
+        start, config, model_config, choice, lambda: load_tokenizer(find(config.tokenizer_path))
     )
     written = config.model_dump(mode="json")
     config = parallel.first(lambda: dial.resolved(config, model, choice, args.task, start))

@@ -70,10 +70,10 @@ def check_hosts(path):
 def convert(args):
     config, model_config = load_run(args)
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import tokenizer as tokenizers
     from engine import zero
+    from formats import load_tokenizer
 
-    tokenizer = tokenizers.load(find(config.tokenizer_path))
+    tokenizer = load_tokenizer(find(config.tokenizer_path))
     shape = model_config.resolved(tokenizer.vocab_size)
     path = zero.convert(find(args.convert), args.task, config, shape, tokenizer)
     print(f"Written: {shown(path)}")

@@ -162,9 +162,9 @@ def parse_arguments():
 def main():
     args = parse_arguments()
 
-    from tokenizer import read_text
+    from tokenizer import texts_of
 
-    text = "".join(read_text(args.text))
+    text = "".join(texts_of([args.text]))
     if len(text) < 20 * BLOCK:
         raise UserError(f"{args.text} is too short: {len(text)} characters, and {20 * BLOCK} are needed")
 

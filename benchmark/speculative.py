@@ -81,13 +81,13 @@ def main():
     args = parser.parse_args()
     if min(args.steps, args.prompts, args.length - 1) < 1:
         raise UserError("--steps and --prompts must be 1 or more, and --length 2 or more")
-    try:
-        text = find(args.text).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{args.text} cannot be read: {error}") from None
 
     from rich.console import Console
     from rich.table import Table
+
+    from tokenizer import texts_of
+
+    text = "".join(texts_of([find(args.text)]))
 
     console, cut = Console(highlight=False), len(text) * 9 // 10
     if args.model:

@@ -122,7 +122,10 @@ class TrainConfig(Schema):
         min_length=1,
         description="[[train, validation], ...] token files: a curriculum, trained in order",
     )
-    tokenizer_path: str = Field("dataset/prepared/tokenizer.json", description="the data's tokenizer")
+    tokenizer_path: str = Field(
+        "dataset/prepared/tokenizer.json",
+        description="the data's tokenizer: a tokenizer.json, a checkpoint, or a folder of Transformers'",
+    )
     random_seed: int = Field(1337, ge=0, lt=1 << 63, description="seed of weights, data order and dropout")
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] | Auto = Field(
         32, description='sequences in one forward pass; "auto": a global batch of 0.58 D^0.571 tokens, where '

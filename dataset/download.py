@@ -368,6 +368,13 @@ def download(name, out, mirror=None, proxy=None, retries=5):
     paths = {"first": out / (files[0].save_as or files[0].path), "dataset": ROOT / "dataset"}
     console.print("next: " + data.next.format(
         **{key: f'"{path}"' if " " in str(path) else path for key, path in paths.items()}))
+    if data.next.startswith("python data.py"):
+        from sources.kinds import kind_of
+
+        try:
+            kind_of(paths["first"])
+        except UserError as error:  # such as a page that a network shows instead of what was asked for
+            print(f"but {error}")
 
 
 def show_list():

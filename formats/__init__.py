@@ -1,10 +1,13 @@
 """Files of other programs: one format, one file."""
 
 import contextlib
+import json
 import os
 import tempfile
+import zipfile
 from pathlib import Path
 
+import tokenizer as tokenizers
 from engine.errors import UserError
 
 
@@ -31,3 +34,47 @@ def whole(path):
             with open(file, "rb+") as file:
                 os.fsync(file.fileno())
         os.rename(beside, path)
+
+
+def load_tokenizer(path):
+    """The tokenizer of Nano's JSON, of a checkpoint, or of a folder of Transformers' or its tokenizer.json.
+
+    UserError, naming the file, if it is missing or damaged, or holds no tokenizer that Nano knows.
+    """
+    return tokenizer_and_rows(path, {})[0]
+
+
+def tokenizer_and_rows(path, config):
+    """(tokenizer, rows): rows[i] is the number that its token i has in a model made with it, or None.
+
+    config: the content of the model's config.json, which names the special tokens.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path /= "tokenizer.json"
+    if path.suffix == ".pt" or zipfile.is_zipfile(path):
+        from engine import checkpoint
+        from engine.config import shown
+
+        found = checkpoint.load(path).tokenizer
+        try:
+            tokenizer = tokenizers.from_dict(found)
+        except UserError as error:
+            raise UserError(f"{shown(path)}: {error}") from None
+    elif _is_of_library(path):
+        from formats.huggingface import from_library
+
+        return from_library(path, config)
+    else:
+        tokenizer = tokenizers.load(path)
+    return tokenizer, list(range(tokenizer.vocab_size))
+
+
+def _is_of_library(path):
+    """Whether this is JSON of the `tokenizers` library, on which Transformers builds."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() >= {"model", "added_tokens"}

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from engine.errors import UserError
-from formats import whole
+from formats import tokenizer_and_rows, whole
 from formats.families import family_of, from_config, from_weights, to_config, to_weights
 
 # ---- the tokenizer ---------------------------------------------------------------------------------
@@ -62,10 +62,7 @@ def to_library(tokenizer):
 
 
 def from_library(path, config):
-    """(tokenizer of ours, rows) of a tokenizer.json: rows[i] is the number there of our token i, or None.
-
-    config: the content of config.json, which names the special tokens. UserError if it is of no kind of ours.
-    """
+    """`formats.tokenizer_and_rows` of a tokenizer.json. UserError if it is of no kind of ours."""
     from tokenizers import Tokenizer
 
     from engine.config import shown
@@ -80,10 +77,7 @@ def from_library(path, config):
     ours = to_library(tokenizer).get_vocab() if tokenizer else {}
     words = sorted(ours, key=ours.get)[N_SPECIAL:]
     if not words or not numbers.keys() >= set(words):
-        raise UserError(
-            f"{shown(path)} cuts text in a way that Nano does not know; --tokenizer reads the model with "
-            "another tokenizer, if it was trained with that"
-        )
+        raise UserError(f"{shown(path)} cuts text in a way that Nano does not know")
     eos = config.get("eos_token_id")
     roles = {
         "<|padding|>": config.get("pad_token_id"),
@@ -257,17 +251,20 @@ def open_weights(folder):
 
 def read_folder(folder, task, tokenizer_path):
     """Write the checkpoint of a folder's model. `task`, `tokenizer_path`: instead of what the folder says."""
-    import tokenizer as tokenizers
     from engine.config import read_json, shown
+    from tokenizer import SPECIAL_TOKENS
 
     source = folder / "config.json"
     found = read_json(source)
     family, config = from_config(found, shown(source))
-    if tokenizer_path is None:
-        tokenizer, rows = from_library(folder / "tokenizer.json", found)
+    if tokenizer_path is not None:
+        tokenizer, rows = tokenizer_and_rows(tokenizer_path, found)
     else:
-        tokenizer = tokenizers.load(tokenizer_path)
-        rows = list(range(tokenizer.vocab_size))
+        try:
+            tokenizer, rows = from_library(folder / "tokenizer.json", found)
+        except UserError as error:
+            advice = "--tokenizer reads the model with another tokenizer, if it was trained with that"
+            raise UserError(f"{error}; {advice}") from None
     if (n_tokens := 1 + max(row for row in rows if row is not None)) > config.vocab_size:
         raise UserError(f"the tokenizer has {n_tokens:,} tokens, and the model only {config.vocab_size:,}")
     from engine.checkpoint import Checkpoint
@@ -287,7 +284,7 @@ def read_folder(folder, task, tokenizer_path):
         state["wte.weight"] = renumbered(state["wte.weight"], rows)
         tied = config.tie_embeddings
         state["lm_head.weight"] = state["wte.weight"] if tied else renumbered(state["lm_head.weight"], rows)
-        new = [token for token, row in zip(tokenizers.SPECIAL_TOKENS, rows, strict=False) if row is None]
+        new = [token for token, row in zip(SPECIAL_TOKENS, rows, strict=False) if row is None]
         print(f"Its tokens have Nano's numbers now; new to it are {', '.join(new) or 'none'}.")
     if task is None:
         task = "sft" if metadata.get("task") == "sft" else "pretrain"

@@ -20,7 +20,7 @@ import warm
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("engine", "dataset", "models", "formats", "tasks", "benchmark")
+FOLDERS = ("engine", "dataset", "models", "formats", "tasks", "sources", "benchmark")
 SOURCE = ("*.py", "config/*.*", "web/*.*", *(f"{folder}/**/*.py" for folder in FOLDERS))
 
 # A model and a run that take no longer than they must.

@@ -12,6 +12,7 @@ import zipfile
 import pytest
 import torch
 
+import data
 import train as script
 from data import prepare
 from engine.checkpoint import load
@@ -97,7 +98,8 @@ def test_files_of_another_kind(train, tiny_data, tmp_path):
     (tmp_path / "x.txt").write_text("other words<|eos|>" * 99)
     prepare([tmp_path / "x.txt"], [], other)
     wrong = told(train("pretrain", dataset_path=[[pretrain[0][0], "other/pretrain_val.bin"]]))
-    assert wrong.endswith("/pretrain_val.bin was made with another tokenizer; run `python data.py` again")
+    assert "/pretrain_val.bin was made with another tokenizer than this run's" in wrong
+    assert "`python data.py --tokenizer FILE`" in wrong
     wrong = told(train("pretrain", tokenizer_path="other/tokenizer.json"))
     assert "pretrain_train.bin was made with another tokenizer" in wrong
     small = CharTokenizer.train(["ab"]).vocab_size
@@ -108,7 +110,7 @@ def test_files_of_another_kind(train, tiny_data, tmp_path):
         ("config/model_config.json", "is not a sound Nano tokenizer"),
         ("dataset/prepared/sft_val.bin", "is no valid JSON"),
         ("nowhere.json", "does not exist; `python data.py` writes a tokenizer"),
-        ("", "is a directory"),
+        ("config", "config/tokenizer.json does not exist"),
     ):
         assert sentence in told(train("pretrain", tokenizer_path=path))
     for path, sentence in (
@@ -123,6 +125,23 @@ def test_files_of_another_kind(train, tiny_data, tmp_path):
     cut.write_bytes(cut.read_bytes()[:-2])
     assert "pretrain_train.bin is truncated" in told(train("pretrain"))
     assert not list(train.root.glob("train_*")) and not train.checkpoints()
+
+
+def test_what_is_said_about_another_tokenizer_helps(train, tmp_path, monkeypatch):
+    """New text prepared by itself has a tokenizer of its own, however often; --tokenizer is what helps."""
+    assert train("pretrain", max_steps=3).returncode == 0
+    [checkpoint] = train.checkpoints().values()
+    path, out = tmp_path / "new.jsonl", train.root / "new"
+    path.write_text("".join(f'{{"question": "{i}?", "answer": "new {i}"}}\n' for i in range(9)))
+    settings = {"from_checkpoint": str(checkpoint), "max_steps": 3,
+                "dataset_path": [["new/sft_train.bin", "new/sft_val.bin"]]}  # fmt: skip
+    for advised, returncode in (([], 2), (["--tokenizer", str(checkpoint)], 0)):
+        monkeypatch.setattr(sys, "argv", ["data.py", "--sft", str(path), "--out", str(out), *advised])
+        data.main()
+        done = train("sft", **settings)
+        assert done.returncode == returncode
+        if returncode:
+            assert "`python data.py --tokenizer FILE`, where FILE is the checkpoint" in told(done)
 
 
 def test_what_the_machine_cannot_do_is_refused(train):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import data
 import tokenizer as tokenizer_module
-from data import Batches, Split, TokenFile, cut_in_two, keys, messages_of, prepare, shuffled, text_documents
+from data import Batches, Split, TokenFile, conversation_of, cut_in_two, keys, prepare, shuffled
 from engine.errors import UserError
 from tokenizer import ROOT, load
 
@@ -42,9 +42,8 @@ def prepared(tmp_path_factory):
     (folder / "in.txt").write_bytes("".join(f"<|bos|>{text}<|eos|>\n" for text in texts).encode())
     write_jsonl(folder / "sft.jsonl", QA)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "CHUNK", 500)
-        patch.setattr(data, "CHUNK", 200)
-        patch.setattr(data, "LONG", 100)
+        patch.setattr("sources.reading.CHUNK", 200)
+        patch.setattr("sources.text.LONG", 100)
         prepare([folder / "in.txt"], [folder / "sft.jsonl"], folder / "out", val_fraction=0.2)
     return folder / "out", texts
 
@@ -91,38 +90,56 @@ def test_sft_masks_by_hand(prepared):
     assert sorted(map(str, seen)) == sorted(map(str, QA))
 
 
-pieces = st.sampled_from(["中", "a", "\r\n", " ", "\n", "<", "|", "<|eos", "𝄞", "e\u0301"])
-
-
-@given(
-    documents=st.lists(st.lists(pieces).map("".join), min_size=1, max_size=30),
-    chunk=st.integers(1, 60),
-    delimiter=st.sampled_from(["<|eos|>", "<|endoftext|>", "<|eos|> \n<|bos|>"]),
-)
-@settings(max_examples=300)
-def test_documents_do_not_depend_on_chunks(documents, chunk, delimiter, tmp_path_factory):
-    path = tmp_path_factory.mktemp("doc") / "x.txt"
-    path.write_bytes(delimiter.join(documents).encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "CHUNK", chunk)
-        patch.setattr(data, "LONG", 20)
-        found, was_open = [], False
-        for texts, is_open in text_documents(path, pytest.fail, lambda n: None):
-            if was_open:
-                found[-1] += texts.pop(0)
-            found += texts
-            was_open = is_open
-    assert not was_open
-    assert found == [document for document in documents if document.strip()]
-
-
 def test_whole_preparation_does_not_depend_on_chunks(prepared, tmp_path):
     folder, _ = prepared
     prepare([folder.parent / "in.txt"], [folder.parent / "sft.jsonl"], tmp_path, val_fraction=0.2)
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == sorted(path.name for path in tmp_path.iterdir())
-    for name in names:
-        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert contents(folder) == contents(tmp_path)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+BAD = [b"\xff", b"\xe4\xb8", b"\0"]
+text_pieces = st.sampled_from(
+    [*BAD, b"\n", b"\n", b"\r\n", b" ", b"a", b"ab ab\nabc\n", "狐狸\ufeff".encode(), b"<|eos|>\n<|bos|>"]
+)
+good_lines = st.sampled_from(
+    [{"text": "one"}, {"text": "ab" * 20, "id": 7}, {"text": "狐\ufeff狸"}, {"text": "a\nb"}]
+).map(lambda record: json.dumps(record, ensure_ascii=False).encode())
+bad_lines = st.sampled_from([*BAD, b"", b" ", b"[]", b"{", b'{"text": ""}', b'{"text": 3}'])
+
+
+@given(
+    content=st.one_of(
+        st.lists(text_pieces, min_size=1, max_size=40).map(b"".join),
+        st.lists(good_lines | bad_lines, min_size=1, max_size=15).map(b"\n".join),
+    ),
+    kind=st.sampled_from(["char", "bpe"]),
+    chunk=st.integers(1, 80),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_chunks_give_the_same_bytes(content, kind, chunk, tmp_path_factory):
+    """Whatever is in the text: the same token files, or the same sentence."""
+    folder = tmp_path_factory.mktemp("any")
+    is_text = not content.startswith((b"{", b"["))
+    path = folder / ("x.txt" if is_text else "x.jsonl")
+    begin = b"some text, " * 30 + b"\nand more\n" if is_text else b'{"text": "some"}\n' * 2
+    path.write_bytes(begin + content)
+    results = []
+    for size in (chunk, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sources.reading.CHUNK", size)
+            patch.setattr("sources.text.LONG", 20)
+            patch.setattr("sources.kinds.HEAD", 300)
+            out = folder / str(size)
+            try:
+                _, _, [corpus] = prepare([path], [], out, kind=kind, vocab_size=270, skip_bad_lines=True)
+            except UserError as error:
+                results.append(str(error))
+            else:
+                results.append((contents(out), vars(corpus.found)))
+    assert results[0] == results[1]
 
 
 @settings(deadline=None)  # others use the processor, too
@@ -170,10 +187,14 @@ def test_bpe_and_a_given_tokenizer(tmp_path):
     assert done.returncode == 0 and "50 characters are not in" in done.stdout
 
 
-def test_all_forms_of_conversation():
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "extra": [1]}]
-    assert [m["content"] for m in messages_of({"question": "a", "answer": "b"})] == ["a", "b"]
-    assert messages_of({"messages": turns}) == messages_of({"conversations": turns}) == turns
+def test_what_the_chat_template_asks_of_a_conversation():
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "extra": [1]}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert conversation_of({"messages": [user, assistant]})[0] == turns
+    assert conversation_of({"messages": [assistant, user, assistant]})[0] == [turns[1], *turns]
+    messages, notes = conversation_of({"messages": [user, user, user, assistant, assistant]})
+    assert [message["content"] for message in messages] == ["a\na\na", "b\nb"]
+    assert notes.count(("joined", "")) == 3
     for bad in (
         [],
         {},
@@ -184,14 +205,16 @@ def test_all_forms_of_conversation():
         {"question": "a", "answer": "\ud800"},
         {"messages": {}},
         {"messages": []},
-        {"messages": turns[:1]},
-        {"messages": turns * 2 + turns[:1]},
-        {"messages": [turns[0], turns[0]]},
-        {"messages": [{"role": "tool", "content": "x"}, *turns]},
+        {"messages": [user]},
+        {"messages": [user, assistant, user]},
+        {"messages": [assistant]},
+        {"messages": [{"role": "system", "content": "a"}, assistant]},
+        {"messages": [user, {"role": "system", "content": "a"}, assistant]},
+        {"messages": [{"role": "tool", "content": "x"}, user, assistant]},
         {"conversations": [{"role": "user", "content": 3}]},
     ):
         with pytest.raises(UserError):
-            messages_of(bad)
+            conversation_of(bad)
 
 
 # ---- bad input, through the command line -----------------------------------------------------------
@@ -229,10 +252,94 @@ def test_bad_lines_can_be_left_out(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n\xff\ntwo\n" * 30)
     done = run("--sft", "s.jsonl", "--pretrain", "a.txt", "--out", "out", "--skip-bad-lines", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "2 bad lines of sft left out" in done.stderr and "line 21" in done.stderr
-    assert "30 bad lines of pretrain left out" in done.stderr
+    size = (tmp_path / "s.jsonl").stat().st_size
+    assert f"2 bad lines of sft left out: 18 of {size:,} bytes" in done.stderr and "line 21" in done.stderr
+    assert "30 bad lines of pretrain left out: 60 of 300 bytes" in done.stderr
     files = [TokenFile(tmp_path / "out" / f"sft_{split}.bin") for split in ("train", "val")]
     assert sum(file.meta["n_documents"] for file in files) == 38
+
+
+def test_what_was_read_and_what_was_not_is_told(tmp_path):
+    alpaca = [{"id": i, "instruction": f"q{i}", "input": "", "output": f"a{i}"} for i in range(12)]
+    gpt = [{"conversations": [{"from": who, "value": who} for who in ("human", "human", "gpt")]}]
+    write_jsonl(tmp_path / "S.JSONL", alpaca + gpt)
+    write_jsonl(tmp_path / "no suffix", [{"text": "\ufeffwords", "url": "x"}, {"text": "more words"}])
+    (tmp_path / "a.txt").write_text("\ufeffmarked\n\ufefftwice\n", "utf-8")
+    paths = ["--pretrain", "no suffix", "a.txt", "--sft", "S.JSONL"]
+    done = run(*paths, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "2 files for pretrain: 2 JSON lines with text; not read: url (1); byte-order marks left out: 2\n"
+        "S.JSONL: 12 conversations in Alpaca's shape, 1 conversations in ShareGPT's shape; not read: "
+        "id (12); messages joined with the one before, of the same role: 1\n"
+    ) in done.stdout
+    assert "\ufeff" not in load(tmp_path / "out" / "tokenizer.json").characters
+
+
+def test_system_and_history_are_trained_on(tmp_path):
+    record = {"system": "S", "history": [["h", "i"]], "question": "q", "answer": "a"}
+    write_jsonl(tmp_path / "s.jsonl", [record] * 2)
+    _, tokenizer, _ = prepare([], [tmp_path / "s.jsonl"], tmp_path)
+    file = TokenFile(tmp_path / "sft_train.bin")
+    text = "<|system_mark|>S<|instruct_mark|>h<|response_mark|>i<|eos|>"
+    text += "<|instruct_mark|>q<|response_mark|>a<|eos|>"
+    assert tokenizer.decode(file.tokens) == text
+    assert tokenizer.decode(file.tokens[file.mask == 1]) == "i<|eos|>a<|eos|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.json", b'[{"text":"a"},\n {"text":"b"}]\n', "a.json is a JSON array, which is not read"),
+        ("a.csv", b'id,text\n1,"a"\n', "a.csv is a table, which is not read"),
+        ("a.txt", "天地玄黄，宇宙洪荒。日月".encode("gb18030"), "is not in UTF-8, it looks like GB18030"),
+        ("a.txt", "text".encode("utf-16"), "a.txt is not in UTF-8, it looks like UTF-16; convert it: iconv"),
+    ],
+)
+def test_other_files_are_never_trained_as_text(name, content, sentence, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    for script, *options in (
+        ("data.py", "--pretrain", name), ("data.py", "--pretrain", name, "--skip-bad-lines"),
+        ("data.py", "--sft", name), ("tokenizer.py", "train", name),
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *options], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 2 and sentence in done.stderr, (script, options)
+        assert done.stderr.count("\n") == 1 and sorted(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path):
+    text, chats = tmp_path / "x.txt", write_jsonl(tmp_path / "s.jsonl", QA)
+    whole = "some words in a text\n" * 50
+    text.write_text(whole)
+    before = text.stat()
+    prepare([text], [chats], tmp_path / "out")
+    kept = contents(tmp_path / "out")
+    line = chats.read_text().splitlines(keepends=True)
+    changes = {
+        "longer": lambda: text.write_text(whole + "more\n"),
+        "shorter": lambda: text.write_text(whole[:-1]),
+        "as long": lambda: text.write_text(whole.replace("text", "test", 1)),
+        "no UTF-8": lambda: text.write_bytes(whole[:-2].encode() + b"\xff\n"),
+        "another order": lambda: chats.write_text("".join(line[1:2] + line[:1] + line[2:])),
+        "a bad line": lambda: chats.write_text("".join(line).replace('"question"', '"questiom"', 1)),
+        "gone": text.unlink,
+    }
+    for name, change in changes.items():
+        text.write_text(whole)
+        chats.write_text("".join(line))
+
+        def meanwhile(what, total, change=change):
+            if what == "encoding":
+                change()
+                if text.exists():
+                    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+            return lambda n_bytes: None
+
+        with pytest.raises((UserError, OSError), match="has changed while it was read|No such file"):
+            prepare([text], [chats], tmp_path / "out", progress=meanwhile)
+        assert contents(tmp_path / "out") == kept, name
 
 
 @pytest.mark.parametrize(

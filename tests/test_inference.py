@@ -139,7 +139,7 @@ def test_arguments_do_not_wait_for_torch(shared_project):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "holds no question"),
+        (b"", "there is no text in it"),
         (b'{"question": "a", "answer": "b"}\n{"question": 1}\n', "line 2"),
         (b"\xff\n", "line 1: not UTF-8"),
         (b"question,answer\n", "line 1: not JSON"),
@@ -260,6 +260,14 @@ def test_what_the_system_says_is_kept(tokenizer):
     ids, left_out = speaker(polite(tokenizer)).chat_prompt(messages)
     assert ids[0] == tokenizer.system_id and len(ids) <= 48 and not left_out
     assert [message["role"] for message in messages] == ["system", "user"]
+
+
+def test_a_greeting_is_forgotten_first(tokenizer):
+    turns = [("assistant", "Hello"), ("user", "1+2=" * 12), ("assistant", "3"), ("user", "你好吗")]
+    for kept in (2, 4):
+        messages = [{"role": role, "content": text} for role, text in turns[:kept]]
+        ids, _ = speaker(polite(tokenizer)).chat_prompt(messages)
+        assert messages == [{"role": "user", "content": turns[kept - 1][1]}] and len(ids) < 64
 
 
 def test_a_long_conversation_forgets_its_oldest_turns(tokenizer, capsys):

@@ -7,21 +7,21 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenizer as module
 from engine.errors import UserError
 from tokenizer import (
     BLOCK,
-    DELIMITER,
     ROOT,
     SPECIAL_TOKENS,
     BPETokenizer,
     CharTokenizer,
+    check_messages,
     from_dict,
     load,
-    read_text,
+    merge_turns,
     render_chat,
     render_chats,
 )
@@ -277,50 +277,62 @@ def test_chat_template(tokenizer):
         [{"role": "user"}],
         [{"role": "user", "content": 3}],
         [{"role": ["user"], "content": "x"}],
-        [{"role": "assistant", "content": "x"}],
-        [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}],
         [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}],
+        [{"role": "system", "content": "x"}, {"role": "system", "content": "x"}],
     ],
 )
 def test_impossible_conversations(messages):
-    with pytest.raises(UserError):
-        render_chat(CHAR, messages)
+    for function in (check_messages, merge_turns, lambda messages: render_chat(CHAR, messages)):
+        with pytest.raises(UserError):
+            function(messages)
 
 
-@given(text=any_text | awkward, chunk=st.integers(1, 40), bom=st.booleans())
-@settings(max_examples=200)
-def test_reading_in_chunks_keeps_every_byte(text, chunk, bom, tmp_path_factory):
-    path = tmp_path_factory.mktemp("read") / "x.txt"
-    path.write_bytes(b"\xef\xbb\xbf" * bom + text.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK", chunk)
-        read = "".join(read_text(path))
-    assert read == (text if bom else text.removeprefix("\ufeff"))
+def said(*turns):
+    """("user", "Hi", "assistant", "Hello", ...) as messages."""
+    return [{"role": role, "content": text} for role, text in zip(turns[::2], turns[1::2], strict=True)]
 
 
-def test_bad_lines_are_found_and_left_out(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_bytes("好\r\n".encode() * 10 + b"a\xffb\n" + "坏\n".encode() + "坏".encode()[:2])
-    with pytest.raises(UserError, match=r"x\.txt, line 11: not UTF-8"):
-        list(read_text(path))
-    told = []
-    assert "".join(read_text(path, told.append)) == "好\r\n" * 10 + "坏\n"
-    assert [sentence.split(": ")[0][-7:] for sentence in told] == ["line 11", "line 13"]
+@BOTH
+def test_the_assistant_may_speak_first(tokenizer):
+    e = lambda text: tokenizer.encode(text).tolist()  # noqa: E731
+    messages = said("system", "懒", "assistant", "狐狸", "user", "1", "assistant", "狗")
+    ids, mask = render_chat(tokenizer, messages)
+    assert ids.tolist() == [6, *e("懒"), 5, *e("狐狸"), 3, 4, *e("1"), 5, *e("狗"), 3]
+    learned = [0] * (2 + len(e("懒"))) + [1] * (len(e("狐狸")) + 1)
+    assert mask.tolist() == learned + [0] * (2 + len(e("1"))) + [1] * (len(e("狗")) + 1)
 
 
-def test_delimiters_take_the_white_space_between_them():
-    text = "<|bos|> a<|eos|> \n<|bos|>\nb\n<|endoftext|>\n"
-    assert DELIMITER.split(text) == ["", " a", "\nb\n", "\n"]
+def test_turns_are_merged():
+    messages = said("system", "s", "assistant", "a", "assistant", "b", "user", "c", "user", "", "user", "d")
+    before = json.dumps(messages)
+    merged, count = merge_turns(messages)
+    assert merged == said("system", "s", "assistant", "a\nb", "user", "c\n\nd") and count == 3
+    assert json.dumps(messages) == before
+    assert merge_turns(merged) == (merged, 0)
+    for role, other in (("user", "assistant"), ("assistant", "user")):
+        with pytest.raises(UserError, match=f"message 2 is from {role} where {other} should speak"):
+            check_messages(said(role, "x", role, "x"))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text("ab\n", max_size=3)), min_size=1))
+def test_merging_keeps_all_words_and_takes_turns(turns):
+    merged, count = merge_turns([{"role": role, "content": text} for role, text in turns])
+    check_messages(merged)
+    assert count == len(turns) - len(merged)
+    assert "\n".join(message["content"] for message in merged) == "\n".join(text for _, text in turns)
 
 
 def test_command_line(tmp_path):
     (tmp_path / "某 text.txt").write_text(SAMPLE * 20, encoding="utf-8")
-    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "龘\u2028"}]}\n', "utf-8")
+    chat = '\ufeff{"messages": [{"role": "user", "content": "龘\u2028"}], "id": 7}\n'
+    (tmp_path / "chat.jsonl").write_text(chat, "utf-8")
     script = ROOT / "tokenizer.py"
     done = run(script, "train", "--kind", "bpe", "--vocab_size", "300", "某 text.txt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert load(tmp_path / "tokenizer.json").vocab_size == 300
-    assert run(script, "train", "chat.jsonl", "-o", "c.json", cwd=tmp_path).returncode == 0
+    done = run(script, "train", "chat.jsonl", "-o", "c.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "chat.jsonl: 1 conversations of messages; not read: id (1)\n" in done.stdout
     assert load(tmp_path / "c.json").characters == "\u2028龘"
     done = run(script, "stats", "某 text.txt", "--vocab_size", "300", cwd=tmp_path)
     assert done.returncode == 0 and "bytes per token" in done.stdout and "bpe" in done.stdout
@@ -335,6 +347,7 @@ def test_command_line(tmp_path):
         ["train", "chat.jsonl", "--vocab_size", "9"],
         ["train", "chat.jsonl", "--kind", "bpe", "--vocab_size", "9"],
         ["stats", "chat.jsonl", "--tokenizer", "chat.jsonl"],
+        ["stats", "chat.jsonl", "--tokenizer", "empty.txt"],
         ["train"],
         [],
     ):

@@ -233,6 +233,7 @@ def test_whole_file_and_then_nothing_to_do(web, tmp_path):
     assert result.returncode == 0, result.stderr
     assert arrived(out) and SHA256 in result.stdout
     assert f'next: python data.py --pretrain "{out / FILE}"' in result.stdout
+    assert f"but {out / FILE} holds NUL bytes" in result.stdout
     assert "\x1b" not in result.stdout
     web.seen.clear()
     again = get(web, out)

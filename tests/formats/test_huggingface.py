@@ -24,7 +24,7 @@ import inference
 import models
 from engine.checkpoint import Checkpoint, build, load
 from engine.config import check_model
-from formats import huggingface
+from formats import huggingface, load_tokenizer, tokenizer_and_rows
 from inference import Speaker
 from tokenizer import SPECIAL_TOKENS, BPETokenizer, byte_alphabet, from_dict, render_chat
 
@@ -315,6 +315,50 @@ def test_a_tokenizer_of_others_is_read(name, tied, command, tmp_path):
         assert answer == tokenizer.decode(list(ours))
     first = model(torch.tensor([[tokenizer.bos_id]]))[0][0, 0, tokenizer.eos_id]
     assert first.item() == pytest.approx(other(torch.tensor([[0]])).logits[0, 0, 1].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_tokenizer_is_the_same_from_wherever_it_is_read(name, command, tmp_path):
+    """From a folder of others, from its tokenizer.json, from a checkpoint, and from Nano's JSON."""
+    ours, rows = read_foreign(name)
+    (tmp_path / "theirs").mkdir()
+    foreign(name).save(str(tmp_path / "theirs" / "tokenizer.json"))
+    ours.save(tmp_path / "ours.json")
+    paths = [tmp_path / "theirs", tmp_path / "theirs" / "tokenizer.json", tmp_path / "ours.json"]
+    paths.append(random_checkpoint(SMALL, ours).save())
+    for path in paths:
+        assert load_tokenizer(path).fingerprint == ours.fingerprint
+    assert tokenizer_and_rows(paths[0], dict(bos_token_id=0, eos_token_id=1))[1] == rows
+    assert tokenizer_and_rows(paths[2], {})[1] == list(range(ours.vocab_size))
+
+
+def test_a_model_of_others_is_fine_tuned(project, tmp_path):
+    """By the commands of doc/elsewhere.md."""
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=foreign("Qwen3"), bos_token="<s>", eos_token="</s>"
+    )
+    sizes = SIZES | dict(vocab_size=len(theirs), bos_token_id=0, eos_token_id=1, pad_token_id=None)
+    torch.manual_seed(0)
+    for part in (transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)), theirs):
+        part.save_pretrained(project.root / "theirs")
+    chats = "".join(f'{{"question": "{i} + 1?", "answer": "{i + 1}"}}\n' for i in range(40))
+    (project.root / "new.jsonl").write_text(chats)
+
+    def run(*args):
+        done = project.run(*args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("export.py", "--read", "theirs")
+    [read] = project.checkpoints().values()
+    new = project.root / "new"
+    run("data.py", "--sft", project.root / "new.jsonl", "--tokenizer", read, "--out", new)
+    pair = json.dumps([[f"{new}/sft_train.bin", f"{new}/sft_val.bin"]])
+    settings = {"from_checkpoint": read, "tokenizer_path": "theirs", "dataset_path": pair, "max_steps": 2,
+                "batch_size": 4, "warmup_iters": 1, "device": "cpu", "dtype": "float32"}  # fmt: skip
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    run("train.py", "-t", "sft", *sets)
+    assert run("inference.py", "-i", "-l", "4", "--prompt", "2 + 1?").strip()
 
 
 def test_old_keys_of_a_config_mean_the_same(written, command):

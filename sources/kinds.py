@@ -1,0 +1,196 @@
+"""What a file is. What it begins with decides, and its name only where that leaves a doubt.
+
+    JSON lines    most of its first lines are JSON objects, or it is called .jsonl, .ndjson or .jsonlines
+    text          any other UTF-8, whatever it is called
+
+What is known to be something else is refused, with a command that makes text or JSON lines of it.
+"""
+
+import codecs
+import json
+import os
+import re
+import shlex
+import stat
+from pathlib import Path
+
+from engine.errors import UserError
+from sources.reading import BYTE_ORDER_MARK
+
+HEAD = 1 << 16  # bytes of a file that are looked at
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+
+# What else a file can be. In the commands, {old} stands for it, and the others for what is to be made of it.
+ARRAY = (
+    "is a JSON array, which is not read; make JSON lines of it: "
+    'python -c "import json, sys; [print(json.dumps(x)) for x in json.load(sys.stdin.buffer)]"'
+    " < {old} > {jsonl}"
+)
+OBJECT = (
+    "is a single JSON value, not one on each line; if it is one record, write it on one line: "
+    'python -c "import json, sys; print(json.dumps(json.load(sys.stdin.buffer)))" < {old} > {jsonl}'
+)
+TABLE = (
+    "is a table, which is not read; make JSON lines of it: "
+    'python -c "import csv, json; csv.field_size_limit(10**9); [print(json.dumps(row)) for row in '
+    "csv.DictReader(open(0, encoding='utf-8-sig', newline=''), delimiter='{delimiter}')]\" < {old} > {jsonl}"
+)
+MARKUP = (
+    "is HTML or XML, which is not read; take its tags out: "
+    "python -c \"import html, re, sys; print(html.unescape(re.sub(r'(?s)<(script|style).*?</\\1>|<[^>]*>', "
+    "'', sys.stdin.read())))\" < {old} > {txt}"
+)
+PARQUET = (
+    "is a Parquet file, which is not read; make JSON lines of it: pip install pandas pyarrow; "
+    'python -c "import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], '
+    "orient='records', lines=True)\" {old} {jsonl}"
+)
+PICKLE = (
+    "is a Python pickle, which is not read, as opening one may run anything; "
+    "let the program that wrote it write JSON lines instead"
+)
+ENCODED = "is not in UTF-8, it looks like {encoding}; convert it: iconv -f {encoding} -t UTF-8 {old} > {utf8}"
+BINARY = "holds NUL bytes, as no text does; if it is one, take them out: tr -d '\\000' < {old} > {utf8}"
+UNKNOWN = "is no text in UTF-8, nor in any other encoding that is known here"
+# A regular expression for the first bytes -> what that is.
+BY_CONTENT = {
+    rb"\x1f\x8b": "is compressed with gzip; unpack it: gzip -dc < {old} > {unpacked}",
+    rb"\x28\xb5\x2f\xfd": "is compressed with Zstandard; unpack it: zstd -dc < {old} > {unpacked}",
+    rb"\xfd7zXZ\x00": "is compressed with xz; unpack it: xz -dc < {old} > {unpacked}",
+    rb"BZh[1-9]1AY&SY": "is compressed with bzip2; unpack it: bzip2 -dc < {old} > {unpacked}",
+    rb"\x04\x22\x4d\x18": "is compressed with LZ4; unpack it: lz4 -dc < {old} > {unpacked}",
+    rb"PK[\x03\x05\x07][\x04\x06\x08]": "is a zip archive (as .docx, .xlsx, .epub and checkpoints are); "
+    "unpack it, and name the text files in it: python -m zipfile -e {old} {unpacked}",
+    rb"(?s).{257}ustar": "is a tar archive; unpack it, and name the text files in it: tar -xf {old}",
+    rb"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it, and name the text files in it: 7z x {old}",
+    rb"Rar!\x1a\x07": "is a rar archive; unpack it, and name the text files in it: unrar x {old}",
+    rb"PAR1[^\s -~]": PARQUET,
+    rb"%PDF-": "is a PDF; take the text out of it: pdftotext {old} {txt} (pdftotext is a part of Poppler)",
+    rb"\{\\rtf": "is an RTF document; take the text out of it: pandoc -f rtf -t plain {old} -o {txt}",
+    rb"\x80[\x02-\x05]": PICKLE,
+    rb"(?i)(\xef\xbb\xbf)?\s*(<!doctype html|<html[\s>]|<\?xml\s)": MARKUP,
+}
+BY_SUFFIX = {
+    ".json": OBJECT, ".csv": TABLE, ".tsv": TABLE, ".html": MARKUP, ".htm": MARKUP, ".xhtml": MARKUP,
+    ".xml": MARKUP, ".pkl": PICKLE, ".pickle": PICKLE,
+}  # fmt: skip
+
+
+def kind_of(path):
+    """What the file holds, "JSON lines" or "text". UserError, with what to do, if it is neither."""
+    path = Path(path)
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path} is a folder; name the files in it")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is a pipe or a device, which cannot be read twice; write its text to a file")
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    for pattern, sentence in BY_CONTENT.items():
+        if re.match(pattern, head):
+            raise refused(path, sentence)
+    text, n_used = codecs.utf_8_decode(head, "ignore", False)
+    n_ascii = sum(map(len, re.findall(rb"[\x00-\x7f]+", head)))
+    n_beyond = len(text.encode()) - n_ascii  # bytes of other characters
+    n_bad = n_used - n_ascii - n_beyond
+    is_other = n_bad * 5 > n_used >= 64 or b"\0" in head
+    if is_other or n_bad > n_beyond:
+        if encoding := encoding_of(head, is_other):
+            raise refused(path, ENCODED, encoding=encoding)
+    if is_other:
+        raise refused(path, BINARY if b"\0" in head else UNKNOWN)
+    lines = text.replace(BYTE_ORDER_MARK, "").split("\n")
+    if len(head) == HEAD and len(lines) > 1:
+        del lines[-1]  # which may not be whole
+    return "JSON lines" if is_json_lines(path, [line for line in lines if line.strip()]) else "text"
+
+
+def encoding_of(head, is_other):
+    """The encoding that the bytes of `head` look as if they were in, by its name for iconv; or None.
+
+    is_other: they are surely not in UTF-8; otherwise they may be, with errors.
+    """
+    for mark, name in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
+                       (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_BE, "UTF-16")):  # fmt: skip
+        if head.startswith(mark):
+            return name
+    if b"\0" not in head and is_gb18030(head):
+        return "GB18030"
+    if not is_other:
+        return None
+    from charset_normalizer import from_bytes
+
+    n_whole = len(head) // 4 * 4 if b"\0" in head else head.rfind(b"\n") + 1
+    best = from_bytes(head[: n_whole or None]).best()
+    name = best.encoding if best else ""
+    for encoding, pattern in ENCODINGS.items():
+        if re.match(pattern, name):
+            return encoding
+    # Those of one byte a character can hardly be told apart.
+    return name.upper().replace("_", "-") if re.match("cp125|cp866|iso8859|koi8", name) else None
+
+
+# The name of an encoding for iconv, and of it and its like for Python.
+ENCODINGS = {"UTF-16LE": "utf_16_le", "UTF-16BE": "utf_16_be", "UTF-32LE": "utf_32_le",
+             "UTF-32BE": "utf_32_be", "GB18030": "gb", "BIG5-HKSCS": "big5|cp950",
+             "CP932": "shift_jis|cp932", "EUC-JP": "euc_j", "CP949": "euc_kr|cp949"}  # fmt: skip
+
+
+def is_gb18030(head):
+    """Whether nine of ten characters beyond ASCII are Chinese punctuation or among the 3,755 common ones."""
+    try:
+        text = codecs.getincrementaldecoder("gb18030")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    characters = "".join(character for character in text if not character.isascii())
+    firsts = re.findall(rb"([\xa1-\xa3\xb0-\xd7])[\xa1-\xfe]", characters.encode("gb18030"))
+    n_late = sum(first > b"\xc8" for first in firsts)  # where Korean has none
+    return 10 * len(firsts) >= 9 * len(characters) and 10 * n_late >= len(characters) > 0
+
+
+def is_json_lines(path, lines):
+    """Whether these first lines of a file are records, or should be. UserError for JSON of another kind."""
+    text, suffix = "\n".join(lines).lstrip(), path.suffix.lower()
+    n_records = sum(map(is_record, lines[:20]))
+    if n_records and 2 * n_records >= len(lines[:20]):
+        return True
+    if begins_as_json(text):
+        if suffix not in JSON_LINES and len(lines) == 1 and text[0] == "{":
+            return True  # a record that is longer than what is looked at
+        if suffix not in JSON_LINES or re.match(r'\[\s*\{\s*"', text):
+            raise refused(path, ARRAY if text[0] == "[" else OBJECT)
+    if lines and suffix in BY_SUFFIX:
+        raise refused(path, BY_SUFFIX[suffix], delimiter="\\t" if suffix == ".tsv" else ",")
+    return suffix in JSON_LINES
+
+
+def begins_as_json(text):
+    """Whether it is a JSON object or array, or the beginning of one."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.pos < len(text) - len("false") and "Unterminated string" not in error.msg:
+            return False
+    except RecursionError:
+        pass
+    return text[:1] in ("{", "[")
+
+
+def is_record(line):
+    """Whether a line is a JSON object, or a list of messages."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "role" in value[0]
+    return isinstance(value, dict)
+
+
+def refused(path, sentence, **names):
+    def new(suffix):
+        made = path.with_suffix(suffix)
+        return shlex.quote(str(made if made != path else path.with_suffix(".new" + suffix)))
+
+    names.update(txt=new(".txt"), jsonl=new(".jsonl"), unpacked=new(""), utf8=new(".utf8" + path.suffix))
+    return UserError(f"{path} {sentence.format(old=shlex.quote(str(path)), **names)}")
