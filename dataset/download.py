@@ -18,6 +18,7 @@ size and speed, and mirrors: none of them has all of these, so they are ours.
 import argparse
 import contextlib
 import difflib
+import functools
 import hashlib
 import ipaddress
 import itertools
@@ -53,7 +54,17 @@ FILE_NAME = r"(?!.*\.part)\w[\w .()-]{,150}(?<!\.md)"
 SPARE = 10**9  # bytes that stay free on the disk where a server does not say how much is to come
 HOPS = 10  # redirects, one after the other
 CHUNK = 1 << 16  # bytes at a time
-console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+@functools.cache
+def console():
+    """Made when it is needed: by then, `run` has seen to what rich makes of the environment."""
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def say(text):
+    console().print(text)
+
 
 # ---- What there is. A checksum stands here only where the file is known not to change any more. ----
 
@@ -434,10 +445,10 @@ def fetch(web, url, file, target, retries):
             os.replace(part, target)
             note.unlink(missing_ok=True)
     except KeyboardInterrupt:
-        console.print("stopped; run the same command again to go on")
+        say("stopped; run the same command again to go on")
         raise
-    console.print(f"{target}: {decimal(size_of(target))}, SHA-256 {found}"
-                  f" ({'as it should be' if wanted else 'with none known to compare'})")
+    say(f"{target}: {decimal(size_of(target))}, SHA-256 {found}"
+        f" ({'as it should be' if wanted else 'with none known to compare'})")
 
 
 @contextlib.contextmanager
@@ -477,7 +488,7 @@ def receive_all(web, url, file, part, note, retries):
                     hint = kept if have else "check the network, or try --proxy or another --mirror"
                     raise UserError(f"{drop}; {hint}") from drop
                 pause = max(drop.wait, min(0.25 * 2 ** min(failures, 10), 30.0))
-                console.print(f"{drop}; trying again in {pause:g} s")
+                say(f"{drop}; trying again in {pause:g} s")
             time.sleep(pause)
 
 
@@ -500,8 +511,8 @@ def receive(web, url, file, part, note, meter):
             throw_away(part, note)
             raise Dropped("the file at the server is not the one a part is here of; starting over")
         if reply.status == 200 and have:
-            console.print("the server sends the whole file: it has changed there, or cannot be resumed"
-                          if resume else f"of what {part.name} is a part is not known: starting over")
+            say("the server sends the whole file: it has changed there, or cannot be resumed"
+                if resume else f"of what {part.name} is a part is not known: starting over")
             have = 0
         if reply.headers.get("content-type", "").startswith("text/html"):
             raise BadAnswer(f"{url} answers with a web page, not with the file")
@@ -584,7 +595,7 @@ class Meter:
     def __init__(self, name):
         columns = ("{task.description}", progress.BarColumn(), progress.DownloadColumn(),
                    progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
-        self.bar = progress.Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bar = progress.Progress(*columns, console=console(), disable=not console().is_terminal)
         self.name, self.task, self.said = name, None, time.monotonic()
 
     def __enter__(self):
@@ -602,7 +613,7 @@ class Meter:
         if self.bar.disable and time.monotonic() - self.said > 10:
             self.said = time.monotonic()
             share = f" of {decimal(total)}, {have / total:.0%}" if total else ""
-            console.print(f"{self.name}: {decimal(have)}{share}")
+            say(f"{self.name}: {decimal(have)}{share}")
 
 
 # ---- The command ----
@@ -619,10 +630,10 @@ def download(name, out, mirror=None, proxy=None, retries=5):
     for file in files:
         target, url = out / (file.save_as or file.path), folder + quote(file.path)
         if not is_here(file, target):
-            console.print(f"{target.name} from {plain(url)}")
+            say(f"{target.name} from {plain(url)}")
             fetch(web, url, file, target, retries)
     paths = {"first": out / (files[0].save_as or files[0].path), "dataset": ROOT / "dataset"}
-    console.print("next: " + data.next.format(
+    say("next: " + data.next.format(
         **{key: f'"{path}"' if " " in str(path) else path for key, path in paths.items()}))
 
 
@@ -635,7 +646,7 @@ def is_here(file, target):
     if file.size not in (None, size_of(target)):
         raise UserError(f"{target} is here, but has {size_of(target):,} bytes instead of {file.size:,}; "
                         "move it away, or choose another --out")
-    console.print(f"{target} is already here")
+    say(f"{target} is already here")
     return True
 
 
@@ -645,7 +656,7 @@ def show_list():
         table.columns[column].no_wrap = True
     for name, data in SETS.items():
         table.add_row(name, data.what, data.language, data.size, data.licence)
-    console.print(table)
+    console().print(table)
 
 
 def count(text):
