@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import run
@@ -111,12 +111,19 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    """Minutes become tenths of a second; there are three sets of one small file each, and no proxies."""
+    """Minutes become seconds; there are three sets of one small file each, and no proxies."""
     hurry_up(monkeypatch)
 
 
+@pytest.fixture
+def hurry_more(request, monkeypatch):
+    """Tenths of a second where the case is one of waiting; elsewhere a busy machine would fail the test."""
+    if re.search("at a time|silence|extension", request.node.callspec.params["case"]):
+        monkeypatch.setattr(download, "PATIENCE", 0.4)
+
+
 def hurry_up(patch):
-    for name, value in {"PATIENCE": 0.4, "CONNECT": 2, "MOST": MOST, "SPARE": 0}.items():
+    for name, value in {"PATIENCE": 8, "CONNECT": 2, "MOST": MOST, "SPARE": 0}.items():
         patch.setattr(download, name, value)
     patch.setattr(download.time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
     sets = {"known": (download.File("f", len(BODY), SHA256),), "unknown": (download.File("f"),), "listed": ()}
@@ -228,14 +235,14 @@ NONSENSE = {  # name: (answer, what the sentence says)
 
 @pytest.mark.parametrize("name", ["known", "unknown"])
 @pytest.mark.parametrize("case", NONSENSE)
-def test_nonsense(case, name, tmp_path):
+def test_nonsense(case, name, tmp_path, hurry_more):
     answer, word = NONSENSE[case]
     began = time.monotonic()
     with Server(answer) as server:
         result = get(server.port, tmp_path / "out", "--retries", "1", name=name)
     fails(result)
     assert re.search(word, result.err), result.err
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
     rest = on_disk(tmp_path / "out")
     assert rest.keys() <= {"f.part", "f.part.json"}
     assert rest.get("f.part", 0) <= (len(BODY) if name == "known" else MOST)
@@ -459,13 +466,13 @@ PROXY_TALK = {
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("kind", ["http", "socks5h", "socks5", "socks4a"])
 @pytest.mark.parametrize("case", PROXY_TALK)
-def test_proxy_that_talks_nonsense(case, kind, scheme, tmp_path):
+def test_proxy_that_talks_nonsense(case, kind, scheme, tmp_path, hurry_more):
     began = time.monotonic()
     with Server(PROXY_TALK[case], speaks_first=True) as proxy:
         result = get(0, tmp_path / "out", "--proxy", f"{kind}://name:secret@127.0.0.1:{proxy.port}",
                      "--retries", "1", mirror=f"{scheme}://127.0.0.1:1")  # fmt: skip
     fails(result)
-    assert "secret" not in result.err and time.monotonic() - began < 10
+    assert "secret" not in result.err and time.monotonic() - began < 20
     assert on_disk(tmp_path / "out") == {}
 
 
@@ -530,12 +537,12 @@ LISTINGS = {
 
 
 @pytest.mark.parametrize("case", LISTINGS)
-def test_listings(case, tmp_path):
+def test_listings(case, tmp_path, hurry_more):
     began = time.monotonic()
     with Server(LISTINGS[case], b"") as server:
         fails(get(server.port, tmp_path / "out", "--retries", "0", name="listed"))
         assert server.sent < 20 * MOST
-    assert time.monotonic() - began < 10 and on_disk(tmp_path / "out") == {}
+    assert time.monotonic() - began < 20 and on_disk(tmp_path / "out") == {}
 
 
 def test_listing_with_odd_neighbours(tmp_path):
@@ -755,7 +762,7 @@ def test_ctrl_c_wherever_it_waits(where, tmp_path):
         code, printed, errors = in_a_fork(work)
     os.close(writing)
     assert code == 130 and not errors and "same command" in printed
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert "f.part.lock" not in on_disk(tmp_path) and "f" not in on_disk(tmp_path)
 
 
@@ -795,7 +802,7 @@ def answers(draw):
     return answer
 
 
-whatever = settings(max_examples=60, deadline=None)
+whatever = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @whatever
