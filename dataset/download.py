@@ -484,8 +484,11 @@ def receive_all(web, url, file, part, note, retries):
                 failures = 0 if have - most >= LEAST * PATIENCE else failures + 1
                 most = max(most, have)
                 if failures > retries or not web.answered:
-                    kept = f"{decimal(have)} are kept: run the same command again to go on"
-                    hint = kept if have else "check the network, or try --proxy or another --mirror"
+                    hint = "check the network, or try --proxy or another --mirror"
+                    if have and read_note(note).validator:
+                        hint = f"{decimal(have)} are kept: run the same command again to go on"
+                    elif note.exists():
+                        throw_away(part, note)  # nobody can go on with it
                     raise UserError(f"{drop}; {hint}") from drop
                 pause = max(drop.wait, min(0.25 * 2 ** min(failures, 10), 30.0))
                 say(f"{drop}; trying again in {pause:g} s")
