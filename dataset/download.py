@@ -50,6 +50,7 @@ CONNECT = 30  # seconds to connect: names, proxy and TLS included
 LEAST, PATIENCE = 1000, 60  # bytes a second on average over so many seconds; what is slower has stopped
 MOST = 50 * 10**9  # bytes of a file, whatever a server announces
 MOST_LISTED = 10**6  # bytes of a listing
+# A name from the network becomes a name on this disk: plain names only, and none of a part.
 FILE_NAME = r"(?!.*\.part)\w[\w .()-]{,150}(?<!\.md)"
 SPARE = 10**9  # bytes that stay free on the disk where a server does not say how much is to come
 HOPS = 10  # redirects, one after the other
@@ -238,7 +239,8 @@ class Web:
         """Where a redirect leads: to any host, for no secrets are sent; but never from https to http."""
         with contextlib.suppress(ValueError):
             target = urljoin(url, target)
-        if not re.match("https://" if url.startswith("https:") else "https?://", target):
+        safe = "https://" if url.lower().startswith("https:") else "https?://"
+        if not re.match(safe, target, re.IGNORECASE):
             raise BadAnswer(f"{plain(url)} leads to {plain(target)}, which is not as safe and not followed")
         return target
 
@@ -283,7 +285,7 @@ class Reply:
     """
 
     def __init__(self, url, headers, proxy, inside):
-        """inside: whether the way there leads out of the private network, so that it may lead back in."""
+        """inside: it may be in the private network, as what the user has named or what one there leads to."""
         self.url, self.proxy, self.linked = url, proxy, None
         self.lines, self.body, self.failure, self.ended = [], [], None, False
         self.since, self.count = time.monotonic(), 0
@@ -393,7 +395,6 @@ def listed_files(web, folder):
     entries = parsed(text)
     for entry in entries if isinstance(entries, list) else []:
         match entry:
-            # A name from the network becomes a name on this disk: plain names only.
             case {"type": "file", "path": str(path), "size": int(size)} if re.fullmatch(FILE_NAME, path):
                 stated = entry.get("lfs")
                 stated = stated.get("oid") if isinstance(stated, dict) else None

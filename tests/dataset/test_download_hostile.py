@@ -370,7 +370,7 @@ def test_retries_that_are_no_number(retries, tmp_path):
 
 def test_redirect_to_another_host(tmp_path):
     with Server(whole()) as there:
-        on = [f"http://localhost:{there.port}/x?y={'z' * 3000}", "/hier/", "ü b"]
+        on = [f"HTTP://localhost:{there.port}/x?y={'z' * 3000}", "/hier/", "ü b"]
         on = [head(f"Location: {place}", "Content-Length: 0", status=REDIRECT) for place in reversed(on)]
         with Server(on[1], on[0], on[2]) as here:
             arrived(get(here.port, tmp_path), tmp_path)
@@ -443,7 +443,7 @@ def test_certificate(tls, tmp_path, monkeypatch):
 def test_never_from_https_to_http(tls, tmp_path, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(tls.path))
     with Server(whole()) as there:
-        on = head(f"Location: http://127.0.0.1:{there.port}/", status=REDIRECT)
+        on = head(f"Location: HTTP://127.0.0.1:{there.port}/", status=REDIRECT)
         with Server(on, context=tls.context) as here:
             fails(get(0, tmp_path / "out", mirror=f"https://localhost:{here.port}"), "not followed")
         assert there.requests == []
