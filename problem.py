@@ -17,9 +17,12 @@ import random
 import sys
 import time
 from dataclasses import fields
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, ValidationError
 
 import tasks
-from config.schema import ModelConfig, TrainConfig
+from config.schema import ModelConfig, Schema, TrainConfig
 from engine.config import ROOT, check, find, shown
 from engine.errors import UserError, run
 
@@ -136,7 +139,7 @@ def problem_of(state, args, name, tokenizer):
     try:
         ((_, sizes),) = state.train_config["dataset_path"]
         sizes = dict(json.loads(sizes))
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise UserError(f"{name} does not say which size of {args.problem} it has learned") from None
     problem = tasks.make(args.problem, sizes)
     for size, value in problem.sizes.items():
@@ -260,14 +263,44 @@ def play(problem, model, tokenizer):
             return
 
 
+Count, Share = Annotated[int, Field(ge=0, lt=1 << 63)], Annotated[float, Field(ge=0, le=1)]
+
+
+class Result(Schema):
+    """A line of the table of all runs, as far as it is shown."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    time: str = Field(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$")
+    problem: str = Field(pattern=r"^\w{1,40}$")
+    sizes: dict[str, Count]
+    parameters: Count
+    steps: Count
+    seconds: Annotated[float, Field(ge=0, lt=1e12)] | None
+    accuracy: Share
+    base_rate: Share = Field(alias="base rate")
+    seed: Count
+
+
 def read_results():
-    """The lines of the table of all runs, oldest first."""
+    """The lines of the table of all runs, oldest first, as dictionaries; damaged ones are named."""
+    results, damaged = [], []
     try:
-        return [json.loads(line) for line in open(RESULTS, encoding="utf-8")]
+        with open(RESULTS, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    if line.strip():
+                        results.append(Result.model_validate_json(line).model_dump(by_alias=True))
+                except ValidationError:
+                    damaged.append(str(number))
     except FileNotFoundError:
-        return []
-    except ValueError:
-        raise UserError(f"{shown(RESULTS)} is damaged; move it away") from None
+        pass
+    if damaged:
+        text = f"{shown(RESULTS)}: no result in line {', '.join(damaged[:9])}{', ...' * (len(damaged) > 9)}"
+        if not results:
+            raise UserError(f"{text}, nor in any other; move the file away")
+        print(f"{text}; the table is without", file=sys.stderr)
+    return results
 
 
 def show_results(results):

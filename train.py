@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -112,25 +113,38 @@ def main():
 def enter_launch(example):
     """For a script that a launcher starts once for every device: only the first process is to talk.
 
-    UserError if there is no launcher; `example` is a command with one.
+    Returns (its number, number of processes) on this machine. UserError if there is no launcher, or the
+    environment is not one's; `example` is a command with one.
     """
     if "RANK" not in os.environ:
         raise UserError(f"this needs a launcher, here for two processes: {example}")
-    if os.environ["RANK"] != "0":
+
+    def told(name, lowest, highest):
+        text = os.environ.get(name, "")
+        if not re.fullmatch("[0-9]{1,5}", text) or not lowest <= int(text) <= highest:
+            raise UserError(f"the environment has {name}={text[:20]!r}, which comes from no launcher; "
+                            f"here is one for two processes: {example}")  # fmt: skip
+        return int(text)
+
+    world = told("WORLD_SIZE", 1, 99_999)
+    rank = told("RANK", 0, world - 1)
+    # PyTorch's launcher and DeepSpeed's have different names for it.
+    local_world = told("LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", 1, world)
+    place = told("LOCAL_RANK", 0, local_world - 1), local_world
+    told("MASTER_PORT", 0, 65535)
+    if rank:
         from engine.log import mute
 
         mute()
+    return place
 
 
-def main_launched(args, strategy, loss_scaling=True):
+def main_launched(args, strategy, place, loss_scaling=True):
     """The rest of such a script. strategy(config, choice): how the run is spread (engine/parallel.py)."""
     launcher = Launcher()
     config, model_config = load_run(args)
     from engine import hardware
 
-    # PyTorch's launcher and DeepSpeed's have different names for it.
-    local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"]
-    place = int(os.environ["LOCAL_RANK"]), int(local_world)
     choice = hardware.prepare(config, place, loss_scaling)
     with strategy(config, choice) as parallel:
         train(text_job(args, config, model_config, choice, parallel), parallel, launcher=launcher)

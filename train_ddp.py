@@ -15,8 +15,8 @@ EXAMPLE = "python -m torch.distributed.run --nproc_per_node 2 train_ddp.py -t pr
 
 def main():
     args = train.parse_arguments(__doc__)
-    train.enter_launch(EXAMPLE)
-    train.main_launched(args, strategy)
+    place = train.enter_launch(EXAMPLE)
+    train.main_launched(args, strategy, place)
 
 
 def strategy(config, choice):

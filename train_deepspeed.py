@@ -26,7 +26,7 @@ def main():
     args = train.parse_arguments(__doc__, more_arguments)
     if args.convert:
         return convert(args)
-    train.enter_launch(EXAMPLE)
+    place = train.enter_launch(EXAMPLE)
     if args.hostfile:
         check_hosts(find(args.hostfile))
     path = find(args.deepspeed_config)
@@ -38,7 +38,7 @@ def main():
 
         return Zero(settings, shown(path), config.backend, choice)
 
-    train.main_launched(args, strategy, loss_scaling=False)
+    train.main_launched(args, strategy, place, loss_scaling=False)
 
 
 def more_arguments(parser):
@@ -56,10 +56,15 @@ def more_arguments(parser):
 def check_hosts(path):
     """Refuse a --hostfile that the launcher has not seen, rather than train on fewer machines than asked."""
     try:
-        slots = re.findall(r"^\s*[^\s#]\S*\s+slots=(\d+)", path.read_text("utf-8"), re.MULTILINE)
+        lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise UserError(f"{shown(path)} cannot be read, or is no text") from None
-    wanted, started = sum(map(int, slots)), int(os.environ["WORLD_SIZE"])
+    wanted, started = 0, int(os.environ["WORLD_SIZE"])
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line and not line.startswith("#"):
+            if not (found := re.match(r"\S+\s+slots=([0-9]{1,5})(?!\S)", line)):
+                raise UserError(f"{shown(path)}, line {number}: write it as HOST slots=N")
+            wanted += int(found[1])
     if wanted != started:
         raise UserError(
             f"{shown(path)} has {wanted} slots, but {started} processes were started: the launcher reads it "

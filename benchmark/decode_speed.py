@@ -166,7 +166,7 @@ def llama2c(program, folder, n_tokens, n_threads):
     def measure():
         env = os.environ | {"OMP_NUM_THREADS": str(n_threads)}
         done = subprocess.run(command, env=env, capture_output=True)
-        if not (found := re.search(rb"tok/s: ([\d.]+)", done.stderr)):
+        if not (found := re.search(rb"tok/s: (\d+\.?\d*)", done.stderr)):
             raise UserError(f"{program} failed: {done.stderr.decode('utf-8', 'replace').strip()}")
         return float(found[1])
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ def run(main):
     Disk full, missing permission and exhausted memory are things a user can mend, so they
     are told in the same way. Any other exception is a bug of ours and keeps its traceback.
     """
+    _accept_terminal()
     try:
         main()
         sys.stdout.flush()
@@ -77,6 +79,15 @@ def describe_os_error(error):
     if error.errno == errno.ENOSPC:
         return f"the disk is full{where}; free some space and run the same command again"
     return f"{(error.strerror or str(error)).lower()}{where}"
+
+
+def _accept_terminal():
+    """No script fails for what the environment says of the terminal, nor for a character it cannot show."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[0-9]{1,4}", os.environ.get(name, "0")):  # rich would take ² for a number
+            del os.environ[name]
+    if getattr(sys.stdout, "errors", None) == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _leave(sentence):

@@ -280,6 +280,25 @@ def test_out_of_memory(tiny_project):
     assert "memory does not suffice" in wrong or "lower n_layer or n_embd" in wrong
 
 
+@pytest.mark.parametrize("size", ["²", "-1", "abc", "", "9" * 30])
+@pytest.mark.parametrize("name", ["COLUMNS", "LINES"])
+def test_a_terminal_of_an_odd_size(shared_project, name, size):
+    """rich takes ² for a number, and any number for a width."""
+    environment = {name: size, "FORCE_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
+    text = shared_project.root / "config" / "model_config.json"
+    for words in (["dataset/download.py", "--list"], ["tokenizer.py", "stats", text]):
+        done = shared_project.run(*words, **environment)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_an_output_that_lacks_characters(shared_project):
+    """As a pipe on Windows does: what cannot be written is escaped."""
+    text = shared_project.elsewhere / "文.txt"
+    text.write_text("文" * 99, "utf-8")
+    done = shared_project.run("tokenizer.py", "stats", text, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "\\u6587" in done.stdout and not done.stderr, done.stderr
+
+
 def test_elsewhere_with_relative_paths(tiny_project):
     """Paths are taken from the current folder first; the rest comes from the project."""
     (tiny_project.elsewhere / "my config.json").write_text(

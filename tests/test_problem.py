@@ -7,8 +7,10 @@ import subprocess
 import pytest
 from conftest import Project
 
+import problem
 import tasks
 from engine.checkpoint import load
+from engine.errors import run
 
 
 def small(project, name="sort", *arguments, **keywords):
@@ -37,6 +39,53 @@ def test_help_names_the_problems_and_their_sizes(shared_project):
 def test_mistakes_are_told(shared_project, arguments, says):
     done = shared_project.run("problem.py", *arguments)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+GOOD = {"time": "2026-01-02 03:04:05", "problem": "sort", "sizes": {"digits": 6}, "parameters": 1234,
+        "steps": 5, "seconds": 6.5, "accuracy": 0.75, "base rate": 0.25, "seed": 7,
+        "checkpoint": "sort.pt"}  # fmt: skip
+HALF = json.dumps(GOOD).encode()[:60]
+DAMAGED = [
+    b"{", HALF, HALF + json.dumps(GOOD).encode(), b"[" * 100_000, b'{"time":' * 100_000, b"null", b"[]",
+    b"5", b'"x"', b"{}", b"\xff\xfe", bytes(50), json.dumps(GOOD).replace("1234", "9" * 5000).encode(),
+    json.dumps(GOOD).replace("0.75", "1e400").encode(),
+    *(json.dumps({key: value for key, value in GOOD.items() if key != gone}).encode() for gone in GOOD
+      if gone != "checkpoint"),
+    *(json.dumps({**GOOD, key: wrong}).encode() for key in GOOD if key != "checkpoint"
+      for wrong in ("²", -1, float("nan"), [], {"[/x]": "[/x]"}, True, 10**30)),
+]  # fmt: skip
+
+
+def results_of(lines, tmp_path, monkeypatch, capsys):
+    """`problem.py --results` in this process, of a file with these lines -> code, stdout, stderr."""
+    monkeypatch.setattr(problem, "RESULTS", tmp_path / "results.jsonl")
+    problem.RESULTS.write_bytes(b"\n".join(lines))
+    monkeypatch.setattr("sys.argv", ["problem.py", "--results"])
+    monkeypatch.setenv("COLUMNS", "80")
+    code = 0
+    try:
+        run(problem.main)
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_damaged_results_are_left_out_and_named(line, tmp_path, monkeypatch, capsys):
+    good = json.dumps(GOOD).encode()
+    code, table, errors = results_of([good, line, b"", good, b""], tmp_path, monkeypatch, capsys)
+    assert code == 0 and table.count("sort 6") == 2 and table.count("75.00%") == 2
+    assert re.fullmatch(r".*results.jsonl: no result in line 2; the table is without\n", errors)
+    code, table, errors = results_of([line, b""], tmp_path, monkeypatch, capsys)
+    assert code == 2 and not table and errors.startswith("error: ") and "move the file away" in errors
+
+
+def test_what_is_left_out_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    good = json.dumps({**GOOD, "seconds": None}).encode()
+    code, table, errors = results_of([b"x"] * 1000 + [good], tmp_path, monkeypatch, capsys)
+    assert code == 0 and "resumed" in table and errors.count("\n") == 1 and "line 1, 2, 3" in errors
+    code, _, errors = results_of([], tmp_path, monkeypatch, capsys)
+    assert code == 2 and "no problem was trained yet" in errors
 
 
 def test_a_run_from_start_to_end(small_problems):

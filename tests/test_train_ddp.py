@@ -1,5 +1,6 @@
 """train_ddp.py on two processes of this machine: the run of train.py. Faults: test_faults.py"""
 
+import importlib
 import os
 import signal
 
@@ -20,6 +21,7 @@ from launching import (
 )
 
 from engine.checkpoint import load
+from engine.errors import run
 
 DDP = (TORCHRUN, "train_ddp.py")
 
@@ -82,6 +84,30 @@ def test_an_error_that_all_processes_meet_is_told_once(tiny_project):
 def test_without_a_launcher_it_says_how(tiny_project):
     done = tiny_project.run("train_ddp.py", "-t", "pretrain")
     assert done.returncode == 2 and "python -m torch.distributed.run --nproc_per_node 2" in done.stderr
+
+
+TOLD = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_PORT": "1"}
+ODD = [{name: value} for name in TOLD for value in ("abc", "²", "３", "-1", "", "1e3", "9" * 5000)]
+ODD += [{name: None} for name in TOLD if name != "RANK"]
+ODD += [{"RANK": "1"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "1"}, {"LOCAL_SIZE": "2"}, {"LOCAL_SIZE": "0"},
+        {"LOCAL_WORLD_SIZE": "2"}, {"MASTER_PORT": "65536"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["train_ddp", "train_deepspeed"])
+@pytest.mark.parametrize("odd", ODD)
+def test_what_no_launcher_tells_is_refused(script, odd, monkeypatch, capsys):
+    """In the environment: not a number, missing, or out of range. It is told although RANK is not 0."""
+    for name in (*TOLD, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**TOLD, **odd}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "-t", "pretrain"])
+    with pytest.raises(SystemExit) as end:
+        run(importlib.import_module(script).main)
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert next(iter(odd)) in errors and "launcher" in errors and len(errors) < 300
 
 
 def test_processes_that_are_configured_differently_are_refused(tiny_project):

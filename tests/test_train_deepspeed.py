@@ -24,6 +24,8 @@ from launching import (
 )
 
 from engine.checkpoint import load
+from engine.errors import UserError
+from train_deepspeed import check_hosts
 
 SCRIPT = "train_deepspeed.py"
 CPU = {"device": "cpu"}
@@ -212,6 +214,27 @@ def test_a_hostfile_that_the_launcher_has_not_seen(tiny_project):
     assert process.returncode and "4 slots, but 2 processes were started" in errors
     hosts.write_text("localhost slots=2\n")
     together(tiny_project, SCRIPT, *arguments, *settings_file(tiny_project, "ZeRO-1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("10.0.0.1 slots=2\n10.0.0.2 slots=²\n", "line 2: write it as HOST slots=N"),
+        (f"10.0.0.1 slots={'9' * 5000}", "line 1: write it as HOST slots=N"),
+        ("\n# two\n10.0.0.1\n", "line 3: write it as HOST slots=N"),
+        ("10.0.0.1 slots=-1", "line 1: write it as HOST slots=N"),
+        ("  # none\n\n", "0 slots, but 2 processes were started"),
+        ("a slots=1\n\tb  slots=2 # comment", "3 slots, but 2 processes were started"),
+        (b"\xff\xfe", "is no text"),
+    ],
+)
+def test_odd_hostfiles(text, says, tmp_path, monkeypatch):
+    hosts = tmp_path / "hosts"
+    hosts.write_bytes(text if isinstance(text, bytes) else text.encode())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError) as error:
+        check_hosts(hosts)
+    assert says in str(error.value) and len(str(error.value)) < 500
 
 
 # ---- folders that DeepSpeed writes -----------------------------------------------------------------------
