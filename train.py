@@ -14,6 +14,8 @@ SFT's loss mask is one on the words of the answers and zero elsewhere.
 """
 
 import argparse
+import contextlib
+import functools
 import math
 import os
 import shlex
@@ -188,6 +190,67 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
     return models.build(shape), tokenizer
 
 
+def settled(job, rows, step, parallel):
+    """The job's Choice with a dtype that is the same in all processes.
+
+    Where only measuring can tell, a run that goes on keeps the dtype it had; for a new one, the first process
+    measures its first micro-batch of this step. Its model is on the device, with weights in float32.
+    """
+    import torch
+
+    from engine import hardware
+
+    config, choice, model = job.config, job.choice, job.model
+    before = job.start.checkpoint.train_config.get("dtype") if job.start.run else None
+
+    def measured():
+        batch = [torch.from_numpy(array[rows.start : rows.start + rows.step]) for array in job.batches(step)]
+        batch = [tensor.to(choice.device) for tensor in batch]
+        forward = torch.compile(model) if config.compile else model
+        model.train()
+
+        def one_pass(choice):
+            model.use_cpu_kernels(choice.cpu_kernels)
+            with hardware.forward_context(choice):
+                forward(*batch, loss_divisor=1)[1].backward()
+            model.zero_grad(set_to_none=True)
+            hardware.synchronize(choice.device)
+
+        trials = [hardware.with_dtype(choice, config, dtype, "") for dtype in ("float32", "bfloat16")]
+        with compiling(config.compile):
+            found = hardware.measured_dtype({c.dtype: functools.partial(one_pass, c) for c in trials})
+        model.zero_grad(set_to_none=True)  # of a pass for which memory did not suffice
+        model.after_step(lambda *numbers: [0.0] * len(numbers))  # what it has counted does not count
+        return found
+
+    found = parallel.gather((choice.dtype, choice.undecided))
+    if any(other != found[0] for other in found):
+        dtype, why = "float32", "the machines of this run would choose differently, and all of them have it"
+    elif not choice.undecided:
+        return choice
+    elif before in ("float32", "bfloat16"):
+        dtype, why = before, "as this run has had it so far"
+    else:
+        dtype, why = parallel.first(measured)
+    choice = hardware.with_dtype(choice, config, dtype, why)
+    print(choice.reasons[1])
+    return choice
+
+
+@contextlib.contextmanager
+def compiling(on):
+    """For first passes of what went through torch.compile, if it is `on`: that takes time, and may fail."""
+    if on:
+        print("Compiling the training step: about a minute, this once.", flush=True)
+    try:
+        yield
+    except RuntimeError as error:
+        if not on or is_out_of_memory(error):
+            raise
+        why = str(error).strip().partition("\n")[0]
+        raise UserError(f"torch.compile failed: {why}; set compile to false") from None
+
+
 def train(job, parallel, plan_for=None):
     """The training loop. Returns the path of its log; None if it was stopped, or had nothing to do.
 
@@ -204,17 +267,17 @@ def train(job, parallel, plan_for=None):
     config, choice, start = job.config, job.choice, job.start
     batches, validation = job.batches, job.validation
     rows = parallel.rows(config)
+    step, best = 0, {"loss": None, "step": None}
+    if start.run:
+        step, best = start.checkpoint.step, dict(start.checkpoint.best)
 
     # -- model and optimizer ----------------------------------------------------------------------
 
     model = job.model.to(choice.device, torch.float32 if choice.autocast else getattr(torch, choice.dtype))
-    model.use_cpu_kernels(
-        choice.device == "cpu" and choice.dtype == "float32" and choice.sdp_kernel == "auto"
-    )
+    choice = settled(job, rows, step, parallel)
+    model.use_cpu_kernels(choice.cpu_kernels)
     parallel.prepare(model, config, choice)
-    step, best = 0, {"loss": None, "step": None}
     if start.run:
-        step, best = start.checkpoint.step, dict(start.checkpoint.best)
         parallel.restore(start)
     start.checkpoint = None  # frees its copy of the weights
 
@@ -256,14 +319,8 @@ def train(job, parallel, plan_for=None):
 
     def compile_step():
         """Has torch.compile do now, before the clock starts, what it puts off until the first pass."""
-        print("Compiling the training step: about a minute, this once.", flush=True)
-        try:
+        with compiling(True):
             forward(batches(step), rows.start)[0].backward()
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            why = str(error).strip().partition("\n")[0]
-            raise UserError(f"torch.compile failed: {why}; set compile to false") from None
         parallel.clear()
         model.after_step(lambda *numbers: [0.0] * len(numbers))  # what it has counted does not count
 
@@ -308,8 +365,10 @@ def train(job, parallel, plan_for=None):
         states = parallel.states()
         if parallel.rank:
             return
+        # The dtype is that of `settled`, so that the run keeps it.
         saved = checkpoints.Checkpoint(
-            job.task, run_id, step, model.config.model_dump(), config.model_dump(mode="json"),
+            job.task, run_id, step, model.config.model_dump(),
+            config.model_dump(mode="json") | {"dtype": choice.dtype},
             job.tokenizer.to_dict(), best=best, **states,
         )  # fmt: skip
         log.event("Save", (epoch, step), {"": shown(saved.save())})

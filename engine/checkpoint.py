@@ -6,7 +6,7 @@ A checkpoint is a dictionary of tensors and plain JSON values, in PyTorch's zip 
     task, run         "pretrain" or "sft", and the time at which the run began
     step              optimizer steps done
     best              {"loss": best validation loss or None, "step": where it was reached}
-    model_config, train_config    plain JSON
+    model_config, train_config    plain JSON; of a dtype that was "auto", what was chosen
     tokenizer         JSON as text: PyTorch takes 0.3 s to read 32,000 merges one by one
     model, optimizer, scaler                  state dictionaries (scaler: float16's loss scaling)
 
@@ -265,9 +265,9 @@ def starting_point(task, config, resume, since=None):
 def _continued(checkpoint, path, config, notices):
     """Go on with the run of a checkpoint; say where the configuration has changed meanwhile."""
     now = config.model_dump(mode="json")
-    changes = [f"{key}: {checkpoint.train_config.get(key)} -> {value}" for key, value in now.items()
-               if key not in ("from_checkpoint", *config.automatic)
-               and checkpoint.train_config.get(key) != value]  # fmt: skip
+    before = checkpoint.train_config
+    changes = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items()
+               if key != "from_checkpoint" and value not in ("auto", before.get(key))]  # fmt: skip
     notices = [*notices, f"going on with {shown(path)} at step {checkpoint.step}"]
     if changes:
         notices.append("changed since then: " + ", ".join(changes))
