@@ -166,8 +166,13 @@ def prepare(config, place=None, loss_scaling=True):
     choice = choose(
         machine, device, config.dtype, config.sdp_kernel, config.use_amp, config.dropout, loss_scaling
     )
+    if device != config.device:
+        why = f"device {device}: each process on this machine has its own"
+        choice = replace(choice, reasons=(why, *choice.reasons[1:]))
     if place and choice.device_type == "cpu":
         torch.set_num_threads(max(1, machine.cores // place[1]))
+    if choice.device_type == "cuda":
+        repeat_exactly()
     keep_freed_memory()
     for line in describe(choice):
         print(line)
@@ -342,6 +347,22 @@ def forward_context(choice):
     """Both of the above: what a forward pass runs in."""
     with attention_context(choice), autocast_context(choice):
         yield
+
+
+def repeat_exactly():
+    """Let CUDA add up in the same order each time: a run that is resumed then goes on bit for bit.
+
+    Otherwise the backward passes of its attention kernels, and compiled ones of embeddings, add what comes
+    first, first (https://docs.pytorch.org/docs/stable/notes/randomness.html). An operation that knows no
+    other way is refused by name: there is none in models/ (tests/models/test_models.py). To be called before
+    the first product, when cuBLAS reads the variable: the size and number of its workspaces.
+    """
+    import torch
+
+    if os.environ.get(name := "CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        os.environ[name] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which takes time, and is for finding bugs
 
 
 def keep_freed_memory():

@@ -328,7 +328,8 @@ class Model(GPT):
         for _, moe in mixtures:
             moe.routing = None  # it would keep the graph of this pass alive
         # What lies behind a sequence's last word that counts is padding, all of it alike.
-        is_text = (loss_mask.flip(1).cumsum(1).flip(1) > 0).to(scores.dtype).unsqueeze(-1)
+        # (Counted in whole numbers: CUDA adds up others in any order.)
+        is_text = ((loss_mask > 0).flip(1).cumsum(1).flip(1) > 0).to(scores.dtype).unsqueeze(-1)
         picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * is_text  # [layers, B, T, E]
         length = is_text.sum(1).clamp(min=1)
         share = (scores / scores.sum(-1, keepdim=True) * is_text).sum(2) / length

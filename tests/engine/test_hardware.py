@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 
 import pytest
 from launching import RUN, together, with_prelude
@@ -253,6 +254,40 @@ def test_contexts():
 
 def test_matmul_flops_are_plausible():
     assert 1e8 < measure_matmul_flops("cpu", "float32", seconds=0.2) < 1e14
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, as_before, capsys):
+    machine = dataclasses.replace(A100, gpus=A100.gpus * 2)
+    monkeypatch.setattr(hardware, "detect", lambda device: machine)
+    assert hardware.prepare(CONFIG, place=(1, 2)).device == "cuda:1"
+    assert "device cuda:1: each process on this machine has its own\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the last of the 2 GPUs here is cuda:1"):
+        hardware.prepare(CONFIG, place=(2, 3))
+
+
+@pytest.fixture
+def as_before():
+    """What a test makes of these settings of torch, and of the environment, ends with it."""
+    torch, name = pytest.importorskip("torch"), "CUBLAS_WORKSPACE_CONFIG"
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    yield torch
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    os.environ.pop(name, None)
+
+
+@pytest.mark.parametrize("workspace, then", [(None, ":4096:8"), (":16:8", ":16:8"), (":4096:2", ":4096:8")])
+def test_what_a_gpu_adds_up_is_the_same_each_time(monkeypatch, as_before, workspace, then):
+    if workspace:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+    monkeypatch.setattr(hardware, "detect", lambda device: A100)
+    assert not as_before.are_deterministic_algorithms_enabled()
+    hardware.prepare(CONFIG.model_copy(update={"device": "cpu"}))
+    assert not as_before.are_deterministic_algorithms_enabled()
+    hardware.prepare(CONFIG)
+    assert as_before.are_deterministic_algorithms_enabled()
+    assert not as_before.utils.deterministic.fill_uninitialized_memory
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == then
 
 
 def test_a_clock_waits_for_the_gpu_that_it_times(monkeypatch):
