@@ -95,12 +95,12 @@ def main():
         raise UserError("--world is for --plan; train_ddp.py trains on several devices")
     config, model_config = load_run(args)
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
-    from engine import hardware
+    from engine import hardware, plan
     from engine.parallel import Alone
 
     choice, parallel = hardware.prepare(config), Alone()
-    spread = (args.world, args.link) if args.plan else None
-    train(text_job(args, config, model_config, choice, parallel), parallel, plan_for=spread)
+    instead = functools.partial(plan.show, world=args.world, link=args.link) if args.plan else None
+    train(text_job(args, config, model_config, choice, parallel), parallel, instead)
 
 
 def enter_launch(example):
@@ -251,11 +251,11 @@ def compiling(on):
         raise UserError(f"torch.compile failed: {why}; set compile to false") from None
 
 
-def train(job, parallel, plan_for=None):
+def train(job, parallel, instead=None):
     """The training loop. Returns the path of its log; None if it was stopped, or had nothing to do.
 
-    parallel: how the run is spread over processes (engine/parallel.py). plan_for: (world, link), to train
-    nothing and show what the run would take.
+    parallel: how the run is spread over processes (engine/parallel.py). instead: what to call, instead of
+    training, with the run's Facts, its Speedometer and a function that does one step.
     """
     import torch
 
@@ -346,7 +346,7 @@ def train(job, parallel, plan_for=None):
 
     # -- the loop ---------------------------------------------------------------------------------
 
-    if config.max_steps and step >= config.max_steps and not plan_for:
+    if config.max_steps and step >= config.max_steps and not instead:
         print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
         return None
     facts = plan.Facts(job.task, model, choice, batches, validation, config)
@@ -354,8 +354,8 @@ def train(job, parallel, plan_for=None):
         with facts.advice_when_out_of_memory():
             compile_step()
     speed = Speedometer(model)
-    if plan_for:
-        plan.show(facts, speed, lambda: one_step(step), *plan_for)
+    if instead:
+        instead(facts, speed, lambda: one_step(step))
         return None
     print(facts.summary())
     if facts.too_large:
