@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from engine.checkpoint import load
+from engine.config import check_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,6 +58,27 @@ def test_each_trains_with_muon_and_goes_on_exactly(train, name):
     assert train("pretrain", **settings, max_steps=3).returncode == 0
     assert train("pretrain", "--resume", **settings, max_steps=6).returncode == 0
     assert train.same(load(train.checkpoints()[6]), whole)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_gradients_of_each_are_the_same_each_time_with_several_threads(name):
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        torch.manual_seed(0)
+        shape = {"architecture": name, "block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64}
+        model = models.build(check_model(shape, "the test").resolved(99)).train()
+        model.use_cpu_kernels(True)
+        x, y = torch.randint(99, (2, 8, 256))
+        gradients = []
+        for _ in range(5):
+            model(x, y)[1].backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+            model.zero_grad(set_to_none=True)
+        for others in gradients[1:]:
+            assert all(map(torch.equal, others, gradients[0]))
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 # torch.use_deterministic_algorithms refuses these on CUDA, three more for some arguments, and others that are
