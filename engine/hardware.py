@@ -160,15 +160,15 @@ def prepare(config, place=None, loss_scaling=True):
     """
     import torch
 
-    machine, device = detect(config.device), config.device
-    if place and machine.gpus and device in ("auto", "cuda"):
-        device = f"cuda:{place[0]}"
-    choice = choose(
-        machine, device, config.dtype, config.sdp_kernel, config.use_amp, config.dropout, loss_scaling
-    )
-    if device != config.device:
-        why = f"device {device}: each process on this machine has its own"
+    settings = config.dtype, config.sdp_kernel, config.use_amp, config.dropout, loss_scaling
+    machine = detect(config.device)
+    choice = choose(machine, config.device, *settings)
+    if place and choice.device_type == "cuda" and config.device in ("auto", "cuda"):
+        choice = choose(machine, f"cuda:{place[0]}", *settings)
+        why = f"device {choice.device}: each process on this machine has its own"
         choice = replace(choice, reasons=(why, *choice.reasons[1:]))
+    elif place and choice.device_type == "cuda" and place[1] > 1:
+        raise UserError(f'device is "{config.device}" for {place[1]} processes; with "cuda" each has its own')
     if place and choice.device_type == "cpu":
         torch.set_num_threads(max(1, machine.cores // place[1]))
     if choice.device_type == "cuda":

@@ -263,6 +263,12 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch, as_before, capsys):
     assert "device cuda:1: each process on this machine has its own\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="the last of the 2 GPUs here is cuda:1"):
         hardware.prepare(CONFIG, place=(2, 3))
+    by_hand = CONFIG.model_copy(update={"device": "cuda:1"})
+    assert hardware.prepare(by_hand, place=(0, 1)).device == "cuda:1"
+    with pytest.raises(UserError, match='"cuda:1" for 2 processes; with "cuda" each has its own'):
+        hardware.prepare(by_hand, place=(0, 2))
+    machine = dataclasses.replace(machine, cuda_architectures=("sm_90",))  # torch can use neither
+    assert hardware.prepare(CONFIG, place=(1, 2)).device == "cpu"
 
 
 @pytest.fixture
@@ -270,7 +276,9 @@ def as_before():
     """What a test makes of these settings of torch, and of the environment, ends with it."""
     torch, name = pytest.importorskip("torch"), "CUBLAS_WORKSPACE_CONFIG"
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    n_threads = torch.get_num_threads()
     yield torch
+    torch.set_num_threads(n_threads)
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
     os.environ.pop(name, None)
