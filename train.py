@@ -16,6 +16,7 @@ SFT's loss mask is one on the words of the answers and zero elsewhere.
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import re
@@ -102,12 +103,12 @@ def main():
         raise UserError("--world is for --plan; train_ddp.py trains on several devices")
     config, model_config = load_run(args)
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
-    from engine import hardware
+    from engine import hardware, plan
     from engine.parallel import Alone
 
     choice, parallel = hardware.prepare(config), Alone()
-    spread = (args.world, args.link) if args.plan else None
-    train(text_job(args, config, model_config, choice, parallel), parallel, plan_for=spread)
+    instead = functools.partial(plan.show, world=args.world, link=args.link) if args.plan else None
+    train(text_job(args, config, model_config, choice, parallel), parallel, instead)
 
 
 def enter_launch(example):
@@ -208,6 +209,67 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
     return models.build(shape), tokenizer
 
 
+def settled(job, rows, parallel):
+    """The job's Choice with a dtype that is the same in all processes.
+
+    Where only measuring can tell, a run that goes on keeps the dtype it had; for a new one, the first process
+    measures its first micro-batch. Its model is on the device, with weights in float32.
+    """
+    import torch
+
+    from engine import hardware
+
+    config, choice, model = job.config, job.choice, job.model
+    before = job.start.checkpoint.train_config.get("dtype") if job.start.resumes else None
+
+    def measured():
+        batch = [torch.from_numpy(array[rows.start : rows.start + rows.step]) for array in job.batches(0)]
+        batch = [tensor.to(choice.device) for tensor in batch]
+        forward = torch.compile(model) if config.compile else model
+        model.train()
+
+        def one_pass(choice):
+            model.use_cpu_kernels(choice.cpu_kernels)
+            with hardware.forward_context(choice):
+                forward(*batch, loss_divisor=1)[1].backward()
+            model.zero_grad(set_to_none=True)
+            hardware.synchronize(choice.device)
+
+        trials = [hardware.with_dtype(choice, config, dtype, "") for dtype in ("float32", "bfloat16")]
+        with compiling(config.compile):
+            found = hardware.measured_dtype({c.dtype: functools.partial(one_pass, c) for c in trials})
+        model.zero_grad(set_to_none=True)  # of a pass for which memory did not suffice
+        model.after_step(lambda *numbers: [0.0] * len(numbers))  # what it has counted does not count
+        return found
+
+    found = parallel.gather((choice.dtype, choice.undecided))
+    if any(other != found[0] for other in found):
+        dtype, why = "float32", "the machines of this run would choose differently, and all of them have it"
+    elif not choice.undecided:
+        return choice
+    elif before in ("float32", "bfloat16"):
+        dtype, why = before, "as this run has had it so far"
+    else:
+        dtype, why = parallel.first(measured)
+    choice = hardware.with_dtype(choice, config, dtype, why)
+    print(choice.reasons[1])
+    return choice
+
+
+@contextlib.contextmanager
+def compiling(on):
+    """For first passes of what went through torch.compile, if it is `on`: that takes time, and may fail."""
+    if on:
+        print("Compiling the training step: about a minute, this once.", flush=True)
+    try:
+        yield
+    except RuntimeError as error:
+        if not on or is_out_of_memory(error):
+            raise
+        why = str(error).strip().partition("\n")[0]
+        raise UserError(f"torch.compile failed: {why}; set compile to false") from None
+
+
 @dataclass
 class Trained:
     """What a run has left: the paths of its log and of its last checkpoint."""
@@ -216,11 +278,12 @@ class Trained:
     checkpoint: Any
 
 
-def train(job, parallel, plan_for=None, launcher=None):
+def train(job, parallel, instead=None, launcher=None):
     """The training loop. Returns what it has `Trained`; None if it was stopped, or had nothing to do.
 
-    parallel: how the run is spread over processes (engine/parallel.py). plan_for: (world, link), to train
-    nothing and show what the run would take. launcher: of a launched run (engine/stop.py).
+    parallel: how the run is spread over processes (engine/parallel.py). instead: what to call, instead of
+    training, with the run's Facts, its Speedometer and a function that does one step. launcher: of a
+    launched run (engine/stop.py).
     """
     import torch
 
@@ -232,13 +295,11 @@ def train(job, parallel, plan_for=None, launcher=None):
     config, choice, start = job.config, job.choice, job.start
     batches, validation = job.batches, job.validation
     rows = parallel.rows(config)
-
     # -- model and optimizer ----------------------------------------------------------------------
 
     model = job.model.to(choice.device, torch.float32 if choice.autocast else getattr(torch, choice.dtype))
-    model.use_cpu_kernels(
-        choice.device == "cpu" and choice.dtype == "float32" and choice.sdp_kernel == "auto"
-    )
+    choice = settled(job, rows, parallel)
+    model.use_cpu_kernels(choice.cpu_kernels)
     parallel.prepare(model, config, choice)
     if start.resumes:
         parallel.restore(start)
@@ -296,14 +357,8 @@ def train(job, parallel, plan_for=None, launcher=None):
 
     def compile_step():
         """Has torch.compile do now, before the clock starts, what it puts off until the first pass."""
-        print("Compiling the training step: about a minute, this once.", flush=True)
-        try:
+        with compiling(True):
             forward(batches(state.consumed["sequences"]), rows.start)[0].backward()
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            why = str(error).strip().partition("\n")[0]
-            raise UserError(f"torch.compile failed: {why}; set compile to false") from None
         parallel.clear()
         model.after_step(lambda *numbers: [0.0] * len(numbers))  # what it has counted does not count
 
@@ -332,7 +387,7 @@ def train(job, parallel, plan_for=None, launcher=None):
 
     # -- the loop ---------------------------------------------------------------------------------
 
-    if config.max_steps and state.step >= config.max_steps and not plan_for:
+    if config.max_steps and state.step >= config.max_steps and not instead:
         print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
         return None
     facts = plan.Facts(job.task, model, choice, batches, validation, config)
@@ -340,8 +395,8 @@ def train(job, parallel, plan_for=None, launcher=None):
         with facts.advice_when_out_of_memory():
             compile_step()
     speed = Speedometer(model)
-    if plan_for:
-        plan.show(facts, speed, one_step, *plan_for)
+    if instead:
+        instead(facts, speed, one_step)
         return None
     print(facts.summary())
     if facts.too_large:
@@ -362,10 +417,11 @@ def train(job, parallel, plan_for=None, launcher=None):
         states = parallel.states()
         if parallel.rank:
             return None
+        # The dtype is that of `settled`, so that the run keeps it.
         saved = checkpoints.Checkpoint(
             job.task, run_name, model_config=model.config.model_dump(),
-            train_config=config.model_dump(mode="json"), tokenizer=job.tokenizer.to_dict(), data=job.data,
-            **vars(state), **states,
+            train_config=config.model_dump(mode="json") | {"dtype": choice.dtype},
+            tokenizer=job.tokenizer.to_dict(), data=job.data, **vars(state), **states,
         )  # fmt: skip
         path = saved.save()
         log.event("Save", (epoch, state.step), {"": shown(path)})

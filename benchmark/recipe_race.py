@@ -4,17 +4,18 @@
     python dataset/download.py tinyshakespeare
     python benchmark/recipe_race.py --nanogpt nanoGPT --text dataset/downloads/tinyshakespeare.txt
 
-About five minutes. Both train on the first 90 % of the characters of a text, with blocks of 64 tokens,
-12 of them a step, in float32, each by its own train.py as a user starts it, and both evaluate every 250
-steps. nanoGPT takes the 2,000 steps of its README; Nano takes fewer, and its model is no larger. Then
+About a quarter of an hour. Both train on the first 90 % of the characters of a text, with blocks of 64
+tokens, 12 of them a step, in float32, each by its own train.py as a user starts it, and both evaluate every
+250 steps. nanoGPT takes the 2,000 steps of its README; Nano takes fewer, and its model is no larger. Then
 both final models are held against all of the last 10 %, in blocks of 64 that do not overlap.
 
-The time is the training command's, from start to end. Nano runs before and after nanoGPT, because the
-speed of a machine drifts, and the slower of its two runs counts.
+The time is the training command's, from start to end. They run in turns, because the speed of a machine
+drifts: the table has the median of all rounds, and the least and the most.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import pickle
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmark import figures  # noqa: E402
 from benchmark.copies import copy_of_project, timed  # noqa: E402
 from benchmark.train_speed import check_nanogpt, load_nanogpt  # noqa: E402
 from engine.errors import UserError, run  # noqa: E402
@@ -124,24 +126,28 @@ def validation_loss(model, ids):
 
 
 def result_table(title, runs):
+    """runs: {name: [(parameters, steps, loss, seconds) of each round]}"""
     from rich.table import Table
 
-    table = Table(title=title)
-    table.add_column()
+    table = Table("", title=title)
     for name in ("parameters", "steps", "validation loss", "seconds"):
         table.add_column(name, justify="right")
-    for name, n_params, steps, loss, seconds in runs:
-        table.add_row(name, f"{n_params:,}", f"{steps:,}", f"{loss:.4f}", f"{seconds:.1f}")
+    for name, rounds in runs.items():
+        columns = zip(zip(*rounds, strict=True), (",", ",", ".4f", ".1f"), strict=True)
+        table.add_row(name, *(figures.spread(values, spec) for values, spec in columns))
     return table
 
 
 def verdict(runs):
-    """One sentence on runs = [(name, parameters, steps, loss, seconds)], of which the second is nanoGPT's."""
-    first, theirs, second = (run[-2:] for run in runs)
-    loss, seconds = max(first[0], second[0]), max(first[1], second[1])
-    if loss > theirs[0]:
-        return f"Nano ends above nanoGPT's loss, by {loss - theirs[0]:.4f}: it needs more --steps."
-    return f"Nano takes {seconds / theirs[1]:.0%} of nanoGPT's time to a loss that is at most nanoGPT's."
+    """One sentence on such runs of Nano and nanoGPT."""
+    (*_, losses, seconds), (*_, their_losses, their_seconds) = (
+        list(zip(*runs[name], strict=True)) for name in ("Nano", "nanoGPT")
+    )
+    above = max(losses) - min(their_losses)
+    if above > 0:
+        return f"Nano ends above nanoGPT's loss, by {above:.4f}: it needs more --steps."
+    ratio = figures.ahead(seconds, their_seconds)
+    return f"Nano's time to a loss that is at most nanoGPT's, as a multiple of nanoGPT's time: {ratio}."
 
 
 def parse_arguments():
@@ -152,8 +158,11 @@ def parse_arguments():
     add("--nanogpt", type=Path, required=True, metavar="DIR", help="a clone of nanoGPT")
     add("--text", type=Path, required=True, metavar="FILE", help="any text in UTF-8")
     add("--steps", type=int, default=620, help="Nano's steps (620)")
+    add("--rounds", type=int, default=5, help="runs of each (5)")
     args = parser.parse_args()
     check_nanogpt(args.nanogpt)
+    if args.rounds < 1:
+        raise UserError(f"--rounds must be 1 or more, not {args.rounds}")
     if args.steps < 2:
         raise UserError(f"--steps must be 2 or more, not {args.steps}")
     return args
@@ -170,20 +179,21 @@ def main():
 
     from rich.console import Console
 
-    console, runs = Console(highlight=False), []
+    console, runs = Console(highlight=False), {"Nano": [], "nanoGPT": []}
     with tempfile.TemporaryDirectory() as folder, console.status("preparing the text") as status:
         folder = Path(folder)
         ids = prepare(text, folder)
-        for name in ("Nano", "nanoGPT", "Nano"):
+        for number, name in itertools.product(range(1, args.rounds + 1), runs):
             steps = args.steps if name == "Nano" else NANOGPT["max_iters"]
-            status.update(f"run {len(runs) + 1} of 3: {name} trains {steps:,} steps")
+            status.update(f"round {number} of {args.rounds}: {name} trains {steps:,} steps")
             if name == "Nano":
                 model, seconds = train_ours(steps, folder)
             else:
                 model, seconds = train_nanogpt(args.nanogpt, folder)
             n_params = sum(p.numel() for p in model.parameters())
-            runs.append((name, n_params, steps, validation_loss(model, ids[name]), seconds))
-    console.print(result_table(f"{args.text.name}: {len(text):,} characters", runs))
+            runs[name].append((n_params, steps, validation_loss(model, ids[name]), seconds))
+    title = f"{args.text.name}: {len(text):,} characters; commit {figures.commit()}, {args.rounds} rounds"
+    console.print(result_table(title, runs))
     console.print(verdict(runs))
 
 

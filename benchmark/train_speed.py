@@ -1,7 +1,7 @@
 """How much of the machine a training step uses: Nano, nanoGPT and Transformers' Llama side by side.
 
     git clone https://github.com/karpathy/nanoGPT
-    python benchmark/train_speed.py --nanogpt nanoGPT                    # about four minutes
+    python benchmark/train_speed.py --nanogpt nanoGPT                    # about six minutes
     python benchmark/train_speed.py --nanogpt nanoGPT --compile          # all through torch.compile; longer
     python benchmark/train_speed.py --nanogpt nanoGPT --batch_size 16
 
@@ -9,7 +9,8 @@ Each implementation trains two models in float32 on the CPU, as its own trainer 
 backward, gradients clipped, AdamW. Each runs in a process of its own, one after the other, in rounds,
 because the speed of a machine drifts. For the same reason a process multiplies two large matrices again
 and again between its steps; what its median step reaches of the FLOP/s of the median product is its share,
-and "of fastest" is what it reaches of the fastest of these products.
+and "of fastest" is what it reaches of the fastest of these products. The table has the median of all rounds,
+and the least and the most; Nano is level with another one where some rounds say more and others less.
 
 FLOPs are counted from the shapes with one formula for all, 6 N + 12 L T C per token: N weights of the
 linear layers (the output head is one, the embedding is not), L layers, T tokens, C width. It counts
@@ -32,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmark import figures  # noqa: E402
 from config.schema import ModelConfig, TrainConfig  # noqa: E402
 from engine.errors import UserError, run  # noqa: E402
 
@@ -221,19 +223,19 @@ def in_fresh_process(function, *arguments):
 
 
 def comparison(title, results):
-    """A table of {implementation: [a dict of `measure` for each round]}."""
+    """A table of {implementation: [a dict of `measure` for each round]}; Nano is the first."""
     from rich.table import Table
 
-    table = Table(title=title)
-    formats = {"params": ",.0f", "ms/step": ",.1f", "GFLOP/s": ".0f", "matmul": ".0f"}
-    formats |= {"share": ".0%", "of fastest": ".0%", "best": ".0%"}  # all in 80 columns
-    table.add_column()
-    for name in formats:
-        table.add_column(name, justify="right")
-    for implementation, rounds in results.items():
-        values = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
-        values["best"] = max(r["share"] for r in rounds)
-        table.add_row(implementation, *(format(values[name], spec) for name, spec in formats.items()))
+    table = Table("", title=title)
+    for name in results:
+        table.add_column(name, overflow="fold")
+    specs = {"params": ",.0f", "ms/step": ",.1f", "tokens/s": ",.0f", "GFLOP/s": ".0f", "matmul": ".0f"}
+    specs |= {"share": ".0%", "of fastest": ".0%"}
+    columns = {name: {key: [r[key] for r in rounds] for key in specs} for name, rounds in results.items()}
+    for key, spec in specs.items():
+        table.add_row(key, *(figures.spread(values[key], spec) for values in columns.values()))
+    ours, *others = (values["share"] for values in columns.values())
+    table.add_row("share, Nano / this", "", *(figures.ahead(ours, theirs) for theirs in others))
     return table
 
 
@@ -247,7 +249,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (without it: left out)")
     add("--compile", action="store_true", help="through torch.compile: needs a C++ compiler")
-    add("--rounds", type=int, default=3, help="processes per implementation and model (3)")
+    add("--rounds", type=int, default=5, help="processes per implementation and model (5)")
     add("--seconds", type=float, default=5, help="training measured in each process (5)")
     add("--batch_size", type=int, default=4, help="of the speed table's model (4); the recipe's is 12")
     args = parser.parse_args()
@@ -290,8 +292,8 @@ def main():
         title += ", torch.compile" if args.compile else ""
         console.print(comparison(title, results[model]))
     console.print(
-        f"Median of {args.rounds} rounds, and the best share of them. matmul: GFLOP/s of the largest float32 "
-        "matrix product, measured in turns with the steps; a share is of their median, or of the fastest."
+        f"commit {figures.commit()}; medians of {args.rounds} rounds (least–most). matmul: GFLOP/s of the "
+        "largest float32 matrix product, in turns with the steps; a share is of their median or the fastest."
     )
 
 

@@ -190,7 +190,9 @@ class TrainConfig(Schema):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description='precision; "auto": the fastest that is safe, measured where that is not obvious'
+    )
     sdp_kernel: Literal["auto", "flash", "mem_efficient", "math"] = Field(
         "auto", description="kernel of scaled dot-product attention"
     )

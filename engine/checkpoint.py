@@ -9,7 +9,7 @@ A checkpoint is a dictionary of tensors and plain JSON values, in PyTorch's zip 
     data              {"train": [{"fingerprint", "size"} of each file], "validation": the same}
     validation        {"loss": the last validation loss or None, "step": where it was measured}
     best              the same of the lowest one, on the present data
-    model_config, train_config    plain JSON
+    model_config, train_config    plain JSON; of a dtype that was "auto", what was chosen
     tokenizer         JSON as text: PyTorch takes 0.3 s to read 32,000 merges one by one
     model, optimizer, scaler                  state dictionaries (scaler: float16's loss scaling);
                       optimizer is empty in a model that no run of ours has trained (export.py --read)

@@ -66,11 +66,8 @@ def run_launched(main):
 
 def is_out_of_memory(error):
     """Whether it is Python's, a GPU's or a CPU's way of saying so, without importing torch."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
+    words = ("out of memory", "alloc_failed", "can't allocate memory")  # of CUDA and MPS, cuBLAS, the CPU
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def describe_os_error(error):

@@ -2,6 +2,8 @@
 
     machine = detect()                          # asks torch and the operating system, once
     choice = choose(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True)
+    if choice.undecided:                        # only the model itself can tell which dtype is faster
+        choice = with_dtype(choice, config, *measured_dtype(passes))
     print("\\n".join(describe(choice)))          # what was chosen, and why
     with attention_context(choice), autocast_context(choice):
         ...                                     # forward pass
@@ -15,15 +17,18 @@ import ctypes
 import os
 import platform
 import re
+import statistics
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.errors import UserError
+from engine.errors import UserError, is_out_of_memory
 
 BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is Arm's name
 FP16 = ("amx_fp16", "avx512_fp16")
 KERNELS = ("flash", "mem_efficient", "math")  # each one works wherever the ones before it do
+GAIN = 0.05  # of the time of a pass: what bfloat16 must save to be worth its rounding
 CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what a container may use (control groups, version 2)
 
 
@@ -48,6 +53,7 @@ class Machine:
     cpu_features: tuple[str, ...] = ()
     gpus: tuple[Gpu, ...] = ()
     has_mps: bool = False
+    mps_bfloat16: bool = False  # whether its products may be in bfloat16
     cuda_architectures: tuple[str, ...] = ()  # what torch was built for ("sm_80"); empty: unknown
     flash_built: bool = True
 
@@ -56,6 +62,7 @@ class Machine:
 class Choice:
     """Every "auto" resolved.
 
+    `undecided`: `dtype` is float32 until `measured_dtype` has held it against bfloat16.
     `autocast`: float32 weights, products in `dtype`; otherwise the weights are in `dtype` too.
     `grad_scaling`: float16 gradients underflow unless the loss is scaled (Micikevicius et al. 2018).
     `kernels`: the attention kernels torch may use; empty: torch picks. `memory`: the device's, in bytes.
@@ -64,6 +71,7 @@ class Choice:
     machine: Machine
     device: str
     dtype: str
+    undecided: bool
     sdp_kernel: str
     autocast: bool
     grad_scaling: bool
@@ -75,6 +83,11 @@ class Choice:
     @property
     def device_type(self):
         return self.device.split(":")[0]
+
+    @property
+    def cpu_kernels(self):
+        """Whether to train with engine/kernels.py's attention and loss."""
+        return self.device == "cpu" and self.dtype == "float32" and self.sdp_kernel == "auto"
 
 
 def detect(device="auto"):
@@ -94,6 +107,7 @@ def detect(device="auto"):
         shared = bool(getattr(gpu, "is_integrated", False))
         gpus.append(Gpu(gpu.name, (gpu.major, gpu.minor), gpu.total_memory, shared))
     flash_built = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    has_mps = device != "cpu" and torch.backends.mps.is_available()
     return Machine(
         cpu=name or capabilities.get("cpu_name") or platform.machine(),
         cores=cores,
@@ -101,7 +115,8 @@ def detect(device="auto"):
         torch=str(torch.__version__),
         cpu_features=tuple(f for f in BF16 + FP16 if f in features or capabilities.get(f)),
         gpus=tuple(gpus),
-        has_mps=device != "cpu" and torch.backends.mps.is_available(),
+        has_mps=has_mps,
+        mps_bfloat16=has_mps and _mps_has_bfloat16(),
         cuda_architectures=tuple(torch.cuda.get_arch_list()) if gpus else (),
         flash_built=not gpus or flash_built(),
     )
@@ -116,18 +131,24 @@ def choose(
     """
     device, gpu, why_device = _choose_device(machine, device)
     dtype, why_dtype = _choose_dtype(machine, device, gpu, dtype, use_amp, loss_scaling)
+    undecided, dtype = dtype == "auto", "float32" if dtype == "auto" else dtype
     kernel, kernels, why_kernel = _choose_kernel(machine, device, gpu, dtype, sdp_kernel, dropout)
     return Choice(
         machine=machine,
         device=device,
         dtype=dtype,
+        undecided=undecided,
         sdp_kernel=kernel,
         autocast=use_amp and dtype != "float32",
         grad_scaling=dtype == "float16",
         kernels=kernels,
         name=gpu.name if gpu else f"{machine.cpu}, {machine.cores} cores",
         memory=gpu.memory if gpu else machine.memory,
-        reasons=(f"device {device}: {why_device}", f"dtype {dtype}: {why_dtype}", f"attention {why_kernel}"),
+        reasons=(
+            f"device {device}: {why_device}",
+            f"dtype {'auto' if undecided else dtype}: {why_dtype}",
+            f"attention {why_kernel}",
+        ),
     )
 
 
@@ -139,14 +160,19 @@ def prepare(config, place=None, loss_scaling=True):
     """
     import torch
 
-    machine, device = detect(config.device), config.device
-    if place and machine.gpus and device in ("auto", "cuda"):
-        device = f"cuda:{place[0]}"
-    choice = choose(
-        machine, device, config.dtype, config.sdp_kernel, config.use_amp, config.dropout, loss_scaling
-    )
+    settings = config.dtype, config.sdp_kernel, config.use_amp, config.dropout, loss_scaling
+    machine = detect(config.device)
+    choice = choose(machine, config.device, *settings)
+    if place and choice.device_type == "cuda" and config.device in ("auto", "cuda"):
+        choice = choose(machine, f"cuda:{place[0]}", *settings)
+        why = f"device {choice.device}: each process on this machine has its own"
+        choice = replace(choice, reasons=(why, *choice.reasons[1:]))
+    elif place and choice.device_type == "cuda" and place[1] > 1:
+        raise UserError(f'device is "{config.device}" for {place[1]} processes; with "cuda" each has its own')
     if place and choice.device_type == "cpu":
         torch.set_num_threads(max(1, machine.cores // place[1]))
+    if choice.device_type == "cuda":
+        repeat_exactly()
     keep_freed_memory()
     for line in describe(choice):
         print(line)
@@ -189,6 +215,7 @@ def _choose_device(machine, device):
 
 
 def _choose_dtype(machine, device, gpu, dtype, use_amp, loss_scaling):
+    """-> (dtype, or "auto" where only measuring can tell, and why)."""
     if dtype == "float16" and not use_amp:
         raise UserError("float16 needs use_amp: weights kept in float16 lose their small updates")
     if dtype == "float16" and not loss_scaling:
@@ -208,20 +235,24 @@ def _choose_dtype(machine, device, gpu, dtype, use_amp, loss_scaling):
                 f'{gpu.name} has no bfloat16: {_needs_ampere(gpu)}; set dtype to "{best}" or "auto"'
             )
     elif device == "mps":
-        best, why = "float32", "an Apple GPU gains little from half precision"
+        best, why = "float32", f"torch {machine.torch} has no bfloat16 on this Apple GPU"
         if dtype == "float16":
             raise UserError(
                 'float16 needs loss scaling, which torch lacks on Apple GPUs; set dtype to "auto"'
             )
+        if machine.mps_bfloat16:
+            best, why = "auto", "an Apple GPU may be faster in bfloat16, which is measured"
+        elif dtype == "bfloat16":
+            raise UserError(f'{why}: it takes torch 2.6 and macOS 14; set dtype to "float32" or "auto"')
     else:
         has_bf16 = any(name in machine.cpu_features for name in BF16)
         best, why = "float32", "this CPU has no bfloat16 instructions"
         if has_bf16:
-            best, why = "bfloat16", "this CPU has bfloat16 instructions"
+            best, why = "auto", "this CPU has bfloat16 instructions, and what they gain is measured"
         elif dtype == "bfloat16":
             return dtype, f"set by hand, though {why} and float32 would be faster"
         if dtype == "float16" and not any(name in machine.cpu_features for name in FP16):
-            raise UserError(f'this CPU has no float16 instructions; set dtype to "auto" or "{best}"')
+            raise UserError('this CPU has no float16 instructions; set dtype to "auto" or "float32"')
     if dtype != "auto":
         return dtype, "set by hand"
     if not use_amp and best != "float32":
@@ -257,6 +288,42 @@ def _choose_kernel(machine, device, gpu, dtype, kernel, dropout):
     return best, KERNELS[KERNELS.index(best) :], f"{best}: the fastest for this device and dtype"
 
 
+def with_dtype(choice, config, dtype, why):
+    """The Choice, decided: as if `dtype` had been set by hand in the run's `config`, but for this reason."""
+    decided = choose(choice.machine, choice.device, dtype, config.sdp_kernel, config.use_amp, config.dropout)
+    return replace(decided, reasons=(choice.reasons[0], f"dtype {dtype}: {why}", decided.reasons[2]))
+
+
+def measured_dtype(passes, seconds=1.0):
+    """(dtype, why): float32, the more exact, unless bfloat16 is clearly faster; measured for about `seconds`.
+
+    passes: {"float32": f, "bfloat16": g}, functions that do the same forward and backward pass, each in its
+    precision. They take turns, because the speed of a machine drifts, and the medians count.
+    """
+    for dtype, one_pass in passes.items():
+        try:
+            one_pass()  # the first pass also loads libraries
+        except (MemoryError, RuntimeError) as error:
+            if dtype != "float32" or not is_out_of_memory(error):
+                raise
+            return "bfloat16", "for float32, memory does not suffice"
+    times, start = {dtype: [] for dtype in passes}, time.perf_counter()
+    while (
+        (elapsed := time.perf_counter() - start) < seconds
+        or len(times["bfloat16"]) < (3 if elapsed < 10 * seconds else 1)
+    ):  # fmt: skip
+        for dtype, one_pass in passes.items():
+            begin = time.perf_counter()
+            one_pass()
+            times[dtype].append(time.perf_counter() - begin)
+    medians = {dtype: statistics.median(taken) for dtype, taken in times.items()}
+    gain = 1 - medians["bfloat16"] / medians["float32"]
+    best, other = ("bfloat16", "float32") if gain >= GAIN else ("float32", "bfloat16")
+    took = {dtype: f"{1000 * median:.1f} ms" for dtype, median in medians.items()}
+    why = f"measured {took[best]} a forward and backward pass, {other} {took[other]}"
+    return best, why + f"; it would have to gain {GAIN:.0%}, being less exact" * (0 < gain < GAIN)
+
+
 def attention_context(choice):
     """A context in which scaled_dot_product_attention uses only `choice.kernels`."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -282,6 +349,22 @@ def forward_context(choice):
         yield
 
 
+def repeat_exactly():
+    """Let CUDA add up in the same order each time: a run that is resumed then goes on bit for bit.
+
+    Otherwise the backward passes of its attention kernels, and compiled ones of embeddings, add what comes
+    first, first (https://docs.pytorch.org/docs/stable/notes/randomness.html). An operation that knows no
+    other way is refused by name: there is none in models/ (tests/models/test_models.py). To be called before
+    the first product, when cuBLAS reads the variable: the size and number of its workspaces.
+    """
+    import torch
+
+    if os.environ.get(name := "CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        os.environ[name] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which takes time, and is for finding bugs
+
+
 def keep_freed_memory():
     """Let the C library keep what tensors free, for the next ones, instead of returning it to the system.
 
@@ -295,6 +378,17 @@ def keep_freed_memory():
             libc.mallopt(parameter, value)
 
 
+def synchronize(device):
+    """Wait until a GPU has done all it was told: only then does a clock tell how long that took."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
 def measure_matmul_flops(device, dtype, seconds=1.0):
     """The most FLOP/s that square matrix products reach here, in about `seconds`: the 100 % of MFU.
 
@@ -303,7 +397,6 @@ def measure_matmul_flops(device, dtype, seconds=1.0):
     import torch
 
     kind = torch.device(device).type
-    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(kind, lambda: None)
     best, start = 0.0, time.perf_counter()
     for size in (256, 512, 1024, 2048, 4096, 8192):
         flops, repeats = 2 * size**3, 20 if kind == "cuda" else 1
@@ -312,12 +405,12 @@ def measure_matmul_flops(device, dtype, seconds=1.0):
             break
         a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
         out = a @ a  # the first product also loads the library
-        synchronize()
+        synchronize(device)
         until = time.perf_counter() + (seconds - used) / 3
         while (begin := time.perf_counter()) < until:
             for _ in range(repeats):
                 torch.mm(a, a, out=out)
-            synchronize()
+            synchronize(device)
             best = max(best, repeats * flops / (time.perf_counter() - begin))
     return best
 
@@ -344,6 +437,20 @@ def _needs_ampere(gpu):
 
 def _dot(gpu):
     return ".".join(map(str, gpu.capability))
+
+
+def _mps_has_bfloat16():
+    """Asks for a product in bfloat16: old versions of torch and macOS make one in float32, or none."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.autocast("mps", torch.bfloat16):
+                a = torch.ones(8, 8, device="mps")
+                return (a @ a).dtype == torch.bfloat16
+        except (RuntimeError, TypeError):
+            return False
 
 
 def _linux_cpu():

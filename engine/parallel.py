@@ -12,6 +12,7 @@ A strategy has these parts, in the order in which the loop uses them:
 
     rank, world                      which process this is, of how many
     first(make)                      make() of the first process, for all: others may lack its files
+    gather(value) -> list            everybody's value, in the order of their ranks
     agree(facts)                     refuses to start if these are not the same everywhere
     rows(config) -> range            its rows of the global batch; the step of the range is its micro-batch
     prepare(model, config, choice)   builds the optimizer; `forward` is then the model to call in training
@@ -54,6 +55,9 @@ class Alone:
 
     def first(self, make):
         return make()
+
+    def gather(self, value):
+        return [value]
 
     def agree(self, facts):
         pass
@@ -204,10 +208,14 @@ class DataParallel(Alone):
         dist.broadcast_object_list(made)
         return made[0]
 
+    def gather(self, value):
+        everyone = [None] * self.world
+        dist.all_gather_object(everyone, value)
+        return everyone
+
     def agree(self, facts):
         """facts: {name: plain value}. UserError naming the first machine that differs, and in what."""
-        everyone = [None] * self.world
-        dist.all_gather_object(everyone, (socket.gethostname(), facts))
+        everyone = self.gather((socket.gethostname(), facts))
         for rank, (host, theirs) in enumerate(everyone):
             for name, value in everyone[0][1].items():
                 if theirs[name] != value:

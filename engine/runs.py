@@ -314,9 +314,9 @@ def _resumed(checkpoint, path, notices, run, config):
     """Go on from a checkpoint; say where the configuration has changed meanwhile."""
     before, now = checkpoint.train_config, config.model_dump(mode="json")
     # Data are known by what they hold: see `progress`.
-    ignored = ("from_checkpoint", "dataset_path", *config.automatic)
     changes = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items()
-               if key not in ignored and before.get(key) != value]  # fmt: skip
+               if key not in ("from_checkpoint", "dataset_path") and value not in ("auto", before.get(key))
+    ]  # fmt: skip
     notices = [*notices, f"going on with {shown(path)} at step {checkpoint.step}"]
     if changes:
         notices.append("changed since then: " + ", ".join(changes))

@@ -201,7 +201,9 @@ class Experts(nn.Module):
         N, K = chosen.shape
         order = chosen.flatten().argsort(stable=True)  # [N * K] pairs of token and expert, expert by expert
         sizes = chosen.flatten().bincount(minlength=len(self.gate_up))
-        gate, up = kernels.grouped_product(x[order // K], self.gate_up, sizes).chunk(2, dim=-1)
+        # Not x[order // K], whose gradient is a sum that several threads make in any order.
+        rows = x.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)[order]
+        gate, up = kernels.grouped_product(rows, self.gate_up, sizes).chunk(2, dim=-1)
         y = kernels.grouped_product(F.silu(gate) * up, self.down, sizes)
         y = torch.empty_like(y).index_copy(0, order, y).view(N, K, -1)
         return (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)
@@ -328,7 +330,8 @@ class Model(GPT):
         for _, moe in mixtures:
             moe.routing = None  # it would keep the graph of this pass alive
         # What lies behind a sequence's last word that counts is padding, all of it alike.
-        is_text = (loss_mask.flip(1).cumsum(1).flip(1) > 0).to(scores.dtype).unsqueeze(-1)
+        # (Counted in whole numbers: CUDA adds up others in any order.)
+        is_text = ((loss_mask > 0).flip(1).cumsum(1).flip(1) > 0).to(scores.dtype).unsqueeze(-1)
         picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * is_text  # [layers, B, T, E]
         length = is_text.sum(1).clamp(min=1)
         share = (scores / scores.sum(-1, keepdim=True) * is_text).sum(2) / length

@@ -36,7 +36,7 @@ def start(project, launcher, script, *args, **settings):
     """launcher: a module and its arguments. Returns the Popen of a session of its own."""
     command = [sys.executable, "-m", *launcher, str(project.root / script), *args, *settings_of(settings)]
     return subprocess.Popen(
-        list(map(str, command)), cwd=project.elsewhere, env=project.environment | {"DS_ACCELERATOR": "cpu"},
+        list(map(str, command)), cwd=project.elsewhere, env={"DS_ACCELERATOR": "cpu"} | project.environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmark import ablation, calculator_plateau, recipe_race, train_speed
+from benchmark import ablation, calculator_plateau, figures, recipe_race, train_speed
 from config.schema import ModelConfig
 from data import TokenFile
 from model import GPT
@@ -125,12 +125,53 @@ def test_our_model_is_no_larger_than_nanogpts():
         assert GPT(ModelConfig(vocab_size=vocab_size + 7, **recipe_race.OUR_MODEL)).n_params <= theirs
 
 
-def test_the_verdict_takes_the_slower_run_and_checks_the_loss():
-    theirs = ("nanoGPT", 1, 2000, 1.9, 100.0)
-    runs = [("Nano", 1, 700, 1.8, 30.0), theirs, ("Nano", 1, 700, 1.8, 40.0)]
-    assert "40%" in recipe_race.verdict(runs)
-    runs[2] = ("Nano", 1, 700, 1.95, 40.0)
+def test_the_verdict_is_of_all_rounds_and_checks_the_loss():
+    runs = {
+        "Nano": [(1, 700, 1.8, 30.0), (1, 700, 1.8, 40.0), (1, 700, 1.8, 35.0)],
+        "nanoGPT": [(1, 2000, 1.9, 100.0)] * 3,
+    }
+    assert recipe_race.verdict(runs).endswith("nanoGPT's time: 0.35 (0.30–0.40).")
+    assert "35.0 (30.0–40.0)" in as_text(recipe_race.result_table("", runs))
+    runs["Nano"][2] = (1, 700, 1.95, 40.0)
     assert "0.0500" in recipe_race.verdict(runs)
+
+
+def as_text(table):
+    from rich.console import Console
+
+    with io.StringIO() as file:
+        Console(file=file, width=100).print(table)
+        return file.getvalue()
+
+
+def test_the_table_of_speeds_has_the_spread_and_says_who_is_level():
+    def rounds(*shares):
+        return [{"params": 5, "ms/step": 100 / share, "tokens/s": 1e3 * share, "GFLOP/s": 100 * share,
+                 "matmul": 100.0, "share": share, "of fastest": share / 2} for share in shares]  # fmt: skip
+
+    found = {"Nano": rounds(0.8, 0.9, 0.7), "nanoGPT": rounds(0.7, 0.91, 0.7)}
+    found["Llama"] = rounds(0.4, 0.5, 0.35)
+    table = as_text(train_speed.comparison("", found))
+    assert re.search(r"share +│ 80% \(70%–90%\) +│ 70% \(70%–91%\) +│ 40%", table)
+    assert re.search(r"params +│ 5 ", table) and "125.0 (111.1–142.9)" in table
+    assert re.search(r"share, Nano / this +│ +│ level \(0.99–1.14\) +│ 2.00 \(1.80–2.00\)", table)
+
+
+def test_figures_say_of_which_code_they_are(tmp_path, monkeypatch):
+    def git(*arguments):
+        me = ("-c", "user.name=me", "-c", "user.email=me@example.com")
+        subprocess.run(["git", *me, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert figures.commit() == "unknown"
+    git("init")
+    (tmp_path / "file").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert re.fullmatch("[0-9a-f]{7,}", figures.commit())
+    (tmp_path / "file").write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{7,}\+", figures.commit())
 
 
 def test_ablation_measures_with_and_without(monkeypatch):

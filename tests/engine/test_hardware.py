@@ -1,11 +1,16 @@
 """What "auto" means, held against a table of pretended machines; and what is refused by hand."""
 
 import dataclasses
+import functools
 import json
+import os
 
 import pytest
+from launching import RUN, together, with_prelude
 
+from config.schema import TrainConfig
 from engine import hardware
+from engine.checkpoint import load
 from engine.errors import UserError
 from engine.hardware import (
     Gpu,
@@ -16,6 +21,9 @@ from engine.hardware import (
     describe,
     detect,
     measure_matmul_flops,
+    measured_dtype,
+    synchronize,
+    with_dtype,
 )
 
 GIB = 2**30
@@ -36,12 +44,14 @@ P40 = cuda("Tesla P40", 6, 1, 24)
 V100 = cuda("Tesla V100", 7, 0, 32)
 A100 = cuda("NVIDIA A100", 8, 0, 80)
 ORIN = cuda("Jetson Orin NX", 8, 7, 16)
-MAC = dataclasses.replace(cpu("Apple M2"), has_mps=True)
+OLD_MAC = dataclasses.replace(cpu("Apple M1, macOS 13"), has_mps=True)
+MAC = dataclasses.replace(cpu("Apple M2"), has_mps=True, mps_bfloat16=True)
+CONFIG = TrainConfig(dataset_path=[("a", "b")], decay_lr=False)
 ZEN3 = cpu("AMD EPYC 7763")
 AMX = cpu("Xeon 8480", "amx_bf16", "avx512_bf16")
 
 MACHINES = [
-    # machine, device, dtype, attention kernel, loss scaling
+    # machine, device, dtype ("auto": float32 or bfloat16 is measured), attention kernel, loss scaling
     (P40, "cuda", "float32", "math", False),
     (cuda("Tesla P100", 6, 0, 16), "cuda", "float32", "math", False),
     (cuda("GTX 1080 Ti", 6, 1, 11), "cuda", "float32", "math", False),
@@ -69,12 +79,13 @@ MACHINES = [
         "auto",
         False,
     ),
-    (MAC, "mps", "float32", "math", False),
-    (AMX, "cpu", "bfloat16", "auto", False),
-    (cpu("AMD EPYC 9654 (Zen 4)", "avx512_bf16"), "cpu", "bfloat16", "auto", False),
+    (OLD_MAC, "mps", "float32", "math", False),
+    (MAC, "mps", "auto", "math", False),
+    (AMX, "cpu", "auto", "auto", False),
+    (cpu("AMD EPYC 9654 (Zen 4)", "avx512_bf16"), "cpu", "auto", "auto", False),
     (cpu("Xeon 6148, AVX-512 without bf16"), "cpu", "float32", "auto", False),
     (ZEN3, "cpu", "float32", "auto", False),
-    (cpu("Arm Neoverse V1", "bf16"), "cpu", "bfloat16", "auto", False),
+    (cpu("Arm Neoverse V1", "bf16"), "cpu", "auto", "auto", False),
     (cpu("Raspberry Pi 5", cores=4, memory=None), "cpu", "float32", "auto", False),
 ]
 
@@ -83,17 +94,26 @@ MACHINES = [
 def test_auto(row):
     machine, device, dtype, kernel, grad_scaling = row
     choice = choose(machine)
+    assert choice.undecided is (dtype == "auto")
+    dtype = "float32" if choice.undecided else dtype
     assert (choice.device, choice.dtype, choice.sdp_kernel) == (device, dtype, kernel)
     assert choice.grad_scaling is grad_scaling
     assert choice.autocast is (dtype != "float32")
     assert len(describe(choice)) == 4
+    for dtype in ("float32", "bfloat16") if choice.undecided else ():
+        decided = with_dtype(choice, CONFIG, dtype, "measured")
+        assert (decided.device, decided.dtype, decided.sdp_kernel) == (device, dtype, kernel)
+        assert decided.autocast is (dtype != "float32") and not decided.undecided
+        about, device_line, _, attention = describe(choice)
+        assert describe(decided) == [about, device_line, f"dtype {dtype}: measured", attention]
 
 
 @pytest.mark.parametrize("row", MACHINES, ids=lambda row: row[0].gpus[0].name if row[0].gpus else row[0].cpu)
 def test_without_loss_scaling_there_is_no_float16(row):
     machine, _, dtype, _, grad_scaling = row
     choice = choose(machine, loss_scaling=False)
-    assert choice.dtype == ("float32" if grad_scaling else dtype) and not choice.grad_scaling
+    dtype = "float32" if grad_scaling or choice.undecided else dtype
+    assert choice.dtype == dtype and not choice.grad_scaling
     with pytest.raises(UserError, match="float16"):
         choose(machine, dtype="float16", loss_scaling=False)
 
@@ -101,7 +121,8 @@ def test_without_loss_scaling_there_is_no_float16(row):
 @pytest.mark.parametrize("row", MACHINES, ids=lambda row: row[0].gpus[0].name if row[0].gpus else row[0].cpu)
 def test_without_mixed_precision_the_weights_stay_float32(row):
     choice = choose(row[0], use_amp=False)
-    assert choice.dtype == "float32" and not choice.autocast and not choice.grad_scaling
+    assert choice.dtype == "float32" and not choice.undecided
+    assert not choice.autocast and not choice.grad_scaling
     assert choice.sdp_kernel != "flash"  # which CUDA has in half precision only
 
 
@@ -128,6 +149,7 @@ def test_without_mixed_precision_the_weights_stay_float32(row):
         (ZEN3, {"sdp_kernel": "mem_efficient"}, "does not exist"),
         (ZEN3, {"sdp_kernel": "flash", "dropout": 0.1}, "no dropout on a CPU"),
         (MAC, {"dtype": "float16"}, "loss scaling"),
+        (OLD_MAC, {"dtype": "bfloat16"}, "torch 2.7.0 has no bfloat16 on this Apple GPU"),
         (MAC, {"sdp_kernel": "flash"}, "does not exist"),
         (MAC, {"sdp_kernel": "mem_efficient"}, "does not exist"),
     ],
@@ -149,13 +171,16 @@ def test_refused_by_hand(machine, settings, says):
         (A100, {"device": "cuda:0", "dtype": "bfloat16"}),
         (MAC, {"device": "cpu"}),
         (MAC, {"dtype": "bfloat16", "sdp_kernel": "math"}),
+        (MAC, {"dtype": "float32"}),
+        (AMX, {"dtype": "float32"}),
+        (AMX, {"dtype": "bfloat16"}),
         (ZEN3, {"sdp_kernel": "flash"}),
         (cpu("Xeon 6", "amx_bf16", "amx_fp16"), {"dtype": "float16"}),
     ],
 )
 def test_obeyed_by_hand(machine, settings):
     choice = choose(machine, **settings)
-    assert settings == {key: getattr(choice, key) for key in settings}
+    assert settings == {key: getattr(choice, key) for key in settings} and not choice.undecided
     assert choice.grad_scaling is (choice.dtype == "float16")
     if "sdp_kernel" in settings:
         assert choice.kernels == (settings["sdp_kernel"],)
@@ -222,10 +247,262 @@ def test_contexts():
         with attention_context(choose(ZEN3, sdp_kernel=kernel)):
             assert torch.backends.cuda.flash_sdp_enabled() is (kernel != "math")
             torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-    for machine, dtype in [(ZEN3, torch.float32), (AMX, torch.bfloat16)]:
-        with autocast_context(choose(machine)):
-            assert (q @ q.transpose(-1, -2)).dtype == dtype
+    for dtype in ("float32", "bfloat16"):
+        with autocast_context(choose(AMX, dtype=dtype)):
+            assert (q @ q.transpose(-1, -2)).dtype == getattr(torch, dtype)
 
 
 def test_matmul_flops_are_plausible():
     assert 1e8 < measure_matmul_flops("cpu", "float32", seconds=0.2) < 1e14
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, as_before, capsys):
+    machine = dataclasses.replace(A100, gpus=A100.gpus * 2)
+    monkeypatch.setattr(hardware, "detect", lambda device: machine)
+    assert hardware.prepare(CONFIG, place=(1, 2)).device == "cuda:1"
+    assert "device cuda:1: each process on this machine has its own\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the last of the 2 GPUs here is cuda:1"):
+        hardware.prepare(CONFIG, place=(2, 3))
+    by_hand = CONFIG.model_copy(update={"device": "cuda:1"})
+    assert hardware.prepare(by_hand, place=(0, 1)).device == "cuda:1"
+    with pytest.raises(UserError, match='"cuda:1" for 2 processes; with "cuda" each has its own'):
+        hardware.prepare(by_hand, place=(0, 2))
+    machine = dataclasses.replace(machine, cuda_architectures=("sm_90",))  # torch can use neither
+    assert hardware.prepare(CONFIG, place=(1, 2)).device == "cpu"
+
+
+@pytest.fixture
+def as_before():
+    """What a test makes of these settings of torch, and of the environment, ends with it."""
+    torch, name = pytest.importorskip("torch"), "CUBLAS_WORKSPACE_CONFIG"
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    n_threads = torch.get_num_threads()
+    yield torch
+    torch.set_num_threads(n_threads)
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    os.environ.pop(name, None)
+
+
+@pytest.mark.parametrize("workspace, then", [(None, ":4096:8"), (":16:8", ":16:8"), (":4096:2", ":4096:8")])
+def test_what_a_gpu_adds_up_is_the_same_each_time(monkeypatch, as_before, workspace, then):
+    if workspace:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+    monkeypatch.setattr(hardware, "detect", lambda device: A100)
+    assert not as_before.are_deterministic_algorithms_enabled()
+    hardware.prepare(CONFIG.model_copy(update={"device": "cpu"}))
+    assert not as_before.are_deterministic_algorithms_enabled()
+    hardware.prepare(CONFIG)
+    assert as_before.are_deterministic_algorithms_enabled()
+    assert not as_before.utils.deterministic.fill_uninitialized_memory
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == then
+
+
+def test_a_clock_waits_for_the_gpu_that_it_times(monkeypatch):
+    torch, waited = pytest.importorskip("torch"), []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for device in ("cuda:1", "cuda", "mps", "cpu"):
+        synchronize(device)
+    assert waited == ["cuda:1", "cuda", "mps"]
+
+
+# ---- float32 or bfloat16, measured -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """passes(float32=3, bfloat16=1): what `measured_dtype` makes of passes that take so many seconds, or
+    raise; and in which order it has called them."""
+    now, called = [0.0], []
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])
+
+    def one_pass(dtype, seconds):
+        called.append(dtype)
+        if isinstance(seconds, Exception):
+            raise seconds
+        now[0] += next(seconds) if hasattr(seconds, "__next__") else seconds
+
+    def measure(**times):
+        found = measured_dtype({dtype: functools.partial(one_pass, dtype, t) for dtype, t in times.items()})
+        return (*found, called)
+
+    return measure
+
+
+def test_bfloat16_is_for_where_it_is_clearly_faster(passes):
+    dtype, why, _ = passes(float32=0.152, bfloat16=0.131)
+    assert dtype == "bfloat16"
+    assert why == "measured 131.0 ms a forward and backward pass, float32 152.0 ms"
+    dtype, why, _ = passes(float32=0.131, bfloat16=0.152)
+    assert dtype == "float32"
+    assert why == "measured 131.0 ms a forward and backward pass, bfloat16 152.0 ms"
+    dtype, why, _ = passes(float32=0.100, bfloat16=0.096)
+    assert dtype == "float32" and why.endswith("bfloat16 96.0 ms; it would have to gain 5%, being less exact")
+
+
+def test_the_passes_take_turns_and_the_first_ones_and_odd_ones_do_not_count(passes):
+    times = iter([9.0, 0.1, 0.1, 7.0, *[0.1] * 99])
+    dtype, why, called = passes(float32=times, bfloat16=0.2)
+    assert dtype == "float32" and why.startswith("measured 100.0 ms")
+    assert called == ["float32", "bfloat16"] * (len(called) // 2)
+
+
+@pytest.mark.parametrize("seconds, rounds", [(0.01, 50), (0.4, 3), (20.0, 1)])
+def test_it_takes_about_a_second_or_as_few_passes_as_tell(passes, seconds, rounds):
+    *_, called = passes(float32=seconds, bfloat16=seconds)
+    assert len(called) == pytest.approx(2 * (1 + rounds), abs=2)
+
+
+def test_what_does_not_fit_in_memory_is_not_chosen(passes):
+    full = RuntimeError("MPS backend out of memory (MPS allocated: 18.02 GB, max allowed: 18.13 GB)")
+    assert passes(float32=full, bfloat16=1.0)[0] == "bfloat16"
+    for wrong in ({"float32": 1.0, "bfloat16": full}, {"float32": RuntimeError("a bug"), "bfloat16": 1.0}):
+        with pytest.raises(RuntimeError):
+            passes(**wrong)
+
+
+PRETEND = """
+import dataclasses, time, torch
+from engine import hardware
+from model import GPT
+
+def pretend(slow, features=("avx512_bf16",)):
+    # This machine has instructions for bfloat16, and is slow in one dtype.
+    machine, forward = hardware.detect("cpu"), GPT.forward
+    hardware.detect = lambda device: dataclasses.replace(machine, cpu_features=features)
+    hardware.measured_dtype.__defaults__ = (0.1,)
+    def slower(self, *args, **kwargs):
+        dtype = "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"
+        time.sleep(0.03 * (dtype == slow))
+        return forward(self, *args, **kwargs)
+    GPT.forward = slower
+"""
+
+
+@pytest.fixture
+def slow_in(monkeypatch):
+    """slow_in(dtype): from now on this machine has instructions for bfloat16, and is slow in this dtype."""
+    from model import GPT
+
+    forward, names = GPT.forward, {}
+    for place, name in ((hardware, "detect"), (GPT, "forward"), (measured_dtype, "__defaults__")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # to be as it was when the test ends
+    exec(PRETEND, names)
+
+    def slow_in(dtype):
+        GPT.forward = forward
+        names["pretend"](dtype)
+
+    return slow_in
+
+
+def dtype_line(output):
+    return [line for line in output.splitlines() if line.startswith("dtype ")][-1]
+
+
+def test_a_run_takes_what_is_faster_and_keeps_it(train, slow_in):
+    slow_in("float32")
+    done = train("pretrain", dtype="auto", max_steps=3)
+    assert dtype_line(done.stdout).startswith("dtype bfloat16: measured "), done.stderr
+    assert load(train.checkpoints()[3]).train_config["dtype"] == "bfloat16"
+    slow_in("bfloat16")
+    done = train("pretrain", "--resume", dtype="auto", max_steps=4)
+    assert dtype_line(done.stdout) == "dtype bfloat16: as this run has had it so far"
+    assert "changed since then: max_steps: 3 -> 4\n" in done.stderr
+    done = train("pretrain", "--resume", dtype="float32", max_steps=5)
+    assert dtype_line(done.stdout) == "dtype float32: set by hand"
+    assert "dtype: bfloat16 -> float32" in done.stderr
+
+
+def test_a_new_run_measures_anew(train, slow_in):
+    slow_in("bfloat16")
+    done = train("pretrain", dtype="auto", max_steps=3)
+    assert dtype_line(done.stdout).startswith("dtype float32: measured "), done.stderr
+    slow_in("float32")
+    path = train.checkpoints()[3]
+    data = train.root / "dataset" / "prepared"
+    other = [[str(data / "pretrain_val.bin"), str(data / "pretrain_train.bin")]]
+    done = train("pretrain", dtype="auto", max_steps=3, from_checkpoint=str(path), dataset_path=other)
+    assert dtype_line(done.stdout).startswith("dtype bfloat16: measured "), done.stderr
+    *_, log = sorted(train.root.glob("train_*.log"))
+    assert json.loads(log.read_text("utf-8").partition("\n")[0][2:])["machine"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("architecture", ["nano", "deepseek_v3"])
+def test_measuring_leaves_no_trace(train, slow_in, architecture):
+    slow_in("bfloat16")
+    shape = json.loads((train.root / "config" / "model_config.json").read_text())
+    path, states = train.root / "model.json", []
+    path.write_text(json.dumps(shape | {"architecture": architecture}))
+    for dtype in ("float32", "auto"):
+        done = train("pretrain", "-m", path, dtype=dtype, max_steps=3, dropout=0.1)
+        assert done.returncode == 0, done.stderr
+        states.append(load(train.checkpoints()[3]))
+        train.checkpoints()[3].unlink()
+    assert train.same(*states)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_is_compiled_is_measured_so(train, slow_in, monkeypatch, fails):
+    import torch
+
+    def compiler(model):
+        def step(*args, **kwargs):
+            if fails:
+                raise RuntimeError("InvalidCxxCompiler: none found\nmore")
+            calls.append(torch.is_autocast_enabled("cpu"))
+            return model(*args, **kwargs)
+
+        return step
+
+    calls = []
+    monkeypatch.setattr(torch, "compile", compiler)
+    slow_in("bfloat16")
+    done = train("pretrain", dtype="auto", compile=True, max_steps=3)
+    if fails:
+        assert done.stderr == (
+            "error: torch.compile failed: InvalidCxxCompiler: none found; set compile to false\n"
+        )  # fmt: skip
+    else:
+        assert dtype_line(done.stdout).startswith("dtype float32: measured "), done.stderr
+        assert calls[:4] == [False, True] * 2 and calls[-3:] == [False] * 3
+    assert done.stdout.count("Compiling the training step") == 2 - fails
+
+
+def test_the_plan_tells_what_was_measured(train, slow_in, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    slow_in("float32")
+    done = train("pretrain", "--plan", dtype="auto")
+    assert "dtype bfloat16: measured " in done.stdout.partition("plan: pretrain")[2], done.stderr
+    assert "GFLOP/s in bfloat16)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "script, features, says",
+    [
+        ("train_ddp.py", '("avx512_bf16",)', "dtype float32: measured "),
+        ("train_deepspeed.py", '("avx512_bf16",)', "dtype float32: measured "),
+        ("train_ddp.py", "()", "dtype float32: the machines of this run would choose differently"),
+    ],
+    ids=["DDP", "ZeRO", "different machines"],
+)
+def test_all_processes_take_the_same(tiny_project, script, features, says):
+    strategy = "engine.parallel.DataParallel" if script == "train_ddp.py" else "engine.zero.Zero"
+    module, _, name = strategy.rpartition(".")
+    prelude = PRETEND + f"""
+import os
+os.environ["DS_ACCELERATOR"] = "cpu"
+rank = os.environ["RANK"]
+pretend("bfloat16") if rank == "0" else pretend("float32", {features})
+from {module} import {name} as Strategy
+prepare = Strategy.prepare
+def told(self, model, config, choice):
+    open(__file__ + ".dtype" + rank, "w").write(choice.dtype)
+    prepare(self, model, config, choice)
+Strategy.prepare = told
+"""
+    script = with_prelude(tiny_project, prelude, script)
+    output = together(tiny_project, script, "-t", "pretrain", **{**RUN, "dtype": "auto", "max_steps": 3})
+    assert dtype_line(output).startswith(says)
+    assert [(tiny_project.root / f"{script}.dtype{rank}").read_text() for rank in "01"] == ["float32"] * 2

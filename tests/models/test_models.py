@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from engine.checkpoint import load
+from engine.config import check_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,6 +58,64 @@ def test_each_trains_with_muon_and_goes_on_exactly(train, name):
     assert train("pretrain", **settings, max_steps=3).returncode == 0
     assert train("pretrain", "--resume", **settings, max_steps=6).returncode == 0
     assert train.same(load(train.checkpoints()[6]), whole)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_gradients_of_each_are_the_same_each_time_with_several_threads(name):
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        torch.manual_seed(0)
+        shape = {"architecture": name, "block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64}
+        model = models.build(check_model(shape, "the test").resolved(99)).train()
+        model.use_cpu_kernels(True)
+        x, y = torch.randint(99, (2, 8, 256))
+        gradients = []
+        for _ in range(5):
+            model(x, y)[1].backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+            model.zero_grad(set_to_none=True)
+        for others in gradients[1:]:
+            assert all(map(torch.equal, others, gradients[0]))
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+# torch.use_deterministic_algorithms refuses these on CUDA, three more for some arguments, and others that are
+# for pictures and sound.
+UNREPEATABLE = {"put", "put_", "histc", "median", "nll_loss2d_forward"}
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of those operations that CUDA cannot repeat exactly."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.unrepeatable = set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function._schema.name.removeprefix("aten::"), kwargs or {}
+        depends = {
+            "cumsum": lambda: args[0].is_floating_point(),
+            "bincount": lambda: kwargs.get("weights", (*args, None)[1]) is not None,
+            "scatter_reduce": lambda: args[4] == "prod",
+        }
+        self.seen.add(name)
+        if name in UNREPEATABLE or depends.get(name, bool)():
+            self.unrepeatable.add(name)
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", models.names())
+def test_each_trains_without_operations_that_cuda_cannot_repeat(train, name, optimizer):
+    settings = dict(architecture=name, optimizer=optimizer, dropout=0.1, max_steps=3)
+    with Operations() as operations:
+        for task in ("pretrain", "sft"):
+            done = train(task, **settings)
+            assert done.returncode == 0, done.stderr
+    assert {"embedding", "embedding_dense_backward"} <= operations.seen  # of both passes
+    assert not operations.unrepeatable
 
 
 def test_editors_know_all_of_them():
