@@ -175,9 +175,11 @@ class Speaker:
         limit = self.room - self.room // 4
         while True:
             ids, _ = render_chat(self.tokenizer, messages, add_generation_prompt=True)
-            if len(ids) <= limit or len(messages) == first_turn + 1:
+            if len(ids) <= limit or len(messages) <= first_turn + 1:
                 return self.fit(ids.tolist())
-            del messages[first_turn : first_turn + 2]
+            del messages[first_turn]
+            if messages[first_turn]["role"] == "assistant" and len(messages) > first_turn + 1:
+                del messages[first_turn]  # its answer
             limit = self.room // 2  # a good deal at once, so that it is not needed again at every turn
 
     @property

@@ -25,6 +25,7 @@ import codecs
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -415,21 +416,44 @@ def load(path):
 
 
 def check_messages(messages):
-    """UserError unless `messages` is [system,] user, assistant, user, ...: {"role": ..., "content": str}."""
+    """UserError unless `messages` is what `render_chats` takes: [{"role": ..., "content": str}, ...].
+
+    A system message may come first; then user and assistant take turns, and either may begin.
+    """
+    _check_each(messages)
+    for number, (before, message) in enumerate(itertools.pairwise(messages), 2):
+        if message["role"] == before["role"]:
+            other = {"user": "assistant", "assistant": "user"}[message["role"]]
+            raise UserError(f"message {number} is from {message['role']} where {other} should speak")
+
+
+def merge_turns(messages):
+    """(messages that `check_messages` is content with, how many of them have become part of the one before).
+
+    What one role says in several messages in a row becomes one message, its parts joined by a newline.
+    UserError for what that does not mend: an unknown role, a content that is no text, a late system message.
+    """
+    _check_each(messages)
+    merged = []
+    for message in messages:
+        if merged and message["role"] == merged[-1]["role"]:
+            before = merged.pop()
+            message = {**before, "content": before["content"] + "\n" + message["content"]}
+        merged.append(message)
+    return merged, len(messages) - len(merged)
+
+
+def _check_each(messages):
     if not isinstance(messages, list) or not messages:
         raise UserError("the messages must be a list of at least one")
-    turn = "user"
-    for number, message in enumerate(messages):
+    for number, message in enumerate(messages, 1):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant"):
-            raise UserError(f"message {number + 1} needs a role: system, user or assistant, not {role!r}")
+            raise UserError(f"message {number} needs a role: system, user or assistant, not {role!r}")
         if not isinstance(message.get("content"), str):
-            raise UserError(f"message {number + 1} needs a content that is text")
-        if role == "system" and number == 0:
-            continue
-        if role != turn:
-            raise UserError(f"message {number + 1} is from {role} where {turn} should speak")
-        turn = "assistant" if turn == "user" else "user"
+            raise UserError(f"message {number} needs a content that is text")
+        if role == "system" and number > 1:
+            raise UserError(f"message {number} is from system, which may only speak first")
 
 
 def render_chats(tokenizer, conversations, add_generation_prompt=False):

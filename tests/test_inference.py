@@ -238,6 +238,14 @@ def test_what_the_system_says_is_kept(tokenizer):
     assert [message["role"] for message in messages] == ["system", "user"]
 
 
+def test_a_greeting_is_forgotten_first(tokenizer):
+    turns = [("assistant", "Hello"), ("user", "1+2=" * 12), ("assistant", "3"), ("user", "你好吗")]
+    for kept in (2, 4):
+        messages = [{"role": role, "content": text} for role, text in turns[:kept]]
+        ids, _ = speaker(polite(tokenizer)).chat_prompt(messages)
+        assert messages == [{"role": "user", "content": turns[kept - 1][1]}] and len(ids) < 64
+
+
 def test_a_long_conversation_forgets_its_oldest_turns(tokenizer, capsys):
     talker, messages, forgotten = speaker(polite(tokenizer)), [], 0
     for turn in range(20):

@@ -19,8 +19,10 @@ from tokenizer import (
     SPECIAL_TOKENS,
     BPETokenizer,
     CharTokenizer,
+    check_messages,
     from_dict,
     load,
+    merge_turns,
     read_text,
     render_chat,
     render_chats,
@@ -277,14 +279,49 @@ def test_chat_template(tokenizer):
         [{"role": "user"}],
         [{"role": "user", "content": 3}],
         [{"role": ["user"], "content": "x"}],
-        [{"role": "assistant", "content": "x"}],
-        [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}],
         [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}],
+        [{"role": "system", "content": "x"}, {"role": "system", "content": "x"}],
     ],
 )
 def test_impossible_conversations(messages):
-    with pytest.raises(UserError):
-        render_chat(CHAR, messages)
+    for function in (check_messages, merge_turns, lambda messages: render_chat(CHAR, messages)):
+        with pytest.raises(UserError):
+            function(messages)
+
+
+def said(*turns):
+    """("user", "Hi", "assistant", "Hello", ...) as messages."""
+    return [{"role": role, "content": text} for role, text in zip(turns[::2], turns[1::2], strict=True)]
+
+
+@BOTH
+def test_the_assistant_may_speak_first(tokenizer):
+    e = lambda text: tokenizer.encode(text).tolist()  # noqa: E731
+    messages = said("system", "懒", "assistant", "狐狸", "user", "1", "assistant", "狗")
+    ids, mask = render_chat(tokenizer, messages)
+    assert ids.tolist() == [6, *e("懒"), 5, *e("狐狸"), 3, 4, *e("1"), 5, *e("狗"), 3]
+    learned = [0] * (2 + len(e("懒"))) + [1] * (len(e("狐狸")) + 1)
+    assert mask.tolist() == learned + [0] * (2 + len(e("1"))) + [1] * (len(e("狗")) + 1)
+
+
+def test_turns_are_merged():
+    messages = said("system", "s", "assistant", "a", "assistant", "b", "user", "c", "user", "", "user", "d")
+    before = json.dumps(messages)
+    merged, count = merge_turns(messages)
+    assert merged == said("system", "s", "assistant", "a\nb", "user", "c\n\nd") and count == 3
+    assert json.dumps(messages) == before
+    assert merge_turns(merged) == (merged, 0)
+    for role, other in (("user", "assistant"), ("assistant", "user")):
+        with pytest.raises(UserError, match=f"message 2 is from {role} where {other} should speak"):
+            check_messages(said(role, "x", role, "x"))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text("ab\n", max_size=3)), min_size=1))
+def test_merging_keeps_all_words_and_takes_turns(turns):
+    merged, count = merge_turns([{"role": role, "content": text} for role, text in turns])
+    check_messages(merged)
+    assert count == len(turns) - len(merged)
+    assert "\n".join(message["content"] for message in merged) == "\n".join(text for _, text in turns)
 
 
 @given(text=any_text | awkward, chunk=st.integers(1, 40), bom=st.booleans())
