@@ -345,18 +345,57 @@ def word_of(tokenizer, token):
     return tokenizer.words[token if token < tokenizer.vocab_size else tokenizer.unknown_id]
 
 
+class StopStrings:
+    """Finds the first of several strings in a text that comes in pieces, and looks at each character once.
+
+    An automaton (Aho & Corasick 1975, "Efficient String Matching"). Its state is the longest end of the text
+    that one of the strings begins with; 0 is none. For each state, next: {character: the longer state},
+    back: the next shorter end that some string begins with, length: its number of characters, found: the
+    length of the longest string that ends here, 0 if none does.
+    """
+
+    def __init__(self, strings=()):
+        self.next, self.back, self.length, self.found = [{}], [0], [0], [0]
+        for string in strings:
+            state = 0
+            for character in string:
+                state = self.next[state].setdefault(character, len(self.next))
+                if state == len(self.next):
+                    self.next.append({})
+                    self.length.append(0)
+                    self.found.append(0)
+                    self.back.append(0)
+            self.found[state] = len(string)
+        states = collections.deque([0])
+        while states:  # the shorter before the longer
+            state = states.popleft()
+            for character, longer in self.next[state].items():
+                back = self.step(self.back[state], character) if state else 0
+                self.back[longer], self.length[longer] = back, self.length[state] + 1
+                self.found[longer] = self.found[longer] or self.found[back]
+                states.append(longer)
+
+    def step(self, state, character):
+        """The state when another character follows."""
+        while state and character not in self.next[state]:
+            state = self.back[state]
+        return self.next[state].get(character, 0)
+
+
 class TextStream:
     """Ids one by one in, text out, as soon as it is certain.
 
     A token may be a part of a character, and the end of a text may be the beginning of one of the strings
-    `stop`: both wait. At a stop string the text ends before it, and `is_stopped` becomes true; of several
-    that overlap, the one that is complete first counts.
+    `stop` (a list, or StopStrings): both wait. At a stop string the text ends before it, and `is_stopped`
+    becomes true; of several that overlap, the one that is complete first counts, or if these are several, the
+    longest of them.
     """
 
     def __init__(self, tokenizer, stop=()):
-        self.tokenizer, self.stop, self.is_stopped = tokenizer, stop, False
+        self.tokenizer, self.is_stopped = tokenizer, False
+        self.stop = stop if isinstance(stop, StopStrings) else StopStrings(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._state, self._held = 0, ""
 
     def feed(self, token):
         """The text that is certain now; "" if there is none."""
@@ -369,12 +408,14 @@ class TextStream:
         return text
 
     def _release(self, text):
-        text = "" if self.is_stopped else self._held + text
-        places = [place for place in map(text.find, self.stop) if place >= 0]
-        if places:
-            self.is_stopped, self._held = True, ""
-            return text[: min(places)]
-        beginnings = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
-        n_held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
+        if self.is_stopped:
+            return ""
+        whole = self._held + text
+        for place, character in enumerate(text, len(self._held) + 1):
+            self._state = self.stop.step(self._state, character)
+            if n_found := self.stop.found[self._state]:
+                self.is_stopped, self._held = True, ""
+                return whole[: place - n_found]
+        n_certain = len(whole) - self.stop.length[self._state]
+        self._held = whole[n_certain:]
+        return whole[:n_certain]

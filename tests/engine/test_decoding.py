@@ -12,8 +12,9 @@ from test_tokenizer import BPE, CHAR, any_text, awkward
 import engine.decoding
 import models
 from engine.config import check_model
-from engine.decoding import Decoder, Request, TextStream, TorchSteps
+from engine.decoding import Decoder, Request, StopStrings, TextStream, TorchSteps
 from model import GPT
+from tokenizer import CharTokenizer
 
 # Also with engine/compiled.py, where it is for that network.
 COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
@@ -241,8 +242,8 @@ def test_what_cannot_be_is_refused_and_the_others_go_on():
 def test_a_stream_is_the_text_up_to_a_stop_string(tokenizer, text, stop):
     ids = tokenizer.encode(text).tolist()
     whole = tokenizer.decode(ids)
-    # Of strings that overlap, the one that is complete first ends the text.
-    beginnings = (tokenizer.decode(ids[:n]) for n in range(1, len(ids) + 1))
+    # Of strings that overlap, the one that is complete first ends the text, whatever the tokens are.
+    beginnings = (whole[:n] for n in range(1, len(whole) + 1))
     last = next((text for text in beginnings if any(s in text for s in stop)), None)
     places = [] if last is None else [last.find(s) for s in stop if s in last]
     stream, pieces = TextStream(tokenizer, stop), []
@@ -262,3 +263,25 @@ def test_a_stream_holds_nothing_back_that_is_certain():
     fed = [stream.feed(i) for i in CHAR.encode("The fo brown").tolist()]
     assert fed == ["T", "h", "e", " ", "", "", "fo ", "b", "r", "o", "w", "n"]
     assert TextStream(CHAR).feed(CHAR.vocab_size + 3) == "<|unknown|>"
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 20_000, "ab" * 10_000, ("a" * 255 + "c") * 80], ids=["a", "ab", "almost"]
+)
+def test_stop_strings_take_a_look_or_two_at_each_character(text):
+    """Whatever they are, and however many."""
+    stop = ["a" * n + "b" * 3 for n in range(1, 253)] + ["b" * n for n in range(4, 253)]
+    n_looks = 0
+
+    class Counted(dict):
+        def __contains__(self, character):
+            nonlocal n_looks
+            n_looks += 1
+            return super().__contains__(character)
+
+    strings = StopStrings(stop)
+    strings.next = [Counted(longer) for longer in strings.next]
+    stream = TextStream(CharTokenizer.train([text]), strings)
+    said = sum(len(stream.feed(token)) for token in stream.tokenizer.encode(text).tolist())
+    assert said + len(stream.end()) == len(text) and not stream.is_stopped
+    assert n_looks < 2 * len(text)
