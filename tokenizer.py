@@ -62,6 +62,7 @@ class Tokenizer(ABC):
     """
 
     kind = None
+    _n_composed = 1  # characters of a text that may become one before it is cut into tokens
     padding_id, unknown_id, bos_id, eos_id, instruct_id, response_id, system_id = range(N_SPECIAL)
 
     def __init__(self, words):
@@ -109,6 +110,16 @@ class Tokenizer(ABC):
     def decode(self, ids, skip_special=False):
         """The text that ids stand for; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
+
+    def fewest(self, text):
+        """A text has at least so many tokens: known from its length, without encoding it."""
+        return -(-len(text) // self._longest)
+
+    @functools.cached_property
+    def _longest(self):
+        """The most characters of a text that become one token."""
+        begins = (self._bytes & 0xC0 != 0x80).astype(np.int64)  # of each character, one byte says that
+        return self._n_composed * int(np.add.reduceat(begins, self._starts)[N_SPECIAL:].max(initial=1))
 
     def to_dict(self):
         """All of the tokenizer as plain JSON values: `from_dict` makes an equal one."""
@@ -252,6 +263,8 @@ class BPETokenizer(Tokenizer):
         self._library_ids = {token: i for i, token in enumerate(tokens)}
         super().__init__([bytes(byte_of[letter] for letter in token) for token in tokens])
         self.merges = merges
+        if "normalizer" in self.rules:
+            self._n_composed = 4  # NFC makes one of no more (Unicode Standard Annex 15)
 
     @functools.cached_property
     def _library(self):
@@ -435,11 +448,11 @@ def merge_turns(messages):
     """
     _check_each(messages)
     merged = []
-    for message in messages:
-        if merged and message["role"] == merged[-1]["role"]:
-            before = merged.pop()
-            message = {**before, "content": before["content"] + "\n" + message["content"]}
-        merged.append(message)
+    for _, turn in itertools.groupby(messages, key=lambda message: message["role"]):
+        first, *others = turn
+        if others:
+            first = {**first, "content": "\n".join(message["content"] for message in (first, *others))}
+        merged.append(first)
     return merged, len(messages) - len(merged)
 
 
