@@ -85,6 +85,11 @@ class Tokenizer(ABC):
         ends = np.cumsum(lengths).tolist()
         return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
+    def pieces(self, text):
+        """Parts of a text whose ids, one after the other, are those of the text."""
+        for start in range(0, len(text), BLOCK):
+            yield text[start : start + BLOCK]
+
     @abstractmethod
     def encode_flat(self, texts):
         """Ids of all of a list of texts in one array, and how many belong to each: (ids [n], lengths)."""
@@ -304,7 +309,7 @@ class BPETokenizer(Tokenizer):
     def encode_flat(self, texts):
         pieces, owners = [], []
         for owner, text in enumerate(texts):
-            for piece in self._cut(_well_formed(text)):
+            for piece in self.pieces(text):
                 pieces.append(piece)
                 owners.append(owner)
         encode = getattr(self._library, "encode_batch_fast", self._library.encode_batch)
@@ -314,8 +319,8 @@ class BPETokenizer(Tokenizer):
         np.add.at(lengths, owners, [len(piece) for piece in pieces])
         return ids.astype(self.dtype), lengths
 
-    def _cut(self, text):
-        start = 0
+    def pieces(self, text):
+        text, start = _well_formed(text), 0
         while (
             len(text) - start > BLOCK
             and "patterns" not in self.rules  # of which nobody knows what they do at the end of a line

@@ -58,7 +58,7 @@ class Request:
         self.context = [int(token) for token in prompt]
         self.n_prompt, self.max_tokens = len(self.context), max_tokens
         self.stop_tokens, self.seed = frozenset(stop_tokens), seed
-        self.n_logprobs, self.scores_prompt = n_logprobs, scores_prompt and n_logprobs is not None
+        self.n_logprobs, self.scores_prompt = n_logprobs, bool(scores_prompt) and n_logprobs is not None
         self.options, self.is_greedy = options, is_greedy(options)
         self.logprobs, self.prompt_logprobs = [], []
         self.finish_reason = None if max_tokens > 0 or self.scores_prompt else "length"
