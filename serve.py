@@ -312,16 +312,23 @@ def read_page():
 
 def make_server(app, listener, args):
     """Uvicorn, which ends with exit code 0 on SIGTERM or Ctrl-C, when the answers under way are done."""
+    import asyncio
     import logging
 
     import uvicorn
 
     from engine.gate import Connection, Sparing
+    from engine.hardware import return_freed_memory
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):
             self.force_exit = self.should_exit  # the second time: at once
             self.should_exit = True
+
+        async def on_tick(self, counter):
+            if counter % 100 == 99:  # every ten seconds
+                asyncio.get_running_loop().run_in_executor(None, return_freed_memory)
+            return await super().on_tick(counter)
 
     config = uvicorn.Config(
         app,

@@ -20,6 +20,7 @@ from engine.wire import ApiError
 
 MAX_HEAD = 1 << 16  # bytes
 MAX_BODY = 1 << 20  # bytes; a context of 100,000 tokens is half of it
+MAX_PARTS = 1 << 14  # chunks of a body: each takes as long as a thousand bytes
 SECONDS = 20  # for a body to arrive, and for a connection to move at all
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 OPEN = {"/", "/health", "/openapi.json"}  # without the key
@@ -167,14 +168,21 @@ async def reply_with(send, error):
 
 
 class Parser(h11.Connection):
-    """h11's own errors refer to themselves, by way of all that was received: here they are made anew."""
+    """h11's own errors refer to themselves, by way of all that was received: here they are made anew.
+
+    n_parts: how many chunks the body of the latest request has so far.
+    """
+
+    n_parts = 0
 
     def next_event(self):
         try:
-            return super().next_event()
+            event = super().next_event()
         except h11.RemoteProtocolError as error:
             error.with_traceback(None)
             raise h11.RemoteProtocolError(str(error), error.error_status_hint) from None
+        self.n_parts = 0 if isinstance(event, h11.Request) else self.n_parts + isinstance(event, h11.Data)
+        return event
 
 
 class Connection(H11Protocol):
@@ -186,7 +194,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport):
         super().connection_made(transport)
         self.conn = Parser(h11.SERVER, MAX_HEAD)
-        transport.max_size = 1 << 14  # bytes received at once: to take apart many small chunks takes a while
+        transport.max_size = 1 << 16  # bytes taken apart at once; others have their turn in between
         self.since, self.is_cut_off = time.monotonic(), False
         self.look()
 
@@ -195,6 +203,8 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.cycle is not before:
             self.since = time.monotonic()
+        if self.conn.n_parts > MAX_PARTS:
+            self.cut_off()
 
     def on_response_complete(self):
         self.since = time.monotonic()

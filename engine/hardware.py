@@ -295,6 +295,12 @@ def keep_freed_memory():
             libc.mallopt(parameter, value)
 
 
+def return_freed_memory():
+    """The opposite, once: what is free goes back to the system. Takes some milliseconds."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def measure_matmul_flops(device, dtype, seconds=1.0):
     """The most FLOP/s that square matrix products reach here, in about `seconds`: the 100 % of MFU.
 

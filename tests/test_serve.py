@@ -976,6 +976,26 @@ def test_one_that_comes_too_late_or_leaves_leaves_nothing_behind(slowly, uncolle
         thread.join()
 
 
+def test_a_body_in_very_many_chunks_is_not_taken_apart(simple):
+    n_parts, next_event = 0, engine.gate.Parser.next_event
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = f"{head}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n".encode()
+
+    def spy(parser):
+        nonlocal n_parts
+        n_parts += 1
+        return next_event(parser)
+
+    body = json.dumps({"prompt": "1+", "max_tokens": 1, "user": "1" * 10_000}).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    assert b" 200 OK" in simple.raw(head + chunks + b"0\r\n\r\n")[:20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.gate.Parser, "next_event", spy)
+        with contextlib.suppress(ConnectionError):
+            assert simple.raw(head + chunks * 20) == b""
+    assert n_parts < 30_000
+
+
 @pytest.fixture
 def busy_readers(simple):
     """Those who read requests have their hands full until the event is set."""
