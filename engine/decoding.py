@@ -46,7 +46,8 @@ class Request:
 
     tokens: the ids drawn so far. logprobs: for each of them (its log-probability, [(id, log-probability),
     ... the likeliest]), in nats, by the model itself: before temperature and everything else.
-    prompt_logprobs: the same for each token of the prompt but the first, which follows nothing.
+    prompt_logprobs: the same for each token of the prompt but the first, which follows nothing. ending: the
+    stop token and the same for it, if one was drawn.
     finish_reason: None while it runs; then "stop" (a token of `stop_tokens` was drawn, which is not among
     `tokens`), "length" (max_tokens are there) or "cancelled" (`Decoder.remove`).
     """
@@ -60,7 +61,7 @@ class Request:
         self.stop_tokens, self.seed = frozenset(stop_tokens), seed
         self.n_logprobs, self.scores_prompt = n_logprobs, bool(scores_prompt) and n_logprobs is not None
         self.options, self.is_greedy = options, is_greedy(options)
-        self.logprobs, self.prompt_logprobs = [], []
+        self.logprobs, self.prompt_logprobs, self.ending = [], [], None
         self.finish_reason = None if max_tokens > 0 or self.scores_prompt else "length"
         self.generator, self.counts = None, None  # random numbers, and what `model.TokenCounts` counts
 
@@ -231,8 +232,12 @@ class Decoder:
                 token = likeliest[row]
             else:
                 token = sample(logits[row], request.generator, counts=request.counts, **request.options)
-            if request.n_logprobs is not None and token not in request.stop_tokens:
-                request.logprobs += logprobs_of(logits[row : row + 1], [token], request.n_logprobs)
+            if request.n_logprobs is not None:
+                (told,) = logprobs_of(logits[row : row + 1], [token], request.n_logprobs)
+                if token in request.stop_tokens:
+                    request.ending = token, told
+                else:
+                    request.logprobs.append(told)
             tokens.append(token)
         return tokens
 

@@ -493,6 +493,11 @@ class Choice:
         self.n_tokens, self.finish_reason = 0, None
         self.has_begun, self.n_characters = False, 0  # the forms below keep these
 
+    @property
+    def has_ended_itself(self):
+        """Whether the model has written the mark of the end."""
+        return self.finish_reason == "stop" and not self.stream.is_stopped
+
     def feed(self, tokens, finish_reason):
         """The text that is certain now. A stop string ends it, whatever the model has drawn since."""
         text = ""

@@ -478,7 +478,11 @@ class Reply:
         return self.form.logprobs(choice, tokens, logprobs)
 
     async def news(self):
-        """What `Service.follow` yields, where an answer begins with the prompt if that is asked for."""
+        """What `Service.follow` yields, where an answer begins with the prompt if that is asked for (`echo`).
+
+        Then the logprobs of a text that has ended by itself end with that of its end: whoever has a text scored
+        and asks for one token more, as lm-evaluation-harness does, counts on that one.
+        """
         async for choice, text, tokens, logprobs in self.answers:
             self.n_tokens += len(tokens)
             if self.asked.echo and not choice.has_begun:
@@ -487,6 +491,9 @@ class Reply:
                 if self.asked.n_logprobs is not None:
                     tokens = self.prompt.ids[place] + tokens
                     logprobs = [None, *self.requests[choice.index].prompt_logprobs, *logprobs]
+            ending = self.requests[choice.index].ending
+            if self.asked.echo and choice.has_ended_itself and ending:
+                tokens, logprobs = [*tokens, ending[0]], [*logprobs, ending[1]]
             yield choice, text, tokens, logprobs
             choice.has_begun = True
 

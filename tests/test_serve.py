@@ -366,6 +366,24 @@ def test_likelihoods_as_lm_eval_reads_them(random):
         assert is_greedy == (rows.argmax(-1).tolist() == continuation)
 
 
+def test_the_end_of_a_text_is_scored_with_it(simple):
+    """Where <|eos|> follows at once, a token follows the prompt as anywhere else."""
+    ids = simple.tokenizer.encode("你好吗").tolist()
+    asked = dict(max_tokens=1, logprobs=1, temperature=0)
+    reply = simple.complete(ids, echo=True, **asked)
+    told = reply.choices[0].logprobs
+    assert told.tokens == ["你", "好", "吗", "<|eos|>"] and told.text_offset == [0, 1, 2, 3]
+    assert (reply.choices[0].text, reply.choices[0].finish_reason) == ("你好吗", "stop")
+    right = logprobs_of(simple, ids)[range(3), [*ids[1:], simple.tokenizer.eos_id]].tolist()
+    assert told.token_logprobs[1:] == pytest.approx(right, abs=1e-4)
+    chunks = simple.complete(ids, echo=True, stream=True, **asked)
+    names = [name for chunk in chunks if (told := chunk.choices[0].logprobs) for name in told.tokens]
+    assert names == ["你", "好", "吗", "<|eos|>"]
+    assert simple.complete(ids, **asked).choices[0].logprobs.tokens == []
+    stopped = simple.complete(ids[:1], echo=True, stop="好", **asked | {"max_tokens": 9}).choices[0]
+    assert stopped.logprobs.tokens == ["你", "好"] and stopped.text == "你"
+
+
 @pytest.mark.parametrize("name", ["simple", "random"])
 def test_texts_to_tokens_and_back(name, request):
     server = request.getfixturevalue(name)
@@ -1295,6 +1313,7 @@ def test_a_conversation_on_the_page(browser, simple, tmp_path):
         ask(page, "Hello?")
         assert answers(page) == ["你好吗"]
         assert re.search(r"3 tokens · \d+ tokens/s · first after", page.inner_text(".assistant .foot"))
+        assert "unknown" not in page.inner_text(".assistant .foot")
         page.keyboard.type("1+1")
         page.keyboard.press("Shift+Enter")
         page.keyboard.type("<b>2</b>")
@@ -1319,6 +1338,11 @@ def test_a_conversation_on_the_page(browser, simple, tmp_path):
         assert answers(page) == ["你好"] and page.input_value("#set-max_tokens") == "2"
         page.click("#new")
         assert page.locator(".message").count() == 0
+        ask(page, "狐狸?")
+        assert answers(page) == ["你好"]
+        assert "2 characters are unknown to this model" in page.inner_text(".assistant .foot")
+        page.click("#language")
+        assert "有 2 个字符是模型不认识的" in page.inner_text(".assistant .foot")
 
 
 def test_the_page_on_a_phone_in_chinese_and_dark(browser, simple, tmp_path):
