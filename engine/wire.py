@@ -480,8 +480,8 @@ class Reply:
     async def news(self):
         """What `Service.follow` yields, where an answer begins with the prompt if that is asked for (`echo`).
 
-        Then the logprobs of a text that has ended by itself end with that of its end: whoever has a text scored
-        and asks for one token more, as lm-evaluation-harness does, counts on that one.
+        Then the logprobs of a text that has ended by itself have one for its end, too: lm-evaluation-harness
+        scores a text by asking for one token more, and counts on that one.
         """
         async for choice, text, tokens, logprobs in self.answers:
             self.n_tokens += len(tokens)

@@ -7,10 +7,12 @@ and a tokenizer of bytes, so that hardly a token is a whole character; it says w
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import logging
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -24,6 +26,7 @@ import prometheus_client.parser
 import pytest
 import requests
 import torch
+import warm
 from test_inference import chain, checkpoint
 
 import engine.checkpoint
@@ -1071,14 +1074,14 @@ def test_too_many_that_are_to_be_read_are_told_so(simple, busy_readers):
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/chat/completions", {"messages": [1] * 300_000}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [1] * 300_000}]}),
-        ("/v1/completions", {"prompt": [{}] * 300_000}),
+        ("/v1/chat/completions", {"messages": [1] * 200_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [1] * 200_000}]}),
+        ("/v1/completions", {"prompt": [{}] * 200_000}),
         ("/v1/completions", {"prompt": [[1, ""]] * 100_000}),
-        ("/v1/completions", {"prompt": [1] * 300_000 + [""]}),
-        ("/v1/completions", {"prompt": "1", "stop": [1] * 300_000}),
-        ("/v1/completions", {"prompt": "1", "logit_bias": {f"x{i}": "" for i in range(80_000)}}),
-        ("/tokenize", {"messages": [[]] * 300_000}),
+        ("/v1/completions", {"prompt": [1] * 200_000 + [""]}),
+        ("/v1/completions", {"prompt": "1", "stop": [1] * 200_000}),
+        ("/v1/completions", {"prompt": "1", "logit_bias": {f"x{i}": "" for i in range(60_000)}}),
+        ("/tokenize", {"messages": [[]] * 200_000}),
         ("/detokenize", {"tokens": [""] * 200_000}),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
@@ -1186,6 +1189,8 @@ def test_help_and_mistakes(shared_project, tmp_path):
             (("--port", "70000"), "--port must be between"),
             (("--slots", "0"), "--slots must be"),
             (("--api_key", "two words"), "--api_key must be"),
+            (("--cors", "https://my.example", "*"), "--cors takes origins"),
+            (("--cors", "https://my.example/page"), "--cors takes origins"),
             (("-m", "none.pt"), "there is no file none.pt"),
             (("--host", "no.such.host.invalid"), "there is no such address"),
             (("--port", str(taken.getsockname()[1])), "address already in use"),
@@ -1197,14 +1202,30 @@ def test_help_and_mistakes(shared_project, tmp_path):
             assert words in process.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("https://My.Example:443", "https://my.example"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("https://my.example:80", "https://my.example:80"),
+        ("tauri://localhost", "tauri://localhost"),
+    ],
+)
+def test_origins_are_compared_as_browsers_write_them(given, origin):
+    assert serve.origin_of(given) == origin
+
+
 def test_on_a_network_with_a_key_until_sigterm(shared_project, tmp_path, monkeypatch):
-    """What is under way is finished, and the exit code is 0."""
+    """What is under way is finished, and the exit code is 0; that connections are many changes nothing."""
     monkeypatch.setattr(engine.checkpoint, "FOLDER", tmp_path)
-    path = handmade().save()
-    process = subprocess.Popen(
-        shared_project.command("serve.py", "-m", path, "--host", "0.0.0.0", "--port", "0"),
-        cwd=shared_project.elsewhere, env=shared_project.environment, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    path, limits = handmade().save(), [(resource.RLIMIT_NOFILE, 96)]
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(
+            shared_project.command("serve.py", "-m", path, "--host", "0.0.0.0", "--port", "0"),
+            cwd=shared_project.elsewhere, env=shared_project.environment, stdout=subprocess.PIPE, stderr=log,
+            text=True, preexec_fn=functools.partial(warm.limit, limits),
+        )  # fmt: skip
     lines = {}
     for line in process.stdout:
         if match := re.match(r"(key|chat|API): +(\S+)", line):
@@ -1216,13 +1237,17 @@ def test_on_a_network_with_a_key_until_sigterm(shared_project, tmp_path, monkeyp
     client = openai.OpenAI(base_url=url, api_key=lines["key"], max_retries=0)
     stream = client.completions.create(model="nano", prompt="1", max_tokens=590, temperature=0, stream=True)
     text = next(stream).choices[0].text
+    address = ("127.0.0.1", int(re.search(r":(\d+)/", url)[1]))
+    silent = [socket.create_connection(address, 20) for _ in range(150)]
+    assert requests.get(url.replace("/v1", "/health"), timeout=20).json()["status"] == "ok"
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     with pytest.raises(openai.APIConnectionError):
         client.models.list()
     text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == "+1" * 295
-    assert process.wait(20) == 0 and process.stdout.read() == ""
+    assert process.wait(20) == 0 and process.stdout.read() == "" and (tmp_path / "log").read_text() == ""
+    assert len(silent) == 150
 
 
 # ---- a fuzzer
