@@ -182,19 +182,33 @@ class Speaker:
         return self.fit([self.tokenizer.bos_id, *self.tokenizer.encode(text).tolist()])
 
     def chat_prompt(self, messages):
-        """The same for a conversation. Turns that no longer fit are removed from `messages`, oldest first."""
+        """The same for a conversation. Turns that no longer fit are removed from `messages`, oldest first.
+
+        A last message of the assistant's is the beginning of its answer.
+        """
+        limit, much_less = self.room - self.room // 4, self.room // 2  # not to do it again at every turn
+        # What cannot fit in any case is not even encoded: each message is a mark and some tokens at least.
+        sizes = [1 + self.tokenizer.fewest(message["content"]) for message in messages]
+        if sum(sizes) > limit:
+            limit = much_less
+            forget(messages, sizes, limit)
+        ids = self.rendered(messages)
+        if len(ids) > limit:
+            tokenizer, first = self.tokenizer, int(messages[0]["role"] == "system")
+            marks = {tokenizer.system_id, tokenizer.instruct_id, tokenizer.response_id}  # which no text holds
+            starts = [i for i, token in enumerate(ids) if token in marks][: len(messages)]
+            sizes = [end - start for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+            n = forget(messages, sizes, much_less)
+            del ids[sum(sizes[:first]) : sum(sizes[: first + n])]
+        return self.fit(ids)
+
+    def rendered(self, messages):
+        """The ids of a conversation, up to where the model goes on with it."""
         from tokenizer import render_chat
 
-        first_turn = int(messages[0]["role"] == "system")  # what the system says stays
-        limit = self.room - self.room // 4
-        while True:
-            ids, _ = render_chat(self.tokenizer, messages, add_generation_prompt=True)
-            if len(ids) <= limit or len(messages) <= first_turn + 1:
-                return self.fit(ids.tolist())
-            del messages[first_turn]
-            if messages[first_turn]["role"] == "assistant" and len(messages) > first_turn + 1:
-                del messages[first_turn]  # its answer
-            limit = self.room // 2  # a good deal at once, so that it is not needed again at every turn
+        has_begun = messages[-1]["role"] == "assistant"
+        ids, _ = render_chat(self.tokenizer, messages, add_generation_prompt=not has_begun)
+        return ids[: len(ids) - has_begun].tolist()  # without the mark at the end of what has only begun
 
     @property
     def room(self):
@@ -210,10 +224,14 @@ class Speaker:
         return [ids[0], *ids[len(ids) - keep + 1 :]], len(ids) - keep
 
     def notice_unknown(self, text):
-        count = int((self.tokenizer.encode(text) == self.tokenizer.unknown_id).sum())
-        if count:
-            are = "character is" if count == 1 else "characters are"
-            notice(f"{count:,} {are} unknown to this model: <|unknown|>")
+        if sentence := self.unknown(self.tokenizer.encode(text).tolist()):
+            notice(f"{sentence}: <|unknown|>")
+
+    def unknown(self, ids):
+        """A sentence about the characters that the model does not know, or None."""
+        count = ids.count(self.tokenizer.unknown_id)
+        are = "character is" if count == 1 else "characters are"
+        return f"{count:,} {are} unknown to this model" if count else None
 
     def speak(self, ids):
         """Yield what follows `ids`, token by token, as text; "" where a character is not whole yet."""
@@ -261,6 +279,21 @@ class Speaker:
             f"prompt {self.n_prompt} tokens, answer {self.n_tokens}; "
             f"first token after {1000 * self.first_seconds:.1f} ms{speed}"
         )
+
+
+def forget(messages, sizes, limit):
+    """Remove the oldest turns until the tokens of all messages, `sizes`, are `limit` at most.
+
+    What the system says stays, and the last thing that the user does. Returns how many messages went.
+    """
+    first = int(messages[0]["role"] == "system")
+    total, end = sum(sizes), first
+    for i in range(first + 1, len(messages)):
+        if messages[i]["role"] == "user" and total > limit:
+            total -= sum(sizes[end:i])
+            end = i
+    del messages[first:end]
+    return end - first
 
 
 def notice_left_out(count):

@@ -496,12 +496,13 @@ class GPT(nn.Module):
         the context is full the older half of it is forgotten. Switch to eval() first. Raises ValueError for
         an empty prompt, for one with ids outside the vocabulary, and where `candidates` does.
 
-        draft: greedy text without a penalty may be drafted, if the architecture has a `drafter`: the same
+        draft: greedy text without penalties may be drafted, if the architecture has a `drafter`: the same
         tokens, sooner (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding").
         """
         context, device = self.prompt(tokens), self.device
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        draft = draft and options.get("temperature") == 0 and options.get("repetition_penalty", 1.0) == 1.0
+        counts = TokenCounts(context, self.config.vocab_size, device) if has_penalty(options) else None
+        draft = draft and is_greedy(options)
         cache, pending = None, None
         while max_tokens > 0:
             if cache is None or cache.uniform_length + len(pending) > cache.capacity:
@@ -514,11 +515,13 @@ class GPT(nn.Module):
             x = self.hidden(torch.tensor([read], device=device), cache)
             n_right = len(pending)  # of the tokens read, so many stand in the text
             for logits in self.logits(x[0, n_right - 1 :]).float():
-                token = sample(logits, generator, previous=context, **options)
+                token = sample(logits, generator, counts=counts, **options)
                 if token in stop_tokens:
                     return
                 yield token
                 context.append(token)
+                if counts:
+                    counts.add(token)
                 max_tokens -= 1
                 if read[n_right : n_right + 1] != [token]:
                     break  # no guess is left, or a wrong one, on which all that follows was built
@@ -544,6 +547,33 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens)).argmax(-1)
 
 
+class TokenCounts:
+    """What a text holds, for the penalties, in two tensors [V] that grow with it.
+
+    seen: whether a token is in it, prompt included. drawn: how often it is among those after the prompt.
+    """
+
+    def __init__(self, prompt, vocab_size, device=None):
+        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.drawn = torch.zeros(vocab_size, device=device)
+        self.seen[torch.tensor([*prompt], dtype=torch.long, device=device)] = True
+
+    def add(self, token):
+        self.seen[token] = True
+        self.drawn[token] += 1
+
+
+def has_penalty(options):
+    """Whether it matters for these options of `candidates` what the text holds."""
+    is_on = options.get("frequency_penalty") or options.get("presence_penalty")
+    return bool(is_on) or options.get("repetition_penalty", 1.0) != 1.0
+
+
+def is_greedy(options):
+    """Whether these options always leave the token that the model itself finds likeliest."""
+    return options.get("temperature") == 0 and not has_penalty(options) and not options.get("logit_bias")
+
+
 def sample(logits, generator=None, **options):
     """Draw one token id from logits [V]. The options are those of `candidates`.
 
@@ -559,14 +589,18 @@ def sample(logits, generator=None, **options):
 
 
 def candidates(
-    logits, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, previous=()
-):
+    logits, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+    frequency_penalty=0.0, presence_penalty=0.0, logit_bias=None, counts=None,
+):  # fmt: skip
     """The tokens of which one may follow, by logits [V]: (probabilities [K], not yet normalized, ids [K]).
 
     temperature: 0 leaves only the likeliest. top_k: so many stay. top_p: the likeliest stay that hold this
     much together (Holtzman et al. 2020, nucleus sampling). min_p: those stay that are at least this part as
-    likely as the likeliest (Nguyen et al. 2024). repetition_penalty: logits of tokens in `previous` are
-    divided by it if positive, else multiplied (Keskar et al. 2019, CTRL, section 4.1).
+    likely as the likeliest (Nguyen et al. 2024). repetition_penalty: logits of tokens that the text holds are
+    divided by it if positive, else multiplied (Keskar et al. 2019, CTRL, section 4.1). frequency_penalty is
+    subtracted from the logit of a token as often as it was drawn, presence_penalty if it was drawn at all
+    (OpenAI's API; the prompt does not count there). logit_bias {id: number} is added last. counts: the
+    TokenCounts of the text, if it holds anything.
     Raises ValueError for a setting that makes no sense.
     """
     top_k, top_p, min_p = top_k or 0, 1 if top_p is None else top_p, min_p or 0
@@ -574,12 +608,19 @@ def candidates(
         raise ValueError("needs temperature >= 0, top_k >= 0, 0 < top_p <= 1 and repetition_penalty > 0")
     if not 0 <= min_p <= 1:
         raise ValueError("needs 0 <= min_p <= 1")
-    if repetition_penalty != 1.0 and len(previous):
-        seen = torch.tensor([*set(previous)], device=logits.device)
-        values = logits[seen]
-        logits = logits.index_put(
-            (seen,), torch.where(values > 0, values / repetition_penalty, values * repetition_penalty)
-        )
+    if not (math.isfinite(frequency_penalty) and math.isfinite(presence_penalty)):
+        raise ValueError("needs a finite frequency_penalty and presence_penalty")
+    if counts and repetition_penalty != 1.0:
+        penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(counts.seen, penalized, logits)
+    if counts and (frequency_penalty or presence_penalty):
+        logits = logits - (frequency_penalty * counts.drawn + presence_penalty * (counts.drawn > 0))
+    if logit_bias:
+        if not (0 <= min(logit_bias) <= max(logit_bias) < len(logits)):
+            raise ValueError(f"logit_bias holds a token id outside 0 .. {len(logits) - 1}")
+        biased = torch.tensor([*logit_bias], device=logits.device)
+        bias = torch.tensor([*logit_bias.values()], dtype=logits.dtype, device=logits.device)
+        logits = logits.index_add(0, biased, bias)
     if temperature < 1e-6:  # 0, or so little that dividing by it would overflow
         return logits.new_ones(1), logits.argmax(-1, keepdim=True)
     if 0 < top_k < logits.numel():

@@ -5,15 +5,17 @@
     NANO_API_KEY=secret python serve.py --host 0.0.0.0  for the whole network, to those who have the key
 
 A page to chat on is at /, the API at /v1/models, /v1/chat/completions and /v1/completions, the server's
-state at /health. doc/serving.md is the guide.
+state at /health and /metrics. doc/serving.md is the guide.
 
 The way of a request: a `Gate` (engine/gate.py) checks who sends it and how much; pydantic checks its fields
-(engine/wire.py); a `Service` makes a prompt of it, an `Engine` draws its tokens, beside those of others, and
-a `Choice` makes text of them (engine/serving.py); a `Reply` writes it as OpenAI's clients expect it
-(engine/wire.py), whole or piece by piece.
+(engine/wire.py), and a `Service` makes a prompt of it, both in a thread that is there to read; an `Engine`
+draws its tokens, beside those of others, and a `Choice` makes text of them (engine/serving.py); a `Reply`
+writes it as OpenAI's clients expect it (engine/wire.py), whole or piece by piece.
 """
 
 import argparse
+import errno
+import gc
 import ipaddress
 import os
 import re
@@ -21,6 +23,9 @@ import secrets
 import socket
 
 from engine.errors import UserError, describe_os_error, is_out_of_memory, run
+
+USUAL = {"http": ":80", "https": ":443"}  # ports
+SPARE = 32  # files that may be opened beside connections
 
 # ---- the command line ------------------------------------------------------------------------------
 
@@ -40,6 +45,8 @@ def parse_arguments():
     add("--port", type=int, default=8000, help="0: any that is free (8000)")
     add("--api_key", metavar="KEY", default=os.environ.get("NANO_API_KEY") or None,
         help="what clients must send (NANO_API_KEY; for a network else a random one)")  # fmt: skip
+    add("--cors", nargs="+", default=[], metavar="ORIGIN",
+        help="whose pages may use it, as https://example.org (only its own)")  # fmt: skip
     add("--slots", type=int, default=8, metavar="N", help="answers written at the same time (8)")
     add("--max_queue", type=int, default=64, metavar="N", help="answers that may wait for a slot (64)")
     add("--timeout", type=int, default=300, metavar="SECONDS", help="the longest a request may take (300)")
@@ -56,16 +63,78 @@ def parse_arguments():
     ):
         if not is_valid(getattr(args, name)):
             raise UserError(f"--{name} must be {needs}, not {getattr(args, name)!r}")
+    args.cors = [origin_of(text) for text in args.cors]
     return args
 
 
+def origin_of(text):
+    """An origin as browsers send it: in lower case, and without the port that its scheme stands for."""
+    match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^/\s?#@*:]+|\[[0-9a-f:]+\])(:\d+)?", text.lower())
+    if not match:
+        raise UserError(f"--cors takes origins such as https://example.org, not {text!r}")
+    scheme, host, port = match.groups()
+    return f"{scheme}://{host}{'' if port in (None, USUAL.get(scheme)) else port}"
+
+
+# ---- connections ---------------------------------------------------------------------------------------
+
+
+class Listener(socket.socket):
+    """Accepts so many connections that the files a process may have open are never all in use.
+
+    When `limit` are open, the one that has waited longest for its client makes room for the next: silent ones
+    keep nobody out. If none waits, as all are being answered, it is the new one that is closed.
+    """
+
+    limit, connections = None, ()  # connections: uvicorn's set of them
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.accepted, self.is_resting = set(), False
+
+    def accept(self):
+        # asyncio accepts until there is nothing left; closing takes it another round.
+        if self.is_resting:
+            self.is_resting = False
+            raise BlockingIOError
+        try:
+            connection, address = super().accept()
+        except OSError as error:
+            # asyncio tries again in a second, but before that as often as its queue is long, and logs it all.
+            self.is_resting = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+            raise
+        if self.limit and len(self.accepted) >= self.limit:
+            self.accepted = {one for one in self.accepted if one.fileno() >= 0}
+        if self.limit and len(self.accepted) >= self.limit:
+            self.is_resting = True
+            waiting = [one for one in self.connections if one.awaits_client and not one.is_cut_off]
+            if not waiting:
+                connection.close()
+                raise ConnectionAbortedError
+            min(waiting, key=lambda one: one.since).cut_off()
+        self.accepted.add(connection)
+        return connection, address
+
+
+def most_connections(wanted):
+    """So many, or fewer where the files that this process may open do not suffice (`ulimit -n`)."""
+    try:
+        import resource
+
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = len(os.listdir("/dev/fd"))
+    except (ImportError, OSError):  # no POSIX
+        return wanted
+    return wanted if files == resource.RLIM_INFINITY else min(wanted, files - used - SPARE)
+
+
 def bind(host, port):
-    """A listening socket: taken before the model is read, so that a port in use is told at once."""
+    """A Listener: taken before the model is read, so that a port in use is told at once."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         raise UserError(f"--host {host}: there is no such address") from None
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = Listener(family, socket.SOCK_STREAM)
     if os.name == "posix":  # elsewhere it would let two servers share a port
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -80,19 +149,43 @@ def bind(host, port):
 # ---- the application -----------------------------------------------------------------------------------
 
 
-def make_app(service, api_key=None):
-    """The routes, as an ASGI application behind its gate."""
-    import asyncio
+def make_app(service, api_key=None, cors=()):
+    """The routes, as an ASGI application behind its gate. cors: origins whose pages may use it."""
+    import time
+    from typing import Annotated
 
-    from fastapi import FastAPI, Security
-    from fastapi.exceptions import RequestValidationError
+    from fastapi import Depends, FastAPI, Security
     from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from fastapi.routing import APIRoute
     from fastapi.security import HTTPBearer
     from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
 
     from engine import wire
     from engine.gate import Gate
     from engine.wire import ApiError
+
+    # Until when a request must be answered; a dependency only that FastAPI does not take it for a parameter.
+    Deadline = Annotated[float, Depends(lambda: None)]
+
+    class Route(APIRoute):
+        """A route whose body, the argument `asked`, is described by FastAPI, but read by the service.
+
+        FastAPI would do it on the event loop, look for every error there is, and keep the body in each.
+        """
+
+        def get_route_handler(self):
+            form = self.endpoint.__annotations__.get("asked")
+            if form is None:
+                return super().get_route_handler()
+
+            async def handle(request):
+                deadline = time.monotonic() + service.engine.seconds
+                kind, body = request.headers.get("content-type", ""), await request.body()
+                asked = await service.read(deadline, wire.read, form, kind, body)
+                return await self.endpoint(asked, deadline)
+
+            return handle
 
     app = FastAPI(
         title="Nano",
@@ -101,6 +194,7 @@ def make_app(service, api_key=None):
         redoc_url=None,
         responses={"default": {"model": wire.ErrorReply, "description": "what went wrong"}},
     )
+    app.router.route_class = Route
     # The gate checks the key; this tells of it in /openapi.json.
     for_members = {"dependencies": [Security(HTTPBearer(auto_error=False))]} if api_key else {}
     an_event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -109,17 +203,11 @@ def make_app(service, api_key=None):
 
     @app.exception_handler(ApiError)
     async def on_error(request, error):
-        return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status == 429 else None)
-
-    @app.exception_handler(RequestValidationError)
-    async def on_invalid(request, error):
-        return await on_error(request, wire.explain(error.errors()))
+        return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request, error):
-        reply = await on_error(request, ApiError(error.status_code, str(error.detail)))
-        reply.headers.update(error.headers or {})
-        return reply
+        return await on_error(request, ApiError(error.status_code, str(error.detail), headers=error.headers))
 
     @app.exception_handler(Exception)
     async def on_bug(request, error):
@@ -135,14 +223,20 @@ def make_app(service, api_key=None):
         has_failed = bool(engine.error or engine.is_stopped)
         state = {
             "status": "failed" if has_failed else "ok",
-            "running": min(engine.n_open, engine.n_slots),
-            "waiting": max(0, engine.n_open - engine.n_slots),
+            "running": engine.n_running,
+            "waiting": engine.n_open - engine.n_running,
             "slots": engine.n_slots,
             "tokens": engine.n_tokens,
             "failures": engine.n_failures,
             "error": engine.error,
         }
         return JSONResponse(state, 503 if has_failed else 200)
+
+    metrics_text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.get("/metrics", response_class=Response, responses=metrics_text, **for_members)
+    async def metrics():
+        return Response(service.metrics.text, media_type=service.metrics.media_type)
 
     @app.get("/v1/models", response_model=wire.ModelList, **for_members)
     async def models():
@@ -153,35 +247,40 @@ def make_app(service, api_key=None):
         service.check_model(name)
         return JSONResponse(service.facts)
 
-    async def respond(reply):
-        if not reply.asked.stream:
+    async def answer(asked, form, read, deadline):
+        prompt = await service.read(deadline, read, asked)
+        reply = wire.Reply(service, form(service.tokenizer), asked, prompt, deadline)
+        if not asked.stream:
             return JSONResponse(await reply.whole())
         # The last header tells nginx not to collect events before it passes them on.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(await reply.events(), media_type="text/event-stream", headers=headers)
 
     @app.post("/v1/chat/completions", response_model=wire.ChatReply, **may_stream, **for_members)
-    async def chat(asked: wire.ChatRequest):
-        service.check_model(asked.model)
-        service.check_count(asked.n or 1)
-        # In another thread: of a long text even the tokens take a while to count.
-        ids, n_dropped = await asyncio.to_thread(service.chat_prompt, asked)
-        n_logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        max_tokens = asked.max_completion_tokens or asked.max_tokens
-        requests = service.requests([ids], asked, max_tokens, n_logprobs)
-        form = wire.ChatForm(service.tokenizer)
-        return await respond(wire.Reply(service, form, asked, [ids], requests, dropped_messages=n_dropped))
+    async def chat(asked: wire.ChatRequest, deadline: Deadline):
+        return await answer(asked, wire.ChatForm, service.conversation, deadline)
 
     @app.post("/v1/completions", response_model=wire.CompletionReply, **may_stream, **for_members)
-    async def completions(asked: wire.CompletionRequest):
-        service.check_model(asked.model)
-        service.check_count((asked.n or 1) * len(asked.prompts))
-        prompts = [await asyncio.to_thread(service.completion_prompt, prompt) for prompt in asked.prompts]
-        max_tokens = asked.max_tokens or 16  # OpenAI's default
-        requests = service.requests(prompts, asked, max_tokens, asked.logprobs)
-        return await respond(wire.Reply(service, wire.TextForm(service.tokenizer), asked, prompts, requests))
+    async def completions(asked: wire.CompletionRequest, deadline: Deadline):
+        return await answer(asked, wire.TextForm, service.continuation, deadline)
 
-    return Gate(app, api_key)
+    @app.post("/tokenize", response_model=wire.Tokens, **for_members)
+    async def tokenize(asked: wire.ToTokenize, deadline: Deadline):
+        return JSONResponse(await service.tokens_of(asked, deadline))
+
+    @app.post("/detokenize", response_model=wire.Text, **for_members)
+    async def detokenize(asked: wire.ToDetokenize, deadline: Deadline):
+        service.check_model(asked.model)
+        return JSONResponse({"prompt": await service.read(deadline, service.to_text, asked.tokens)})
+
+    gate = Gate(app, api_key, cors, service.metrics.count)
+    if not cors:
+        return gate
+    # Any header may be sent: OpenAI's client has a dozen of its own. There are no cookies.
+    return CORSMiddleware(
+        gate, allow_origins=cors, allow_methods=["GET", "HEAD", "POST"], allow_headers=["*"],
+        expose_headers=["Retry-After"], allow_private_network=True,
+    )  # fmt: skip
 
 
 def read_page():
@@ -213,30 +312,48 @@ def read_page():
 # ---- the server ----------------------------------------------------------------------------------------
 
 
-def make_server(app, timeout):
+def make_server(app, listener, args):
     """Uvicorn, which ends with exit code 0 on SIGTERM or Ctrl-C, when the answers under way are done."""
+    import asyncio
+    import logging
+
     import uvicorn
 
-    from engine.gate import Connection
+    from engine.gate import Connection, Sparing
+    from engine.hardware import return_freed_memory
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):
             self.force_exit = self.should_exit  # the second time: at once
             self.should_exit = True
 
+        async def on_tick(self, counter):
+            if counter % 100 == 99:  # every ten seconds
+                asyncio.get_running_loop().run_in_executor(None, return_freed_memory)
+            return await super().on_tick(counter)
+
     config = uvicorn.Config(
         app,
         http=Connection,
+        loop="asyncio",  # for the listener
         ws="none",
         lifespan="off",
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=512,  # connections
         timeout_keep_alive=15,
-        timeout_graceful_shutdown=timeout,
+        timeout_graceful_shutdown=args.timeout,
     )
-    return Server(config)
+    for name in ("asyncio", "uvicorn.error"):
+        logging.getLogger(name).filters = [Sparing()]
+    server, n_answers = Server(config), args.slots + args.max_queue
+    listener.connections = server.server_state.connections
+    listener.limit = most_connections(n_answers + 256)
+    if listener.limit < 8:
+        raise UserError("this process may open too few files for connections; raise the limit, ulimit -n")
+    if listener.limit < n_answers:
+        print(f"Only {listener.limit} connections fit in the limit of open files; `ulimit -n` raises it.")
+    return server
 
 
 def load_service(args):
@@ -265,16 +382,21 @@ def main():
     check_model_file(args.model)
     try:
         import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{error.name} is missing: python -m pip install fastapi uvicorn") from None
+        packages = "fastapi uvicorn prometheus-client"
+        raise UserError(f"{error.name} is missing: python -m pip install {packages}") from None
     listener = bind(args.host, args.port)
     address, port = listener.getsockname()[:2]
     if not args.api_key and not ipaddress.ip_address(address).is_loopback:
         args.api_key = secrets.token_urlsafe(24)
         print(f"key: {args.api_key}   (a new one each time, unless NANO_API_KEY or --api_key is set)")
     service, about = load_service(args)
-    server = make_server(make_app(service, args.api_key), args.timeout)
+    # What is there now stays: to look through it for what may go, again and again, takes half a second each.
+    gc.collect()
+    gc.freeze()
+    server = make_server(make_app(service, args.api_key, args.cors), listener, args)
     service.engine.start()
     host = f"[{address}]" if ":" in address else address
     url = f"http://{host}:{port}"

@@ -62,6 +62,7 @@ class Tokenizer(ABC):
     """
 
     kind = None
+    _n_composed = 1  # characters of a text that may become one before it is cut into tokens
     padding_id, unknown_id, bos_id, eos_id, instruct_id, response_id, system_id = range(N_SPECIAL)
 
     def __init__(self, words):
@@ -83,6 +84,11 @@ class Tokenizer(ABC):
         ids, lengths = self.encode_flat(texts)
         ends = np.cumsum(lengths).tolist()
         return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def pieces(self, text):
+        """Parts of a text whose ids, one after the other, are those of the text."""
+        for start in range(0, len(text), BLOCK):
+            yield text[start : start + BLOCK]
 
     @abstractmethod
     def encode_flat(self, texts):
@@ -109,6 +115,16 @@ class Tokenizer(ABC):
     def decode(self, ids, skip_special=False):
         """The text that ids stand for; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
+
+    def fewest(self, text):
+        """A text has at least so many tokens: known from its length, without encoding it."""
+        return -(-len(text) // self._longest)
+
+    @functools.cached_property
+    def _longest(self):
+        """The most characters of a text that become one token."""
+        begins = (self._bytes & 0xC0 != 0x80).astype(np.int64)  # of each character, one byte says that
+        return self._n_composed * int(np.add.reduceat(begins, self._starts)[N_SPECIAL:].max(initial=1))
 
     def to_dict(self):
         """All of the tokenizer as plain JSON values: `from_dict` makes an equal one."""
@@ -252,6 +268,8 @@ class BPETokenizer(Tokenizer):
         self._library_ids = {token: i for i, token in enumerate(tokens)}
         super().__init__([bytes(byte_of[letter] for letter in token) for token in tokens])
         self.merges = merges
+        if "normalizer" in self.rules:
+            self._n_composed = 4  # NFC makes one of no more (Unicode Standard Annex 15)
 
     @functools.cached_property
     def _library(self):
@@ -291,7 +309,7 @@ class BPETokenizer(Tokenizer):
     def encode_flat(self, texts):
         pieces, owners = [], []
         for owner, text in enumerate(texts):
-            for piece in self._cut(_well_formed(text)):
+            for piece in self.pieces(text):
                 pieces.append(piece)
                 owners.append(owner)
         encode = getattr(self._library, "encode_batch_fast", self._library.encode_batch)
@@ -301,8 +319,8 @@ class BPETokenizer(Tokenizer):
         np.add.at(lengths, owners, [len(piece) for piece in pieces])
         return ids.astype(self.dtype), lengths
 
-    def _cut(self, text):
-        start = 0
+    def pieces(self, text):
+        text, start = _well_formed(text), 0
         while (
             len(text) - start > BLOCK
             and "patterns" not in self.rules  # of which nobody knows what they do at the end of a line
@@ -435,11 +453,11 @@ def merge_turns(messages):
     """
     _check_each(messages)
     merged = []
-    for message in messages:
-        if merged and message["role"] == merged[-1]["role"]:
-            before = merged.pop()
-            message = {**before, "content": before["content"] + "\n" + message["content"]}
-        merged.append(message)
+    for _, turn in itertools.groupby(messages, key=lambda message: message["role"]):
+        first, *others = turn
+        if others:
+            first = {**first, "content": "\n".join(message["content"] for message in (first, *others))}
+        merged.append(first)
     return merged, len(messages) - len(merged)
 
 

@@ -295,6 +295,7 @@ def train(job, parallel, instead=None, launcher=None):
     config, choice, start = job.config, job.choice, job.start
     batches, validation = job.batches, job.validation
     rows = parallel.rows(config)
+
     # -- model and optimizer ----------------------------------------------------------------------
 
     model = job.model.to(choice.device, torch.float32 if choice.autocast else getattr(torch, choice.dtype))

@@ -35,6 +35,7 @@ class CompiledSteps:
         if type(model.lm_head) is nn.Linear:
             block(model)
         self.n_threads, self.capacity = n_threads or torch.get_num_threads(), c.block_size
+        self.n_logits = CHUNK
         self.rows, self.lengths = np.arange(n_slots), np.zeros(n_slots, np.int64)
         control = np.zeros(STATE + 8 * self.n_threads, np.int64)
         control[STATE::8] = ASLEEP
@@ -68,11 +69,19 @@ class CompiledSteps:
             thread.start()
         weakref.finalize(self, dismiss, self.is_needed, self.bells, team)  # also when the program ends
 
-    def read(self, row, tokens):
-        """Fill a row of the cache anew with the tokens (a list of ids)."""
-        self.lengths[row] = 0
+    def extend(self, row, tokens, has_logits=False):
+        """Append tokens (a list of ids) to a row; returns the logits [n, V] after each of them, if asked.
+
+        These are of n_logits tokens at most, and valid until the next call.
+        """
         for first in range(0, len(tokens), CHUNK):
-            self.forward(tokens[first : first + CHUNK], row, has_logits=False)
+            self.forward(tokens[first : first + CHUNK], row, has_logits)
+        return self.logits[: len(tokens)] if has_logits else None
+
+    def read(self, row, tokens):
+        """Fill a row anew."""
+        self.lengths[row] = 0
+        self.extend(row, tokens)
 
     def next(self, tokens):
         """A token for each of the first n rows -> (logits [n or more, V] of the next one, n likeliest ones).

@@ -4,7 +4,8 @@
 and end at different times, and a step of sixteen texts takes hardly longer than a step of one: reading the
 weights is what takes the time. So a `Decoder` owns a KV cache with a row for each of `n_slots` requests. In
 every step each running request gets one token; one that ends leaves its row to one that waits
-("continuous batching"; Yu et al. 2022, "Orca", section 3).
+("continuous batching"; Yu et al. 2022, "Orca", section 3). A long prompt is read in pieces, one a step, so
+that nobody has to wait for all of it (Agrawal et al. 2023, "Sarathi", section 4.1).
 
     decoder = Decoder(model, n_slots=16)
     request = decoder.add(Request(prompt_ids, max_tokens=100, temperature=0.8, seed=1))
@@ -31,35 +32,46 @@ import torch
 from engine.blocks import Int8Linear
 from engine.compile_cache import CACHE, is_compiled
 from engine.config import ROOT
-from model import GPT, sample
+from model import GPT, TokenCounts, candidates, has_penalty, is_greedy, sample
+
+PIECE = 256  # tokens of a prompt that are read at once
 
 
 class Request:
     """A prompt, how to continue it, and what has come of it so far.
 
-    prompt: list of ids. max_tokens: as many at most. temperature, top_k, top_p, min_p, repetition_penalty:
-    see `model.sample`. seed: int; None: a random one. n_logprobs: how many of the likeliest tokens are told
-    with each token; None: no logprobs at all.
+    prompt: list of ids. max_tokens: as many at most. temperature, top_k, ...: see `model.candidates`. seed:
+    int; None: a random one. n_logprobs: how many of the likeliest tokens are told with each token; None: no
+    logprobs at all. scores_prompt: logprobs of the prompt's tokens, too.
 
     tokens: the ids drawn so far. logprobs: for each of them (its log-probability, [(id, log-probability),
     ... the likeliest]), in nats, by the model itself: before temperature and everything else.
+    prompt_logprobs: the same for each token of the prompt but the first, which follows nothing. ending: the
+    stop token and the same for it, if one was drawn.
     finish_reason: None while it runs; then "stop" (a token of `stop_tokens` was drawn, which is not among
     `tokens`), "length" (max_tokens are there) or "cancelled" (`Decoder.remove`).
     """
 
-    def __init__(self, prompt, max_tokens, *, stop_tokens=(), seed=None, n_logprobs=None, **options):
+    def __init__(
+        self, prompt, max_tokens, *, stop_tokens=(), seed=None, n_logprobs=None, scores_prompt=False,
+        **options,
+    ):  # fmt: skip
         self.context = [int(token) for token in prompt]
         self.n_prompt, self.max_tokens = len(self.context), max_tokens
-        self.stop_tokens, self.seed, self.n_logprobs = frozenset(stop_tokens), seed, n_logprobs
-        self.options = options
-        self.is_greedy = (options.get("temperature"), options.get("repetition_penalty", 1.0)) == (0, 1.0)
-        self.logprobs = []
-        self.finish_reason = None if max_tokens > 0 else "length"
-        self.generator = None  # of random numbers
+        self.stop_tokens, self.seed = frozenset(stop_tokens), seed
+        self.n_logprobs, self.scores_prompt = n_logprobs, bool(scores_prompt) and n_logprobs is not None
+        self.options, self.is_greedy = options, is_greedy(options)
+        self.logprobs, self.prompt_logprobs, self.ending = [], [], None
+        self.finish_reason = None if max_tokens > 0 or self.scores_prompt else "length"
+        self.generator, self.counts = None, None  # random numbers, and what `model.TokenCounts` counts
 
     @property
     def tokens(self):
-        return self.context[self.n_prompt :]
+        return self.tokens_from(0)
+
+    def tokens_from(self, n):
+        """Those after the first n."""
+        return self.context[self.n_prompt + n :]
 
 
 class Decoder:
@@ -71,7 +83,8 @@ class Decoder:
 
     def __init__(self, model, n_slots=1):
         self.model, self.n_slots, self.steps = model, n_slots, TorchSteps(model, n_slots)
-        self.running, self.waiting = [], collections.deque()  # running[i] has row i of the cache
+        # running[i] has row i of the cache; the prompt of `reading` is read into the row behind them.
+        self.running, self.reading, self.waiting = [], None, collections.deque()
         self._compiling = None
 
     def compile(self, wait=False):
@@ -95,21 +108,28 @@ class Decoder:
 
     @property
     def is_busy(self):
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.reading or self.waiting)
 
     def add(self, request):
         """Let it wait for a row; returns it. ValueError for a prompt that is empty or holds a foreign id,
-        and for options that make no sense."""
+        for options that make no sense, and for logprobs of a prompt that is longer than the context."""
         self.model.prompt(request.context)
-        sample(torch.zeros(1), **request.options)
+        vocab_size = self.model.config.vocab_size
+        candidates(-torch.arange(float(vocab_size)), **request.options)
+        if request.scores_prompt and request.n_prompt > self.steps.capacity:
+            raise ValueError(f"the prompt holds more than the {self.steps.capacity} tokens of the context")
         if request.generator is None and request.seed is not None:
             request.generator = torch.Generator().manual_seed(request.seed)
+        if has_penalty(request.options):
+            request.counts = TokenCounts(request.context, vocab_size, self.model.device)
         if request.finish_reason is None:
             self.waiting.append(request)
         return request
 
     def remove(self, request):
         """Nobody wants to hear the rest of it."""
+        if request is self.reading:
+            self.reading = None
         if request in self.waiting:
             self.waiting.remove(request)
         if request in self.running:
@@ -117,34 +137,36 @@ class Decoder:
         request.finish_reason = request.finish_reason or "cancelled"
 
     def step(self):
-        """One more token for all that run; returns these requests, those that have just ended among them."""
+        """One more token for all that run; returns these requests, those that have just ended among them.
+
+        Before that it reads on in the prompts of those that wait; one whose prompt is long runs later.
+        """
         if isinstance(self.steps, TorchSteps) and self._compiling and not self._compiling.is_alive():
             self._change_steps()
-        while self.waiting and len(self.running) < self.n_slots:
-            self.steps.lengths[len(self.running)] = 0
-            self.running.append(self.waiting.popleft())
+        scored = self._read_prompts()
         if not self.running:
-            return []
+            return scored
         capacity = self.steps.capacity
         for row, (request, length) in enumerate(zip(self.running, self.steps.lengths.tolist(), strict=False)):
-            if length in (0, capacity):
-                # When the context is full, half of it makes room for as much again.
-                keep = max(1, capacity // 2) if length else capacity
-                self.steps.read(row, request.context[-keep:-1])
+            if length == capacity:
+                # The context is full: half of it makes room for as much again.
+                self.steps.read(row, request.context[-max(1, capacity // 2) : -1])
         logits, likeliest = self.steps.next([request.context[-1] for request in self.running])
         advanced = list(self.running)
         tokens = self._draw(logits, likeliest)
         for row in reversed(range(len(advanced))):
-            request = advanced[row]
-            if tokens[row] in request.stop_tokens:
+            request, token = advanced[row], tokens[row]
+            if token in request.stop_tokens:
                 request.finish_reason = "stop"
             else:
-                request.context.append(tokens[row])
+                request.context.append(token)
+                if request.counts:
+                    request.counts.add(token)
                 if len(request.context) - request.n_prompt == request.max_tokens:
                     request.finish_reason = "length"
             if request.finish_reason:
                 self._leave(row)
-        return advanced
+        return scored + advanced
 
     def run(self, requests, on_end=lambda request: None):
         """All of them to their end."""
@@ -164,6 +186,43 @@ class Decoder:
             for row, request in enumerate(self.running):
                 last = len(request.context) - 1
                 steps.read(row, request.context[last - lengths[row] : last])
+            if self.reading:
+                self.reading.prompt_logprobs.clear()  # from the beginning
+
+    def _read_prompts(self):
+        """A piece of a prompt, or more while nobody runs; returns those who only wanted logprobs of it."""
+        scored, n_left = [], PIECE if self.running else 8 * PIECE
+        while n_left > 0 and (self.reading or self.waiting and len(self.running) < self.n_slots):
+            row = len(self.running)
+            if not self.reading:
+                self.reading = self.waiting.popleft()
+                self.steps.lengths[row] = 0
+            request = self.reading
+            n_left -= self._read_on(request, row)
+            # All but the last token, which the next step reads.
+            if self.steps.lengths[row] == min(request.n_prompt, self.steps.capacity) - 1:
+                self.reading = None
+                if request.max_tokens > 0:
+                    self.running.append(request)
+                else:
+                    request.finish_reason = "length"
+                    scored.append(request)
+        return scored
+
+    def _read_on(self, request, row):
+        """Read the next piece of its prompt into the row; returns how many tokens it has.
+
+        Where pieces begin depends on nothing else, as rounding may depend on it.
+        """
+        first = max(0, request.n_prompt - self.steps.capacity) + int(self.steps.lengths[row])
+        end = first + (min(PIECE, self.steps.n_logits) if request.scores_prompt else PIECE)
+        piece = request.context[first : min(end, request.n_prompt - 1)]
+        if piece:
+            logits = self.steps.extend(row, piece, request.scores_prompt)
+            if request.scores_prompt:
+                targets = request.context[first + 1 : first + 1 + len(piece)]
+                request.prompt_logprobs += logprobs_of(logits, targets, request.n_logprobs)
+        return len(piece)
 
     def _draw(self, logits, likeliest):
         """A token for each row of the logits [n, V]; notes logprobs where they are asked for."""
@@ -172,12 +231,13 @@ class Decoder:
             if request.is_greedy:
                 token = likeliest[row]
             else:
-                token = sample(logits[row], request.generator, previous=request.context, **request.options)
-            if request.n_logprobs is not None and token not in request.stop_tokens:
-                logprobs = logits[row].log_softmax(-1)
-                top = logprobs.topk(min(request.n_logprobs, logprobs.numel()))
-                pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-                request.logprobs.append((logprobs[token].item(), list(pairs)))
+                token = sample(logits[row], request.generator, counts=request.counts, **request.options)
+            if request.n_logprobs is not None:
+                (told,) = logprobs_of(logits[row : row + 1], [token], request.n_logprobs)
+                if token in request.stop_tokens:
+                    request.ending = token, told
+                else:
+                    request.logprobs.append(told)
             tokens.append(token)
         return tokens
 
@@ -187,25 +247,42 @@ class Decoder:
         if row < len(self.running):
             self.running[row] = last
             self.steps.move(len(self.running), row)
+        if self.reading:
+            self.steps.move(len(self.running) + 1, len(self.running))
+
+
+def logprobs_of(logits, tokens, n):
+    """For each row of logits [N, V] and its token: (its logprob, the n likeliest [(id, logprob), ...])."""
+    logprobs = logits.log_softmax(-1)
+    own = logprobs[range(len(tokens)), tokens].tolist()
+    top = logprobs.topk(min(n, logprobs.shape[-1]))
+    likeliest = map(zip, top.indices.tolist(), top.values.tolist())
+    return list(zip(own, map(list, likeliest), strict=True))
 
 
 class TorchSteps:
     """Steps as PyTorch's operations: for any model, on any device.
 
-    lengths [n_slots]: how many tokens of `capacity` each row of the cache holds.
+    lengths [n_slots]: how many tokens of `capacity` each row of the cache holds. n_logits: of how many tokens
+    at most `extend` computes logits.
     """
 
     def __init__(self, model, n_slots):
         self.model, self.cache = model, model.new_cache(n_slots)
         self.lengths, self.capacity = self.cache.lengths, self.cache.capacity
+        self.n_logits = max(1, (1 << 22) // model.config.vocab_size)  # 16 MB of numbers
 
     @torch.inference_mode()
+    def extend(self, row, tokens, has_logits=False):
+        """Append tokens (a list of ids) to a row; returns the logits [n, V] after each of them, if asked."""
+        x = self.model.hidden(torch.tensor([tokens], device=self.model.device), self.cache.rows(row, row + 1))
+        return self.model.logits(x[0]).float() if has_logits else None
+
     def read(self, row, tokens):
-        """Fill a row anew with the tokens (a list of ids)."""
-        cache = self.cache.rows(row, row + 1)
-        cache.lengths[:] = 0
+        """Fill a row anew."""
+        self.lengths[row] = 0
         if tokens:
-            self.model.hidden(torch.tensor([tokens], device=self.model.device), cache)
+            self.extend(row, tokens)
 
     @torch.inference_mode()
     def next(self, tokens):
@@ -273,18 +350,57 @@ def word_of(tokenizer, token):
     return tokenizer.words[token if token < tokenizer.vocab_size else tokenizer.unknown_id]
 
 
+class StopStrings:
+    """Finds the first of several strings in a text that comes in pieces, and looks at each character once.
+
+    An automaton (Aho & Corasick 1975, "Efficient String Matching"). Its state is the longest end of the text
+    that one of the strings begins with; 0 is none. For each state, next: {character: the longer state},
+    back: the next shorter end that some string begins with, length: its number of characters, found: the
+    length of the longest string that ends here, 0 if none does.
+    """
+
+    def __init__(self, strings=()):
+        self.next, self.back, self.length, self.found = [{}], [0], [0], [0]
+        for string in strings:
+            state = 0
+            for character in string:
+                state = self.next[state].setdefault(character, len(self.next))
+                if state == len(self.next):
+                    self.next.append({})
+                    self.length.append(0)
+                    self.found.append(0)
+                    self.back.append(0)
+            self.found[state] = len(string)
+        states = collections.deque([0])
+        while states:  # the shorter before the longer
+            state = states.popleft()
+            for character, longer in self.next[state].items():
+                back = self.step(self.back[state], character) if state else 0
+                self.back[longer], self.length[longer] = back, self.length[state] + 1
+                self.found[longer] = self.found[longer] or self.found[back]
+                states.append(longer)
+
+    def step(self, state, character):
+        """The state when another character follows."""
+        while state and character not in self.next[state]:
+            state = self.back[state]
+        return self.next[state].get(character, 0)
+
+
 class TextStream:
     """Ids one by one in, text out, as soon as it is certain.
 
     A token may be a part of a character, and the end of a text may be the beginning of one of the strings
-    `stop`: both wait. At a stop string the text ends before it, and `is_stopped` becomes true; of several
-    that overlap, the one that is complete first counts.
+    `stop` (a list, or StopStrings): both wait. At a stop string the text ends before it, and `is_stopped`
+    becomes true; of several that overlap, the one that is complete first counts, or if these are several, the
+    longest of them.
     """
 
     def __init__(self, tokenizer, stop=()):
-        self.tokenizer, self.stop, self.is_stopped = tokenizer, stop, False
+        self.tokenizer, self.is_stopped = tokenizer, False
+        self.stop = stop if isinstance(stop, StopStrings) else StopStrings(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._state, self._held = 0, ""
 
     def feed(self, token):
         """The text that is certain now; "" if there is none."""
@@ -297,12 +413,14 @@ class TextStream:
         return text
 
     def _release(self, text):
-        text = "" if self.is_stopped else self._held + text
-        places = [place for place in map(text.find, self.stop) if place >= 0]
-        if places:
-            self.is_stopped, self._held = True, ""
-            return text[: min(places)]
-        beginnings = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
-        n_held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
+        if self.is_stopped:
+            return ""
+        whole = self._held + text
+        for place, character in enumerate(text, len(self._held) + 1):
+            self._state = self.stop.step(self._state, character)
+            if n_found := self.stop.found[self._state]:
+                self.is_stopped, self._held = True, ""
+                return whole[: place - n_found]
+        n_certain = len(whole) - self.stop.length[self._state]
+        self._held = whole[n_certain:]
+        return whole[:n_certain]

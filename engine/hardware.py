@@ -378,6 +378,12 @@ def keep_freed_memory():
             libc.mallopt(parameter, value)
 
 
+def return_freed_memory():
+    """The opposite, once: what is free goes back to the system. Takes some milliseconds."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def synchronize(device):
     """Wait until a GPU has done all it was told: only then does a clock tell how long that took."""
     import torch

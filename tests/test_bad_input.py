@@ -310,3 +310,49 @@ def test_elsewhere_with_relative_paths(tiny_project):
     assert (done.returncode, done.stderr) == (0, "") and "\x1b" not in done.stdout
     assert list(tiny_project.checkpoints()) == [2] and len(list(tiny_project.root.glob("train_*.log"))) == 1
     assert [path.name for path in tiny_project.elsewhere.iterdir()] == ["my config.json"]
+
+
+# ---- exceptions --------------------------------------------------------------------------------------------
+
+
+SHARED = r"""
+import importlib, json, pathlib, sys, types
+
+root = pathlib.Path(sys.argv[1])
+sys.path.insert(0, str(root))
+names = [path.relative_to(root).with_suffix("") for path in root.rglob("*.py") if "tests" not in path.parts]
+names = [".".join(name.parts).removesuffix(".__init__") for name in names]
+for name in names:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        assert not error.name.partition(".")[0] in names, error
+ours = {name for name in names if name in sys.modules}
+seen, found, left = set(), [], [(name, vars(sys.modules[name])) for name in ours]
+while left:
+    where, value = left.pop()
+    if id(value) in seen:
+        continue
+    seen.add(id(value))
+    if isinstance(value, BaseException):
+        found.append(f"{where}: {value!r}")
+    elif isinstance(value, dict):
+        left += [(f"{where}.{key}", part) for key, part in value.items()]
+    elif isinstance(value, list | tuple | set | frozenset):
+        left += [(where, part) for part in value]
+    elif isinstance(value, types.FunctionType) and value.__module__ in ours:
+        left += [(where, part) for part in (value.__defaults__, value.__kwdefaults__, vars(value))]
+        left += [(where, cell.cell_contents) for cell in value.__closure__ or ()]
+    elif getattr(value if isinstance(value, type) else type(value), "__module__", None) in ours:
+        left.append((where, dict(getattr(value, "__dict__", {}))))
+print(json.dumps([len(ours), found]))
+"""
+
+
+def test_no_exception_is_made_before_it_is_raised(shared_project, tmp_path):
+    """One that is kept refers, by its traceback, to all that those who raised it had in hand."""
+    (tmp_path / "look.py").write_text(SHARED)
+    done = shared_project.run(tmp_path / "look.py", shared_project.root)
+    assert done.returncode == 0, done.stderr
+    n_modules, found = json.loads(done.stdout.splitlines()[-1])
+    assert n_modules > 30 and found == []

@@ -7,6 +7,7 @@ every answer is known beforehand.
 import dataclasses
 import io
 import json
+import random
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import engine.decoding
 import inference
 from engine.checkpoint import Checkpoint
 from model import GPT, ModelConfig
-from tokenizer import BPETokenizer, CharTokenizer
+from tokenizer import BPETokenizer, CharTokenizer, render_chat
 
 TEXT = "你好吗？Hello? 1+2=3\n"
 ERASE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\r]")  # what a terminal takes as an order
@@ -278,6 +279,62 @@ def test_a_long_conversation_forgets_its_oldest_turns(tokenizer, capsys):
         assert messages[0]["role"] == "user" and talker.n_prompt <= 48
         forgotten += capsys.readouterr().err.count("turns are forgotten")
     assert 4 < len(messages) < 12 and 2 <= forgotten < 10
+
+
+def reference_prompt(speaker, messages):
+    """What `chat_prompt` does to a conversation that the user ends, one turn at a time."""
+    messages, limit, first = list(messages), speaker.room - speaker.room // 4, messages[0]["role"] == "system"
+    while True:
+        ids, _ = render_chat(speaker.tokenizer, messages, add_generation_prompt=True)
+        if len(ids) <= limit or len(messages) == first + 1:
+            return messages, *speaker.fit(ids.tolist())
+        del messages[first]
+        while messages[first]["role"] == "assistant":
+            del messages[first]
+        limit = speaker.room // 2
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "NFC"])
+def test_turns_are_forgotten_as_if_one_at_a_time(tokenizer, kind):
+    if kind != "char":
+        merges = BPETokenizer.train(["Hello 你好吗 1+2=3 " * 40], 320).merges
+        tokenizer = BPETokenizer(merges, normalizer=kind if kind == "NFC" else None)
+    chance, talker = random.Random(0), speaker(checkpoint(tokenizer, *chain(tokenizer, {})))
+    for _ in range(200):
+        roles = ["system"] * chance.randrange(2) + ["assistant"] * chance.randrange(2)
+        roles += ["user", "assistant"] * chance.randrange(12) + ["user"]
+        letters = "Helo 你好吗1+\u0065\u0301"
+        messages = [
+            {"role": role, "content": "".join(chance.choices(letters, k=chance.randrange(12)))}
+            for role in roles
+        ]
+        expected = reference_prompt(talker, messages)
+        assert (messages, *talker.chat_prompt(messages)) == expected
+
+
+@pytest.mark.parametrize("n", [101, 4001, 27_001])
+def test_a_long_conversation_is_encoded_once_and_as_far_as_it_may_fit(tokenizer, monkeypatch, n):
+    """However many turns have to be forgotten."""
+    talker, encoded = speaker(polite(tokenizer)), []
+    encode = tokenizer.encode_flat
+    monkeypatch.setattr(talker.tokenizer, "encode_flat", lambda texts: encoded.extend(texts) or encode(texts))
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "1"} for i in range(n)]
+    ids, left_out = talker.chat_prompt(messages)
+    assert len(ids) <= talker.room and not left_out and len(messages) % 2 == 1
+    assert len(encoded) < talker.room
+
+
+def test_an_answer_that_has_begun_is_continued(tokenizer):
+    talker = speaker(polite(tokenizer))
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "好"}]
+    assert "".join(talker.chat(messages)) == "吗"
+    ids, _ = talker.chat_prompt(list(messages))
+    assert ids == talker.chat_prompt(messages[:1])[0] + tokenizer.encode("好").tolist()
+    nothing = {"role": "assistant", "content": ""}
+    assert talker.chat_prompt([messages[0], nothing]) == talker.chat_prompt(messages[:1])
+    long = [{"role": role, "content": "1" * 20} for role in ("user", "assistant")] * 3
+    assert talker.chat_prompt(long)[0][0] == tokenizer.instruct_id
+    assert [message["role"] for message in long] == ["user", "assistant"]
 
 
 def test_unknown_characters_are_counted(tokenizer, capsys):

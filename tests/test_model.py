@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import GPT, KVCache, ModelConfig, RMSNorm, candidates, rotary_table, rotate, sample
+from model import GPT, KVCache, ModelConfig, RMSNorm, TokenCounts, candidates, rotary_table, rotate, sample
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, n_hidden=40)
 
@@ -537,19 +537,31 @@ def test_padding_is_ignored_without_causality_too(n_kv_head):
 
 def probabilities(logits, **setting):
     """Those of `candidates`, for all tokens [V]."""
-    found, ids = candidates(logits, **setting)
+    found, ids = candidates(logits, **counted(setting, len(logits)))
     return torch.zeros_like(logits).scatter(0, ids, found / found.sum())
 
 
+def counted(setting, vocab_size):
+    """The setting with the TokenCounts of its text: `previous`, the prompt, and `drawn`, what followed it."""
+    setting = dict(setting)
+    counts = TokenCounts(setting.pop("previous", ()), vocab_size)
+    for token in setting.pop("drawn", ()):
+        counts.add(token)
+    return setting | dict(counts=counts)
+
+
 def distribution(
-    logits, temperature=1.0, top_k=None, top_p=None, min_p=0.0, repetition_penalty=1.0, previous=()
-):
+    logits, temperature=1.0, top_k=None, top_p=None, min_p=0.0, repetition_penalty=1.0, frequency_penalty=0.0,
+    presence_penalty=0.0, logit_bias=None, previous=(), drawn=(),
+):  # fmt: skip
     """What `sample` should draw from, from the definitions and in plain Python: a list of probabilities."""
     values = []
     for token, value in enumerate(logits.tolist()):
-        if token in previous:
+        if token in [*previous, *drawn]:
             value = value / repetition_penalty if value > 0 else value * repetition_penalty
-        values.append(value)
+        count = [*drawn].count(token)
+        value -= count * frequency_penalty + (count > 0) * presence_penalty
+        values.append(value + (logit_bias or {}).get(token, 0.0))
     if temperature == 0:
         return [float(token == values.index(max(values))) for token in range(len(values))]
     order = sorted(range(len(values)), key=lambda token: -values[token])
@@ -590,7 +602,15 @@ SETTINGS = [
     dict(temperature=0.7, top_k=6, top_p=0.8, repetition_penalty=1.3, previous=[2, 5, 9, 10]),
     dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.2),
     dict(temperature=1.8, top_k=3, top_p=0.95, repetition_penalty=1.1, previous=[11]),
-]
+    dict(frequency_penalty=0.7, drawn=[0, 3, 3, 7, 3]),
+    dict(frequency_penalty=-2.0, drawn=[1, 1, 2]),
+    dict(presence_penalty=1.5, drawn=[0, 3, 3, 7, 3], previous=[8, 9]),
+    dict(presence_penalty=2.0, frequency_penalty=0.1, previous=range(12)),  # the prompt was not drawn
+    dict(logit_bias={0: 100.0, 5: -100.0}),
+    dict(logit_bias={11: 1.5, 3: 0.0}, temperature=0.5),
+    dict(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=-0.3, logit_bias={3: 2.5, 4: -1},
+         temperature=0.8, top_k=8, top_p=0.95, previous=[1, 3], drawn=[3, 4, 4]),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -614,12 +634,12 @@ def test_most_of_many_tokens_may_be_candidates(setting, spread):
     assert abs(n_found - n_expected) <= 1 and (n_expected > 2048) == (spread == 0.1)
 
 
-@pytest.mark.parametrize("setting", [SETTINGS[i] for i in (0, 1, 4, 7, 12, 14, 18, 19)], ids=str)
+@pytest.mark.parametrize("setting", [SETTINGS[i] for i in (0, 1, 4, 7, 12, 14, 18, 19, -1)], ids=str)
 def test_sample_draws_as_often_as_it_should(setting):
     logits = 2 * torch.randn(12, generator=torch.Generator().manual_seed(4))
     generator = torch.Generator().manual_seed(5)
     n = 2000
-    counts = Counter(sample(logits, generator=generator, **setting) for _ in range(n))
+    counts = Counter(sample(logits, generator=generator, **counted(setting, 12)) for _ in range(n))
     expected = distribution(logits, **setting)
     possible = [token for token, p in enumerate(expected) if p > 0]
     assert set(counts) <= set(possible)
@@ -632,7 +652,12 @@ def test_greedy_sampling():
     logits = torch.tensor([0.5, 2.0, 1.9, -1.0])
     assert sample(logits, temperature=0) == 1
     assert sample(logits, temperature=0, top_k=3, top_p=0.2) == 1
-    assert sample(logits, temperature=0, repetition_penalty=1.2, previous=[1]) == 2
+    assert sample(logits, temperature=0, repetition_penalty=1.2, counts=TokenCounts([1], 4)) == 2
+    assert sample(logits, temperature=0, frequency_penalty=1.0, counts=TokenCounts([1], 4)) == 1
+    (counts := TokenCounts([], 4)).add(1)
+    assert sample(logits, temperature=0, frequency_penalty=0.2, counts=counts) == 2
+    assert sample(logits, temperature=0, presence_penalty=0.2, counts=counts) == 2
+    assert sample(logits, temperature=0, logit_bias={3: 100}) == 3
     assert all(sample(1000 * logits, temperature=t) == 1 for t in (1e-3, 1e-9, 1e-300))
 
 
@@ -646,6 +671,10 @@ BAD_SETTINGS = [
     dict(min_p=1.1),
     dict(repetition_penalty=0.0),
     dict(repetition_penalty=-2.0),
+    dict(frequency_penalty=math.nan),
+    dict(presence_penalty=math.inf),
+    dict(logit_bias={23: 1.0}),
+    dict(logit_bias={-1: 1.0}),
 ]
 
 
@@ -761,20 +790,21 @@ def test_the_seed_fixes_the_answer():
 
 
 def test_generate_hands_its_settings_on(monkeypatch):
-    model, calls = build(), []
+    model, calls, texts = build(), [], []
 
-    def spy(logits, generator, **options):
+    def spy(logits, generator, counts, **options):
+        texts.append(counts and (counts.seen.nonzero().flatten().tolist(), counts.drawn[4].item()))
         calls.append(options)
         return 4
 
     monkeypatch.setattr(model_module, "sample", spy)
     setting = dict(temperature=0.5, top_k=3, top_p=0.8, min_p=0.1, repetition_penalty=1.4)
     list(model.generate([5, 6], 3, **setting))
-    # One list of what was before, which grows: the prompt counts as said.
-    assert calls == [setting | dict(previous=[5, 6, 4, 4, 4])] * 3
+    assert calls == [setting] * 3
+    assert texts == [([5, 6], 0), ([4, 5, 6], 1), ([4, 5, 6], 2)]  # the prompt counts as said, not as drawn
     calls.clear()
     assert next(model.generate([5], 1)) == 4
-    assert calls == [dict(previous=[5])]
+    assert calls == [{}] and texts[3] is None  # nothing is counted that no penalty asks for
 
 
 def test_generation_draws_from_the_models_distribution():
@@ -787,6 +817,27 @@ def test_generation_draws_from_the_models_distribution():
     counts = Counter(next(model.generate(prompt, 1, seed=seed, **setting)) for seed in range(n))
     distance = sum(abs(counts[token] / n - p) for token, p in enumerate(expected)) / 2
     assert distance < 0.08
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(frequency_penalty=0.3),
+        dict(presence_penalty=-0.2, logit_bias={7: 0.4, 2: -100.0}),
+        dict(repetition_penalty=1.3, frequency_penalty=0.1, presence_penalty=0.2, logit_bias={1: 1.0}),
+    ],
+    ids=str,
+)
+def test_greedy_text_under_penalties_follows_their_definition(setting):
+    """Token for token, by plain Python's numbers of 64 bits."""
+    model, prompt = build(), [3, 1, 4, 1]
+    drawn = list(model.generate(prompt, 12, temperature=0, **setting))
+    for i, token in enumerate(drawn):
+        logits = model(torch.tensor([prompt + drawn[:i]]))[0][0, -1]
+        expected = distribution(logits, temperature=0, previous=prompt, drawn=drawn[:i], **setting)
+        assert expected[token] == 1
+    assert drawn != list(model.generate(prompt, 12, temperature=0))
 
 
 def test_stop_tokens_end_the_answer_and_are_not_part_of_it():

@@ -7,8 +7,12 @@ and a tokenizer of bytes, so that hardly a token is a whole character; it says w
 
 import argparse
 import contextlib
+import functools
+import gc
 import json
+import logging
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -16,14 +20,18 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
+import prometheus_client.parser
 import pytest
 import requests
 import torch
+import warm
 from test_inference import chain, checkpoint
 
 import engine.checkpoint
 import engine.gate
+import engine.wire
 import serve
 from engine.blocks import quantize as to_int8
 from engine.decoding import Decoder, Request, TextStream
@@ -58,8 +66,9 @@ def at_random():
 class Served:
     """A running server. `url`, `service`, and OpenAI's client."""
 
-    def __init__(self, url, service, connections, api_key):
-        self.url, self.service, self.connections = url, service, connections
+    def __init__(self, listener, service, connections, api_key):
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.url, self.listener, self.service, self.connections = url, listener, service, connections
         self.model, self.tokenizer = service.speaker.model, service.tokenizer
         self.address = ("127.0.0.1", int(url.rpartition(":")[2]))
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0)
@@ -95,22 +104,22 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(folder, checkpoint, slots=4, max_queue=8, timeout=60, api_key=None):
+def served(folder, checkpoint, slots=4, max_queue=8, timeout=60, api_key=None, cors=()):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.checkpoint, "FOLDER", folder)
         path = checkpoint.save()
     args = dict(model=str(path), device="cpu", quantize=None)
-    args |= dict(slots=slots, max_queue=max_queue, timeout=timeout)
-    service, _ = serve.load_service(argparse.Namespace(**args))
+    args = argparse.Namespace(**args, slots=slots, max_queue=max_queue, timeout=timeout)
+    service, _ = serve.load_service(args)
+    args.timeout = 5  # of answers that are under way when the server ends
     listener = serve.bind("127.0.0.1", 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # little to fill with what nobody reads
-    server = serve.make_server(serve.make_app(service, api_key), timeout=5)
+    server = serve.make_server(serve.make_app(service, api_key, cors), listener, args)
     thread = threading.Thread(target=server.run, args=([listener],))
     service.engine.start()
     thread.start()
     try:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        yield Served(url, service, server.server_state.connections, api_key)
+        yield Served(listener, service, server.server_state.connections, api_key)
     finally:
         server.should_exit = True
         thread.join()
@@ -237,6 +246,186 @@ def test_completions_of_texts_and_ids(random):
     assert random.complete("1", temperature=0).usage.completion_tokens <= 16  # OpenAI's default
 
 
+PENALTIES = [
+    {"frequency_penalty": 0.5},
+    {"presence_penalty": 1.5, "temperature": 0.8},
+    {"logit_bias": {"9": 100}},
+    {"frequency_penalty": -0.2, "presence_penalty": 0.3, "logit_bias": {"9": -100, "12": 3.5}},
+]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=str)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_penalties_and_biases(random, penalty, temperature):
+    """The text is what GPT.generate draws with them; tests/test_model.py holds that to their definition."""
+    options = {"temperature": temperature, **penalty, "seed": 5}
+    bias = {int(token): value for token, value in penalty.get("logit_bias", {}).items()}
+    ids = [random.tokenizer.bos_id, *random.tokenizer.encode("1+").tolist()]
+    text, _ = expected(random, ids, 30, **options | {"logit_bias": bias})
+    assert random.complete("1+", max_tokens=30, **options).choices[0].text == text
+    ids, _ = render_chat(random.tokenizer, HI, add_generation_prompt=True)
+    text, _ = expected(random, ids.tolist(), 30, **options | {"logit_bias": bias})
+    assert random.chat(max_tokens=30, **options).choices[0].message.content == text
+
+
+@pytest.mark.parametrize("max_tokens", [-1, None])
+def test_up_to_the_end_of_the_context(random, max_tokens):
+    for path, asked, field in (
+        ("/v1/completions", {"prompt": "1"}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": HI}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": HI}, "max_completion_tokens"),
+    ):
+        reply = random.post(path, json={**asked, field: max_tokens, "temperature": 0})
+        assert reply.json()["choices"][0]["finish_reason"] == "length", reply.json()
+        assert reply.json()["usage"]["total_tokens"] == 96
+
+
+def test_an_answer_that_has_begun_is_continued(simple):
+    answer = simple.chat([*HI, {"role": "assistant", "content": "1+你"}], temperature=0)
+    assert answer.choices[0].message.content == "好吗"
+    assert answer.usage.prompt_tokens == len("Hello?") + 2 + 3
+    greeting = {"role": "assistant", "content": "Hello?"}
+    assert simple.chat([greeting, *HI], temperature=0).choices[0].message.content == "你好吗"
+    answer = simple.chat([{"role": "assistant", "content": "你"}], temperature=0)
+    assert answer.choices[0].message.content == "好吗"
+
+
+def test_what_was_not_read_as_it_was_sent_is_told(simple):
+    assert simple.chat(temperature=0).warnings == []
+    said = [{"role": "user", "content": text} for text in ("1", "2", "3")]
+    answer = simple.chat(said, temperature=0)
+    assert answer.warnings == ["2 messages were joined to the one before, of the same role"]
+    assert answer.usage.prompt_tokens == len("1\n2\n3") + 2
+    chunks = list(simple.chat([*HI, {"role": "user", "content": "狐狸"}], temperature=0, stream=True))
+    assert chunks[0].warnings == [
+        "1 message was joined to the one before, of the same role",
+        "2 characters are unknown to this model",
+    ]
+    assert all("warnings" not in chunk.model_extra for chunk in chunks[1:])
+    assert simple.complete("1狐", temperature=0).warnings == ["1 character is unknown to this model"]
+    assert simple.complete(["狐", "1", "狐狐"]).warnings == ["3 characters are unknown to this model"]
+    assert simple.complete([simple.tokenizer.bos_id, simple.tokenizer.unknown_id]).warnings == []
+
+
+@torch.inference_mode()
+def logprobs_of(server, ids):
+    return server.model.logits(server.model.hidden(torch.tensor([ids])))[0].float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 5])
+def test_a_prompt_is_repeated_with_its_logprobs(random, max_tokens, is_stream):
+    text = "你好 1+1"
+    ids = [random.tokenizer.bos_id, *random.tokenizer.encode(text).tolist()]
+    asked = dict(max_tokens=max_tokens, echo=True, logprobs=2, temperature=0, stream=is_stream, n=2)
+    replies = random.complete(text, **asked) if is_stream else [random.complete(text, **asked)]
+    parts = [choice for reply in replies for choice in reply.choices if choice.index == 1]
+    drawn = list(random.model.generate(ids, max_tokens, temperature=0))
+    told = {
+        name: sum((getattr(part.logprobs, name) for part in parts if part.logprobs), [])
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    }
+    whole = "".join(part.text for part in parts)
+    assert whole == random.tokenizer.decode([*ids[1:], *drawn]) and whole.startswith(text)
+    expected = logprobs_of(random, ids + drawn)[:-1]
+    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+    right = expected[range(len(expected)), [*ids[1:], *drawn]].tolist()
+    assert told["token_logprobs"][1:] == pytest.approx(right, abs=1e-4)
+    for top, row in zip(told["top_logprobs"][1:], expected, strict=True):
+        assert sorted(top.values())[-2:] == pytest.approx(row.topk(2).values.tolist()[::-1], abs=1e-4)
+    assert told["tokens"][0] == "<|bos|>" and told["text_offset"][:2] == [0, 0]
+    for name, offset in list(zip(told["tokens"], told["text_offset"], strict=True))[1 : len(ids)]:
+        assert name.startswith("bytes:") or whole[offset:].startswith(name)
+    if not is_stream:
+        assert replies[0].usage.prompt_tokens == len(ids)
+
+
+def test_a_prompt_is_repeated_without_logprobs(simple):
+    for prompt in ("1+狐1", [2, *simple.tokenizer.encode("1+").tolist()]):
+        text = simple.complete(prompt, echo=True, max_tokens=3, temperature=0).choices[0].text
+        assert text == ("1+<|unknown|>1+1+" if isinstance(prompt, str) else "1+1+1")
+    reply = simple.complete("1", max_tokens=0)
+    assert (reply.choices[0].text, reply.choices[0].finish_reason) == ("", "length")
+    full = [simple.tokenizer.bos_id] * 600  # nothing has to follow
+    scored = simple.complete(full, max_tokens=0, echo=True, logprobs=0).choices[0].logprobs
+    assert len(scored.token_logprobs) == 600
+    with pytest.raises(openai.BadRequestError, match="no room"):
+        simple.complete(full, max_tokens=1, echo=True)
+
+
+def test_likelihoods_as_lm_eval_reads_them(random):
+    """What `local-completions` of lm-evaluation-harness asks for and makes of the reply."""
+    texts = [("1+1=", "2"), ("你", "好吗？"), ("Hel", "lo?")]
+    split = [[random.tokenizer.encode(part).tolist() for part in pair] for pair in texts]
+    asked = {"model": "nano", "prompt": [a + b for a, b in split], "temperature": 0, "max_tokens": 1}
+    reply = random.post(json=asked | {"logprobs": 1, "seed": 1234, "echo": True}).json()
+    for choice, (context, continuation) in zip(reply["choices"], split, strict=True):
+        values = choice["logprobs"]["token_logprobs"][len(context) : -1]
+        tops = choice["logprobs"]["top_logprobs"][len(context) : -1]
+        rows = logprobs_of(random, context + continuation)[len(context) - 1 : -1]
+        right = rows[range(len(continuation)), continuation]
+        assert sum(values) == pytest.approx(right.sum().item(), abs=1e-3)
+        is_greedy = all(value == max(top.values()) for value, top in zip(values, tops, strict=True))
+        assert is_greedy == (rows.argmax(-1).tolist() == continuation)
+
+
+def test_the_end_of_a_text_is_scored_with_it(simple):
+    """Where <|eos|> follows at once, a token follows the prompt as anywhere else."""
+    ids = simple.tokenizer.encode("你好吗").tolist()
+    asked = dict(max_tokens=1, logprobs=1, temperature=0)
+    reply = simple.complete(ids, echo=True, **asked)
+    told = reply.choices[0].logprobs
+    assert told.tokens == ["你", "好", "吗", "<|eos|>"] and told.text_offset == [0, 1, 2, 3]
+    assert (reply.choices[0].text, reply.choices[0].finish_reason) == ("你好吗", "stop")
+    right = logprobs_of(simple, ids)[range(3), [*ids[1:], simple.tokenizer.eos_id]].tolist()
+    assert told.token_logprobs[1:] == pytest.approx(right, abs=1e-4)
+    chunks = simple.complete(ids, echo=True, stream=True, **asked)
+    names = [name for chunk in chunks if (told := chunk.choices[0].logprobs) for name in told.tokens]
+    assert names == ["你", "好", "吗", "<|eos|>"]
+    assert simple.complete(ids, **asked).choices[0].logprobs.tokens == []
+    stopped = simple.complete(ids[:1], echo=True, stop="好", **asked | {"max_tokens": 9}).choices[0]
+    assert stopped.logprobs.tokens == ["你", "好"] and stopped.text == "你"
+
+
+@pytest.mark.parametrize("name", ["simple", "random"])
+def test_texts_to_tokens_and_back(name, request):
+    server = request.getfixturevalue(name)
+    text = "1+1=2 你好吗？\n" * 3
+    ids = server.tokenizer.encode(text).tolist()
+    reply = server.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert reply["tokens"] == [server.tokenizer.bos_id, *ids] and reply["count"] == len(ids) + 1
+    assert reply["max_model_len"] == server.service.context and len(reply["token_strs"]) == len(ids) + 1
+    reply = server.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()
+    assert reply["tokens"] == ids and reply["token_strs"] is None
+    assert server.post("/detokenize", json={"tokens": ids}).json() == {"prompt": text}
+    assert server.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+    count = server.post("/tokenize", json={"messages": HI}).json()["count"]
+    assert count == server.chat(max_tokens=1).usage.prompt_tokens
+    for path, body in (
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": 1}),
+        ("/tokenize", {"prompt": "1", "model": "gpt-4"}),
+        ("/detokenize", {"tokens": [10**6]}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {}),
+    ):
+        reply = server.post(path, json=body)
+        assert reply.status_code == (404 if "model" in body else 400) and reply.json()["error"]["message"]
+
+
+def test_a_long_text_is_encoded_piece_by_piece(random, monkeypatch):
+    lengths, encode = [], random.service.to_tokens
+    monkeypatch.setattr(
+        random.service, "to_tokens", lambda piece: lengths.append(len(piece)) or encode(piece)
+    )
+    text = "1+1=2\n" * 60_000
+    reply = random.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()
+    assert reply["tokens"] == random.tokenizer.encode(text).tolist()
+    assert sum(lengths) == len(text) and max(lengths) < 70_000
+    reply = random.post("/tokenize", json={"prompt": "1" * 300_000})
+    assert reply.status_code == 400 and "line break" in reply.json()["error"]["message"]
+
+
 def test_no_piece_holds_a_part_of_a_character(tmp_path):
     tokenizer = BPETokenizer.train([TEXT], vocab_size=BPETokenizer.smallest)
     ids = tokenizer.encode("你吗").tolist()
@@ -291,6 +480,7 @@ def test_logprobs_are_the_models(random, is_stream):
         (["你好吗"], "", "stop"),
         (["吗？", "好！"], "你好吗", "stop"),
         ([], "你好吗", "stop"),
+        ([*(f"{n}！" for n in range(63)), "好吗"], "你", "stop"),
     ],
 )
 def test_stop_strings(simple, stop, text, reason):
@@ -348,24 +538,33 @@ def test_a_pretrained_model_only_continues(tmp_path):
         ({"temperature": "1"}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": -2}, "max_tokens", "greater than or equal to 1"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
         ({"n": 5}, "n", "at most 4"),
         ({"seed": 2**63}, "seed", "less than"),
         ({"seed": 1.5}, "seed", "integer"),
-        ({"stop": ["1"] * 5}, "stop", "at most 4"),
+        ({"stop": ["1"] * 65}, "stop", "at most 64"),
+        ({"stop": ["1", 2]}, "stop", "valid string"),
         ({"stop": ""}, "stop", "at least 1 character"),
         ({"top_logprobs": 21}, "top_logprobs", "20"),
         ({"repetition_penalty": 0}, "repetition_penalty", "0.01"),
         ({"min_p": 2}, "min_p", "1"),
         ({"tools": [{"type": "function"}]}, "tools", "cannot call tools"),
         ({"response_format": {"type": "json_object"}}, "response_format", "cannot be held to a format"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "not offered"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "repetition_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "from -100 to 100"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias", "from -100 to 100"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "ids of tokens"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "ids of tokens"),
+        ({"logit_bias": {"999": 1}}, "logit_bias", "the ids are 0 to"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "at most 1,024"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        ({"presence_penalty": -2.5}, "presence_penalty", "greater than or equal to -2"),
         ({"model": "gpt-4"}, "model", "only"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "wizard", "content": "1"}]}, "messages", "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
-        ({"messages": HI * 2}, "messages", "assistant should speak"),
-        ({"messages": [*HI, {"role": "assistant", "content": "1"}]}, "messages", "must be the user's"),
+        ({"messages": [*HI, {"role": "system", "content": "1"}]}, "messages", "may only speak first"),
+        ({"messages": [{"role": "system", "content": "1"}]}, "messages", "somebody else must speak"),
     ],
 )
 def test_a_field_that_is_wrong(simple, fields, param, words):
@@ -393,7 +592,7 @@ def test_a_prompt_that_is_wrong(simple, prompt, words):
         simple.complete(prompt)
 
 
-@pytest.mark.parametrize("field", [{"echo": True}, {"echo": 0.0}, {"suffix": "1"}, {"best_of": 2}])
+@pytest.mark.parametrize("field", [{"echo": 0.0}, {"suffix": "1"}, {"best_of": 2}, {"max_tokens": -2}])
 def test_what_completions_do_not_offer(simple, field):
     reply = simple.post(json={"prompt": "1", **field})
     assert reply.status_code == 400 and [reply.json()["error"]["param"]] == list(field)
@@ -428,6 +627,20 @@ def test_garbage(simple, body, status):
             continue
         assert reply.status_code == status
         assert status == 200 or isinstance(reply.json()["error"]["message"], str)
+
+
+def test_heads_alone(simple):
+    """HEAD, wherever GET is."""
+    for path, status in (
+        ("/", 200),
+        ("/health", 200),
+        ("/v1/models", 200),
+        ("/v1/none", 404),
+        ("/v1/completions", 405),
+    ):
+        got, head = (requests.request(method, simple.url + path, timeout=20) for method in ("GET", "HEAD"))
+        assert head.status_code == got.status_code == status and head.content == b""
+        assert head.headers["content-length"] == str(len(got.content))
 
 
 def test_ways_that_lead_nowhere(simple):
@@ -484,6 +697,81 @@ def test_without_a_key_only_this_machine(simple, headers, status):
     reply = requests.get(simple.url + "/v1/models", headers=headers, timeout=20)
     assert reply.status_code == status
     assert not any(name.lower().startswith("access-control") for name in reply.headers)
+
+
+def preflight(server, origin, **headers):
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST", **headers}
+    return requests.options(server.url + "/v1/chat/completions", headers=headers, timeout=20)
+
+
+@pytest.mark.parametrize("api_key", [None, "secret"])
+def test_pages_from_elsewhere_that_are_allowed(tmp_path, api_key):
+    """Exactly these origins; a page of theirs can ask, and read the answer."""
+    allowed, other = "https://my.example", "https://evil.example"
+    with served(tmp_path, handmade(), api_key=api_key, cors=[allowed, "http://localhost:3000"]) as server:
+        member = {"Authorization": "Bearer secret"} if api_key else {}
+        asks = {"Access-Control-Request-Headers": "authorization, content-type, x-stainless-os"}
+        reply = preflight(server, allowed, **asks)
+        assert reply.ok and reply.headers["access-control-allow-origin"] == allowed
+        assert "POST" in reply.headers["access-control-allow-methods"] and "Origin" in reply.headers["vary"]
+        assert "x-stainless-os" in reply.headers["access-control-allow-headers"]
+        assert "access-control-allow-credentials" not in reply.headers
+        for origin in (
+            other,
+            "http://my.example",
+            "https://my.example.evil.example",
+            "https://my.example:8443",
+            "null",
+        ):
+            assert not preflight(server, origin).ok
+            assert "access-control-allow-origin" not in preflight(server, origin).headers
+        for origin, status in (
+            (allowed, 200),
+            ("http://localhost:3000", 200),
+            (other, 200 if api_key else 403),
+        ):
+            reply = requests.get(server.url + "/v1/models", headers={"Origin": origin, **member}, timeout=20)
+            assert reply.status_code == status and "Origin" in reply.headers["vary"]
+            assert (reply.headers.get("access-control-allow-origin") == origin) == (origin != other)
+        # What went wrong can be read, too; and a name that was made to point here is refused whoever asks.
+        if api_key:
+            reply = requests.get(server.url + "/v1/models", headers={"Origin": allowed}, timeout=20)
+            assert reply.status_code == 401
+        else:
+            named = {"Origin": allowed, "Host": "my.example"}
+            reply = requests.get(server.url + "/v1/models", headers=named, timeout=20)
+            assert reply.status_code == 403 and reply.json()["error"]["code"] == "foreign_host"
+        assert reply.headers["access-control-allow-origin"] == allowed
+
+
+def test_without_cors_nobody_else_is_let_in(simple):
+    reply = preflight(simple, "https://my.example")
+    assert reply.status_code == 403 and not any("access-control" in name.lower() for name in reply.headers)
+
+
+def test_metrics(tmp_path):
+    with served(tmp_path, handmade(), api_key="secret") as server:
+        assert requests.get(server.url + "/metrics", timeout=20).status_code == 401
+        server.chat(temperature=0)
+        list(server.complete("1", max_tokens=7, temperature=0, stream=True))
+        assert server.post(json={}, headers={"Authorization": "Bearer secret"}).status_code == 400
+        requests.get(server.url + "/favicon.ico", timeout=20)
+        reply = requests.get(server.url + "/metrics", headers={"Authorization": "Bearer secret"}, timeout=20)
+        assert reply.headers["content-type"].startswith("text/plain; version=")
+        values = {
+            (sample.name, *sorted(sample.labels.values())): sample.value
+            for family in prometheus_client.parser.text_string_to_metric_families(reply.text)
+            for sample in family.samples
+        }
+    assert values["nano_requests_total", "/v1/chat/completions", "200"] == 1
+    assert values["nano_requests_total", "/v1/completions", "200"] == 1
+    assert values["nano_requests_total", "/v1/completions", "400"] == 1
+    assert values["nano_requests_total", "401", "none"] == 2
+    assert values["nano_completion_tokens_total",] == 3 + 7
+    assert values["nano_prompt_tokens_total",] == 8 + 2
+    assert values["nano_requests_running",] == values["nano_requests_waiting",] == 0
+    assert values["nano_time_to_first_token_seconds_count",] == 2
+    assert values["nano_step_seconds_count",] >= 4 + 7 - 1 and values["nano_step_seconds_sum",] > 0
 
 
 # ---- what goes wrong
@@ -605,6 +893,286 @@ def test_connections_that_stand_still_are_closed(tmp_path, monkeypatch):
         connection.close()
 
 
+# ---- what guests may use up
+
+
+def chunked(n, size=60_000):
+    """A body that does not tell its length."""
+    return iter([b"1" * size] * (n // size))
+
+
+JSON = {"Content-Type": "application/json"}
+MB = 10**6
+REFUSED = {
+    "413": lambda server: server.post(data=b"1" * 2 * MB, headers=JSON),
+    "413 in chunks": lambda server: server.post(data=chunked(2 * MB), headers=JSON),
+    "403": lambda server: server.post(data=b"1" * MB, headers={**JSON, "Host": "evil.example"}),
+    "400, no JSON": lambda server: server.post(data=b'{"prompt": "' + b"1" * MB, headers=JSON),
+    "400, wrong type": lambda server: server.post(json={"prompt": [["1" * MB]]}),
+    "400, too long": lambda server: server.post(json={"prompt": "1" * MB}),
+    "400, plain text": lambda server: server.post(data=b"1" * MB),
+    "400, a long conversation": lambda server: server.post(
+        "/v1/chat/completions", json={"messages": HI * (MB // 50)}
+    ),
+    "404": lambda server: server.post("/v1/none", data=b"1" * MB, headers=JSON),
+    "404, a model": lambda server: server.post(json={"prompt": "1", "model": "x" * MB}),
+    "405": lambda server: server.post("/health", data=b"1" * MB, headers=JSON),
+    "half a head": lambda server: server.raw(b"POST /v1/completions HTTP/1.1\r\nX: " + b"1" * 60_000),
+    "half a body": lambda server: server.raw(as_sent({"prompt": "1" * MB})[:-1]),
+    "no HTTP": lambda server: server.raw(b"\x16\x03\x01" * 20_000 + b"\r\n\r\n"),
+}
+
+
+def leave(server, data):
+    """Send it and go."""
+    with socket.create_connection(server.address, 10) as connection:
+        connection.sendall(data)
+
+
+@pytest.fixture
+def uncollected():
+    """Python looks for no cycles: what is to be gone must go by itself."""
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    yield tracemalloc
+    tracemalloc.stop()
+    gc.enable()
+
+
+def settled(server):
+    """Bytes in use when nothing is under way."""
+    server.becomes(running=0, waiting=0)
+    for _ in range(200):
+        if len(server.connections) <= 1 and not server.service.n_reading:
+            break
+        time.sleep(0.02)
+    time.sleep(0.05)
+    return tracemalloc.get_traced_memory()[0]
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refused_request_leaves_nothing_behind(simple, uncollected, monkeypatch, kind):
+    monkeypatch.setattr(engine.gate, "SECONDS", 0.3)
+    n = 3 if "half" in kind else 10
+
+    def refuse():
+        with contextlib.suppress(requests.exceptions.ConnectionError, BrokenPipeError):
+            REFUSED[kind](simple)
+
+    refuse()
+    before = settled(simple)
+    for _ in range(n):
+        refuse()
+    assert settled(simple) - before < n * 30_000
+
+
+def test_one_without_the_key_leaves_nothing_behind(tmp_path, uncollected):
+    with served(tmp_path, handmade(block_size=64), api_key="the key") as server:
+        refuse = lambda: server.post(data=b"1" * MB, headers=JSON)  # noqa: E731
+        assert refuse().status_code == 401
+        before = settled(server)
+        for _ in range(10):
+            refuse()
+        assert settled(server) - before < 10 * 30_000
+
+
+def test_one_that_comes_too_late_or_leaves_leaves_nothing_behind(slowly, uncollected):
+    data = as_sent({"prompt": "1" * 500, "max_tokens": 90, "user": "1" * MB})
+    for size in (len(data) // 2, len(data)):
+        leave(slowly, data[:size])
+        before = settled(slowly)
+        for _ in range(10):
+            leave(slowly, data[:size])
+        assert settled(slowly) - before < 10 * 30_000
+    threads = [threading.Thread(target=lambda: slowly.post(json=LONG)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    slowly.becomes(running=1, waiting=2)
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(10):
+        assert slowly.post(json={**LONG, "user": "1" * MB}).status_code == 429
+    assert tracemalloc.get_traced_memory()[0] - before < 3 * MB
+    for thread in threads:
+        thread.join()
+
+
+def test_a_body_in_very_many_chunks_is_not_taken_apart(simple):
+    n_parts, next_event = 0, engine.gate.Parser.next_event
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = f"{head}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n".encode()
+
+    def spy(parser):
+        nonlocal n_parts
+        n_parts += 1
+        return next_event(parser)
+
+    body = json.dumps({"prompt": "1+", "max_tokens": 1, "user": "1" * 10_000}).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    assert b" 200 OK" in simple.raw(head + chunks + b"0\r\n\r\n")[:20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.gate.Parser, "next_event", spy)
+        with contextlib.suppress(ConnectionError):
+            assert simple.raw(head + chunks * 20) == b""
+    assert n_parts < 30_000
+
+
+@pytest.fixture
+def busy_readers(simple):
+    """Those who read requests have their hands full until the event is set."""
+    free = threading.Event()
+    for _ in range(2):
+        simple.service.readers.submit(free.wait)
+    yield free
+    free.set()
+
+
+def test_what_nobody_waits_for_is_not_read(simple, busy_readers, monkeypatch):
+    """Of a client that has left, and after the deadline; and the event loop does none of it itself."""
+    read, readers = [], set()
+    wire_read = engine.wire.read
+
+    def spy(form, kind, body):
+        readers.add(threading.current_thread().name.partition("_")[0])
+        read.append(len(body))
+        return wire_read(form, kind, body)
+
+    monkeypatch.setattr(engine.wire, "read", spy)
+    connection = socket.create_connection(simple.address)
+    connection.sendall(as_sent({"prompt": "1" * 500}))
+    while not simple.service.n_reading:
+        time.sleep(0.01)
+    assert simple.health()["status"] == "ok"
+    connection.close()
+    while simple.service.n_reading:
+        time.sleep(0.01)
+    monkeypatch.setattr(simple.service.engine, "seconds", 0.2)
+    reply = simple.post(json={"prompt": "1" * 300})
+    assert reply.status_code == 504 and reply.json()["error"]["code"] == "timeout"
+    monkeypatch.setattr(simple.service.engine, "seconds", 60)
+    busy_readers.set()
+    assert simple.complete("1+", max_tokens=2, temperature=0).choices[0].text == "1+"
+    assert len(read) == 1 and read[0] < 200 and readers == {"reader"}
+
+
+def test_too_many_that_are_to_be_read_are_told_so(simple, busy_readers):
+    replies = []
+    n = simple.service.engine.n_slots + simple.service.engine.max_queue
+    ask = lambda: replies.append(simple.complete("1", max_tokens=1))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    while simple.service.n_reading < n:
+        time.sleep(0.01)
+    assert simple.post(json={"prompt": "1"}).status_code == 429
+    busy_readers.set()
+    for thread in threads:
+        thread.join()
+    assert len(replies) == n
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [1] * 200_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [1] * 200_000}]}),
+        ("/v1/completions", {"prompt": [{}] * 200_000}),
+        ("/v1/completions", {"prompt": [[1, ""]] * 100_000}),
+        ("/v1/completions", {"prompt": [1] * 200_000 + [""]}),
+        ("/v1/completions", {"prompt": "1", "stop": [1] * 200_000}),
+        ("/v1/completions", {"prompt": "1", "logit_bias": {f"x{i}": "" for i in range(60_000)}}),
+        ("/tokenize", {"messages": [[]] * 200_000}),
+        ("/detokenize", {"tokens": [""] * 200_000}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+)
+def test_a_body_is_looked_at_up_to_its_first_mistakes(simple, monkeypatch, path, body):
+    found, explained = [], engine.wire.explained
+    monkeypatch.setattr(
+        engine.wire, "explained", lambda errors: found.append(len(errors)) or explained(errors)
+    )
+    reply = simple.post(path, json=body)
+    assert reply.status_code == 400 and len(reply.content) < 1000
+    assert 1 <= found[0] <= 8
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_conversation_is_encoded_as_far_as_it_may_fit(random, monkeypatch, auto):
+    """Not once for every turn that is dropped, and not at all what cannot fit by its length."""
+    encoded, encode = [], random.tokenizer.encode_flat
+    monkeypatch.setattr(random.tokenizer, "encode_flat", lambda texts: encoded.extend(texts) or encode(texts))
+    roles = ("user", "assistant")
+    asked = {"messages": [{"role": roles[i % 2], "content": "1"} for i in range(20_001)]}
+    asked |= {"max_tokens": 1, "truncation": "auto" if auto else "disabled"}
+    reply = random.post("/v1/chat/completions", json=asked)
+    assert reply.status_code == (200 if auto else 400)
+    assert len(encoded) < 96
+    for text in ("1" * 900_000, "你" * 150_000):
+        encoded.clear()
+        assert random.post("/v1/completions", json={"prompt": text}).status_code == 400
+        asked = {"messages": [{"role": "user", "content": text}], "truncation": "auto"}
+        assert random.post("/v1/chat/completions", json=asked).status_code == 400
+        assert encoded == []
+
+
+def test_silent_connections_keep_nobody_out(tmp_path, caplog):
+    """The one that has been silent for longest makes room; one that is being answered does not."""
+    with served(tmp_path, handmade(), slots=1) as server:
+        step = server.service.engine.decoder.step
+        server.service.engine.decoder.step = lambda: time.sleep(0.005) or step()
+        server.listener.limit = 10
+        stream = server.complete("1", max_tokens=590, temperature=0, stream=True)
+        text = next(stream).choices[0].text
+        silent = [socket.create_connection(server.address, 5) for _ in range(60)]
+        for connection, data in zip(silent, (b"", b"GET / HTT", as_sent(LONG)[:-1]) * 20, strict=True):
+            with contextlib.suppress(OSError):
+                connection.sendall(data)
+        assert server.health()["status"] == "ok"
+        assert len(server.connections) <= 12
+        assert text + "".join(chunk.choices[0].text for chunk in stream) == "+1" * 295
+        for connection in silent:
+            connection.close()
+        server.becomes(running=0)
+    assert not caplog.records
+
+
+def test_if_all_are_being_answered_the_next_is_turned_away(tmp_path):
+    with served(tmp_path, handmade(), slots=2) as server:
+        step = server.service.engine.decoder.step
+        server.service.engine.decoder.step = lambda: time.sleep(0.01) or step()
+        server.listener.limit = 2
+        streams = [server.complete("1", max_tokens=300, temperature=0, stream=True) for _ in range(2)]
+        for stream in streams:
+            next(stream)
+        with pytest.raises(requests.exceptions.ConnectionError):
+            server.health()
+        for stream in streams:
+            assert "+" + "".join(chunk.choices[0].text for chunk in stream) == "+1" * 150
+        server.becomes(running=0)
+
+
+def test_a_line_of_code_logs_ten_times_a_minute(caplog, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(engine.gate.time, "monotonic", lambda: now[0])
+    logger = logging.getLogger("a test's")
+    logger.addFilter(engine.gate.Sparing())
+
+    def complain(n):
+        for i in range(n):
+            logger.warning("number %d", i)
+
+    complain(500)
+    logger.warning("another")
+    assert [record.getMessage() for record in caplog.records] == [f"number {i}" for i in range(10)] + [
+        "another"
+    ]
+    caplog.clear()
+    now[0] = 61.0
+    complain(3)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["number 0 (490 more like it before)", "number 1", "number 2"]
+
+
 # ---- the command line
 
 
@@ -621,6 +1189,8 @@ def test_help_and_mistakes(shared_project, tmp_path):
             (("--port", "70000"), "--port must be between"),
             (("--slots", "0"), "--slots must be"),
             (("--api_key", "two words"), "--api_key must be"),
+            (("--cors", "https://my.example", "*"), "--cors takes origins"),
+            (("--cors", "https://my.example/page"), "--cors takes origins"),
             (("-m", "none.pt"), "there is no file none.pt"),
             (("--host", "no.such.host.invalid"), "there is no such address"),
             (("--port", str(taken.getsockname()[1])), "address already in use"),
@@ -632,14 +1202,30 @@ def test_help_and_mistakes(shared_project, tmp_path):
             assert words in process.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("https://My.Example:443", "https://my.example"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("https://my.example:80", "https://my.example:80"),
+        ("tauri://localhost", "tauri://localhost"),
+    ],
+)
+def test_origins_are_compared_as_browsers_write_them(given, origin):
+    assert serve.origin_of(given) == origin
+
+
 def test_on_a_network_with_a_key_until_sigterm(shared_project, tmp_path, monkeypatch):
-    """What is under way is finished, and the exit code is 0."""
+    """What is under way is finished, and the exit code is 0; that connections are many changes nothing."""
     monkeypatch.setattr(engine.checkpoint, "FOLDER", tmp_path)
-    path = handmade().save()
-    process = subprocess.Popen(
-        shared_project.command("serve.py", "-m", path, "--host", "0.0.0.0", "--port", "0"),
-        cwd=shared_project.elsewhere, env=shared_project.environment, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    path, limits = handmade().save(), [(resource.RLIMIT_NOFILE, 96)]
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(
+            shared_project.command("serve.py", "-m", path, "--host", "0.0.0.0", "--port", "0"),
+            cwd=shared_project.elsewhere, env=shared_project.environment, stdout=subprocess.PIPE, stderr=log,
+            text=True, preexec_fn=functools.partial(warm.limit, limits),
+        )  # fmt: skip
     lines = {}
     for line in process.stdout:
         if match := re.match(r"(key|chat|API): +(\S+)", line):
@@ -651,13 +1237,17 @@ def test_on_a_network_with_a_key_until_sigterm(shared_project, tmp_path, monkeyp
     client = openai.OpenAI(base_url=url, api_key=lines["key"], max_retries=0)
     stream = client.completions.create(model="nano", prompt="1", max_tokens=590, temperature=0, stream=True)
     text = next(stream).choices[0].text
+    address = ("127.0.0.1", int(re.search(r":(\d+)/", url)[1]))
+    silent = [socket.create_connection(address, 20) for _ in range(150)]
+    assert requests.get(url.replace("/v1", "/health"), timeout=20).json()["status"] == "ok"
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     with pytest.raises(openai.APIConnectionError):
         client.models.list()
     text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == "+1" * 295
-    assert process.wait(20) == 0 and process.stdout.read() == ""
+    assert process.wait(20) == 0 and process.stdout.read() == "" and (tmp_path / "log").read_text() == ""
+    assert len(silent) == 150
 
 
 # ---- a fuzzer
@@ -748,6 +1338,7 @@ def test_a_conversation_on_the_page(browser, simple, tmp_path):
         ask(page, "Hello?")
         assert answers(page) == ["你好吗"]
         assert re.search(r"3 tokens · \d+ tokens/s · first after", page.inner_text(".assistant .foot"))
+        assert "unknown" not in page.inner_text(".assistant .foot")
         page.keyboard.type("1+1")
         page.keyboard.press("Shift+Enter")
         page.keyboard.type("<b>2</b>")
@@ -772,6 +1363,11 @@ def test_a_conversation_on_the_page(browser, simple, tmp_path):
         assert answers(page) == ["你好"] and page.input_value("#set-max_tokens") == "2"
         page.click("#new")
         assert page.locator(".message").count() == 0
+        ask(page, "狐狸?")
+        assert answers(page) == ["你好"]
+        assert "2 characters are unknown to this model" in page.inner_text(".assistant .foot")
+        page.click("#language")
+        assert "有 2 个字符是模型不认识的" in page.inner_text(".assistant .foot")
 
 
 def test_the_page_on_a_phone_in_chinese_and_dark(browser, simple, tmp_path):

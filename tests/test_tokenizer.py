@@ -314,6 +314,36 @@ def test_turns_are_merged():
             check_messages(said(role, "x", role, "x"))
 
 
+def test_merging_copies_each_word_once():
+    """However many messages one role sends."""
+    n_copied = 0
+
+    class Text(str):
+        def __add__(self, other):
+            nonlocal n_copied
+            n_copied += len(self) + len(other)
+            return Text(str(self) + other)
+
+    merged, _ = merge_turns([{"role": "user", "content": Text("ab")}] * 1000)
+    assert len(merged[0]["content"]) == 2999 and n_copied <= 2 * 2999
+
+
+@BOTH
+@given(any_text | awkward | st.text("fox the\u0065\u0301\u1f84\u03b1\u0313\u0345"))
+def test_a_text_has_as_many_tokens_as_its_length_says_or_more(tokenizer, text):
+    assert 0 <= tokenizer.fewest(text) <= len(tokenizer.encode(text))
+    if tokenizer.kind == "bpe":
+        composing = BPETokenizer(tokenizer.merges, normalizer="NFC")
+        assert composing.fewest(text) <= len(composing.encode(text))
+
+
+def test_nothing_shrinks_more_than_that_when_characters_are_composed():
+    """By all characters that Unicode composes of others."""
+    for number in range(sys.maxunicode + 1):
+        parts = unicodedata.normalize("NFD", chr(number))
+        assert len(unicodedata.normalize("NFC", parts)) * 4 >= len(parts)
+
+
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text("ab\n", max_size=3)), min_size=1))
 def test_merging_keeps_all_words_and_takes_turns(turns):
     merged, count = merge_turns([{"role": role, "content": text} for role, text in turns])

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from test_model import random_tokens
 from test_tokenizer import BPE, CHAR, any_text, awkward
 
+import engine.decoding
 import models
 from engine.config import check_model
-from engine.decoding import Decoder, Request, TextStream, TorchSteps
+from engine.decoding import Decoder, Request, StopStrings, TextStream, TorchSteps
 from model import GPT
+from tokenizer import CharTokenizer
 
 # Also with engine/compiled.py, where it is for that network.
 COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
@@ -95,12 +97,14 @@ def test_steps_may_become_compiled_ones_at_any_time(n_before):
 SETTINGS = [
     dict(), dict(temperature=0.5, top_k=4), dict(top_p=0.8), dict(min_p=0.1),
     dict(temperature=0, repetition_penalty=1.5), dict(repetition_penalty=0.7, top_k=9, top_p=0.9),
+    dict(temperature=0, frequency_penalty=0.5), dict(temperature=0, logit_bias={4: 3.0, 5: -100.0}),
+    dict(frequency_penalty=-0.1, presence_penalty=0.7, logit_bias={28: 1.5}, temperature=0.8),
 ]  # fmt: skip
 
 
 @COMPILED
 def test_each_draws_with_its_own_seed_and_settings(compiled):
-    model, texts = network(), prompts(12)
+    model, texts = network(), prompts(18)
     requests = [Request(prompt, 30, seed=i, **SETTINGS[i % len(SETTINGS)]) for i, prompt in enumerate(texts)]
     decoder_of(model, 5, compiled).run(requests)
     for i, (prompt, request) in enumerate(zip(texts, requests, strict=True)):
@@ -152,6 +156,64 @@ def test_logprobs_are_the_models_own():
     assert stopped.finish_reason == "stop" and stopped.tokens == stopped.logprobs == []
 
 
+@COMPILED
+@torch.no_grad()
+def test_logprobs_of_prompts_are_those_of_one_pass(compiled, monkeypatch):
+    """Also where a prompt is read in pieces while others are answered, who get what they get without it."""
+    monkeypatch.setattr(engine.decoding, "PIECE", 5)
+    model = network()
+    decoder, texts = decoder_of(model, 4, compiled), prompts(9)
+    decoder.steps.n_logits = 3
+    requests = [
+        Request(prompt, i % 3 * 6, n_logprobs=i % 4, temperature=0, scores_prompt=i % 2 == 0 or i % 3 == 0)
+        for i, prompt in enumerate(texts)
+    ]
+    decoder.run(requests)
+    for i, (prompt, request) in enumerate(zip(texts, requests, strict=True)):
+        assert request.tokens == list(model.generate(prompt, i % 3 * 6, temperature=0))
+        assert request.finish_reason == "length"
+        if i % 2 and i % 3:
+            assert request.prompt_logprobs == []
+            continue
+        expected = model(torch.tensor([prompt]))[0][0].log_softmax(-1)
+        assert len(request.prompt_logprobs) == len(prompt) - 1
+        told = zip(expected, prompt[1:], request.prompt_logprobs, strict=False)
+        for row, token, (logprob, likeliest) in told:
+            assert logprob == pytest.approx(row[token].item(), abs=1e-4)
+            best = row.topk(i % 4).values.tolist()
+            assert [value for _, value in likeliest] == pytest.approx(best, abs=1e-4)
+    assert not decoder.is_busy
+
+
+@COMPILED
+def test_a_long_prompt_is_read_in_pieces_while_others_go_on(compiled, monkeypatch):
+    """Every step gives a token to those that run, and reads no more than a piece."""
+    monkeypatch.setattr(engine.decoding, "PIECE", 4)
+    model = network(block_size=64)
+    decoder, n_read = decoder_of(model, 3, compiled), []
+    decoder.step()
+    extend = decoder.steps.extend
+
+    def spy(row, tokens, *more):
+        n_read.append(len(tokens))
+        return extend(row, tokens, *more)
+
+    monkeypatch.setattr(decoder.steps, "extend", spy)
+    first, second = (decoder.add(Request([n], 40, temperature=0)) for n in (1, 2))
+    decoder.step()
+    long = random_tokens(42, seed=5, vocab_size=29).tolist()
+    gone, late = (decoder.add(Request(long, 5, temperature=0)) for _ in range(2))
+    for n in range(2, 6):
+        assert decoder.step() == [first, second] and len(first.tokens) == n
+    assert n_read == [4] * 4
+    decoder.remove(gone)
+    decoder.remove(first)  # whose row the second one takes
+    decoder.run([])
+    assert max(n_read) == 4 and sum(n_read) == 4 * 4 + 41
+    assert second.tokens == list(model.generate([2], 40, temperature=0))
+    assert late.tokens == list(model.generate(long, 5, temperature=0)) and gone.tokens == []
+
+
 def test_what_cannot_be_is_refused_and_the_others_go_on():
     decoder = Decoder(network(), 2)
     good = decoder.add(Request([1, 2], 5, temperature=0))
@@ -161,6 +223,8 @@ def test_what_cannot_be_is_refused_and_the_others_go_on():
         ([-1], {}),
         ([1], dict(temperature=-1)),
         ([1], dict(top_p=0)),
+        ([1], dict(logit_bias={29: 1.0})),
+        ([1] * 25, dict(scores_prompt=True, n_logprobs=0)),
     ):
         with pytest.raises(ValueError):
             decoder.add(Request(prompt, 5, **options))
@@ -178,8 +242,8 @@ def test_what_cannot_be_is_refused_and_the_others_go_on():
 def test_a_stream_is_the_text_up_to_a_stop_string(tokenizer, text, stop):
     ids = tokenizer.encode(text).tolist()
     whole = tokenizer.decode(ids)
-    # Of strings that overlap, the one that is complete first ends the text.
-    beginnings = (tokenizer.decode(ids[:n]) for n in range(1, len(ids) + 1))
+    # Of strings that overlap, the one that is complete first ends the text, whatever the tokens are.
+    beginnings = (whole[:n] for n in range(1, len(whole) + 1))
     last = next((text for text in beginnings if any(s in text for s in stop)), None)
     places = [] if last is None else [last.find(s) for s in stop if s in last]
     stream, pieces = TextStream(tokenizer, stop), []
@@ -199,3 +263,25 @@ def test_a_stream_holds_nothing_back_that_is_certain():
     fed = [stream.feed(i) for i in CHAR.encode("The fo brown").tolist()]
     assert fed == ["T", "h", "e", " ", "", "", "fo ", "b", "r", "o", "w", "n"]
     assert TextStream(CHAR).feed(CHAR.vocab_size + 3) == "<|unknown|>"
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 20_000, "ab" * 10_000, ("a" * 255 + "c") * 80], ids=["a", "ab", "almost"]
+)
+def test_stop_strings_take_a_look_or_two_at_each_character(text):
+    """Whatever they are, and however many."""
+    stop = ["a" * n + "b" * 3 for n in range(1, 253)] + ["b" * n for n in range(4, 253)]
+    n_looks = 0
+
+    class Counted(dict):
+        def __contains__(self, character):
+            nonlocal n_looks
+            n_looks += 1
+            return super().__contains__(character)
+
+    strings = StopStrings(stop)
+    strings.next = [Counted(longer) for longer in strings.next]
+    stream = TextStream(CharTokenizer.train([text]), strings)
+    said = sum(len(stream.feed(token)) for token in stream.tokenizer.encode(text).tolist())
+    assert said + len(stream.end()) == len(text) and not stream.is_stopped
+    assert n_looks < 2 * len(text)
