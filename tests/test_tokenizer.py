@@ -97,7 +97,7 @@ def test_long_texts_are_cut_where_bpe_would_not_merge(monkeypatch):
     text = SAMPLE * 3 + "a \n\n b\n\nc\n d\ne\r\nf" * 9
     whole = BPE.encode(text)
     monkeypatch.setattr(module, "BLOCK", 10)
-    assert len(list(BPE._cut(text))) > 10
+    assert len(list(BPE.pieces(text))) > 10
     np.testing.assert_array_equal(BPE.encode(text), whole)
 
 
@@ -219,7 +219,7 @@ def test_rules_are_a_part_of_it(tmp_path):
 
 def test_long_texts_are_left_whole_where_nobody_knows_the_rules():
     text = "x 1\n" * BLOCK
-    assert len(list(BPE._cut(text))) > 1 and list(RULED._cut(text)) == [text]
+    assert len(list(BPE.pieces(text))) > 1 and list(RULED.pieces(text)) == [text]
 
 
 @pytest.mark.parametrize(
