@@ -9,8 +9,8 @@ in which the runs of that task lie over each other.
 """
 
 import argparse
+import io
 import json
-import os
 import re
 import sys
 import time
@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from engine.errors import UserError, run
+from engine.files import whole
 
 ROOT = Path(__file__).resolve().parent
 FORMATS = ("png", "pdf", "svg", "jpg")
@@ -398,12 +399,10 @@ def save(logs, path):
 
     figure = Figure()
     draw(figure, logs)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(beside, dpi=150, format=path.suffix[1:].lower())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix[1:].lower())
+    with whole(path) as file:
+        file.write(picture.getbuffer())
 
 
 def find_logs(names):

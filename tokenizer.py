@@ -26,7 +26,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
 import time
 from abc import ABC, abstractmethod
@@ -35,6 +34,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError, run
+from engine.files import write_text
 
 ROOT = Path(__file__).resolve().parent
 
@@ -124,18 +124,11 @@ class Tokenizer(ABC):
 
     def save(self, path):
         """Write JSON to `path`; the file is there whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        try:
-            with open(beside, "w", encoding="utf-8", newline="\n") as file:
-                json.dump(self.to_dict(), file, ensure_ascii=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_text(path, self.to_json())
+
+    def to_json(self):
+        """What `save` writes."""
+        return json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
 
 
 # ---- one character, one token ----------------------------------------------------------------------

@@ -32,6 +32,7 @@ import tokenizer as tokenizers
 from config.schema import LAST_STEP
 from engine.config import ROOT, check_model, find, shown
 from engine.errors import UserError
+from engine.files import whole
 
 FORMAT, VERSION = "nano-checkpoint", 1
 TIME = r"[0-9]{8}_[0-9]{6}"  # a run's name
@@ -76,24 +77,13 @@ class Checkpoint:
 
     def save(self):
         """Write the file, whole or not at all; returns its path."""
-        beside = self.path.with_suffix(".pt.part")
+        state = {**vars(self), "tokenizer": json.dumps(self.tokenizer)}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "wb") as file:
-                state = {**vars(self), "tokenizer": json.dumps(self.tokenizer)}
+            with whole(self.path) as file:
                 torch.save({"format": FORMAT, "version": VERSION, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, self.path)
-        except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            # PyTorch reports a full disk as a RuntimeError of its zip writer.
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
-            reason = error.strerror if isinstance(error, OSError) else "the disk is full"
+        except OSError as error:
             raise UserError(
-                f"the checkpoint {shown(self.path)} could not be written ({reason}); "
+                f"the checkpoint {shown(self.path)} could not be written ({error.strerror}); "
                 "earlier checkpoints are untouched"
             ) from None
         return self.path

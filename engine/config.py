@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 import models
 from config.schema import DeepSpeedConfig, Llama3Rope, TrainConfig, YarnRope
 from engine.errors import UserError
+from engine.files import Together
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -216,10 +217,11 @@ def editor_schemas():
 
 
 def write_reference():
-    (ROOT / "doc" / "configuration.md").write_text(reference(), encoding="utf-8")
-    for name, schema in editor_schemas().items():
-        text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
-        (ROOT / "config" / f"{name}.schema.json").write_text(text, encoding="utf-8")
+    with Together() as files:
+        files.open(ROOT / "doc" / "configuration.md").write(reference().encode())
+        for name, schema in editor_schemas().items():
+            text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+            files.open(ROOT / "config" / f"{name}.schema.json").write(text.encode())
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from engine import errors
 from engine.config import ROOT
 from engine.errors import UserError
+from engine.files import Lines
 
 NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|-?inf|nan)(?:%| \S+)?")  # and its unit
 muted = False  # see `mute`
@@ -63,7 +64,7 @@ class RunLog:
             if muted:
                 return started, open(os.devnull, "w", encoding="utf-8")
             try:
-                return started, open(ROOT / f"train_{started}.log", "x", encoding="utf-8", buffering=1)
+                return started, Lines(ROOT / f"train_{started}.log", new=True)
             except FileExistsError:
                 time.sleep(0.1)
 

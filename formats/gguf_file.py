@@ -14,10 +14,9 @@ here is told what they are:
   has none, and its prompts begin with <|bos|>.
 """
 
-import contextlib
-
 from engine.errors import UserError
-from formats import whole
+from engine.files import whole
+from formats import check_free
 from formats.families import family_of, in_pairs, to_weights
 
 ARCHITECTURES = {  # by the class of Transformers that computes the same
@@ -290,6 +289,7 @@ def stored(name, tensor, kind):
 def write(checkpoint, name, path, kind):
     """Write the model of a checkpoint to `path`. kind: float32, float16 or q8_0."""
     import gguf
+    from gguf.gguf_writer import WriterState
 
     from engine.checkpoint import build
     from engine.config import shown
@@ -298,7 +298,9 @@ def write(checkpoint, name, path, kind):
     config = model.config
     family, architecture = check(config)
     types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-    with whole(path) as beside, contextlib.closing(gguf.GGUFWriter(beside, architecture)) as writer:
+    check_free(path)
+    with whole(path) as file:
+        writer, arrays = gguf.GGUFWriter(None, architecture), []
         writer.add_name(f"Nano {checkpoint.task}")
         writer.add_file_type(gguf.LlamaFileType[types[kind]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -308,10 +310,17 @@ def write(checkpoint, name, path, kind):
         for tensor_name, tensor in to_tensors(family, config, checkpoint.model, n_more).items():
             array, dtype = stored(tensor_name, tensor, kind)
             odd += kind == "q8_0" and dtype == gguf.GGMLQuantizationType.F16
-            writer.add_tensor(tensor_name, array, raw_dtype=dtype)
+            writer.add_tensor_info(tensor_name, array.shape, array.dtype, array.nbytes, raw_dtype=dtype)
+            arrays.append(array)
+        # The library would have the numbers written past Python, which then could not tell why that failed.
+        writer.fout, writer.state = [file], WriterState.EMPTY
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for array in arrays:
+            writer.write_padding(file, file.tell())
+            file.write(array)
+        writer.write_padding(file, file.tell())
     print(f"{shown(path)}: {architecture}, {model.n_params / 1e6:.2f} M parameters in {kind}")
     if odd:
         print(f"{odd} matrices are in float16: {GROUP} does not divide the length of their rows")

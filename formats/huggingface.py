@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from engine.errors import UserError
-from formats import whole
+from engine.files import whole_folder, write_text
+from formats import check_free
 from formats.families import family_of, from_config, from_weights, to_config, to_weights
 
 # ---- the tokenizer ---------------------------------------------------------------------------------
@@ -208,10 +209,10 @@ def write_folder(checkpoint, name, folder):
         "chat_template.jinja": CHAT_TEMPLATE,
     }
     weights = to_weights(family, model.config, checkpoint.model)
-    with whole(folder) as beside:
-        beside.mkdir()
+    check_free(folder)
+    with whole_folder(folder) as beside:
         for file, text in texts.items():
-            (beside / file).write_text(text, encoding="utf-8")
+            write_text(beside / file, text)
         try:
             # Copies, as a part of a matrix cannot be stored without the whole of it.
             dense = torch.contiguous_format

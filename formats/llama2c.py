@@ -37,7 +37,8 @@ import json
 import struct
 
 from engine.errors import UserError
-from formats import whole
+from engine.files import whole, whole_folder
+from formats import check_free
 from formats.families import family_of, in_pairs, to_weights
 from tokenizer import N_SPECIAL, Tokenizer
 
@@ -210,11 +211,12 @@ def write_folder(checkpoint, name, folder, kind):
         program, parts = "run", float_parts(config, tensors)
     else:
         program, parts = "runq", int8_parts(config, tensors, group_of(config))
-    with whole(folder) as beside:
-        beside.mkdir()
-        with open(beside / "model.bin", "wb") as file:
+    check_free(folder)
+    with whole_folder(folder) as beside:
+        with whole(beside / "model.bin") as file:
             file.writelines(parts)
-        (beside / "tokenizer.bin").write_bytes(tokenizer_file(tokens))
+        with whole(beside / "tokenizer.bin") as file:
+            file.write(tokenizer_file(tokens))
     print(f"{shown(folder)}: llama2.c's {program}, {model.n_params / 1e6:.2f} M parameters in {kind}")
     print(f"Run it there: {program} model.bin -t 0 -i {example(checkpoint.task)}")
 

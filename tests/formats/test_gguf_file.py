@@ -375,7 +375,7 @@ def test_nothing_is_left_of_half_a_file(command, monkeypatch):
         raise OSError(errno.ENOSPC, "no space")
 
     path = random_checkpoint(*NANO["qwen3"]).save()
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_ti_data_to_file", full)
     assert "the disk is full" in told(command("-m", path, "--format", "gguf"))
     assert list(path.parent.iterdir()) == [path]
 
