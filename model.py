@@ -333,7 +333,7 @@ class GPT(nn.Module):
 
     def total_loss(self, x, targets, weights):
         """x [N, C], targets, weights [N] -> (logits [N, V], weighted sum of the cross-entropies in nats)."""
-        if self.by_hand:
+        if self.has_kernel(GPT.logits):
             return kernels.linear_cross_entropy(x, self.lm_head.weight, targets, weights)
         logits = self.logits(x)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
@@ -451,6 +451,11 @@ class GPT(nn.Module):
         for module in self.modules():
             if hasattr(module, "by_hand"):
                 module.by_hand = on
+
+    def has_kernel(self, logits):
+        """Whether `kernels.linear_cross_entropy` is to be used, and right: for these logits of a class."""
+        is_plain = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
+        return self.by_hand and is_plain and type(self).logits is logits
 
     def flops_per_token(self, length=None, training=True):
         """Floating-point operations per token, counted from the shapes.

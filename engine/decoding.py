@@ -27,11 +27,12 @@ import sys
 import threading
 
 import torch
+from torch import nn
 
-from engine.blocks import Int8Linear
+from engine.blocks import BlockedLinear, Int8Linear, TiedEmbedding
 from engine.compile_cache import CACHE, is_compiled
-from engine.config import ROOT
-from model import GPT, sample
+from engine.config import ANY, ROOT, unsupported
+from model import GPT, MLP, Attention, Block, RMSNorm, sample
 
 
 class Request:
@@ -52,7 +53,9 @@ class Request:
         self.n_prompt, self.max_tokens = len(self.context), max_tokens
         self.stop_tokens, self.seed, self.n_logprobs = frozenset(stop_tokens), seed, n_logprobs
         self.options = options
-        self.is_greedy = (options.get("temperature"), options.get("repetition_penalty", 1.0)) == (0, 1.0)
+        # Whether it gets the likeliest token of all, which these three cannot change; any other option may.
+        others = {key: value for key, value in options.items() if key not in ("top_k", "top_p", "min_p")}
+        self.is_greedy = others in ({"temperature": 0}, {"temperature": 0, "repetition_penalty": 1.0})
         self.logprobs = []
         self.finish_reason = None if max_tokens > 0 else "length"
         self.generator = None  # of random numbers
@@ -226,14 +229,35 @@ LOADING = threading.Lock()
 atexit.register(LOADING.acquire)  # a program that ended while Numba loads would crash
 
 
+# Of which parts, and of what configuration, engine/compiled.py computes the network.
+PARTS = {
+    GPT, Attention, Block, MLP, RMSNorm, BlockedLinear, Int8Linear, TiedEmbedding,
+    nn.Dropout, nn.Embedding, nn.Identity, nn.Linear, nn.ModuleList,
+}  # fmt: skip
+IMPLEMENTED = {
+    "architecture": ("nano",),
+    "is_causal": (True,),
+    **dict.fromkeys(
+        ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_hidden",
+         "bias", "use_rope", "rope_theta", "rope_scaling", "norm_eps", "qk_norm", "tie_embeddings",
+         "dropout"),  # which is for training
+        ANY,
+    ),
+}  # fmt: skip
+
+
 def supports(model):
     """Whether engine/compiled.py does the steps of it: nano, float32 on a CPU, and Numba is there.
 
     NUMBA_DISABLE_JIT=1, which tells Numba to compile nothing, leaves the steps to PyTorch.
     """
-    is_right = type(model) is GPT and model.device.type == "cpu" and model.dtype == torch.float32
-    has_numba = importlib.util.find_spec("numba") is not None
-    return is_right and has_numba and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+    return (
+        {type(module) for module in model.modules()} <= PARTS
+        and not unsupported(model.config, IMPLEMENTED, "engine/compiled.py")
+        and (model.device.type, model.dtype) == ("cpu", torch.float32)
+        and importlib.util.find_spec("numba") is not None
+        and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+    )
 
 
 def weights_of(model):

@@ -14,16 +14,48 @@ here is told what they are:
   has none, and its prompts begin with <|bos|>.
 """
 
+from engine.config import ANY, unsupported
 from engine.errors import UserError
 from engine.files import whole
-from formats import check_free
-from formats.families import family_of, in_pairs, to_weights
+from formats import check, check_free, families
+from formats.families import ROPE_SCALING, family_of, in_pairs, to_weights
 
 ARCHITECTURES = {  # by the class of Transformers that computes the same
     "LlamaForCausalLM": "llama",
     "Qwen3ForCausalLM": "qwen3",
     "DeepseekV3ForCausalLM": "deepseek2",
 }
+SIZES = (
+    "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_hidden", "norm_eps", "rope_theta",
+    "tie_embeddings", "dropout",
+)  # fmt: skip
+NANO = {
+    "architecture": ("nano",),
+    "use_rope": (True,),
+    "is_causal": (True,),
+    **dict.fromkeys((*SIZES, "n_kv_head", "head_dim"), ANY),
+    **ROPE_SCALING,
+}
+# What of our configuration the writer below tells llama.cpp, by its architectures.
+IMPLEMENTED = {
+    "llama": NANO | {"qk_norm": (False,), "bias": ANY},
+    "qwen3": NANO | {"qk_norm": (True,), "bias": (False,), "rope_scaling.rope_type": ("yarn",)},
+    "deepseek2": {
+        "architecture": ("deepseek_v3",),
+        **dict.fromkeys(SIZES, ANY),
+        **dict.fromkeys(
+            ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+             "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
+             "moe_intermediate_size", "first_k_dense_replace", "routed_scaling_factor", "norm_topk_prob",
+             # These are for training, and what they train is left out.
+             "num_nextn_predict_layers", "bias_update_speed", "aux_loss_alpha", "mtp_loss_weight"),
+            ANY,
+        ),
+        **ROPE_SCALING,
+        "rope_scaling.rope_type": ("yarn",),
+        "norm_eps": (1e-6,),  # as the norms of the latents have
+    },
+}  # fmt: skip
 GROUP = 32  # numbers that share a scale in q8_0
 
 # ---- the tokenizer ---------------------------------------------------------------------------------
@@ -144,23 +176,24 @@ def write_tokenizer(writer, tokenizer, n_rows, task):
 # ---- the network -----------------------------------------------------------------------------------
 
 
-def check(config):
-    """(Family, architecture there) of a model of ours. UserError, with the reason, if there is none."""
+def architecture_of(config):
+    """llama.cpp's name for what a model of ours is, or None."""
     family = family_of(config)
-    architecture = ARCHITECTURES.get(family.class_name)
+    return family and ARCHITECTURES.get(family.class_name)
+
+
+def why_not(config):
+    """Why llama.cpp does not compute what a model of ours does, or None."""
+    architecture = architecture_of(config)
     if architecture is None:
-        raise UserError(f"llama.cpp does not know {config.architecture}; --format huggingface writes it")
-    scaling = config.rope_scaling and config.rope_scaling.rope_type
-    latent = architecture == "deepseek2"
-    for is_so, what in (
-        (scaling == "llama3" and architecture != "llama", "rope_scaling of llama3 only if qk_norm is false"),
-        (latent and not config.q_lora_rank, "deepseek_v3 only with a q_lora_rank"),
-        (latent and config.n_layer in (26, 27), "deepseek_v3 of 26 or 27 layers only without a q_lora_rank"),
-        (latent and config.norm_eps != 1e-6, "deepseek_v3 only with a norm_eps of 1e-6, as its latents have"),
-    ):
-        if is_so:
-            raise UserError(f"llama.cpp has {what}; --format huggingface writes this model")
-    return family, architecture
+        return f"llama.cpp does not know {config.architecture}"
+    if reason := unsupported(config, IMPLEMENTED[architecture], f"llama.cpp's {architecture}"):
+        return reason
+    if architecture == "deepseek2" and not config.q_lora_rank:
+        return "llama.cpp has deepseek_v3 only with a q_lora_rank"
+    if architecture == "deepseek2" and config.n_layer in (26, 27):
+        return "llama.cpp has deepseek_v3 of 26 or 27 layers only without a q_lora_rank"
+    return families.why_not(config)
 
 
 def write_shape(writer, c, n_tokens):
@@ -244,6 +277,8 @@ def to_tensors(family, config, state, n_more):
             experts.setdefault(f"{names.get_name(module)}.{kind}", []).append(tensor)
             continue
         name = names.get_name(module)
+        if not name:
+            raise UserError(f"llama.cpp has no place for {theirs}, a part of this model")
         if architecture == "llama" and module.endswith((".q_proj", ".k_proj")):
             n_head = config.n_head if module.endswith(".q_proj") else config.n_kv_head
             tensor = in_pairs(tensor, n_head, config.head_dim)
@@ -296,7 +331,8 @@ def write(checkpoint, name, path, kind):
 
     model, tokenizer = build(checkpoint, name)
     config = model.config
-    family, architecture = check(config)
+    check("gguf", config)
+    family, architecture = family_of(config), architecture_of(config)
     types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
     check_free(path)
     with whole(path) as file:

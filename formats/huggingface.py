@@ -15,8 +15,8 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.files import whole_folder, write_text
-from formats import check_free
-from formats.families import family_of, from_config, from_weights, to_config, to_weights
+from formats import check, check_free
+from formats.families import family_of, from_config, from_weights, to_config, to_weights, unread
 
 # ---- the tokenizer ---------------------------------------------------------------------------------
 
@@ -177,6 +177,7 @@ def write_folder(checkpoint, name, folder):
     from tokenizer import SPECIAL_TOKENS
 
     model, tokenizer = build(checkpoint, name)
+    check("huggingface", model.config)
     family = family_of(model.config)
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.padding_id}
     # Any mark ends what the model says, as in inference.py; <|unknown|> is a part of it.
@@ -265,6 +266,8 @@ def read_folder(folder, task, tokenizer_path):
     source = folder / "config.json"
     found = read_json(source)
     family, config = from_config(found, shown(source))
+    if keys := unread(family, found):
+        print(f"{shown(source)}: Nano does not know {', '.join(keys)}, and leaves that out.")
     if tokenizer_path is None:
         tokenizer, rows = from_library(folder / "tokenizer.json", found)
     else:

@@ -232,7 +232,7 @@ def die(*_):
     ids=["half written", "not flushed", "not renamed"],
 )
 def test_killed_while_a_checkpoint_is_written(train, monkeypatch, module, name, number, instead):
-    """number: of the call that is one of the second checkpoint; the first one flushes a file and its folder."""
+    """number: of the call for the second checkpoint; the first one flushes its file and its folder."""
     settings = dict(max_steps=6, save_interval=3, dropout=0.1)
     assert train("pretrain", **settings).returncode == 0
     whole = load(train.checkpoints()[6])

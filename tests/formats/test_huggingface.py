@@ -26,6 +26,7 @@ from engine.checkpoint import Checkpoint, build, load
 from engine.config import check_model
 from formats import huggingface
 from inference import Speaker
+from model import GPT
 from tokenizer import SPECIAL_TOKENS, BPETokenizer, byte_alphabet, from_dict, render_chat
 
 transformers = pytest.importorskip("transformers")
@@ -579,6 +580,29 @@ def test_a_damaged_folder(damage, sentence, written, command):
     damage(folder)
     assert sentence in told(command("--read", folder))
     assert set(engine.checkpoint.FOLDER.iterdir()) == before
+
+
+def test_what_is_not_read_is_named(written, command):
+    folder = written(random_checkpoint(SMALL | dict(qk_norm=False), CHAR))
+    assert "does not know" not in command("--read", folder).stdout
+    change("config.json", logit_scale=0.25, attention_sinks=4, parallel=False)(folder)
+    done = command("--read", folder)
+    assert done.returncode == 0
+    assert "Nano does not know attention_sinks, logit_scale, and leaves that out.\n" in done.stdout
+
+
+def test_a_part_that_has_no_place_is_refused(command, monkeypatch):
+    """Of a network that was changed without a key of the configuration."""
+
+    class Changed(GPT):
+        def make_rest(self):
+            self.gain = torch.nn.Parameter(torch.ones(3))
+
+    monkeypatch.setattr("model.GPT", Changed)
+    path = random_checkpoint(SMALL | dict(qk_norm=False), CHAR).save()
+    for name in ("huggingface", "gguf", "llama2c"):
+        wrong = told(command("-m", path, "--format", name))
+        assert wrong == "a LlamaForCausalLM has no place for gain, a part of this model"
 
 
 # ---- arguments ---------------------------------------------------------------------------------------
