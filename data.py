@@ -468,7 +468,8 @@ class TokenFile:
 
     def _read_meta(self):
         try:
-            meta = json.loads(part_path(self._stem, "json").read_bytes())
+            with open(part_path(self._stem, "json"), "rb") as file:
+                meta = json.loads(file.read(1 << 16))  # it has some hundred bytes
         except (ValueError, RecursionError):
             self._fail("json", "is damaged")
         if not isinstance(meta, dict) or meta.get("format") != FORMAT["format"]:
@@ -481,7 +482,7 @@ class TokenFile:
             and meta.get("kind") in ("pretrain", "sft")
             and meta.get("dtype") in ("uint16", "uint32")
             and isinstance(meta.get("tokenizer"), str)
-            and all(type(meta.get(key)) is int and meta[key] >= 0 for key in COUNTS)
+            and all(type(meta.get(key)) is int and 0 <= meta[key] < 1 << 62 for key in COUNTS)
             and meta["n_documents"] >= 1
             and meta["n_tokens"] >= 2
             and type(meta.get("vocab_size")) is int

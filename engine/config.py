@@ -16,7 +16,6 @@ from pydantic import TypeAdapter, ValidationError
 import models
 from config.schema import DeepSpeedConfig, Llama3Rope, Schema, TrainConfig, YarnRope
 from engine.errors import UserError
-from engine.files import Together
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -260,6 +259,8 @@ def editor_schemas():
 
 
 def write_reference():
+    from engine.files import Together
+
     with Together() as files:
         files.open(ROOT / "doc" / "configuration.md").write(reference().encode())
         for name, schema in editor_schemas().items():

@@ -318,7 +318,7 @@ def from_config(found, source):
             raise UserError(f"{source}: {key} is {json.dumps(found[key])}; Nano has only {json.dumps(value)}")
     values = {"architecture": family.architecture, **family.ours}
     for theirs, ours in family.keys.items():
-        if theirs not in found and theirs not in DEFAULTS:
+        if found.get(theirs) is None and theirs not in DEFAULTS:
             raise UserError(f"{source}: {theirs} is missing")
         value = found.get(theirs, DEFAULTS.get(theirs))
         if value is not None and values.setdefault(ours, value) != value:
@@ -378,11 +378,17 @@ def from_weights(family, config, read):
 
     import models
 
+    def require(name):
+        if name not in read:
+            raise UserError(f"the weights lack {name}, which config.json asks for")
+
+    require(f"model.layers.{config.n_layer - 1}.self_attn.o_proj.weight")  # before so many layers are made
     with torch.device("meta"):
-        shapes = models.build(config).state_dict()
-    expected = to_weights(family, config, shapes)
-    if missing := expected.keys() - read.keys():
-        raise UserError(f"the weights lack {min(missing)}, which config.json asks for")
+        shapes, expected = models.build(config).state_dict(), {}
+    for name, parts in counterparts(family, config, shapes):
+        for their in parts.names:
+            require(their)
+        expected.update(zip(parts.names, parts.split(shapes[name]), strict=True))
     if surplus := [name for name in read if name not in expected and not needless(name, config)]:
         raise UserError(f"the weights hold {min(surplus)}, for which config.json leaves no place")
 

@@ -360,6 +360,8 @@ TENSOR = torch.zeros(2)
 CHANGES = [
     ("format", instead("nano-log")),
     ("version", instead(2)),
+    ("version", instead(TENSOR)),
+    ("format", instead(TENSOR)),
     ("", without("best")),
     ("", lambda state: {**state, "more": 1}),
     ("", instead([])),
