@@ -28,7 +28,6 @@ here a formula (`shuffled`).
 
 import argparse
 import collections
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -43,6 +42,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError, run
+from engine.files import Together
 from sources import BadLine, Found, Source
 from sources.reading import CHUNK
 from sources.records import messages_of, text_of
@@ -139,35 +139,21 @@ def meta_checksum(meta):
 
 
 class TokenWriter:
-    """Writes one token file: beside its place, until `publish` puts it there whole.
+    """Writes one token file. `stem` is the path without suffix.
 
-    `stem` is the path without suffix. As a context manager it leaves nothing behind on an error.
+    files: an `engine.files.Together`, which puts all of its parts into their places in the end.
     """
 
-    def __init__(self, stem, kind, tokenizer):
+    def __init__(self, files, stem, kind, tokenizer):
         self.stem, self.kind, self.tokenizer = Path(stem), kind, tokenizer
         parts = ("bin", "starts", "mask") if kind == "sft" else ("bin", "starts")
         self.crc32 = dict.fromkeys(parts, 0)
         self.counts = collections.Counter(dict.fromkeys(COUNTS, 0))
-        self.files = {part: open(self._beside(part), "wb") for part in parts}
-
-    def _beside(self, part):
-        return part_path(self.stem, part + ".tmp")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for part, file in self.files.items():
-            try:
-                file.close()
-            except OSError:  # a full disk again: what made us leave is told already
-                pass
-            self._beside(part).unlink(missing_ok=True)
-        self._beside("json").unlink(missing_ok=True)
+        self.together = files
+        self.files = {part: files.open(part_path(stem, part)) for part in parts}
 
     def _write(self, part, array):
-        data = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).view(np.uint8)
         self.crc32[part] = zlib.crc32(data, self.crc32[part])
         self.files[part].write(data)
 
@@ -187,7 +173,7 @@ class TokenWriter:
         )
 
     def finish(self):
-        """Complete the files and flush them to disk, still beside their place; returns the meta."""
+        """Complete the parts; returns the meta. The .json, which makes the others valid, is the last one."""
         self._write("starts", np.array([self.counts["n_tokens"]], np.int64))
         meta = {
             **FORMAT,
@@ -198,18 +184,9 @@ class TokenWriter:
             **self.counts,
             "crc32": self.crc32,
         }
-        self.files["json"] = open(self._beside("json"), "wb")
-        self.files["json"].write(json.dumps({**meta, "checksum": meta_checksum(meta)}, indent=1).encode())
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+        text = json.dumps({**meta, "checksum": meta_checksum(meta)}, indent=1)
+        self.together.open(part_path(self.stem, "json")).write(text.encode())
         return meta
-
-    def publish(self):
-        """Rename the files into place; the .json comes last and makes the others valid."""
-        for part in self.files:
-            os.replace(self._beside(part), part_path(self.stem, part))
 
 
 # ---- preparing -------------------------------------------------------------------------------------
@@ -347,21 +324,15 @@ def prepare(pretrain, sft, out, val_fraction=0.05, seed=1337, kind="char", vocab
         tokenizer = BPETokenizer.train(texts, vocab_size)
 
     read_with("encoding")
-    out.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
+    with Together() as files:  # so that no old one meets a new one
         writers = {}
         for corpus in corpora:
             names = [f"{corpus.task}_{split}" for split in ("train", "val")]
-            pair = [stack.enter_context(TokenWriter(out / name, corpus.task, tokenizer)) for name in names]
+            pair = [TokenWriter(files, out / name, corpus.task, tokenizer) for name in names]
             corpus.write(tokenizer, *pair, val_fraction, seed)
             writers.update(zip(names, pair, strict=True))
+        files.open(out / "tokenizer.json").write(tokenizer.to_json().encode())
         metas = {name: writer.finish() for name, writer in writers.items()}
-        # All is on disk. Old files become invalid together, so that no old one meets a new one.
-        for name in writers:
-            part_path(out / name, "json").unlink(missing_ok=True)
-        tokenizer.save(out / "tokenizer.json")
-        for writer in writers.values():
-            writer.publish()
     return metas, tokenizer, corpora
 
 
@@ -433,7 +404,8 @@ class TokenFile:
 
     def _read_meta(self):
         try:
-            meta = json.loads(part_path(self._stem, "json").read_bytes())
+            with open(part_path(self._stem, "json"), "rb") as file:
+                meta = json.loads(file.read(1 << 16))  # it has some hundred bytes
         except (ValueError, RecursionError):
             self._fail("json", "is damaged")
         if not isinstance(meta, dict) or meta.get("format") != FORMAT["format"]:
@@ -446,7 +418,7 @@ class TokenFile:
             and meta.get("kind") in ("pretrain", "sft")
             and meta.get("dtype") in ("uint16", "uint32")
             and isinstance(meta.get("tokenizer"), str)
-            and all(type(meta.get(key)) is int and meta[key] >= 0 for key in COUNTS)
+            and all(type(meta.get(key)) is int and 0 <= meta[key] < 1 << 62 for key in COUNTS)
             and meta["n_documents"] >= 1
             and meta["n_tokens"] >= 2
             and meta["n_bytes"] >= 1

@@ -48,7 +48,7 @@ def rotary_table(head_dim, length, theta, scaling=None):
     Su et al. 2021, "RoFormer", section 3.4.2: pair i turns by position * theta^(-2i / D).
     scaling: the configuration's rope_scaling.
     """
-    # On the CPU even for a model without memory (device "meta"), where arange loads a compiler for a second.
+    # On the CPU, whatever the device of the model: so they are the same on all.
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = theta ** -(pairs / head_dim)
     if scaling:
@@ -269,9 +269,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         if config.use_rope:
-            scaling = config.rope_scaling
-            table = rotary_table(self.rotary_size, config.block_size, config.rope_theta, scaling)
-            cos, sin = ((values * self.rotary_factor).to(self.wte.weight.device) for values in table)
+            cos, sin = self.rotary_tables()
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
         self.make_rest()
@@ -301,6 +299,14 @@ class GPT(nn.Module):
     def rotary_factor(self):
         """What they are multiplied with as they are turned."""
         return attention_factor(self.config.rope_scaling)
+
+    def rotary_tables(self):
+        """See `rotary_table`. A model without memory (device "meta") has tables without memory."""
+        c, weight = self.config, self.wte.weight
+        if weight.is_meta:
+            return torch.empty(2, c.block_size, self.rotary_size // 2, device="meta")
+        table = rotary_table(self.rotary_size, c.block_size, c.rope_theta, c.rope_scaling)
+        return [(values * self.rotary_factor).to(weight.device) for values in table]
 
     def init_weights(self):
         for module in self.modules():
@@ -333,7 +339,7 @@ class GPT(nn.Module):
 
     def total_loss(self, x, targets, weights):
         """x [N, C], targets, weights [N] -> (logits [N, V], weighted sum of the cross-entropies in nats)."""
-        if self.by_hand:
+        if self.has_kernel(GPT.logits):
             return kernels.linear_cross_entropy(x, self.lm_head.weight, targets, weights)
         logits = self.logits(x)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
@@ -451,6 +457,11 @@ class GPT(nn.Module):
         for module in self.modules():
             if hasattr(module, "by_hand"):
                 module.by_hand = on
+
+    def has_kernel(self, logits):
+        """Whether `kernels.linear_cross_entropy` is to be used, and right: for these logits of a class."""
+        is_plain = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
+        return self.by_hand and is_plain and type(self).logits is logits
 
     def flops_per_token(self, length=None, training=True):
         """Floating-point operations per token, counted from the shapes.

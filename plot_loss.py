@@ -12,9 +12,9 @@ curve: what was trained twice is drawn as it was trained last.
 import argparse
 import collections
 import contextlib
+import io
 import json
 import logging
-import os
 import re
 import sys
 import time
@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 
 from engine.errors import UserError, describe_os_error, run
+from engine.files import whole
 
 ROOT = Path(__file__).resolve().parent
 FORMATS = ("png", "pdf", "svg", "jpg")
@@ -688,12 +689,10 @@ def save(logs, path):
 
     figure = Figure()
     draw(figure, logs)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(beside, dpi=150, format=path.suffix[1:].lower())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix[1:].lower())
+    with whole(path) as file:
+        file.write(picture.getbuffer())
 
 
 def find_logs(names):

@@ -25,6 +25,7 @@ import tasks
 from config.schema import ModelConfig, Schema, TrainConfig
 from engine.config import ROOT, check, find, shown
 from engine.errors import UserError, run
+from engine.files import append
 
 RESULTS = ROOT / "checkpoint" / "results.jsonl"
 N_TEST, N_TEST_MEANWHILE = 10_000, 2_000  # questions at the end, and while it trains
@@ -222,9 +223,7 @@ def report(problem, model, tokenizer, questions, facts):
             table.add_row(f"accuracy, {kind}", f"{right_of_kind[kind] / count:.2%} of {count:,}")
     console.print(table)
     if "seconds" in facts:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with open(RESULTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+        append(RESULTS, json.dumps(result, ensure_ascii=False) + "\n")
 
 
 def shown_value(name, value):

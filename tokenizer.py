@@ -25,15 +25,17 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import re
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
+from reprlib import repr as shown
 
 import numpy as np
 
 from engine.errors import UserError, run
+from engine.files import write_text
+from engine.patterns import trouble as trouble_with
 from sources import Found, Source
 from sources.records import words_of
 
@@ -50,6 +52,7 @@ SPECIAL_TOKENS = (
 )
 N_SPECIAL = len(SPECIAL_TOKENS)
 FORMAT = {"format": "nano-tokenizer", "version": 1}
+LARGEST = 1 << 25  # characters of its JSON; 200,000 merges have 10 million
 
 
 # ---- what both kinds share -------------------------------------------------------------------------
@@ -141,18 +144,11 @@ class Tokenizer(ABC):
 
     def save(self, path):
         """Write JSON to `path`; the file is there whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        try:
-            with open(beside, "w", encoding="utf-8", newline="\n") as file:
-                json.dump(self.to_dict(), file, ensure_ascii=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_text(path, self.to_json())
+
+    def to_json(self):
+        """What `save` writes."""
+        return json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
 
 
 # ---- one character, one token ----------------------------------------------------------------------
@@ -313,7 +309,13 @@ class BPETokenizer(Tokenizer):
                 pieces.append(piece)
                 owners.append(owner)
         encode = getattr(self._library, "encode_batch_fast", self._library.encode_batch)
-        pieces = [np.array(encoding.ids, np.int64) for encoding in encode(pieces)]
+        try:
+            encodings = encode(pieces)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # which the library derives from no other
+                raise
+            raise UserError("the tokenizer's patterns give up on this text: it runs on too long") from None
+        pieces = [np.array(encoding.ids, np.int64) for encoding in encodings]
         ids = np.concatenate([np.empty(0, np.int64), *pieces]) + N_SPECIAL
         lengths = np.zeros(len(texts), np.int64)
         np.add.at(lengths, owners, [len(piece) for piece in pieces])
@@ -353,25 +355,16 @@ class BPETokenizer(Tokenizer):
         _require(len({*letters, *made, *words}) == len(letters | made) + len(words), "its words are not new")
         _require(type(d.get("ignore_merges", False)) is bool, "its ignore_merges is neither true nor false")
         _require(not words or d.get("ignore_merges"), "its words can never be used without ignore_merges")
-        _require(d.get("normalizer") in (None, "NFC"), f"its normalizer is {d.get('normalizer')!r}, not NFC")
+        normalizer = d.get("normalizer")
+        _require(normalizer in (None, "NFC"), f"its normalizer is {shown(normalizer)}, not NFC")
         patterns = d.get("patterns", [])
         _require(isinstance(patterns, list), "its patterns are no list")
-        _require(all(map(is_pattern, patterns)), "one of its patterns is no regular expression")
+        trouble = patterns and trouble_with(patterns)
+        _require(not trouble, f"one of its patterns {trouble}")
         return cls(merges, **{key: d[key] for key in _RULES if key in d})
 
 
 _RULES = ("patterns", "normalizer", "ignore_merges", "words")
-
-
-def is_pattern(value):
-    """Whether it is a regular expression of the library's kind (Oniguruma)."""
-    from tokenizers import Regex
-
-    try:
-        Regex(value)
-    except Exception:  # the library knows no other kind; a TypeError for what is no text
-        return False
-    return True
 
 
 def _bpe_library(vocabulary=None, merges=None, patterns=(), normalizer=None, **options):
@@ -408,10 +401,10 @@ def _require(condition, what):
 def from_dict(d):
     """The tokenizer that `to_dict` described. UserError if anything in `d` is damaged or foreign."""
     _require(isinstance(d, dict) and d.get("format") == FORMAT["format"], "its format is unknown")
-    _require(d.get("version") == FORMAT["version"], f"its version is {d.get('version')!r}, not 1")
+    _require(d.get("version") == FORMAT["version"], f"its version is {shown(d.get('version'))}, not 1")
     _require(d.get("special_tokens") == list(SPECIAL_TOKENS), "its special tokens are not Nano's")
     kinds = {"char": CharTokenizer, "bpe": BPETokenizer}
-    _require(d.get("kind") in tuple(kinds), f"its kind is {d.get('kind')!r}, not char or bpe")
+    _require(d.get("kind") in tuple(kinds), f"its kind is {shown(d.get('kind'))}, not char or bpe")
     tokenizer = kinds[d["kind"]]._from_content(d)
     _require(d.get("fingerprint") == tokenizer.fingerprint, "its fingerprint does not match its tokens")
     return tokenizer
@@ -421,7 +414,10 @@ def load(path):
     """The tokenizer saved at `path`. UserError, naming the file, if it is missing, damaged or foreign."""
     try:
         with open(path, encoding="utf-8") as file:
-            return from_dict(json.load(file))
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise UserError("this is too large for a tokenizer")
+        return from_dict(json.loads(text))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; `python data.py` writes a tokenizer with the data") from None
     except (ValueError, RecursionError):

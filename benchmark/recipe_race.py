@@ -58,16 +58,17 @@ def prepare(text, folder):
     import torch
 
     from data import TokenWriter, encode_texts
+    from engine.files import Together
     from tokenizer import N_SPECIAL, CharTokenizer
 
     tokenizer = CharTokenizer.train([text])
     tokenizer.save(folder / "tokenizer.json")
     cut = int(len(text) * 0.9)
     for name, part in (("train", text[:cut]), ("val", text[cut:])):
-        with TokenWriter(folder / f"pretrain_{name}", "pretrain", tokenizer) as writer:
+        with Together() as files:
+            writer = TokenWriter(files, folder / f"pretrain_{name}", "pretrain", tokenizer)
             writer.add(*encode_texts(tokenizer, [part], continues=False, is_open=False))
             writer.finish()
-            writer.publish()
         # nanoGPT numbers the same characters in the same order, but has no special tokens before them.
         ids = tokenizer.encode(part)
         (ids - N_SPECIAL).astype(np.uint16).tofile(folder / f"{name}.bin")

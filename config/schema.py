@@ -24,10 +24,12 @@ class Llama3Rope(Schema):
     """rope_scaling of Llama 3.1: long wavelengths are stretched, short ones are kept."""
 
     rope_type: Literal["llama3"]
-    factor: float = Field(ge=1, description="how many times longer the long wavelengths become")
-    original_max_position_embeddings: int = Field(ge=1, description="context of the pretraining, in tokens")
-    low_freq_factor: float = Field(1.0, gt=0, description="turns in it up to which all is stretched")
-    high_freq_factor: float = Field(4.0, gt=0, description="turns in it from which all is kept")
+    factor: float = Field(ge=1, le=1e6, description="how many times longer the long wavelengths become")
+    original_max_position_embeddings: int = Field(
+        ge=1, le=1 << 30, description="context of the pretraining, in tokens"
+    )
+    low_freq_factor: float = Field(1.0, gt=0, le=1e6, description="turns in it up to which all is stretched")
+    high_freq_factor: float = Field(4.0, gt=0, le=1e6, description="turns in it from which all is kept")
 
     @model_validator(mode="after")
     def _factors_fit(self):
@@ -40,10 +42,12 @@ class YarnRope(Schema):
     """rope_scaling of YaRN (Peng et al. 2023): much the same, and attention is sharpened."""
 
     rope_type: Literal["yarn"]
-    factor: float = Field(ge=1, description="how many times longer the context becomes")
-    original_max_position_embeddings: int = Field(ge=1, description="context of the pretraining, in tokens")
-    beta_fast: float = Field(32.0, gt=0, description="turns in it from which all is kept")
-    beta_slow: float = Field(1.0, gt=0, description="turns in it up to which all is stretched")
+    factor: float = Field(ge=1, le=1e6, description="how many times longer the context becomes")
+    original_max_position_embeddings: int = Field(
+        ge=1, le=1 << 30, description="context of the pretraining, in tokens"
+    )
+    beta_fast: float = Field(32.0, ge=1e-6, le=1e6, description="turns in it from which all is kept")
+    beta_slow: float = Field(1.0, ge=1e-6, le=1e6, description="turns in it up to which all is stretched")
 
 
 class ArchitectureConfig(Schema):
@@ -59,12 +63,18 @@ class ArchitectureConfig(Schema):
         None, ge=1, le=1 << 18, description="width inside the MLP; null: 8/3 n_embd, rounded up to 32"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
-    rope_theta: float = Field(10000.0, ge=1, description="base of the rotary wavelengths")
+    rope_theta: float = Field(10000.0, ge=1, le=1e15, description="base of the rotary wavelengths")
     rope_scaling: Annotated[Llama3Rope | YarnRope, Field(discriminator="rope_type")] | None = Field(
         None, description="for a context longer than that of the pretraining; null: none"
     )
     norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the mean square in RMSNorm")
     tie_embeddings: bool = Field(True, description="the output head shares the embedding's matrix")
+
+    @model_validator(mode="after")
+    def _scaling_fits(self):
+        if self.rope_theta == 1 and self.rope_scaling and self.rope_scaling.rope_type == "yarn":
+            raise ValueError("rope_scaling yarn tells wavelengths apart: set rope_theta above 1")
+        return self
 
     def resolved(self, vocab_size):
         """The same shape with nothing left open: every null replaced by what it stands for."""

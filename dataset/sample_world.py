@@ -20,7 +20,6 @@ the same bytes on every machine.
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.errors import UserError, run  # noqa: E402
+from engine.files import Together  # noqa: E402
 
 LANGUAGES = ("zh", "en")
 PEOPLE = 24  # at size 1.0
@@ -720,10 +720,9 @@ def write_world(out, seed=1337, size=1.0):
         json_line(as_record(turns) | {"kind": fact.kind, "language": language, "fact": fact.key})
         for fact, language, turns in questions)
 
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("pretrain.txt", pretrain), ("sft.jsonl", sft), ("eval.jsonl", evaluation)):
-        write_whole(out / name, text)
+    with Together() as files:
+        for name, text in (("pretrain.txt", pretrain), ("sft.jsonl", sft), ("eval.jsonl", evaluation)):
+            files.open(Path(out) / name).write(text.encode())
     return {
         "facts": len(world.facts),
         "documents": len(documents),
@@ -745,16 +744,6 @@ def as_record(turns):
 
 def json_line(record):
     return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def write_whole(path, text):
-    """Write beside, flush, rename: the file is never seen half written."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def main():

@@ -22,11 +22,10 @@ It is read without trust: every record's checksum is verified, nothing in it is 
 """
 
 import contextlib
+import itertools
 import json
 import math
-import os
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,8 +35,10 @@ from torch.overrides import TorchFunctionMode
 import models
 import tokenizer as tokenizers
 from config.schema import LAST_STEP
+from engine import archive
 from engine.config import ROOT, check_model, shown
 from engine.errors import UserError
+from engine.files import whole
 
 FORMAT, VERSION = "nano-checkpoint", 2
 TIME = r"[0-9]{8}_[0-9]{6}"  # a run's name
@@ -104,70 +105,67 @@ class Checkpoint:
 
     def save(self):
         """Write the file, whole or not at all; returns its path."""
-        beside = self.path.with_suffix(".pt.part")
+        state = {**vars(self), "tokenizer": json.dumps(self.tokenizer)}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "wb") as file:
-                state = {**vars(self), "tokenizer": json.dumps(self.tokenizer)}
+            with whole(self.path) as file:
                 torch.save({"format": FORMAT, "version": VERSION, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, self.path)
-        except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            # PyTorch reports a full disk as a RuntimeError of its zip writer.
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
-            reason = error.strerror if isinstance(error, OSError) else "the disk is full"
+        except OSError as error:
             raise UserError(
-                f"the checkpoint {shown(self.path)} could not be written ({reason}); "
+                f"the checkpoint {shown(self.path)} could not be written ({error.strerror}); "
                 "earlier checkpoints are untouched"
             ) from None
         return self.path
+
+
+@dataclass(frozen=True, order=True)
+class Saved:
+    """A checkpoint's file. They are ordered as they were written."""
+
+    run: str
+    step: int
+    task: str
+    path: Path
+
+
+def saved(task=None, run=None):
+    """All checkpoints that are here [of a task] [of a run], oldest first."""
+    pattern = re.compile(rf"([a-z]+)_({TIME})_step_([0-9]{{1,15}})\.pt")
+    found = [(pattern.fullmatch(path.name), path) for path in FOLDER.glob("*_step_*.pt")]
+    entries = [Saved(match[2], int(match[3]), match[1], path) for match, path in found if match]
+    return sorted(entry for entry in entries if task in (None, entry.task) and run in (None, entry.run))
 
 
 def load(path):
     """The checkpoint in the file. UserError if it is missing, damaged, foreign or hostile."""
     path, name = Path(path), shown(path)
     if not path.is_file():
-        near = sorted(FOLDER.glob("*.pt"), key=os.path.getmtime)
-        hint = f"; the newest in checkpoint/ is {shown(near[-1])}" if near else ""
+        hint = f"; the newest in checkpoint/ is {shown(near[-1].path)}" if (near := saved()) else ""
         raise UserError(f"there is no checkpoint {name}{hint}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            # PyTorch stores without compression; anything else could unfold without bound.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise zipfile.BadZipFile
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile
+        state = archive.read(path)
     except PermissionError:
         raise UserError(f"no permission to read {name}") from None
-    except MemoryError:
-        raise
-    except Exception:
-        # Damage shows as one of many kinds of exception: as a wrong checksum, a lost end, a lock.
+    except archive.Damaged:
         raise UserError(f"{name} is damaged, or is not a checkpoint of Nano") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception:
-        # weights_only refuses all but tensors and plain values, in many kinds of exception.
-        raise UserError(f"{name} is not a checkpoint of Nano: nothing in it was run") from None
+    except archive.Refused as error:
+        raise UserError(f"{name} is not a checkpoint of Nano: {error}") from None
     if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
         raise UserError(f"{name} is a PyTorch file, but not a checkpoint of Nano")
-    if (version := state.pop("version", None)) == 1:
+    version = state.pop("version", None)
+    if type(version) is int and version == 1:
         state |= _not_in_version_1(state)
-    elif version != VERSION:
+    elif type(version) is not int or version != VERSION:
         raise UserError(f"{name} was written by another version of Nano")
-    if isinstance(text := state.get("tokenizer"), str):  # in older files it is the dictionary
+    text = state.get("tokenizer")  # in older files it is the dictionary
+    if isinstance(text, str) and len(text) <= tokenizers.LARGEST:
         with contextlib.suppress(ValueError, RecursionError):
             state["tokenizer"] = json.loads(text)
     types = {key: f.type for key, f in Checkpoint.__dataclass_fields__.items()}
     typed = state.keys() == types.keys() and all(isinstance(state[k], t) for k, t in types.items())
     if not typed or not (checkpoint := Checkpoint(**state)).is_sound:
         raise UserError(f"{name} lacks parts of a checkpoint of Nano")
+    if shared := _shared(checkpoint):
+        raise UserError(f"{name} is not a checkpoint of Nano: {shared} shares numbers with another tensor")
     return checkpoint
 
 
@@ -197,6 +195,32 @@ def _not_in_version_1(state):
     }
 
 
+def _shared(checkpoint):
+    """The name of a tensor that overlaps another one of the checkpoint, or None.
+
+    A network may have one under two names, as embedding and head; all else would change with each other.
+    """
+    places = []
+    for key, value in vars(checkpoint).items():
+        for name, tensor in _tensors(value, key):
+            start = tensor.data_ptr()
+            places.append((start, start + tensor.nbytes, key == "model", name))
+    places = sorted(place for place in places if place[0] < place[1])
+    for before, after in itertools.pairwise(places):
+        if after[0] < before[1] and not (after[:3] == before[:3] and after[2]):
+            return after[3]
+    return None
+
+
+def _tensors(value, name):
+    """(name, tensor) of all within."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(item, f"{name} {key}")
+
+
 def build(checkpoint, source, dropout=0.0):
     """(model, tokenizer) of a checkpoint, on the CPU, in eval mode. `source`: its name, for errors."""
     try:
@@ -205,14 +229,37 @@ def build(checkpoint, source, dropout=0.0):
         raise UserError(f"{source}: {error}") from None
     config = check_model({**checkpoint.model_config, "dropout": dropout}, f"{source}: model_config")
     config = config.resolved(tokenizer.vocab_size)
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in models.build(config).state_dict().items()}
-    if not _fit(checkpoint.model, expected) or tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size or not _belong_to(checkpoint.model, config):
         raise UserError(f"{source}: its weights do not fit its own configuration")
     with Uninitialized():
         model = models.build(config)
-    model.load_state_dict(checkpoint.model)
+    model.load_state_dict(dict(checkpoint.model))  # without what else a state dictionary of PyTorch's may say
     return model.eval(), tokenizer
+
+
+LARGEST_TABLES = 1 << 28  # bytes of what a network computes for itself; of large ones, 8 times their weights
+
+
+def _belong_to(weights, config):
+    """Whether these are the weights of such a model, which takes no more memory than they let expect."""
+    layers = {name.split(".")[1] for name in map(str, weights) if name.startswith("blocks.")}
+    if len(layers) != config.n_layer:  # or to find out would take long
+        return False
+    with torch.device("meta"):
+        model = models.build(config)
+    expected = model.state_dict()
+    if not _fit(weights, {name: tensor.shape for name, tensor in expected.items()}):
+        return False
+    names = {}  # of each parameter; embedding and head may be one
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for name, *others in names.values():
+        if not all(torch.equal(weights[name], weights[other]) for other in others):
+            return False
+    places = {weights[name].data_ptr() for name, *_ in names.values()}
+    tables = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in expected)
+    largest = max(LARGEST_TABLES, 8 * sum(tensor.nbytes for tensor in weights.values()))
+    return len(places) == len(names) and tables <= largest
 
 
 class Uninitialized(TorchFunctionMode):

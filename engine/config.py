@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 import models
-from config.schema import DeepSpeedConfig, Llama3Rope, TrainConfig, YarnRope
+from config.schema import DeepSpeedConfig, Llama3Rope, Schema, TrainConfig, YarnRope
 from engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +112,49 @@ def check(schema, values, source, overrides=()):
         where = "--set" if key in overrides else source
         known = {**schema.model_fields, **(TrainConfig.model_fields if key in overrides else {})}
         raise UserError(f"{where}: {_explain(schema, key, first, known)}") from None
+
+
+class Anything:
+    """The values that a key may have where all are implemented: see `unsupported`."""
+
+    def __contains__(self, value):
+        return True
+
+
+ANY = Anything()
+
+
+def unsupported(config, implemented, name):
+    """Why something that does what a model does, under this name, cannot do it for this configuration, in
+    words; None if it can.
+
+    implemented: {key: the values of it that are}, for every key, as one that is not there may mean anything.
+    A key of an object within has a name such as "rope_scaling.factor", or is as the object itself is.
+    """
+    for key, value in _leaves(config):
+        whole = key.partition(".")[0]
+        if not any(known.startswith(f"{whole}.") for known in implemented):
+            key = whole
+        if key not in implemented:
+            return (
+                f"{key} is {_show(value)} in this model, and {name} does not know the key: "
+                "doc/extending.md has where to say what it does"
+            )
+        if value not in implemented[key]:
+            values = [*map(json.dumps, implemented[key])]
+            what = f"{key} is {_show(value)} in this model, and {name} has only {' or '.join(values)}"
+            can_be_set = len(values) == 1 and key in type(config).model_fields
+            return what + (f": train with --set {key}={values[0]}" if can_be_set else "")
+    return None
+
+
+def _leaves(config, prefix=""):
+    """(key, value) of all that a configuration says; see `unsupported` for the names."""
+    for key, value in config:
+        if isinstance(value, Schema):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _explain(schema, key, error, known):
@@ -216,10 +259,13 @@ def editor_schemas():
 
 
 def write_reference():
-    (ROOT / "doc" / "configuration.md").write_text(reference(), encoding="utf-8")
-    for name, schema in editor_schemas().items():
-        text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
-        (ROOT / "config" / f"{name}.schema.json").write_text(text, encoding="utf-8")
+    from engine.files import Together
+
+    with Together() as files:
+        files.open(ROOT / "doc" / "configuration.md").write(reference().encode())
+        for name, schema in editor_schemas().items():
+            text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+            files.open(ROOT / "config" / f"{name}.schema.json").write(text.encode())
 
 
 if __name__ == "__main__":

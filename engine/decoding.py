@@ -28,11 +28,23 @@ import sys
 import threading
 
 import torch
+from torch import nn
 
-from engine.blocks import Int8Linear
+from engine.blocks import BlockedLinear, Int8Linear, TiedEmbedding
 from engine.compile_cache import CACHE, is_compiled
-from engine.config import ROOT
-from model import GPT, TokenCounts, candidates, has_penalty, is_greedy, sample
+from engine.config import ANY, ROOT, unsupported
+from model import (
+    GPT,
+    MLP,
+    Attention,
+    Block,
+    RMSNorm,
+    TokenCounts,
+    candidates,
+    has_penalty,
+    is_greedy,
+    sample,
+)
 
 PIECE = 256  # tokens of a prompt that are read at once
 
@@ -303,14 +315,35 @@ LOADING = threading.Lock()
 atexit.register(LOADING.acquire)  # a program that ended while Numba loads would crash
 
 
+# Of which parts, and of what configuration, engine/compiled.py computes the network.
+PARTS = {
+    GPT, Attention, Block, MLP, RMSNorm, BlockedLinear, Int8Linear, TiedEmbedding,
+    nn.Dropout, nn.Embedding, nn.Identity, nn.Linear, nn.ModuleList,
+}  # fmt: skip
+IMPLEMENTED = {
+    "architecture": ("nano",),
+    "is_causal": (True,),
+    **dict.fromkeys(
+        ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_hidden",
+         "bias", "use_rope", "rope_theta", "rope_scaling", "norm_eps", "qk_norm", "tie_embeddings",
+         "dropout"),  # which is for training
+        ANY,
+    ),
+}  # fmt: skip
+
+
 def supports(model):
     """Whether engine/compiled.py does the steps of it: nano, float32 on a CPU, and Numba is there.
 
     NUMBA_DISABLE_JIT=1, which tells Numba to compile nothing, leaves the steps to PyTorch.
     """
-    is_right = type(model) is GPT and model.device.type == "cpu" and model.dtype == torch.float32
-    has_numba = importlib.util.find_spec("numba") is not None
-    return is_right and has_numba and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+    return (
+        {type(module) for module in model.modules()} <= PARTS
+        and not unsupported(model.config, IMPLEMENTED, "engine/compiled.py")
+        and (model.device.type, model.dtype) == ("cpu", torch.float32)
+        and importlib.util.find_spec("numba") is not None
+        and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+    )
 
 
 def weights_of(model):

@@ -93,5 +93,11 @@ def _leave(sentence):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(patience)
     with contextlib.suppress(OSError):  # nobody reads it
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {printable(sentence)}", file=sys.stderr)
     sys.exit(2)
+
+
+def printable(sentence):
+    """Short enough to read, and without what would move the cursor: it may quote a hostile file."""
+    cut = sentence if len(sentence) <= 1000 else sentence[:1000] + " ..."
+    return "".join(c if c.isprintable() or c in "\n\xa0\u3000" else ascii(c)[1:-1] for c in cut)

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from engine import errors
 from engine.config import ROOT
 from engine.errors import UserError
+from engine.files import Lines
 
 NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|-?inf|nan)(?:%| \S+)?")  # and its unit
 muted = False  # see `mute`
@@ -90,14 +91,7 @@ class RunLog:
             self.bar = self.progress.add_task("", total=total_steps or None, completed=first_step, facts="")
 
     def _open(self):
-        """The file, at the beginning of a line: a process that was killed may have left half of one."""
-        if muted:
-            return open(os.devnull, "w", encoding="utf-8")
-        with open(self.path, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                file.write(b"" if file.read() == b"\n" else b"\n")
-        return open(self.path, "a", encoding="utf-8", buffering=1)
+        return open(os.devnull, "w", encoding="utf-8") if muted else Lines(self.path)
 
     def _tensorboard(self, first_step):
         try:

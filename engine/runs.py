@@ -19,13 +19,12 @@ import socket
 import weakref
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from config.schema import TrainConfig
 from engine import checkpoint as checkpoints
-from engine.checkpoint import TIME, Checkpoint, load, unmeasured
+from engine.checkpoint import TIME, Checkpoint, load, saved, unmeasured
 from engine.config import check, find, shown
 from engine.errors import UserError
 from engine.optimizer import learning_rate_at
@@ -123,25 +122,7 @@ def _next_name():
     return now.strftime(CLOCK)
 
 
-# ---- which checkpoints there are -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, order=True)
-class Saved:
-    """A checkpoint's file. They are ordered as they were written."""
-
-    run: str
-    step: int
-    task: str
-    path: Path
-
-
-def saved(task=None, run=None):
-    """All checkpoints that are here [of a task] [of a run], oldest first."""
-    pattern = re.compile(rf"([a-z]+)_({TIME})_step_([0-9]{{1,15}})\.pt")
-    found = [(pattern.fullmatch(path.name), path) for path in checkpoints.FOLDER.glob("*_step_*.pt")]
-    entries = [Saved(match[2], int(match[3]), match[1], path) for match, path in found if match]
-    return sorted(entry for entry in entries if task in (None, entry.task) and run in (None, entry.run))
+# ---- which checkpoint -----------------------------------------------------------------------
 
 
 def newest(task, run=None):

@@ -30,8 +30,9 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from pydantic import ValidationError
 
 import models
+from config.schema import LAST_STEP
+from engine import archive, runs
 from engine import checkpoint as checkpoints
-from engine import runs
 from engine.config import shown
 from engine.errors import UserError
 from engine.optimizer import Muon, make_optimizer, orthogonal, state_shapes
@@ -245,22 +246,32 @@ def _place(tensors, one):
 def read_folder(folder):
     """(weights, step) of a folder that DeepSpeed's save_checkpoint has written: {name: float32 tensor}, int.
 
-    Its files are pickles: they are read with PyTorch's weights_only, and nothing in them is run.
+    Its files are pickles: they are read as engine/archive.py does, and nothing in them is run.
     UserError if the folder is missing, damaged, or holds something else.
     """
     folder = Path(folder)
     plain = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+    names = [f"{kind.__module__} {kind.__name__}" for kind in plain]
+    names += ["torch Size", "torch Tensor", archive.TYPED_TENSOR]
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks torch.load for the opposite
     try:
-        tag = (folder / "latest").read_text("utf-8").strip()
-        *_, path = sorted((folder / tag).glob("*model_states.pt"))
+        with open(folder / "latest", encoding="utf-8") as file:
+            tag = file.read(300).strip()
+        if Path(tag).name != tag:
+            raise ValueError(f"latest names {tag!r}, no folder in it")
         with torch.serialization.safe_globals(plain), contextlib.redirect_stdout(None):
-            states = torch.load(path, map_location="cpu", weights_only=True)
-            weights = states["module"]
+            for path in (folder / tag).glob("*_optim_states.pt"):
+                archive.read(path, names)
+            states = {}
+            for path in sorted((folder / tag).glob("*model_states.pt")):
+                states = archive.read(path, names)
+            weights, step = states["module"], states["global_steps"]
+            if type(step) is not int or not 0 <= step <= LAST_STEP:
+                raise ValueError(f"global_steps is {step!r}")
             if any((folder / tag).glob("*_optim_states.pt")):  # ZeRO: its own copy, in float32
                 weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
-            return {name: weight.float() for name, weight in weights.items()}, int(states["global_steps"])
+            return {name: weight.float() for name, weight in weights.items()}, step
     except MemoryError:
         raise
     except Exception as error:  # each kind of damage is another one

@@ -1,14 +1,29 @@
-"""Files of other programs: one format, one file."""
+"""Files of other programs: one format, one file.
 
-import contextlib
+What --format calls it, and where it is. Each has a function `why_not`: of a configuration of ours it says why
+this format cannot hold such a model, or None.
+"""
+
+import importlib
 import json
-import os
-import tempfile
 import zipfile
 from pathlib import Path
 
 import tokenizer as tokenizers
 from engine.errors import UserError
+
+FORMATS = {"huggingface": "families", "gguf": "gguf_file", "llama2c": "llama2c"}
+
+
+def why_not(name, config):
+    return importlib.import_module(f"formats.{FORMATS[name]}").why_not(config)
+
+
+def check(name, config):
+    """UserError if a format cannot hold a model of this configuration: the reason, and which one can."""
+    if reason := why_not(name, config):
+        can = (f"; --format {other} writes this model" for other in FORMATS if not why_not(other, config))
+        raise UserError(reason + next(can, ""))
 
 
 def check_free(path):
@@ -17,23 +32,6 @@ def check_free(path):
 
     if path.exists() or path.is_symlink():
         raise UserError(f"{shown(path)} is there already; remove it, or name another with --output")
-
-
-@contextlib.contextmanager
-def whole(path):
-    """Yields where to write a file or a folder that is to be at `path`: it is there whole or not at all.
-
-    UserError if something is there already. Nothing is left of what an exception has interrupted.
-    """
-    check_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=path.name, dir=path.parent) as beside:
-        beside = Path(beside) / path.name
-        yield beside
-        for file in [beside] if beside.is_file() else beside.iterdir():
-            with open(file, "rb+") as file:
-                os.fsync(file.fileno())
-        os.rename(beside, path)
 
 
 def load_tokenizer(path):
@@ -74,7 +72,7 @@ def _is_of_library(path):
     """Whether this is JSON of the `tokenizers` library, on which Transformers builds."""
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+            found = json.loads(file.read(tokenizers.LARGEST + 1))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.keys() >= {"model", "added_tokens"}

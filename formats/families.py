@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from engine.config import ANY, unsupported
 from engine.errors import UserError
 
 # ---- the families ----------------------------------------------------------------------------------
@@ -226,24 +227,48 @@ FAMILIES = (
 # ---- the configuration -----------------------------------------------------------------------------
 
 
+ROPE_SCALING = {
+    "rope_scaling": (None,),
+    "rope_scaling.rope_type": ("llama3", "yarn"),
+    "rope_scaling.factor": ANY,
+    "rope_scaling.original_max_position_embeddings": ANY,
+    "rope_scaling.low_freq_factor": ANY,
+    "rope_scaling.high_freq_factor": ANY,
+    "rope_scaling.beta_fast": ANY,
+    "rope_scaling.beta_slow": ANY,
+}
+
+
+def implemented(family):
+    """What a class of Transformers can do of our configuration: see `engine.config.unsupported`."""
+    return {
+        "architecture": (family.architecture,),
+        "dropout": ANY,  # which is for training
+        "rope_theta": ANY,
+        **ROPE_SCALING,
+        **dict.fromkeys(family.keys.values(), ANY),
+        **{key: (value,) for key, value in family.ours.items()},
+    }
+
+
 def family_of(config):
-    """The Family that computes what a model of ours does. UserError, with the reason, if there is none."""
+    """The Family that computes what a model of ours does, or is nearest to that: see `why_not`."""
+
+    def n_differing(family):
+        return sum(getattr(config, key) != value for key, value in family.ours.items())
+
     families = [family for family in FAMILIES if family.architecture == config.architecture]
-    if not families:
+    return min(families, key=n_differing, default=None)
+
+
+def why_not(config):
+    """Why no class of Transformers computes what a model of ours does, or None."""
+    if not (family := family_of(config)):
         known = sorted({family.architecture for family in FAMILIES})
-        raise UserError(f"{config.architecture} cannot be written for Transformers; {', '.join(known)} can")
-
-    def differing(family):
-        return [key for key, value in family.ours.items() if getattr(config, key) != value]
-
-    family = min(families, key=lambda family: len(differing(family)))
-    for key in differing(family):
-        found, needed = (json.dumps(value) for value in (getattr(config, key), family.ours[key]))
-        raise UserError(f"{key} is {found} in this model, and a {family.class_name} has only {needed}")
-    for what, is_there in family.needs.items():
-        if not is_there(config):
-            raise UserError(f"a {family.class_name} needs {what}, and this model has none")
-    return family
+        return f"{config.architecture} cannot be written for Transformers; {', '.join(known)} can"
+    lacking = (what for what, is_there in family.needs.items() if not is_there(config))
+    lacking = (f"a {family.class_name} needs {what}, and this model has none" for what in lacking)
+    return unsupported(config, implemented(family), f"a {family.class_name}") or next(lacking, None)
 
 
 def to_config(family, config):
@@ -262,6 +287,22 @@ def to_config(family, config):
     }
 
 
+# What a config.json says beside a network's shape.
+NO_SHAPE = {
+    "architectures", "model_type", "auto_map", "transformers_version", "dtype", "torch_dtype", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range", "_name_or_path",
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",  # see `from_config`
+    "head_dim", "qk_head_dim", "sliding_window", "max_window_layers", "layer_types",  # follow from others
+    "pretraining_tp", "ep_size", "seq_aux", "output_router_logits",  # how it was trained
+}  # fmt: skip
+
+
+def unread(family, found):
+    """The keys of a config.json that `from_config` does not know, except those that are off."""
+    known = NO_SHAPE | family.keys.keys() | family.theirs.keys()
+    return sorted(key for key, value in found.items() if key not in known and value not in (None, False))
+
+
 def from_config(found, source):
     """(Family, configuration of ours) of the content of a config.json; `source`: its name, for errors."""
     from engine.config import check_model
@@ -277,7 +318,7 @@ def from_config(found, source):
             raise UserError(f"{source}: {key} is {json.dumps(found[key])}; Nano has only {json.dumps(value)}")
     values = {"architecture": family.architecture, **family.ours}
     for theirs, ours in family.keys.items():
-        if theirs not in found and theirs not in DEFAULTS:
+        if found.get(theirs) is None and theirs not in DEFAULTS:
             raise UserError(f"{source}: {theirs} is missing")
         value = found.get(theirs, DEFAULTS.get(theirs))
         if value is not None and values.setdefault(ours, value) != value:
@@ -312,7 +353,9 @@ def counterparts(family, config, names):
         number = re.match(r"blocks\.(\d+)|", place)[1]
         place = re.sub(r"^blocks\.\d+", "blocks.N", place)
         module, _, kind = place.rpartition(".")
-        found, suffix = (table[place], "") if place in table else (table[module], "." + kind)
+        found, suffix = (table[place], "") if place in table else (table.get(module), "." + kind)
+        if not found:
+            raise UserError(f"a {family.class_name} has no place for {name}, a part of this model")
         parts = found if isinstance(found, Parts) else Parts([found])
         theirs = [their.replace(".N.", f".{number}.") + suffix for their in parts.names]
         yield name, parts._replace(names=theirs)
@@ -335,11 +378,17 @@ def from_weights(family, config, read):
 
     import models
 
+    def require(name):
+        if name not in read:
+            raise UserError(f"the weights lack {name}, which config.json asks for")
+
+    require(f"model.layers.{config.n_layer - 1}.self_attn.o_proj.weight")  # before so many layers are made
     with torch.device("meta"):
-        shapes = models.build(config).state_dict()
-    expected = to_weights(family, config, shapes)
-    if missing := expected.keys() - read.keys():
-        raise UserError(f"the weights lack {min(missing)}, which config.json asks for")
+        shapes, expected = models.build(config).state_dict(), {}
+    for name, parts in counterparts(family, config, shapes):
+        for their in parts.names:
+            require(their)
+        expected.update(zip(parts.names, parts.split(shapes[name]), strict=True))
     if surplus := [name for name in read if name not in expected and not needless(name, config)]:
         raise UserError(f"the weights hold {min(surplus)}, for which config.json leaves no place")
 

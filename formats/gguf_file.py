@@ -14,17 +14,48 @@ here is told what they are:
   has none, and its prompts begin with <|bos|>.
 """
 
-import contextlib
-
+from engine.config import ANY, unsupported
 from engine.errors import UserError
-from formats import whole
-from formats.families import family_of, in_pairs, to_weights
+from engine.files import whole
+from formats import check, check_free, families
+from formats.families import ROPE_SCALING, family_of, in_pairs, to_weights
 
 ARCHITECTURES = {  # by the class of Transformers that computes the same
     "LlamaForCausalLM": "llama",
     "Qwen3ForCausalLM": "qwen3",
     "DeepseekV3ForCausalLM": "deepseek2",
 }
+SIZES = (
+    "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_hidden", "norm_eps", "rope_theta",
+    "tie_embeddings", "dropout",
+)  # fmt: skip
+NANO = {
+    "architecture": ("nano",),
+    "use_rope": (True,),
+    "is_causal": (True,),
+    **dict.fromkeys((*SIZES, "n_kv_head", "head_dim"), ANY),
+    **ROPE_SCALING,
+}
+# What of our configuration the writer below tells llama.cpp, by its architectures.
+IMPLEMENTED = {
+    "llama": NANO | {"qk_norm": (False,), "bias": ANY},
+    "qwen3": NANO | {"qk_norm": (True,), "bias": (False,), "rope_scaling.rope_type": ("yarn",)},
+    "deepseek2": {
+        "architecture": ("deepseek_v3",),
+        **dict.fromkeys(SIZES, ANY),
+        **dict.fromkeys(
+            ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+             "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
+             "moe_intermediate_size", "first_k_dense_replace", "routed_scaling_factor", "norm_topk_prob",
+             # These are for training, and what they train is left out.
+             "num_nextn_predict_layers", "bias_update_speed", "aux_loss_alpha", "mtp_loss_weight"),
+            ANY,
+        ),
+        **ROPE_SCALING,
+        "rope_scaling.rope_type": ("yarn",),
+        "norm_eps": (1e-6,),  # as the norms of the latents have
+    },
+}  # fmt: skip
 GROUP = 32  # numbers that share a scale in q8_0
 
 # ---- the tokenizer ---------------------------------------------------------------------------------
@@ -145,23 +176,24 @@ def write_tokenizer(writer, tokenizer, n_rows, task):
 # ---- the network -----------------------------------------------------------------------------------
 
 
-def check(config):
-    """(Family, architecture there) of a model of ours. UserError, with the reason, if there is none."""
+def architecture_of(config):
+    """llama.cpp's name for what a model of ours is, or None."""
     family = family_of(config)
-    architecture = ARCHITECTURES.get(family.class_name)
+    return family and ARCHITECTURES.get(family.class_name)
+
+
+def why_not(config):
+    """Why llama.cpp does not compute what a model of ours does, or None."""
+    architecture = architecture_of(config)
     if architecture is None:
-        raise UserError(f"llama.cpp does not know {config.architecture}; --format huggingface writes it")
-    scaling = config.rope_scaling and config.rope_scaling.rope_type
-    latent = architecture == "deepseek2"
-    for is_so, what in (
-        (scaling == "llama3" and architecture != "llama", "rope_scaling of llama3 only if qk_norm is false"),
-        (latent and not config.q_lora_rank, "deepseek_v3 only with a q_lora_rank"),
-        (latent and config.n_layer in (26, 27), "deepseek_v3 of 26 or 27 layers only without a q_lora_rank"),
-        (latent and config.norm_eps != 1e-6, "deepseek_v3 only with a norm_eps of 1e-6, as its latents have"),
-    ):
-        if is_so:
-            raise UserError(f"llama.cpp has {what}; --format huggingface writes this model")
-    return family, architecture
+        return f"llama.cpp does not know {config.architecture}"
+    if reason := unsupported(config, IMPLEMENTED[architecture], f"llama.cpp's {architecture}"):
+        return reason
+    if architecture == "deepseek2" and not config.q_lora_rank:
+        return "llama.cpp has deepseek_v3 only with a q_lora_rank"
+    if architecture == "deepseek2" and config.n_layer in (26, 27):
+        return "llama.cpp has deepseek_v3 of 26 or 27 layers only without a q_lora_rank"
+    return families.why_not(config)
 
 
 def write_shape(writer, c, n_tokens):
@@ -245,6 +277,8 @@ def to_tensors(family, config, state, n_more):
             experts.setdefault(f"{names.get_name(module)}.{kind}", []).append(tensor)
             continue
         name = names.get_name(module)
+        if not name:
+            raise UserError(f"llama.cpp has no place for {theirs}, a part of this model")
         if architecture == "llama" and module.endswith((".q_proj", ".k_proj")):
             n_head = config.n_head if module.endswith(".q_proj") else config.n_kv_head
             tensor = in_pairs(tensor, n_head, config.head_dim)
@@ -290,15 +324,19 @@ def stored(name, tensor, kind):
 def write(checkpoint, name, path, kind):
     """Write the model of a checkpoint to `path`. kind: float32, float16 or q8_0."""
     import gguf
+    from gguf.gguf_writer import WriterState
 
     from engine.checkpoint import build
     from engine.config import shown
 
     model, tokenizer = build(checkpoint, name)
     config = model.config
-    family, architecture = check(config)
+    check("gguf", config)
+    family, architecture = family_of(config), architecture_of(config)
     types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-    with whole(path) as beside, contextlib.closing(gguf.GGUFWriter(beside, architecture)) as writer:
+    check_free(path)
+    with whole(path) as file:
+        writer, arrays = gguf.GGUFWriter(None, architecture), []
         writer.add_name(f"Nano {checkpoint.task}")
         writer.add_file_type(gguf.LlamaFileType[types[kind]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -308,10 +346,17 @@ def write(checkpoint, name, path, kind):
         for tensor_name, tensor in to_tensors(family, config, checkpoint.model, n_more).items():
             array, dtype = stored(tensor_name, tensor, kind)
             odd += kind == "q8_0" and dtype == gguf.GGMLQuantizationType.F16
-            writer.add_tensor(tensor_name, array, raw_dtype=dtype)
+            writer.add_tensor_info(tensor_name, array.shape, array.dtype, array.nbytes, raw_dtype=dtype)
+            arrays.append(array)
+        # The library would have the numbers written past Python, which then could not tell why that failed.
+        writer.fout, writer.state = [file], WriterState.EMPTY
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for array in arrays:
+            writer.write_padding(file, file.tell())
+            file.write(array)
+        writer.write_padding(file, file.tell())
     print(f"{shown(path)}: {architecture}, {model.n_params / 1e6:.2f} M parameters in {kind}")
     if odd:
         print(f"{odd} matrices are in float16: {GROUP} does not divide the length of their rows")

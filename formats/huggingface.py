@@ -13,10 +13,14 @@ import shutil
 from pathlib import Path
 
 from engine.errors import UserError
-from formats import tokenizer_and_rows, whole
-from formats.families import family_of, from_config, from_weights, to_config, to_weights
+from engine.files import whole_folder, write_text
+from engine.patterns import trouble
+from formats import check, check_free, tokenizer_and_rows
+from formats.families import family_of, from_config, from_weights, to_config, to_weights, unread
 
 # ---- the tokenizer ---------------------------------------------------------------------------------
+
+LARGEST = 1 << 26  # characters of a tokenizer.json; those of released models have 10 to 40 million
 
 # What SFT trains on: see tokenizer.render_chats.
 CHAT_TEMPLATE = """\
@@ -66,15 +70,32 @@ def from_library(path, config):
     from tokenizers import Tokenizer
 
     from engine.config import shown
-    from tokenizer import N_SPECIAL, SPECIAL_TOKENS
+    from tokenizer import N_SPECIAL, SPECIAL_TOKENS, from_dict
 
     try:
-        library = Tokenizer.from_file(str(path))
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ValueError("it is too large")
+        patterns = list(patterns_in(json.loads(text)))  # before the library makes something of them
+        if reason := patterns and trouble(patterns):
+            raise ValueError(f"one of its patterns {reason}")
+        library = Tokenizer.from_str(text)
         found = json.loads(library.to_str())
-    except Exception as error:  # the library knows no other kind
-        raise UserError(f"{shown(path)} could not be read ({error})") from None
-    tokenizer, numbers = of_our_kind(found), library.get_vocab()
-    ours = to_library(tokenizer).get_vocab() if tokenizer else {}
+    except MemoryError:
+        raise
+    except BaseException as error:  # the library knows no kind of its own, but one that is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        why = str(error).partition("\n")[0][:300]
+        raise UserError(f"{shown(path)} could not be read ({why})") from None
+    tokenizer, numbers, ours = of_our_kind(found), library.get_vocab(), {}
+    if tokenizer:
+        try:
+            tokenizer = from_dict(tokenizer.to_dict())
+        except UserError as error:
+            raise UserError(f"{shown(path)}: {error}") from None
+        ours = to_library(tokenizer).get_vocab()
     words = sorted(ours, key=ours.get)[N_SPECIAL:]
     if not words or not numbers.keys() >= set(words):
         raise UserError(f"{shown(path)} cuts text in a way that Nano does not know")
@@ -88,6 +109,15 @@ def from_library(path, config):
     rows = [numbers.get(token, roles.get(token)) for token in SPECIAL_TOKENS]
     rows = [row if type(row) is int and row >= 0 else None for row in rows]
     return tokenizer, rows + [numbers[word] for word in words]
+
+
+def patterns_in(value):
+    """All regular expressions in the content of a tokenizer.json."""
+    if isinstance(value, dict):
+        yield from [value["Regex"]] if "Regex" in value else []
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from patterns_in(item)
 
 
 # What GPT-2 takes for a word (Radford et al. 2019), as the library has it built in.
@@ -169,6 +199,7 @@ def write_folder(checkpoint, name, folder):
     from tokenizer import SPECIAL_TOKENS
 
     model, tokenizer = build(checkpoint, name)
+    check("huggingface", model.config)
     family = family_of(model.config)
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.padding_id}
     # Any mark ends what the model says, as in inference.py; <|unknown|> is a part of it.
@@ -201,10 +232,10 @@ def write_folder(checkpoint, name, folder):
         "chat_template.jinja": CHAT_TEMPLATE,
     }
     weights = to_weights(family, model.config, checkpoint.model)
-    with whole(folder) as beside:
-        beside.mkdir()
+    check_free(folder)
+    with whole_folder(folder) as beside:
         for file, text in texts.items():
-            (beside / file).write_text(text, encoding="utf-8")
+            write_text(beside / file, text)
         try:
             # Copies, as a part of a matrix cannot be stored without the whole of it.
             dense = torch.contiguous_format
@@ -257,6 +288,8 @@ def read_folder(folder, task, tokenizer_path):
     source = folder / "config.json"
     found = read_json(source)
     family, config = from_config(found, shown(source))
+    if keys := unread(family, found):
+        print(f"{shown(source)}: Nano does not know {', '.join(keys)}, and leaves that out.")
     if tokenizer_path is not None:
         tokenizer, rows = tokenizer_and_rows(tokenizer_path, found)
     else:

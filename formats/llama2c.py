@@ -33,27 +33,34 @@ new numbers here, and further ones make its text ours:
 - BPE's tokens have the score of their rank. run.c knows no words, so pairs may join across the end of one.
 """
 
-import json
 import struct
 
+from engine.config import ANY, unsupported
 from engine.errors import UserError
-from formats import whole
+from engine.files import whole, whole_folder
+from formats import check, check_free, families
 from formats.families import family_of, in_pairs, to_weights
 from tokenizer import N_SPECIAL, Tokenizer
 
 NEVER = -1e10  # the score at which nothing joins
 BYTES = 3  # the token of byte 0
 LARGEST_GROUP, SMALLEST_GROUP = 64, 4
-# What llama2.c has built in.
-FIXED = {
-    "use_rope": True,
-    "is_causal": True,
-    "qk_norm": False,
-    "bias": False,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "norm_eps": 1e-5,
-}
+# What llama2.c has built in, and what it reads from the file.
+IMPLEMENTED = {
+    "architecture": ("nano",),
+    "use_rope": (True,),
+    "is_causal": (True,),
+    "qk_norm": (False,),
+    "bias": (False,),
+    "rope_scaling": (None,),
+    "rope_theta": (10000.0,),
+    "norm_eps": (1e-5,),
+    **dict.fromkeys(
+        ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "n_hidden",
+         "tie_embeddings", "dropout"),
+        ANY,
+    ),
+}  # fmt: skip
 MARKS = 0xE000  # a mark is typed as the character of this number plus its own
 
 # ---- the tokenizer ---------------------------------------------------------------------------------
@@ -109,19 +116,13 @@ def tokenizer_file(tokens):
 # ---- the network -----------------------------------------------------------------------------------
 
 
-def check(config):
-    """UserError, with the reason, if llama2.c does not compute what a model of ours does."""
-    if config.architecture != "nano":
-        raise UserError(f"llama2.c knows no {config.architecture}; --format huggingface writes it")
-    for key, value in FIXED.items():
-        if (found := getattr(config, key)) != value:
-            found, needed = json.dumps(getattr(found, "rope_type", found)), json.dumps(value)
-            raise UserError(
-                f"{key} is {found} in this model, and llama2.c has only {needed}: train with "
-                f"--set {key}={needed}, or take --format gguf"
-            )
+def why_not(config):
+    """Why llama2.c does not compute what a model of ours does, or None."""
+    if reason := unsupported(config, IMPLEMENTED, "llama2.c"):
+        return reason
     if config.head_dim * config.n_head != config.n_embd:
-        raise UserError("llama2.c has only heads of n_embd / n_head numbers; --format gguf writes this model")
+        return "llama2.c has only heads of n_embd / n_head numbers"
+    return families.why_not(config)
 
 
 def to_tensors(config, state, tokens):
@@ -129,15 +130,15 @@ def to_tensors(config, state, tokens):
     import torch
 
     weights = {name: tensor.float() for name, tensor in to_weights(family_of(config), config, state).items()}
-    embedding = weights["model.embed_tokens.weight"]
-    head = weights.get("lm_head.weight", embedding)
+    embedding = weights.pop("model.embed_tokens.weight")
+    head = weights.pop("lm_head.weight", embedding)
     read, said = (torch.tensor(rows) for rows in list(zip(*tokens, strict=True))[2:])
 
     def layers(name, n_head=None):
-        found = [weights[f"model.layers.{layer}.{name}.weight"] for layer in range(config.n_layer)]
+        found = [weights.pop(f"model.layers.{layer}.{name}.weight") for layer in range(config.n_layer)]
         return [in_pairs(matrix, n_head, config.head_dim) for matrix in found] if n_head else found
 
-    return {
+    tensors = {
         "embedding": [embedding[read]],
         "attention norm": layers("input_layernorm"),
         "queries": layers("self_attn.q_proj", config.n_head),
@@ -148,9 +149,12 @@ def to_tensors(config, state, tokens):
         "gate": layers("mlp.gate_proj"),
         "down": layers("mlp.down_proj"),
         "up": layers("mlp.up_proj"),
-        "norm": [weights["model.norm.weight"]],
+        "norm": [weights.pop("model.norm.weight")],
         "head": [head[said]],
     }
+    if weights:
+        raise UserError(f"llama2.c has no place for {min(weights)}, a part of this model")
+    return tensors
 
 
 def header(c, n_tokens):
@@ -203,18 +207,19 @@ def write_folder(checkpoint, name, folder, kind):
 
     model, tokenizer = build(checkpoint, name)
     config = model.config
-    check(config)
+    check("llama2c", config)
     tokens = vocabulary(tokenizer, config.vocab_size)
     tensors = to_tensors(config, checkpoint.model, tokens)
     if kind == "float32":
         program, parts = "run", float_parts(config, tensors)
     else:
         program, parts = "runq", int8_parts(config, tensors, group_of(config))
-    with whole(folder) as beside:
-        beside.mkdir()
-        with open(beside / "model.bin", "wb") as file:
+    check_free(folder)
+    with whole_folder(folder) as beside:
+        with whole(beside / "model.bin") as file:
             file.writelines(parts)
-        (beside / "tokenizer.bin").write_bytes(tokenizer_file(tokens))
+        with whole(beside / "tokenizer.bin") as file:
+            file.write(tokenizer_file(tokens))
     print(f"{shown(folder)}: llama2.c's {program}, {model.n_params / 1e6:.2f} M parameters in {kind}")
     print(f"Run it there: {program} model.bin -t 0 -i {example(checkpoint.task)}")
 

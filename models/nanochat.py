@@ -129,6 +129,6 @@ class Model(model.GPT):
         return LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
 
     def total_loss(self, x, targets, weights):
-        if self.by_hand:
+        if self.has_kernel(Model.logits):
             return kernels.linear_cross_entropy(x, self.lm_head.weight, targets, weights, LOGIT_SOFTCAP)
         return super().total_loss(x, targets, weights)

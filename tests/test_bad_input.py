@@ -285,7 +285,7 @@ def test_out_of_memory(tiny_project):
 def test_a_terminal_of_an_odd_size(shared_project, name, size):
     """rich takes ² for a number, and any number for a width."""
     environment = {name: size, "FORCE_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
-    text = shared_project.root / "config" / "model_config.json"
+    text = shared_project.root / "train.py"
     for words in (["dataset/download.py", "--list"], ["tokenizer.py", "stats", text]):
         done = shared_project.run(*words, **environment)
         assert done.returncode == 0 and not done.stderr, done.stderr

@@ -441,8 +441,9 @@ def test_damaged_files_are_refused(prepared, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"n_tokens": 10**30}, {"dtype": "object"}, {"kind": []}, {"vocab_size": 8}, {"n_documents": -1}],
-)
+    [{"n_tokens": 10**30}, {"dtype": "object"}, {"kind": []}, {"vocab_size": 8}, {"n_documents": -1},
+     {"n_bytes": 10**400}, {"n_loss_bytes": 1 << 62}, {"more": "x" * 100_000}],
+)  # fmt: skip
 def test_hostile_descriptions_are_refused(prepared, tmp_path, change):
     folder, _ = prepared
     for part in ("bin", "starts", "mask", "json"):

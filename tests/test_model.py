@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 from model import GPT, KVCache, ModelConfig, RMSNorm, TokenCounts, candidates, rotary_table, rotate, sample
+from models import nanochat
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, n_hidden=40)
 
@@ -434,6 +435,40 @@ def test_micro_batches_add_up_to_the_whole(rows):
     assert pieces == pytest.approx(whole, abs=1e-6)
     for a, b in zip(gradient, sum_of_gradients, strict=True):
         assert differ(a, b) < 1e-5 * a.abs().max()
+
+
+class Capped(GPT):
+    def logits(self, x):
+        return 2 * torch.tanh(GPT.logits(self, x) / 2)
+
+
+class CappedLoss(Capped):
+    def total_loss(self, x, targets, weights):
+        return super().total_loss(x, targets, weights * 3)
+
+
+class WithBias(GPT):
+    def make_rest(self):
+        self.lm_head = torch.nn.Linear(self.config.n_embd, self.config.vocab_size)
+
+
+@pytest.mark.parametrize("kind", [Capped, CappedLoss, WithBias, "nanochat"])
+def test_kernels_leave_alone_what_they_do_not_compute(kind):
+    """An architecture that changes the head, as the guide says it may, is trained with that very head."""
+    torch.manual_seed(0)
+    config = build(tie_embeddings=False).config
+    if kind == "nanochat":
+        config = nanochat.Config(n_layer=1).resolved(config.vocab_size)
+        kind = type("Capped", (nanochat.Model,), {"logits": Capped.logits})
+    model = kind(config).train()
+    for parameter in model.lm_head.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens, targets = random_tokens(2, 9), random_tokens(2, 9, seed=2)
+    losses = []
+    for on in (False, True):
+        model.use_cpu_kernels(on)
+        losses.append(model(tokens, targets)[1].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,22 @@ def test_foreign_rules_are_refused(change):
         from_dict({**RULED.to_dict(), **change})
 
 
+def test_a_pattern_that_takes_years_is_refused():
+    """And should one give up in spite of that, it is told: nobody catches the library's own exception."""
+    hostile = BPETokenizer(BPE.merges, patterns=["(a+)+$"])
+    with pytest.raises(UserError, match=r"one of its patterns would take years on some texts: \(a\+\)\+\$"):
+        from_dict(hostile.to_dict())
+    with pytest.raises(UserError, match="the tokenizer's patterns give up on this text"):
+        hostile.encode("a" * 30 + "b")
+
+
+def test_a_file_that_is_too_large_is_not_taken_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenizer.LARGEST", 10_000)
+    (tmp_path / "x.json").write_text("[" + "[]," * 5000 + "[]]")
+    with pytest.raises(UserError, match=r"x\.json: this is too large for a tokenizer"):
+        load(tmp_path / "x.json")
+
+
 @pytest.mark.parametrize("d", [None, [], "x", {}, 3])
 def test_not_even_a_tokenizer(d):
     with pytest.raises(UserError):

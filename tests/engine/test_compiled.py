@@ -19,7 +19,7 @@ from engine.blocks import GROUP, ROWS, Int8Linear, quantize
 from engine.compile_cache import CACHE
 from engine.config import ROOT
 from engine.decoding import Decoder, supports
-from model import GPT
+from model import GPT, MLP
 
 compiled = pytest.importorskip("engine.compiled_steps", reason="Numba is not installed")
 product = pytest.importorskip("engine.compiled").product
@@ -147,6 +147,10 @@ def test_what_it_is_not_for():
     assert supports(network())
     assert not supports(network().bfloat16())
     assert not supports(type("Other", (GPT,), {})(network().config))
+    assert not supports(network(is_causal=False))
+    changed = network()
+    changed.blocks[1].mlp = type("Other", (MLP,), {})(changed.config)
+    assert not supports(changed)
 
 
 def test_threads_end_with_the_model():

@@ -10,7 +10,17 @@ import pytest
 
 from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
 from engine import config
-from engine.config import ROOT, check_model, load, load_run, parse_overrides, read_json, shown
+from engine.config import (
+    ANY,
+    ROOT,
+    check_model,
+    load,
+    load_run,
+    parse_overrides,
+    read_json,
+    shown,
+    unsupported,
+)
 from engine.errors import UserError
 
 PAIRS = [["a.bin", "b.bin"]]
@@ -317,3 +327,30 @@ def test_damaged_configurations_are_refused_or_mean_what_they_say(train, seed):
         for path in [*train.root.glob("train_*.log"), *train.checkpoints().values()]:
             path.unlink()
     assert outcomes["refused"] > 250 and outcomes["trained"] > 50, outcomes
+
+
+def test_what_is_not_implemented_is_named():
+    """Of keys within a key, too, where some of them are told apart."""
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+    plain, stretched = (check_model({"rope_scaling": scaling}, "x") for scaling in (None, yarn))
+    all_keys = dict.fromkeys(type(plain).model_fields, ANY)
+    inner = {f"rope_scaling.{key}": ANY for key in stretched.rope_scaling.model_dump()}
+    for shape, implemented, reason in (
+        (plain, all_keys, None),
+        (stretched, all_keys, None),
+        (stretched, all_keys | {"rope_scaling": (None,)},
+         'rope_scaling is "yarn" in this model, and X has only null: train with --set rope_scaling=null'),
+        (plain, all_keys | {"rope_scaling": (None,)} | inner, None),
+        (stretched, all_keys | {"rope_scaling": (None,)} | inner, None),
+        (stretched, all_keys | inner | {"rope_scaling.rope_type": ("llama3", "linear")},
+         'rope_scaling.rope_type is "yarn" in this model, and X has only "llama3" or "linear"'),
+        (plain, all_keys | {"n_layer": (3,)},
+         "n_layer is 4 in this model, and X has only 3: train with --set n_layer=3"),
+    ):  # fmt: skip
+        assert unsupported(shape, implemented, "X") == reason
+    for key in all_keys:
+        reason = unsupported(plain, {k: v for k, v in all_keys.items() if k != key}, "X")
+        assert re.fullmatch(f"{key} is .* in this model, and X does not know the key: .*", reason)
+    for key in inner:
+        reason = unsupported(stretched, all_keys | {k: v for k, v in inner.items() if k != key}, "X")
+        assert re.fullmatch(f"{re.escape(key)} is .* in this model, and X does not know the key: .*", reason)

@@ -233,6 +233,15 @@ def test_what_cannot_be_is_refused_and_the_others_go_on():
     assert len(good.tokens) == 5 and decoder.step() == []
 
 
+def test_an_option_is_never_passed_over():
+    """Whoever adds one need not know that greedy text takes a short cut."""
+    assert Request([1], 5, temperature=0).is_greedy
+    assert Request([1], 5, temperature=0, repetition_penalty=1.0, top_k=3, top_p=0.5, min_p=0.1).is_greedy
+    for options in ({}, dict(temperature=1), dict(temperature=0, repetition_penalty=1.1)):
+        assert not Request([1], 5, **options).is_greedy
+    assert not Request([1], 5, temperature=0, bias={3: -100}).is_greedy
+
+
 # ---- text ------------------------------------------------------------------------------------------
 
 

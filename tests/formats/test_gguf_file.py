@@ -341,10 +341,10 @@ def test_letters_and_accents_are_told_of(command, tmp_path):
         (SMALL | dict(use_rope=False), "use_rope is false in this model"),
         (SMALL | dict(is_causal=False), "is_causal is false in this model"),
         (SMALL | dict(bias=True), "bias is true in this model"),
-        (SMALL | dict(rope_scaling=LLAMA3), "llama.cpp has rope_scaling of llama3 only if qk_norm is false"),
+        (SMALL | dict(rope_scaling=LLAMA3), 'rope_scaling.rope_type is "llama3" in this model, and llama'),
         (SMALL | dict(architecture="nanochat"), "llama.cpp does not know nanochat; --format huggingface"),
         (LATENT | dict(q_lora_rank=None), "llama.cpp has deepseek_v3 only with a q_lora_rank; --format hugg"),
-        (LATENT | dict(norm_eps=1e-5), "only with a norm_eps of 1e-6, as its latents have; --format hugg"),
+        (LATENT | dict(norm_eps=1e-5), "norm_eps is 1e-05 in this model, and llama.cpp's deepseek2 has only"),
         (LATENT | dict(n_layer=26), "of 26 or 27 layers only without a q_lora_rank; --format huggingface"),
     ],
 )
@@ -375,7 +375,7 @@ def test_nothing_is_left_of_half_a_file(command, monkeypatch):
         raise OSError(errno.ENOSPC, "no space")
 
     path = random_checkpoint(*NANO["qwen3"]).save()
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_ti_data_to_file", full)
     assert "the disk is full" in told(command("-m", path, "--format", "gguf"))
     assert list(path.parent.iterdir()) == [path]
 

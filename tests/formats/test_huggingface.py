@@ -26,6 +26,7 @@ from engine.checkpoint import Checkpoint, build, load
 from engine.config import check_model
 from formats import huggingface, load_tokenizer, tokenizer_and_rows
 from inference import Speaker
+from model import GPT
 from tokenizer import SPECIAL_TOKENS, BPETokenizer, byte_alphabet, from_dict, render_chat
 
 transformers = pytest.importorskip("transformers")
@@ -572,6 +573,9 @@ def index(**weight_map):
     return replaced("model.safetensors.index.json", content)
 
 
+DEEP = b"[" * 10**5 + b"]" * 10**5
+
+
 def foreign_tokenizer(folder):
     from tokenizers import ByteLevelBPETokenizer
 
@@ -595,10 +599,15 @@ def foreign_tokenizer(folder):
         (change("config.json", model_type=None), "its model_type is null"),
         (change("config.json", hidden_act="gelu"), 'hidden_act is "gelu"; Nano has only "silu"'),
         (change("config.json", hidden_size=None), "hidden_size is missing"),
+        (replaced("config.json", b'{"model_type": "llama", "vocab_size": null}'), "vocab_size is missing"),
+        (replaced("config.json", b'{"a": ' + DEEP + b"}"), "config.json: maximum recursion depth exceeded"),
+        (replaced("tokenizer.json", DEEP), "tokenizer.json could not be read (maximum recursion depth"),
+        (change("config.json", hidden_act="x" * 10**6), 'hidden_act is "xxxxxxx'),
+        (change("config.json", num_hidden_layers=1024), "weights lack model.layers.1023.self_attn.o_proj.we"),
         (change("config.json", hidden_size="24"), 'key "n_embd": found "24"; needs an integer >= 1'),
         (change("config.json", hidden_size=32), "model.embed_tokens.weight is [50, 24], and [50, 32] by con"),
         (change("config.json", num_hidden_layers=10**9), 'key "n_layer": found 1000000000'),
-        (change("config.json", num_hidden_layers=3), "lack model.layers.2.input_layernorm.weight, which con"),
+        (change("config.json", num_hidden_layers=3), "weights lack model.layers.2.self_attn.o_proj.weight"),
         (change("config.json", num_hidden_layers=1), "the weights hold model.layers.1.input_layernorm"),
         (change("config.json", vocab_size=40), "the tokenizer has 50 tokens, and the model only 40"),
         (change("config.json", attention_bias=True), "mlp_bias differs from what else is bias in Nano"),
@@ -623,6 +632,70 @@ def test_a_damaged_folder(damage, sentence, written, command):
     damage(folder)
     assert sentence in told(command("--read", folder))
     assert set(engine.checkpoint.FOLDER.iterdir()) == before
+
+
+def cutting(*patterns):
+    """A change of a tokenizer.json: its text is cut by these, too."""
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    steps = [split | {"pattern": {"Regex": pattern}} for pattern in patterns]
+
+    def change(content):
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, content["pre_tokenizer"]]}
+
+    return change
+
+
+def wordless(content):
+    """Merges of tokens that no merge makes."""
+    content["model"]["merges"].insert(0, ["zebra", "s"])
+    content["model"]["vocab"] |= {"zebra": 500, "zebras": 501}
+
+
+def panicking(content):
+    content["model"] |= {"continuing_subword_prefix": "x" * 5000, "merges": [["a", "b"]]}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (cutting("(a+)+$"), "could not be read (one of its patterns would take years on some texts: (a+)+$)"),
+        (cutting(r"\p{L}" * 100_000), "could not be read (one of its patterns is too long: they may have 10"),
+        (cutting(*["a"] * 100, "("), "could not be read (one of its patterns is no regular expression: ()"),
+        (wordless, "this is not a sound Nano tokenizer: one of its merges is no pair of known tokens"),
+        (panicking, "could not be read ("),
+        (lambda content: content.update(normalizer={"type": "Replace", "pattern": {"Regex": r"(.*)*\d"},
+                                                    "content": ""}), "would take years on some texts"),
+    ],
+)  # fmt: skip
+def test_a_hostile_tokenizer(change, sentence, written, command):
+    folder = written(random_checkpoint(SMALL, BPE))
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    assert sentence in told(command("--read", folder))
+
+
+def test_what_is_not_read_is_named(written, command):
+    folder = written(random_checkpoint(SMALL | dict(qk_norm=False), CHAR))
+    assert "does not know" not in command("--read", folder).stdout
+    change("config.json", logit_scale=0.25, attention_sinks=4, parallel=False)(folder)
+    done = command("--read", folder)
+    assert done.returncode == 0
+    assert "Nano does not know attention_sinks, logit_scale, and leaves that out.\n" in done.stdout
+
+
+def test_a_part_that_has_no_place_is_refused(command, monkeypatch):
+    """Of a network that was changed without a key of the configuration."""
+
+    class Changed(GPT):
+        def make_rest(self):
+            self.gain = torch.nn.Parameter(torch.ones(3))
+
+    monkeypatch.setattr("model.GPT", Changed)
+    path = random_checkpoint(SMALL | dict(qk_norm=False), CHAR).save()
+    for name in ("huggingface", "gguf", "llama2c"):
+        wrong = told(command("-m", path, "--format", name))
+        assert wrong == "a LlamaForCausalLM has no place for gain, a part of this model"
 
 
 # ---- arguments ---------------------------------------------------------------------------------------

@@ -311,16 +311,16 @@ def test_most_bpe_prompts_are_ours():
         (SMALL, "qk_norm is true in this model, and llama2.c has only false: train with --set qk_norm=false"),
         (PLAIN | dict(bias=True), "bias is true in this model, and llama2.c has only false"),
         (PLAIN | dict(use_rope=False), "use_rope is false in this model, and llama2.c has only true"),
-        (PLAIN | dict(is_causal=False), "is_causal is false in this model"),
+        (PLAIN | dict(is_causal=False), "is_causal is false in this model, and llama2.c has only true: "),
         (PLAIN | dict(rope_theta=5e5), "rope_theta is 500000.0 in this model, and llama2.c has only 10000.0"),
         (
             PLAIN | dict(rope_scaling=LLAMA3),
             'rope_scaling is "llama3" in this model, and llama2.c has only n',
         ),
         (PLAIN | dict(norm_eps=1e-6), "norm_eps is 1e-06 in this model, and llama2.c has only 1e-05"),
-        (PLAIN | dict(head_dim=8), "only heads of n_embd / n_head numbers; --format gguf writes this model"),
-        (MIXTURE, "llama2.c knows no deepseek_v3; --format huggingface writes it"),
-        (SMALL | dict(architecture="nanochat"), "llama2.c knows no nanochat; --format huggingface writes it"),
+        (PLAIN | dict(head_dim=8), "only heads of n_embd / n_head numbers; --format huggingface writes this"),
+        (MIXTURE, 'architecture is "deepseek_v3" in this model, and llama2.c has only "nano": train with'),
+        (SMALL | dict(architecture="nanochat"), ': train with --set architecture="nano"; --format huggingfa'),
     ],
 )
 def test_a_model_without_counterpart(fields, sentence, command):

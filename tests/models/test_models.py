@@ -122,3 +122,89 @@ def test_editors_know_all_of_them():
     schema = json.loads((ROOT / "config" / "model_config.schema.json").read_text("utf-8"))
     kinds = [schema["$defs"][kind["$ref"].rpartition("/")[2]] for kind in schema["anyOf"]]
     assert {kind["properties"]["architecture"]["const"] for kind in kinds} == {*models.names()}
+
+
+# The guide's change to the transformer, file by file: (what is there, what takes its place) ...
+SQUARED = {
+    "config/schema.py": [
+        ('    bias: bool = Field(False, description="give the linear layers a bias")\n',
+         '    bias: bool = Field(False, description="give the linear layers a bias")\n'
+         '    activation: Literal["swiglu", "relu2"] = Field("swiglu", description="inside the MLP")\n'),
+    ],
+    "model.py": [
+        ("        self.activations = 4 * config.n_hidden",
+         "        self.is_squared = config.activation == 'relu2'\n"
+         "        self.activations = 4 * config.n_hidden"),
+        ("self.down(F.silu(gate) * up)",
+         "self.down((gate.relu().square() if self.is_squared else F.silu(gate)) * up)"),
+    ],
+}  # fmt: skip
+# ... and who is told of it.
+TABLE = ['"architecture": ("nano",),', '"architecture": ("nano",), "activation": ("swiglu",),']
+TOLD = {
+    **dict.fromkeys(("engine/decoding.py", "formats/gguf_file.py", "formats/llama2c.py"), [TABLE]),
+    "formats/families.py": [
+        ('ours={"qk_norm": True,', 'ours={"activation": "swiglu", "qk_norm": True,'),
+        ('ours={"qk_norm": False,', 'ours={"activation": "swiglu", "qk_norm": False,'),
+    ],
+}  # fmt: skip
+DECODED = """
+import engine.checkpoint, engine.decoding, sys
+model, _ = engine.checkpoint.build(engine.checkpoint.load(sys.argv[1]), "it")
+print(engine.decoding.supports(model))
+decoder = engine.decoding.Decoder(model, 2)
+if "compile" in sys.argv:
+    decoder.compile(wait=True)
+requests = [engine.decoding.Request([2, 9 + i], 40, temperature=0) for i in range(3)]
+decoder.run(requests)
+print([request.tokens for request in requests])
+print([list(model.generate(request.context[:2], 40, temperature=0)) for request in requests])
+"""
+
+
+def rewrite(project, changes):
+    for file, pairs in changes.items():
+        source = (project.root / file).read_text("utf-8")
+        for known, new in pairs:
+            assert source.count(known) == 1, (file, known)
+            source = source.replace(known, new)
+        (project.root / file).write_text(source, "utf-8")
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_a_key_of_ones_own_is_never_passed_over(tiny_project, activation):
+    """What has not heard of it leaves the model to PyTorch, or refuses it, whatever its value is."""
+    rewrite(tiny_project, SQUARED)
+    (tiny_project.root / "decoded.py").write_text(DECODED, "utf-8")
+    settings = (f"activation={activation}", "learning_rate=0.1", "qk_norm=false", "max_steps=3")
+    sets = [part for setting in settings for part in ("--set", setting)]
+    done = tiny_project.run("train.py", "-t", "pretrain", *sets)
+    assert done.returncode == 0, done.stderr
+    [path] = tiny_project.checkpoints().values()
+
+    def decoded(*args):
+        done = tiny_project.run("decoded.py", path, *args, NUMBA_DISABLE_JIT="0")
+        is_supported, ours, its_own = done.stdout.splitlines()
+        assert ours == its_own and done.returncode == 0, done.stderr
+        return is_supported == "True"
+
+    def refused(name):
+        done = tiny_project.run("export.py", "--format", name)
+        found = re.fullmatch(f'error: activation is "{activation}" in this model, and (.*)\n', done.stderr)
+        assert done.returncode == 2 and done.stdout == "" and found, done.stderr
+        return found[1]
+
+    names = "huggingface", "gguf", "llama2c"
+    assert not decoded("compile")
+    assert all(" does not know the key: doc/extending.md has where" in refused(name) for name in names)
+    assert [*(tiny_project.root / "checkpoint").iterdir()] == [path]
+
+    rewrite(tiny_project, TOLD)
+    if activation == "relu2":
+        assert not decoded("compile")
+        assert all('has only "swiglu": train with --set activation="swiglu"' in refused(n) for n in names)
+    else:
+        assert decoded()
+        for name in names:
+            done = tiny_project.run("export.py", "--format", name)
+            assert done.returncode == 0, done.stderr
