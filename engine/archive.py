@@ -17,6 +17,8 @@ from collections import OrderedDict
 
 import torch
 
+from engine.errors import is_out_of_memory
+
 MOST_RECORDS = 1 << 17  # a network of a thousand layers, with its moments, has half as many
 MOST_OPERATIONS = 1 << 22  # of a pickle; that network's has two million
 DEEPEST = 64  # dictionaries and lists within each other
@@ -29,7 +31,7 @@ class Damaged(Exception):
 
 
 class Refused(Exception):
-    """It holds what training does not write. The message ends a sentence, "it is not ...: "."""
+    """It holds what training does not write: the message says what, or what was done about it."""
 
     def __init__(self, what="nothing in it was run"):
         super().__init__(what)
@@ -51,9 +53,11 @@ def read(path, more=()):
     try:
         _check_pickle(data, storages, more)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (Refused, MemoryError):
+    except Refused:
         raise
-    except Exception:  # also one of many
+    except Exception as error:  # also one of many
+        if is_out_of_memory(error):  # of so large a file
+            raise
         raise Refused from None
     if _cost_of(state, {}, 0, bool(more))[0] > FACTOR * size + ROOM:
         raise Refused("it would take far more memory than it has bytes")
