@@ -345,7 +345,7 @@ class Service:
                 "learned to answer; `python train.py -t sft` teaches that", "model_cannot_chat", "model",
             )  # fmt: skip
         try:
-            messages, n_merged = merge_turns([message.plain() for message in messages])
+            messages, n_merged = merge_turns(messages)
             if messages[-1]["role"] == "system":
                 raise UserError("after what the system says, somebody else must speak")
         except UserError as error:

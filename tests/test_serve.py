@@ -580,7 +580,8 @@ def test_fields_that_are_ignored(simple):
     extra = {"user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "what": [1]}
     extra |= {"frequency_penalty": 0, "tools": [], "response_format": {"type": "text"}, "logit_bias": {}}
     extra |= {"tool_choice": "none", "parallel_tool_calls": True, "n": None, "stop": None}
-    assert simple.chat(temperature=0, extra_body=extra).choices[0].message.content == "你好吗"
+    said = [{**HI[0], "name": "me"}]
+    assert simple.chat(said, temperature=0, extra_body=extra).choices[0].message.content == "你好吗"
 
 
 @pytest.mark.parametrize(
