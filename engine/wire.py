@@ -211,7 +211,7 @@ class CompletionRequest(Asked):
         return self.logprobs
 
 
-class ToTokenize(Strict):
+class TokenizeRequest(Strict):
     """A text or a conversation, as vLLM's /tokenize takes them."""
 
     model: str | None = None
@@ -221,7 +221,7 @@ class ToTokenize(Strict):
     return_token_strs: bool | None = None
 
 
-class ToDetokenize(Strict):
+class DetokenizeRequest(Strict):
     model: str | None = None
     tokens: listed(int)
 
@@ -364,7 +364,7 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-class Tokens(BaseModel):
+class TokenizeReply(BaseModel):
     """max_model_len: tokens of the context."""
 
     count: int
@@ -373,7 +373,7 @@ class Tokens(BaseModel):
     token_strs: list[str] | None
 
 
-class Text(BaseModel):
+class DetokenizeReply(BaseModel):
     prompt: str
 
 
