@@ -443,13 +443,14 @@ class Service:
         choices = [Choice(index, self.tokenizer, stops) for index in range(len(requests))]
         try:
             async with contextlib.aclosing(self.engine.answer(requests, deadline)) as news:
-                self.metrics.prompt_tokens.inc(sum(request.n_prompt for request in requests))
                 async for index, tokens, logprobs, finish_reason in news:
                     choice = choices[index]
                     if choice.finish_reason:
                         continue
                     if finish_reason == "timeout":
                         raise self.too_late()
+                    if not choice.has_begun:
+                        self.metrics.prompt_tokens.inc(requests[index].n_prompt)
                     n_before = choice.n_tokens
                     text = choice.feed(tokens, finish_reason)
                     if choice.finish_reason and not finish_reason:
