@@ -264,12 +264,12 @@ def make_app(service, api_key=None, cors=()):
     async def completions(asked: wire.CompletionRequest, deadline: Deadline):
         return await answer(asked, wire.TextForm, service.continuation, deadline)
 
-    @app.post("/tokenize", response_model=wire.Tokens, **for_members)
-    async def tokenize(asked: wire.ToTokenize, deadline: Deadline):
+    @app.post("/tokenize", response_model=wire.TokenizeReply, **for_members)
+    async def tokenize(asked: wire.TokenizeRequest, deadline: Deadline):
         return JSONResponse(await service.tokens_of(asked, deadline))
 
-    @app.post("/detokenize", response_model=wire.Text, **for_members)
-    async def detokenize(asked: wire.ToDetokenize, deadline: Deadline):
+    @app.post("/detokenize", response_model=wire.DetokenizeReply, **for_members)
+    async def detokenize(asked: wire.DetokenizeRequest, deadline: Deadline):
         service.check_model(asked.model)
         return JSONResponse({"prompt": await service.read(deadline, service.to_text, asked.tokens)})
 

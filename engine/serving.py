@@ -344,7 +344,7 @@ class Service:
                 "learned to answer; `python train.py -t sft` teaches that", "model_cannot_chat", "model",
             )  # fmt: skip
         try:
-            messages, n_merged = merge_turns([message.plain() for message in messages])
+            messages, n_merged = merge_turns(messages)
             if messages[-1]["role"] == "system":
                 raise UserError("after what the system says, somebody else must speak")
         except UserError as error:
@@ -442,13 +442,14 @@ class Service:
         choices = [Choice(index, self.tokenizer, stops) for index in range(len(requests))]
         try:
             async with contextlib.aclosing(self.engine.answer(requests, deadline)) as news:
-                self.metrics.prompt_tokens.inc(sum(request.n_prompt for request in requests))
                 async for index, tokens, logprobs, finish_reason in news:
                     choice = choices[index]
                     if choice.finish_reason:
                         continue
                     if finish_reason == "timeout":
                         raise self.too_late()
+                    if not choice.has_begun:
+                        self.metrics.prompt_tokens.inc(requests[index].n_prompt)
                     n_before = choice.n_tokens
                     text = choice.feed(tokens, finish_reason)
                     if choice.finish_reason and not finish_reason:

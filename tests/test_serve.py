@@ -7,6 +7,7 @@ and a tokenizer of bytes, so that hardly a token is a whole character; it says w
 
 import argparse
 import contextlib
+import errno
 import functools
 import gc
 import json
@@ -580,7 +581,8 @@ def test_fields_that_are_ignored(simple):
     extra = {"user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "what": [1]}
     extra |= {"frequency_penalty": 0, "tools": [], "response_format": {"type": "text"}, "logit_bias": {}}
     extra |= {"tool_choice": "none", "parallel_tool_calls": True, "n": None, "stop": None}
-    assert simple.chat(temperature=0, extra_body=extra).choices[0].message.content == "你好吗"
+    said = [{**HI[0], "name": "me"}]
+    assert simple.chat(said, temperature=0, extra_body=extra).choices[0].message.content == "你好吗"
 
 
 @pytest.mark.parametrize(
@@ -1149,6 +1151,29 @@ def test_if_all_are_being_answered_the_next_is_turned_away(tmp_path):
         for stream in streams:
             assert "+" + "".join(chunk.choices[0].text for chunk in stream) == "+1" * 150
         server.becomes(running=0)
+
+
+def test_when_no_file_can_be_opened_it_is_tried_again_later(tmp_path, monkeypatch, caplog):
+    """Once a second, which is logged once each time; connections that are open are served meanwhile."""
+    with served(tmp_path, handmade()) as server, requests.Session() as session:
+        assert session.get(server.url + "/health", timeout=20).ok
+        calls, accept = [], socket.socket.accept
+
+        def fails(listener):
+            calls.append(time.monotonic())
+            if len(calls) > 2:
+                return accept(listener)
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(socket.socket, "accept", fails)
+        with socket.create_connection(server.address, 20) as connection:
+            assert session.get(server.url + "/health", timeout=20).ok
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"200 OK" in connection.recv(100)
+        assert calls[2] - calls[0] > 1.8 and len(calls) < 9
+        assert [record.getMessage() for record in caplog.records].count(
+            "socket.accept() out of system resource"
+        ) <= 2
 
 
 def test_a_line_of_code_logs_ten_times_a_minute(caplog, monkeypatch):

@@ -113,6 +113,24 @@ def test_each_draws_with_its_own_seed_and_settings(compiled):
     assert len({tuple(request.tokens) for request in again}) == 3  # without a seed
 
 
+def test_penalties_do_not_look_through_the_text_for_every_token():
+    looks = []
+
+    class Watched(list):
+        def __iter__(self):
+            looks.append(len(self))
+            return super().__iter__()
+
+    decoder = Decoder(network(block_size=200))
+    request = Request([1, 2, 3], 150, repetition_penalty=1.3, frequency_penalty=0.1, presence_penalty=0.1)
+    request.context = Watched(request.context)
+    decoder.run([request])
+    assert len(request.tokens) == 150 and sum(looks) < 20
+    plain = Request([1], 3, temperature=0.8, top_k=3)
+    decoder.run([plain])
+    assert plain.counts is None  # nothing is counted that no penalty asks for
+
+
 def test_one_that_is_removed_disturbs_nobody():
     model, texts = network(), prompts(8)
     decoder, ended = Decoder(model, 3), []
