@@ -22,6 +22,9 @@ def run(main):
     Disk full, missing permission and exhausted memory are things a user can mend, so they
     are told in the same way. Any other exception is a bug of ours and keeps its traceback.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed (`>&-`)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     try:
         main()
         sys.stdout.flush()
