@@ -17,6 +17,7 @@ import json
 import logging
 import re
 import sys
+import textwrap
 import time
 import warnings
 from datetime import datetime
@@ -455,9 +456,12 @@ def draw(figure, logs):
     below = 0
     for (title, group), panels in zip(columns.items(), grid.T, strict=True):
         alone = len(group) == 1
-        subtitle = group[0].facts if alone else f"{len(group)} runs"
-        panels[0].set_title(f"{title}\n", loc="left", fontsize=14, fontweight="bold", color=INK)
-        panels[0].text(0, 1.03, subtitle, transform=panels[0].transAxes, fontsize=9, color=GREY)
+        subtitle = group[0].facts.replace("  ·", "\xa0\xa0·") if alone else f"{len(group)} runs"
+        subtitle = textwrap.wrap(subtitle, 90)
+        title = title + "\n" * len(subtitle)
+        panels[0].set_title(title, loc="left", fontsize=14, fontweight="bold", color=INK)
+        place = {"transform": panels[0].transAxes, "fontsize": 9, "color": GREY}
+        panels[0].text(0, 1.03, "\n".join(subtitle), **place)
         for name, panel in zip(heights, panels, strict=True):
             if name == "train":
                 below = max(below, draw_loss(panel, group))
@@ -469,7 +473,8 @@ def draw(figure, logs):
             dress(panel)
         panels[-1].set_xlabel("step")
     figure.align_ylabels(grid[:, 0])
-    figure.set_figheight(figure.get_figheight() + 0.18 * below)
+    if below:
+        figure.set_size_inches(9 * len(columns), figure.get_figheight() + 0.18 * below)
 
 
 def color_of(i, group):

@@ -79,7 +79,12 @@ def describe_os_error(error):
 
 
 def _accept_terminal():
-    """No script fails for what the environment says of the terminal, nor for a character it cannot show."""
+    """No script fails for what the environment says of the terminal, nor for a character it cannot show,
+    nor because nobody reads it.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed (`>&-`)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("[0-9]{1,4}", os.environ.get(name, "0")):  # rich would take ² for a number
             del os.environ[name]

@@ -629,6 +629,18 @@ def test_a_legend_of_many_runs_hides_no_curve(tmp_path):
     assert len({*map(str, thick)}) == 40
 
 
+def test_a_long_line_under_the_title_takes_no_room_from_the_curves(tmp_path):
+    one, two = write_log(tmp_path / f"{'long ' * 20}.log"), write_log(tmp_path / "b.log", "sft")
+    logs, figure = [Log(path) for path in (one, two)], Figure()
+    for log in logs:
+        log.read()
+    draw(figure, logs)
+    figure.canvas.draw()
+    assert "\n" in figure.axes[0].texts[0].get_text()
+    widths = [panel.get_window_extent().width for panel in figure.axes[:2]]
+    assert min(widths) > 0.35 * figure.bbox.width
+
+
 def test_logs_of_one_name_are_told_apart(tmp_path):
     for folder in "ab":
         (tmp_path / folder).mkdir()

@@ -309,6 +309,12 @@ def test_a_reader_that_leaves_ends_training_after_its_step(tiny_project):
     assert f"Stopped after step {step}. Go on with: python " in stderr and "Traceback" not in stderr
 
 
+def test_output_that_is_closed_from_the_start(tiny_project):
+    command = shlex.join(tiny_project.command("train.py", "-t", "pretrain"))
+    done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], cwd=tiny_project.elsewhere)
+    assert done.returncode == 0 and len(losses(tiny_project)) == 6
+
+
 # ---- divergence --------------------------------------------------------------------------------------------
 
 
