@@ -368,7 +368,7 @@ from engine import hardware
 from model import GPT
 
 def pretend(slow, features=("avx512_bf16",)):
-    # This machine has instructions for bfloat16, and in one dtype its clock is 20 seconds late with each pass.
+    # This machine has instructions for bfloat16, and in one dtype its clock is 20 seconds late a pass.
     machine, forward, late = hardware.detect("cpu"), GPT.forward, [0]
     hardware.detect = lambda device: dataclasses.replace(machine, cpu_features=features)
     hardware.time = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0])
