@@ -77,7 +77,7 @@ def parse_arguments():
         ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
         ("repetition_penalty", lambda r: 0.01 <= r <= 100, "between 0.01 and 100"),
         ("seed", lambda s: s is None or 0 <= s < 2**63, "0 or more and fit in 63 bits"),
-        ("device", lambda d: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", d), "auto, cpu, mps, cuda or cuda:N"),
+        ("device", re.compile("auto|cpu|mps|cuda(:[0-9]{1,3})?").fullmatch, "auto, cpu, mps, cuda or cuda:N"),
         ("prompt", lambda text: text is None or text.strip() or not args.instruct, "a question"),
     ):
         value = getattr(args, name)

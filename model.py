@@ -581,8 +581,13 @@ def has_penalty(options):
 
 
 def is_greedy(options):
-    """Whether these options always leave the token that the model itself finds likeliest."""
-    return options.get("temperature") == 0 and not has_penalty(options) and not options.get("logit_bias")
+    """Whether these options always leave the token that the model itself finds likeliest.
+
+    Of an option that is not named here, nobody knows.
+    """
+    known = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    others = any(value for name, value in options.items() if name not in known)
+    return options.get("temperature") == 0 and not others and not has_penalty(options)
 
 
 def sample(logits, generator=None, **options):

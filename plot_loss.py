@@ -664,7 +664,10 @@ def number(loss):
 
 def prepare_matplotlib():
     """Fonts for Chinese file names, file names free of formulas. True if the system has such a font."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ValueError as error:  # of MPLBACKEND or a matplotlibrc
+        raise UserError(f"matplotlib does not start: {error}") from None
     from matplotlib import font_manager
 
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -703,7 +706,7 @@ def save(logs, path):
 def find_logs(names):
     """Paths of the logs to draw: as given (from here or from the repository), or the newest one."""
     if not names:
-        newest = max(ROOT.glob("train_*.log"), key=lambda path: path.stat().st_mtime, default=None)
+        newest = max(ROOT.glob("train_[0-9]*.log"), default=None)  # runs are named in their order
         if newest is None:
             raise UserError(f"there is no train_*.log in {ROOT}; train first, or name a log with -n")
         return [newest]
@@ -742,19 +745,19 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     logs = read([Log(path) for path in find_logs(arguments.name)], arguments.follow)
-    import matplotlib
-
     if not prepare_matplotlib() and any(letter > "\u2e80" for log in logs for letter in log.path.stem):
         print("warning: no Chinese font was found; install one, fonts-noto-cjk for example", file=sys.stderr)
     output = arguments.output
     if not output:
         from matplotlib import pyplot
 
-        if pyplot.get_backend().lower() == "agg":
+        try:
+            has_window = pyplot.figure().canvas.required_interactive_framework
+        except (ImportError, RuntimeError):  # MPLBACKEND asks for what is not here
+            has_window = False
+        if not has_window:
             output = logs[0].path.with_suffix(".png")
             print("there is no display here, so the chart becomes a file")
-    if output:
-        matplotlib.use("agg")
     try:
         if output:
             to_file(logs, output, arguments.follow)
@@ -804,7 +807,7 @@ def to_file(logs, output, follow, seconds=5):
 
 
 def to_window(logs, pyplot, follow, seconds=2):
-    figure = pyplot.figure()
+    figure = pyplot.gcf()
     changed = True
     while True:
         ready = [log for log in logs if log.drawable]

@@ -213,6 +213,8 @@ def report(problem, model, tokenizer, questions, facts):
         "questions": len(right),
         **facts,
     }
+    if "seconds" in facts:
+        append(RESULTS, json.dumps(result, ensure_ascii=False) + "\n")
     sizes = ", ".join(f"{name} {value}" for name, value in problem.sizes.items())
     table = Table(title=f"{problem.name}, {sizes}", show_header=False)
     for name, value in result.items():
@@ -222,8 +224,6 @@ def report(problem, model, tokenizer, questions, facts):
         for kind, count in sorted(kinds.items()):
             table.add_row(f"accuracy, {kind}", f"{right_of_kind[kind] / count:.2%} of {count:,}")
     console.print(table)
-    if "seconds" in facts:
-        append(RESULTS, json.dumps(result, ensure_ascii=False) + "\n")
 
 
 def shown_value(name, value):

@@ -120,18 +120,20 @@ def enter_launch(example):
     if "RANK" not in os.environ:
         raise UserError(f"this needs a launcher, here for two processes: {example}")
 
-    def told(name, lowest, highest):
+    def told(name, lowest=None, highest=None):
         text = os.environ.get(name, "")
-        if not re.fullmatch("[0-9]{1,5}", text) or not lowest <= int(text) <= highest:
+        number = int(text) if re.fullmatch("[0-9]{1,5}", text) else -1
+        if not text or lowest is not None and not lowest <= number <= highest:
             raise UserError(f"the environment has {name}={text[:20]!r}, which comes from no launcher; "
                             f"here is one for two processes: {example}")  # fmt: skip
-        return int(text)
+        return number
 
     world = told("WORLD_SIZE", 1, 99_999)
     rank = told("RANK", 0, world - 1)
     # PyTorch's launcher and DeepSpeed's have different names for it.
     local_world = told("LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", 1, world)
     place = told("LOCAL_RANK", 0, local_world - 1), local_world
+    told("MASTER_ADDR")
     told("MASTER_PORT", 0, 65535)
     if rank:
         from engine.log import mute

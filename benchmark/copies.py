@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def copy_of_project(folder):
     """-> the path of a new copy of all that train.py needs, inside `folder`."""
     copy = Path(tempfile.mkdtemp(dir=folder))
-    rooms = (ROOT.glob(f"{room}*.py") for room in ("", "config/", "engine/", "models/"))
+    rooms = "", "config/", "engine/", "formats/", "models/", "sources/"
+    rooms = (ROOT.glob(f"{room}*.py") for room in rooms)
     for source in itertools.chain.from_iterable(rooms):
         target = copy / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -176,9 +176,9 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
     import models
     from config.schema import TrainConfig
     from engine import hardware
-    from engine.checkpoint import Start
     from engine.config import check_model
     from engine.parallel import Alone
+    from engine.runs import Start
     from train import Job, train
 
     workload, micro_batch = sized(setting, workload)
@@ -198,7 +198,7 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
         told = functools.partial(tell, dtype=facts.choice.dtype, micro_batch=micro_batch)
         time_steps(setting, told, workload, facts.model, lambda: one_step()[0], began)
 
-    train(Job("pretrain", config, choice, Start(), model, None, batches, batches), Alone(), measure)
+    train(Job("pretrain", config, choice, Start(), model, None, batches, [batches]), Alone(), measure)
 
 
 def train_nanogpt(setting, tell, workload, compiled=True):
@@ -258,9 +258,14 @@ class RandomBatches:
         self.x, self.y = np.random.default_rng(0).integers(workload.shape["vocab_size"], size=(2, *size))
         self.mask = np.ones(size[1:], np.float32)
         self.batch_size, self.sequences_per_epoch = size[1], 8 * size[1]
+        self.data, self.n_counting = [], self.x.size
 
-    def __call__(self, step):
-        return self.x[step % 8], self.y[step % 8], self.mask
+    def __call__(self, first):
+        number = first // self.batch_size % 8
+        return self.x[number], self.y[number], self.mask
+
+    def position(self, first):
+        return 0, 0, first
 
 
 def sized(setting, workload):

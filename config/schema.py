@@ -198,7 +198,7 @@ class TrainConfig(Schema):
     )
     backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="communication of several processes")
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$", description="auto, cpu, mps, cuda or cuda:N"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description='precision; "auto": the fastest that is safe, measured where that is not obvious'

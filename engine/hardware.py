@@ -199,8 +199,10 @@ def _choose_device(machine, device):
         return "cpu", None, "torch finds no GPU here"
     if device == "mps" and not machine.has_mps:
         raise UserError('device is "mps", but torch finds no Apple GPU here; set "auto" or "cpu"')
-    if not device.startswith("cuda"):
+    if device in ("cpu", "mps"):
         return device, None, "set by hand"
+    if not re.fullmatch("cuda(:[0-9]{1,3})?", device):
+        raise UserError(f'device is "{device[:20]}"; it must be auto, cpu, mps, cuda or cuda:N')
     index, count = int(device.partition(":")[2] or 0), len(machine.gpus)
     if not count:
         raise UserError(
@@ -472,7 +474,7 @@ def _linux_cpu():
 def _cores():
     """How many this process may use: the machine's, or as many as its container has time for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
         granted, period = map(int, (CONTAINER / "cpu.max").read_text().split())
         cores = min(cores, max(1, granted // period))
     return cores
@@ -485,5 +487,6 @@ def _memory():
     except (AttributeError, ValueError, OSError):
         return None
     with contextlib.suppress(OSError, ValueError):
-        total = min(total, int((CONTAINER / "memory.max").read_text()))
+        granted = int((CONTAINER / "memory.max").read_text())
+        total = min(total, granted) if granted > 0 else total
     return total

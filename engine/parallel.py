@@ -132,6 +132,21 @@ class Alone:
         }
 
 
+def wait_for_name(host, seconds=60):
+    """Until this machine knows the address of the first one; PyTorch would wait without a word."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.getaddrinfo(host, None)
+        except (OSError, UnicodeError):
+            if time.monotonic() > until:
+                raise UserError(
+                    f"MASTER_ADDR is {host[:100]!r}, and {socket.gethostname()} cannot find the address of a "
+                    f"machine of this name; use its IP address"
+                ) from None
+            time.sleep(1)
+
+
 class DataParallel(Alone):
     """Every process has the whole model. Gradients are exchanged while the backward pass goes on, in the last
     micro-batch of a step only (Li et al. 2020, "PyTorch Distributed", section 3.2)."""
@@ -145,6 +160,7 @@ class DataParallel(Alone):
             torch.cuda.set_device(choice.device)
         automatic = "nccl" if choice.device_type == "cuda" else "gloo"
         backend = automatic if backend == "auto" else backend
+        wait_for_name(os.environ["MASTER_ADDR"])
         self.heartbeat = Heartbeat(self.rank, self.world)
         dist.init_process_group(
             backend, store=self._store(), rank=self.rank, world_size=self.world, timeout=TIMEOUT

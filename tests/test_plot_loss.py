@@ -37,9 +37,9 @@ def write_log(path, task="pretrain", steps=20, header=True):
     return path
 
 
-def plot(*arguments, cwd=None):
+def plot(*arguments, cwd=None, backend="agg"):
     environment = {key: value for key, value in os.environ.items() if "DISPLAY" not in key} | {
-        "MPLBACKEND": "agg"
+        "MPLBACKEND": backend
     }
     command = [sys.executable, SCRIPT, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
@@ -179,6 +179,16 @@ def test_command_line(tmp_path):
     assert not [path for path in folder.iterdir() if "tmp" in path.name]
 
 
+def test_no_window_no_silence(tmp_path):
+    log = write_log(tmp_path / "train_x.log")
+    for backend in ("svg", "webagg", "module://nothing"):
+        done = plot("-n", str(log), backend=backend)
+        assert done.returncode == 0 and "no display" in done.stdout and not done.stderr
+        log.with_suffix(".png").unlink()
+    done = plot("-n", str(log), backend="abc")
+    assert done.returncode == 2 and "matplotlib does not start" in done.stderr
+
+
 def test_nan_is_told_and_the_rest_drawn(tmp_path):
     log = write_log(tmp_path / "train_x.log")
     with open(log, "a") as file:
@@ -240,10 +250,11 @@ def test_the_newest_log_is_the_default(tmp_path, monkeypatch):
     monkeypatch.setattr(plot_loss, "ROOT", tmp_path)
     with pytest.raises(plot_loss.UserError, match="no train_"):
         plot_loss.find_logs(None)
-    for age, name in enumerate(("train_b.log", "train_a.log")):
+    older, newer = "train_20260102_030405.log", "train_20260102_030406.log"  # by name, whatever clocks say
+    for age, name in enumerate((older, newer)):
         os.utime(write_log(tmp_path / name), (1e9 - age, 1e9 - age))
-    assert plot_loss.find_logs(None) == [tmp_path / "train_b.log"]
-    assert plot_loss.find_logs(["train_a.log"]) == [tmp_path / "train_a.log"]  # from any folder
+    assert plot_loss.find_logs(None) == [tmp_path / newer]
+    assert plot_loss.find_logs([older]) == [tmp_path / older]  # from any folder
 
 
 def test_follow_waits_for_the_first_step_and_ends_at_ctrl_c(tmp_path):
@@ -283,6 +294,9 @@ def test_window_redraws_until_it_is_closed(tmp_path):
             self.shown = type("NumberedFigure", (Figure,), {"number": 1})()
             return self.shown
 
+        def gcf(self):
+            return self.shown
+
         def pause(self, seconds):
             self.pauses += 1
             write_log(path, steps=20 * self.pauses)
@@ -291,6 +305,7 @@ def test_window_redraws_until_it_is_closed(tmp_path):
             return self.pauses < 3
 
     path, window = write_log(tmp_path / "a.log"), Pyplot()
+    window.figure()
     plot_loss.to_window([Log(path)], window, follow=True)
     assert window.shown.axes[0].get_xlim()[1] > 39
 

@@ -20,8 +20,9 @@ from launching import (
     with_prelude,
 )
 
+from engine import parallel
 from engine.checkpoint import load
-from engine.errors import run
+from engine.errors import UserError, run
 
 DDP = (TORCHRUN, "train_ddp.py")
 
@@ -90,7 +91,15 @@ TOLD = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "M
 ODD = [{name: value} for name in TOLD for value in ("abc", "²", "３", "-1", "", "1e3", "9" * 5000)]
 ODD += [{name: None} for name in TOLD if name != "RANK"]
 ODD += [{"RANK": "1"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "1"}, {"LOCAL_SIZE": "2"}, {"LOCAL_SIZE": "0"},
-        {"LOCAL_WORLD_SIZE": "2"}, {"MASTER_PORT": "65536"}]  # fmt: skip
+        {"LOCAL_WORLD_SIZE": "2"}, {"MASTER_PORT": "65536"}, {"MASTER_ADDR": ""}]  # fmt: skip
+
+
+def test_a_first_machine_that_cannot_be_found_is_named():
+    """PyTorch would try again and again, for minutes, and say nothing."""
+    for host in ("no-such-machine.invalid", "a" * 300):
+        with pytest.raises(UserError, match=f"MASTER_ADDR is '{host[:100]}'.*use its IP address"):
+            parallel.wait_for_name(host, seconds=0)
+    assert parallel.wait_for_name("localhost", seconds=0)
 
 
 @pytest.mark.parametrize("script", ["train_ddp", "train_deepspeed"])
@@ -99,7 +108,7 @@ def test_what_no_launcher_tells_is_refused(script, odd, monkeypatch, capsys):
     """In the environment: not a number, missing, or out of range. It is told although RANK is not 0."""
     for name in (*TOLD, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {**TOLD, **odd}.items():
+    for name, value in {**TOLD, "MASTER_ADDR": "127.0.0.1", **odd}.items():
         if value is not None:
             monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", [f"{script}.py", "-t", "pretrain"])

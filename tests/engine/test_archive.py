@@ -74,7 +74,7 @@ def state(shape=None, **changes):
         dict(model.state_dict()), optimizer,
     )  # fmt: skip
     fields = {**vars(made), "tokenizer": json.dumps(made.tokenizer)}
-    return {"format": "nano-checkpoint", "version": 1, **fields, **changes}
+    return {"format": "nano-checkpoint", "version": 2, **fields, **changes}
 
 
 def save(value, path):

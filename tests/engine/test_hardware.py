@@ -223,13 +223,14 @@ def test_this_machine():
 
 @pytest.mark.parametrize(
     "told, cores",
-    [("100000 100000", 1), ("20000 100000", 1), ("290000 100000", 2), ("max 100000", None), ("", None)],
+    [("100000 100000", 1), ("20000 100000", 1), ("290000 100000", 2),
+     ("max 100000", None), ("", None), ("1 0", None)],
 )
 def test_a_container_may_have_less(monkeypatch, tmp_path, told, cores):
     torch, before = pytest.importorskip("torch"), detect()
     n_threads = torch.get_num_threads()
     (tmp_path / "cpu.max").write_text(told)
-    (tmp_path / "memory.max").write_text("300000000" if cores else "max")
+    (tmp_path / "memory.max").write_text("300000000" if cores else "-1" if told == "1 0" else "max")
     monkeypatch.setattr(hardware, "CONTAINER", tmp_path)
     try:
         machine = detect()
