@@ -184,7 +184,7 @@ def settings_for(steps):
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(2, 120), pytest.param(10, 400, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    ("kills", "steps"), [(2, 60), pytest.param(10, 400, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_the_same(tiny_project, train, kills, steps):
     undisturbed = train("pretrain", **settings_for(steps))

@@ -212,6 +212,7 @@ def test_the_lowest_loss_over_text_that_is_random_itself():
     assert abs(mean - calculator_plateau.entropy_per_position()) < 0.003
 
 
+@pytest.mark.slow
 def test_the_limits_of_toy_problems_are_measured_and_drawn(small_problems):
     project = small_problems
     done = project.run("benchmark/toy_limits.py", "sort", "--sizes", 0, "-o", project.root / "limits.png")

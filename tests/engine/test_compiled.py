@@ -111,6 +111,7 @@ def test_int8_products_lose_nothing_but_what_16_bits_of_the_activations_do(n, co
     assert differ(out[:n, 16:37], expected[:, 16:]) < 1e-6 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_int8_in_the_order_that_arm_likes(tmp_path):
     """Arm's instructions are not here, but the order and the sums are."""
     code = (
@@ -203,7 +204,7 @@ def test_a_program_may_end_at_any_time():
         "    decoder.compile(); time.sleep(float(sys.argv[2])); decoder.run([Request([1], 5)])\n"
         "main(); sys.exit(7)"
     )
-    for seconds in ("0", "0.1", "0.3", "1.5"):
+    for seconds in ("0", "0.3"):
         done = subprocess.run(
             [sys.executable, "-c", code, str(ROOT), seconds], capture_output=True, text=True
         )

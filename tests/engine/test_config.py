@@ -297,7 +297,7 @@ def test_damaged_configurations_are_refused_or_mean_what_they_say(train, seed):
     more = {"-m": {"n_layer": 1, "n_kv_head": None, "dropout": 0.0, "rope_theta": 1e4},
             "-c": {"dropout": 0.1, "save_interval": 5, "sdp_kernel": "auto", "use_amp": True}}  # fmt: skip
     texts = {flag: json.dumps({**json.loads(path.read_text()), **more[flag]}) for flag, path in files.items()}
-    for number in range(500):
+    for number in range(200):
         flag = dice.choice(list(files))
         damaged = damage(texts[flag], dice)
         for each, path in files.items():
@@ -326,7 +326,7 @@ def test_damaged_configurations_are_refused_or_mean_what_they_say(train, seed):
             outcomes["too large for a test"] += 1
         for path in [*train.root.glob("train_*.log"), *train.checkpoints().values()]:
             path.unlink()
-    assert outcomes["refused"] > 250 and outcomes["trained"] > 50, outcomes
+    assert outcomes["refused"] > 80 and outcomes["trained"] > 15, outcomes
 
 
 def test_what_is_not_implemented_is_named():

@@ -3,7 +3,6 @@
 # ruff: noqa: E501 (patterns are as long as they are)
 
 import random
-import re
 import time
 
 import pytest
@@ -128,23 +127,11 @@ TEXTS = ["a" * 3000, " " * 3000, "aB" * 1500, "1" * 3000, "\n" * 3000, " \n" * 1
          "".join(random.Random(0).choices("aB1 \n中.,'é", k=3000))]  # fmt: skip
 
 
-def test_those_that_are_taken_are_fast():
+@pytest.mark.parametrize("n_invented", [150, pytest.param(1500, marks=pytest.mark.slow)])
+def test_those_that_are_taken_are_fast(n_invented):
     """Of patterns put together at random, and of all of them above."""
     dice, taken, refused = random.Random(0), 0, 0
-    pieces = [
-        "a",
-        r"\w",
-        r"\s",
-        r"\p{L}",
-        r"[^a]",
-        "(a|b)",
-        r"(?:\w\s)",
-        "(?=a)",
-        r"(?!\s)",
-        "1",
-        r"[\s\S]",
-        "|",
-    ]
+    pieces = ["a", r"\w", r"\s", r"\p{L}", r"[^a]", "(a|b)", r"(?:\w\s)", "(?=a)", r"(?!\s)", "1", r"[\s\S]", "|"]
     signs = ["", "", "*", "+", "?", "{1,3}", "{2,}", "*?", "++"]
 
     def invented(depth=0):
@@ -155,7 +142,7 @@ def test_those_that_are_taken_are_fast():
         return "".join(parts)
 
     patterns = [pattern for some in RELEASED.values() for pattern in some]
-    patterns += [invented() for _ in range(1500)]
+    patterns += [invented() for _ in range(n_invented)]
     for pattern in patterns:
         if trouble([pattern]):
             refused += 1
@@ -164,8 +151,7 @@ def test_those_that_are_taken_are_fast():
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
         for text in TEXTS:
             began = time.process_time()
-            assert re.sub(r"\s+", "", "".join(piece for piece, _ in split.pre_tokenize_str(text))) == re.sub(
-                r"\s+", "", text
-            )
+            found = "".join(piece for piece, _ in split.pre_tokenize_str(text))
+            assert "".join(found.split()) == "".join(text.split())
             assert time.process_time() - began < 2, pattern
-    assert taken > 300 and refused > 300, (taken, refused)
+    assert min(taken, refused) > n_invented / 5, (taken, refused)
