@@ -99,10 +99,11 @@ def kind_of(path):
             raise refused(path, ENCODED, encoding=encoding)
     if is_other:
         raise refused(path, BINARY if b"\0" in head else UNKNOWN)
-    lines = text.replace(BYTE_ORDER_MARK, "").split("\n")
-    if len(head) == HEAD and len(lines) > 1:
+    lines, is_cut = text.replace(BYTE_ORDER_MARK, "").split("\n"), len(head) == HEAD
+    if is_cut and len(lines) > 1:
         del lines[-1]  # which may not be whole
-    return "JSON lines" if is_json_lines(path, [line for line in lines if line.strip()]) else "text"
+    lines = [line for line in lines if line.strip()]
+    return "JSON lines" if is_json_lines(path, lines, is_cut) else "text"
 
 
 def encoding_of(head, is_other):
@@ -148,15 +149,18 @@ def is_gb18030(head):
     return 10 * len(firsts) >= 9 * len(characters) and 10 * n_late >= len(characters) > 0
 
 
-def is_json_lines(path, lines):
-    """Whether these first lines of a file are records, or should be. UserError for JSON of another kind."""
+def is_json_lines(path, lines, is_cut):
+    """Whether these lines of a file are records, or should be; is_cut: more of it follows.
+
+    UserError for JSON of another kind.
+    """
     text, suffix = "\n".join(lines).lstrip(), path.suffix.lower()
     n_records = sum(map(is_record, lines[:20]))
     if n_records and 2 * n_records >= len(lines[:20]):
         return True
-    if begins_as_json(text):
+    if begins_as_json(text, is_cut):
         if suffix not in JSON_LINES and len(lines) == 1 and text[0] == "{":
-            return True  # a record that is longer than what is looked at
+            return True  # a record that is longer than what was looked at
         if suffix not in JSON_LINES or re.match(r'\[\s*\{\s*"', text):
             raise refused(path, ARRAY if text[0] == "[" else OBJECT)
     if lines and suffix in BY_SUFFIX:
@@ -164,12 +168,12 @@ def is_json_lines(path, lines):
     return suffix in JSON_LINES
 
 
-def begins_as_json(text):
-    """Whether it is a JSON object or array, or the beginning of one."""
+def begins_as_json(text, is_cut):
+    """Whether it is a JSON object or array; or the beginning of one, if it is cut."""
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        if error.pos < len(text) - len("false") and "Unterminated string" not in error.msg:
+        if not is_cut or error.pos < len(text) - len("false") and "Unterminated string" not in error.msg:
             return False
     except RecursionError:
         pass

@@ -54,6 +54,7 @@ def test_a_killed_process_ends_the_run(tiny_project, script):
     assert load(newest).step >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_nan_in_one_process_ends_all(tiny_project, script):
     process = start(tiny_project, TORCHRUN, with_prelude(tiny_project, NAN, script), "-t", "pretrain",
@@ -67,6 +68,7 @@ def test_nan_in_one_process_ends_all(tiny_project, script):
     assert not processes_of(tiny_project)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_full_disk_under_the_first_process_ends_all(tiny_project, script):
     done = tiny_project.run("train.py", "-t", "pretrain", *settings_of({"max_steps": 5, "decay_lr": "false"}))

@@ -225,7 +225,7 @@ def start(project, *args, **settings):
     pytest.fail(process.stderr.read())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_training_after_its_step(tiny_project, number):
     config = tiny_project.elsewhere / "my run.json"
     config.write_bytes((tiny_project.root / "config" / "config_pretrain.json").read_bytes())
@@ -249,7 +249,10 @@ def test_a_signal_ends_training_after_its_step(tiny_project, number):
     assert f"changed since then: max_steps: 1000000 -> {step + 2}\n" in resumed.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, -signal.SIGTERM)],
+)
 def test_a_second_signal_ends_it_at_once(tiny_project, number, code):
     an_hour_long = settings_of(gradient_accumulation_steps=10**5)
     process = subprocess.Popen(
@@ -274,7 +277,9 @@ def test_a_second_signal_ends_it_at_once(tiny_project, number, code):
     assert not tiny_project.checkpoints()
 
 
-@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN], ids=["", "nohup"])
+@pytest.mark.parametrize(
+    "handler", [signal.SIG_DFL, pytest.param(signal.SIG_IGN, marks=pytest.mark.slow)], ids=["", "nohup"]
+)
 def test_a_terminal_that_is_closed_breaks_nothing_off(tiny_project, handler):
     command, *args = tiny_project.command("train.py", "-t", "pretrain")
     args += settings_of(max_steps=10**6, decay_lr=False, log_interval=1)
@@ -396,7 +401,7 @@ def test_the_log_and_plain_output(train):
         assert float(bits) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("colour", [{}, {"NO_COLOR": "1"}])
+@pytest.mark.parametrize("colour", [{}, pytest.param({"NO_COLOR": "1"}, marks=pytest.mark.slow)])
 def test_one_line_moves_in_a_terminal(tiny_project, colour):
     command, *args = tiny_project.command("train.py", "-t", "pretrain", "--set", "max_steps=30")
     environment = {**tiny_project.environment, **colour, "TERM": "xterm-256color"}

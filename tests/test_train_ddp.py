@@ -58,7 +58,7 @@ def test_two_processes_with_muon_draw_the_curve_of_one(tiny_project, train):
         (signal.SIGINT, "all"),  # Ctrl-C reaches every process of the terminal
         (signal.SIGTERM, "launcher"),
         pytest.param(signal.SIGHUP, "launcher", marks=pytest.mark.slow),  # its terminal is closed
-        (signal.SIGTERM, "one of them"),
+        pytest.param(signal.SIGTERM, "one of them", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_and_ends(tiny_project, number, sent_to):

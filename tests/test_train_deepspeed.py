@@ -57,11 +57,7 @@ def alone(project, *args, **settings):
 def test_the_curve_is_that_of_one_process(tiny_project, other_project, stage):
     for task in ("pretrain", "sft"):
         alone(tiny_project, "-t", task, **RUN)
-        args = ("-t", task, *settings_file(other_project, stage))
-        if task == "pretrain":
-            output = launched(other_project, deepspeed(), SCRIPT, *args, **RUN)
-        else:
-            output = together(other_project, SCRIPT, *args, **RUN)
+        output = together(other_project, SCRIPT, "-t", task, *settings_file(other_project, stage), **RUN)
         assert output.count("Done: step 50") == 1  # one of them talks
     for kind in ("Train", "Val"):
         assert largest_difference(losses(tiny_project, kind), losses(other_project, kind)) <= 1e-4
@@ -89,6 +85,7 @@ def assert_same_state(one, two):
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_muon_goes_on_with_two_processes(tiny_project, train):
     assert train("pretrain", **MUON, save_interval=5, keep_checkpoints=0).returncode == 0
     (tiny_project.root / "checkpoint").mkdir()
@@ -165,6 +162,7 @@ def test_resume_is_exact(tiny_project, other_project, stage):
         assert torch.equal(value, two.model[name]), name
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_ends(tiny_project):
     process = in_training(tiny_project, deepspeed(), SCRIPT, *settings_file(tiny_project, "ZeRO-3"))
     os.killpg(process.pid, signal.SIGINT)
@@ -175,6 +173,7 @@ def test_ctrl_c_saves_and_ends(tiny_project):
     assert not processes_of(tiny_project)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run(tiny_project):
     args = settings_file(tiny_project, "ZeRO-2")
     process = in_training(
@@ -253,7 +252,7 @@ Zero.states = states
 """
 
 
-@pytest.mark.parametrize("stage", ["ZeRO-2", pytest.param("ZeRO-3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [pytest.param("ZeRO-2", marks=pytest.mark.slow), "ZeRO-3"])
 def test_a_folder_of_deepspeed_is_converted(tiny_project, stage):
     script = with_prelude(tiny_project, SAVING, SCRIPT)
     together(tiny_project, script, "-t", "pretrain", *settings_file(tiny_project, stage))

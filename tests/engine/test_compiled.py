@@ -15,6 +15,7 @@ from test_model import differ, random_tokens
 from torch import nn
 
 from config.schema import ModelConfig
+from engine import compile_cache
 from engine.blocks import GROUP, ROWS, Int8Linear, quantize
 from engine.compile_cache import CACHE
 from engine.config import ROOT
@@ -265,22 +266,15 @@ def test_the_whole_model_becomes_smaller_and_says_nearly_the_same():
     assert differ(model(tokens)[0], expected) < 0.05 * expected.std()
 
 
-def test_what_was_compiled_of_other_code_is_not_taken(tmp_path):
+def test_what_was_compiled_of_other_code_is_not_taken(tmp_path, monkeypatch):
     """Numba tells by the time of engine/compiled.py, but numbers of engine/blocks.py are in it, too."""
-    code = "import engine.compile_cache as c; print(c.CACHE.name)"
-
-    def name_in(root):
-        env = os.environ | {"PYTHONPATH": str(root), "NUMBA_CACHE_DIR": str(tmp_path)}
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path).stdout.strip()
-
-    for folder in ("engine", "config", "models"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    names = [name_in(tmp_path)]
+    shutil.copytree(ROOT / "engine", tmp_path / "engine")
+    monkeypatch.setattr(compile_cache, "ROOT", tmp_path)
+    names = [compile_cache.cache_folder().name]
     for file in ("blocks", "compiled"):
         path = tmp_path / "engine" / f"{file}.py"
         times = path.stat()
         path.write_bytes(path.read_bytes() + b"# another one\n")
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        names.append(name_in(tmp_path))
+        names.append(compile_cache.cache_folder().name)
     assert len({*names}) == 3 and len({name.rpartition("_")[0] for name in names}) == 1 and all(names)

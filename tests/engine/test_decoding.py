@@ -54,7 +54,7 @@ def decoder_of(model, n_slots, compiled=False):
 
 @COMPILED
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("n_slots", [1, 3, 16])
+@pytest.mark.parametrize("n_slots", [1, pytest.param(3, marks=pytest.mark.slow), 16])
 def test_alone_or_together_greedy_text_is_the_same(name, n_slots, compiled):
     """Of prompts of all lengths, which come and go and outgrow the context; `generate` is the definition.
 

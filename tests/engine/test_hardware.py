@@ -483,7 +483,9 @@ def test_the_plan_tells_what_was_measured(train, slow_in, monkeypatch):
     "script, features, says",
     [
         ("train_ddp.py", '("avx512_bf16",)', "dtype float32: measured "),
-        ("train_deepspeed.py", '("avx512_bf16",)', "dtype float32: measured "),
+        pytest.param(
+            "train_deepspeed.py", '("avx512_bf16",)', "dtype float32: measured ", marks=pytest.mark.slow
+        ),
         ("train_ddp.py", "()", "dtype float32: the machines of this run would choose differently"),
     ],
     ids=["DDP", "ZeRO", "different machines"],

@@ -179,7 +179,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("owner", ["first process", "launcher"])
+@pytest.mark.parametrize("owner", ["first process", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_a_process_that_is_stopped_and_goes_on(shared_project, owner):
     """It is the first one, with whose store the calls of all others stop. Who is busy is not named."""
     script = shared_project.root / "beats.py"

@@ -4,7 +4,7 @@ import io
 import tracemalloc
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import any_text, awkward
 
@@ -42,6 +42,8 @@ def documents_of(written):
 
 
 @given(written=any_text | awkward, chunk=st.integers(1, 40), bom=st.booleans())
+@example(written="{", chunk=1, bom=False)
+@example(written="[", chunk=1, bom=True)
 @settings(max_examples=200, deadline=None)
 def test_every_byte_is_kept(written, chunk, bom, tmp_path_factory):
     """But for byte-order marks, delimiters and blank documents."""
