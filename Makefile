@@ -1,5 +1,5 @@
 # make demo     fresh clone -> talking model: set-up, sample data, prepare, pretrain, SFT, chart, questions
-# make test     fresh clone -> all tests passed
+# make test     fresh clone -> tests passed; make test-slow: those that take minutes
 # make demo VENV_FLAGS=--system-site-packages     use the torch this machine already has (Jetson, P40)
 
 PYTHON ?= python3

@@ -620,10 +620,10 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--pretrain", nargs="+", metavar="FILE", help='text in UTF-8, or JSON lines with {"text": ...}')
-    add("--sft", nargs="+", metavar="FILE", help="JSON lines with conversations, in a shape of doc/data.md")
+    add("--sft", nargs="+", metavar="FILE", help="JSON lines of conversations; doc/data.md has their shapes")
     add("--out", metavar="DIR", help="default: dataset/prepared")
     add("--val_fraction", type=float, default=0.05, help="share of documents held out (0.05)")
-    add("--seed", type=int, default=1337, help="of the choice which documents these are (1337)")
+    add("--seed", type=int, default=1337, help="decides which documents these are (1337)")
     add("--kind", choices=("char", "bpe"), help="tokenizer to make (char)")
     add("--vocab_size", type=int, help="tokens of bpe, special ones included (32000)")
     add("--tokenizer", metavar="FILE",

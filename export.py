@@ -32,17 +32,17 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("-m", "--model", metavar="FILE", default="newest",
-        help="checkpoint to write, or newest, or best: that of the newest run with the lowest validation "
-        "loss (newest)")  # fmt: skip
+        help="checkpoint to write, or newest, or best: the one of the newest run that has the lowest "
+        "validation loss (newest)")  # fmt: skip
     add("-o", "--output", metavar="PATH", help="where to (default: beside the checkpoint, by its name)")
-    add("--format", choices=FORMATS, default="huggingface", help="who is to read it (huggingface)")
+    add("--format", choices=FORMATS, default="huggingface", help="for which program (huggingface)")
     add("--type", choices=("float32", "float16", "q8_0"),
         help="numbers of gguf and llama2c; q8_0: int8 in groups (float32)")  # fmt: skip
     add("--read", metavar="FOLDER", help="the other way: write a checkpoint of this folder's model")
     add("-t", "--task", choices=("pretrain", "sft"),
-        help="what the model that is read was trained for (as its folder says, else pretrain)")  # fmt: skip
+        help="with --read: what the model was trained for (as its folder says, else pretrain)")  # fmt: skip
     add("--tokenizer", metavar="FILE",
-        help="read it with this tokenizer, instead of the folder's own: as for data.py")  # fmt: skip
+        help="with --read: this tokenizer instead of the folder's own, named as for data.py")  # fmt: skip
     args = parser.parse_args()
     if args.read is None and (args.task or args.tokenizer):
         raise UserError("--task and --tokenizer are for --read; a checkpoint knows both")

@@ -47,8 +47,8 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("-m", "--model", metavar="FILE", default="newest",
-        help="checkpoint, or newest (with -i, of SFT), or best: that of the newest run with the lowest "
-        "validation loss (newest)")  # fmt: skip
+        help="checkpoint, or newest (with -i, of SFT), or best: the one of the newest run that has "
+        "the lowest validation loss (newest)")  # fmt: skip
     add("-i", "--instruct", action="store_true", help="wrap what you type in the instruction template")
     add("-l", "--max_length", type=int, metavar="N",
         help="most tokens of prompt and answer together (the context window)")  # fmt: skip
@@ -59,8 +59,8 @@ def parse_arguments():
     add("-p", "--top_p", type=float, default=1.0, metavar="P",
         help="draw from the likeliest tokens that together have this probability (1.0)")  # fmt: skip
     add("-r", "--repetition_penalty", type=float, default=1.2, metavar="R",
-        help="higher makes tokens that were there before less likely, 1: off (1.2)")  # fmt: skip
-    add("-s", "--seed", type=int, metavar="N", help="the same answer to the same prompt (random)")
+        help="higher makes it less likely that tokens come again, 1: off (1.2)")  # fmt: skip
+    add("-s", "--seed", type=int, metavar="N", help="the same seed gives the same answer (random)")
     add("--profile", action="store_true", help="tell the time to the first token, and tokens/s")
     add("-q", "--quantize", choices=("int8",), help="weights in 8 bits: less memory, and faster on a CPU")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (auto)")

@@ -48,9 +48,9 @@ def parse_arguments():
         add = one.add_argument
         for size in fields(problem):
             add(f"--{size.name}", type=int, metavar="N", help=f"{size.metadata['help']} ({size.default})")
-        add("--steps", type=int, metavar="N", help="optimizer steps (default: what it takes)")
-        add("--seed", type=int, default=1337, metavar="N", help="of weights, training and test (1337)")
-        add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+        add("--steps", type=int, metavar="N", help="optimizer steps (default: enough for this size)")
+        add("--seed", type=int, default=1337, metavar="N", help="decides weights, training and test (1337)")
+        add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (auto)")
         add("-m", "--model", metavar="FILE", help="no training: try this checkpoint again")
         add("--resume", nargs="?", const=True, metavar="RUN",
             help="go on with the newest run of this problem, or this one (its name, or a file)")  # fmt: skip

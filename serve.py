@@ -39,14 +39,15 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("-m", "--model", metavar="FILE", default="newest",
-        help="checkpoint, or newest (of SFT, if there is one), or best: that of the newest run with the "
-        "lowest validation loss (newest)")  # fmt: skip
-    add("--host", default="127.0.0.1", help="address to listen at; all but this machine's own need a key")
+        help="checkpoint, or newest (of SFT, if there is one), or best: the one of the newest run that has "
+        "the lowest validation loss (newest)")  # fmt: skip
+    add("--host", default="127.0.0.1",
+        help="address to listen at (127.0.0.1); one that other machines can reach needs a key")  # fmt: skip
     add("--port", type=int, default=8000, help="0: any that is free (8000)")
     add("--api_key", metavar="KEY", default=os.environ.get("NANO_API_KEY") or None,
-        help="what clients must send (NANO_API_KEY; for a network else a random one)")  # fmt: skip
+        help="key that clients must send (NANO_API_KEY, or on a network a random one)")  # fmt: skip
     add("--cors", nargs="+", default=[], metavar="ORIGIN",
-        help="whose pages may use it, as https://example.org (only its own)")  # fmt: skip
+        help="where pages come from that may use it, too, such as https://example.org")  # fmt: skip
     add("--slots", type=int, default=8, metavar="N", help="answers written at the same time (8)")
     add("--max_queue", type=int, default=64, metavar="N", help="answers that may wait for a slot (64)")
     add("--timeout", type=int, default=300, metavar="SECONDS", help="the longest a request may take (300)")

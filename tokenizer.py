@@ -601,7 +601,7 @@ def main():
     )
     commands = parser.add_subparsers(required=True, metavar="train|stats")
     train = commands.add_parser("train", help="learn a vocabulary and save it")
-    train.add_argument("files", nargs="+", metavar="FILE", help="text in UTF-8 or JSON lines")
+    train.add_argument("files", nargs="+", metavar="FILE", help="text in UTF-8, or JSON lines")
     train.add_argument("--kind", choices=("char", "bpe"), default="char", help="default: char")
     train.add_argument("--vocab_size", type=int, help="tokens of bpe, special ones included (32000)")
     train.add_argument("-o", "--output", default="tokenizer.json", help="default: tokenizer.json")
@@ -609,7 +609,7 @@ def main():
     stats = commands.add_parser("stats", help="bytes per token, speed, unknown rate, frequent tokens")
     stats.add_argument("files", nargs="*", metavar="FILE", help="default: dataset/pretrain.txt")
     stats.add_argument("--tokenizer", nargs="+", metavar="FILE",
-                       help="as for data.py (default: both kinds, made here)")  # fmt: skip
+                       help="named as for data.py (default: both kinds, made here)")  # fmt: skip
     stats.add_argument("--vocab_size", type=int, default=8192, help="tokens of the bpe trained here (8192)")
     stats.add_argument("--limit", type=int, default=20, help="megabytes of text to look at (20)")
     stats.set_defaults(command=stats_command)

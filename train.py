@@ -47,7 +47,7 @@ def parse_arguments(doc, extend=None):
     parser.add_argument("-m", "--model", default="config/model_config.json",
                         help="the model (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="override a key; repeatable")
+                        help="override a key of a configuration; may be repeated")
     parser.add_argument("--resume", nargs="?", const=True, metavar="RUN",
                         help="go on with the newest run of this task, or with this one (its name, or a file)")
     # fmt: on

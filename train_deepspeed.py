@@ -1,4 +1,4 @@
-"""Train a model whose weights, gradients or moments are spread over several devices (DeepSpeed ZeRO).
+"""Train with weights, gradients or optimizer state spread over several devices (DeepSpeed ZeRO).
 
     deepspeed train_deepspeed.py -t pretrain
     deepspeed train_deepspeed.py -t pretrain --deepspeed_config config/deepspeed_zero3.json
@@ -47,7 +47,7 @@ def more_arguments(parser):
                         help="DeepSpeed's settings (default: %(default)s)")
     parser.add_argument("--convert", metavar="FOLDER",
                         help="no training: make an ordinary checkpoint of a folder written by DeepSpeed")
-    parser.add_argument("--deepspeed", action="store_true", help="may be given, as to other scripts")
+    parser.add_argument("--deepspeed", action="store_true", help="has no effect; other scripts need it")
     parser.add_argument("--hostfile", help="for the launcher: give it before the script's name")
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     # fmt: on

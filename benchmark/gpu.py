@@ -1,15 +1,15 @@
-"""What a GPU makes of Nano: is all of it right there, how fast does it train beside nanoGPT, and write?
+"""Nano on a GPU: is all of it right, how fast does it train beside nanoGPT, and how fast does it write?
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmark/gpu.py --nanogpt nanoGPT --out gpu.json     # on a machine with a CUDA GPU: 8 minutes
     python benchmark/gpu.py --minutes 3 --only machine "GPT-2 124M, Nano"
     python benchmark/gpu.py --dry-run      # anywhere: a rehearsal on the CPU, whose figures mean nothing
 
-The parts are done in the order of their weight, each in a process of its own: one that crashes or hangs
-costs what it has taken, and at most twice what it should take; the others get the rest of the time. FILE and
-a table in Markdown beside it are written anew with every figure, so that they are there when this is killed.
+What matters most is done first, each part in a process of its own: one that crashes or hangs costs the time
+it has taken, at most twice what it should take; the others get the rest. FILE and tables in Markdown beside
+it are written anew with every figure, so they are there even if this is killed.
 
-Training is the loop's own step, on random tokens that are there before: batches to the GPU, forward and
+Training is the training loop's own step, on random tokens made before: batches to the GPU, forward and
 backward passes, clipping, optimizer. FLOPs are counted as in train_speed.py; shares are of the largest matrix
 product measured here, and of what the card's maker promises. Writing is held against the speed at which
 weights can be read: that at which memory is copied. The tests are those of tests/test_gpu.py.
@@ -610,8 +610,8 @@ def parse_arguments():
     add = parser.add_argument
     add("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (without it: left out)")
     add("--minutes", type=float, default=MINUTES, help=f"in all ({MINUTES})")
-    add("--out", type=Path, default=Path("gpu.json"), metavar="FILE", help="for the figures (gpu.json)")
-    add("--only", nargs="+", metavar="PART", help="these parts alone, by the names that the report has")
+    add("--out", type=Path, default=Path("gpu.json"), metavar="FILE", help="where the figures go (gpu.json)")
+    add("--only", nargs="+", metavar="PART", help="these parts alone, by their names in the report")
     add("--dry-run", action="store_true", help="a rehearsal on the CPU")
     add("--part", help=argparse.SUPPRESS)
     add("--seconds", type=float, default=math.inf, help=argparse.SUPPRESS)

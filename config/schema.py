@@ -23,13 +23,17 @@ class Schema(BaseModel):
 class Llama3Rope(Schema):
     """rope_scaling of Llama 3.1: long wavelengths are stretched, short ones are kept."""
 
-    rope_type: Literal["llama3"]
+    rope_type: Literal["llama3"] = Field(description="long wavelengths are stretched, as in Llama 3.1")
     factor: float = Field(ge=1, le=1e6, description="how many times longer the long wavelengths become")
     original_max_position_embeddings: int = Field(
         ge=1, le=1 << 30, description="context of the pretraining, in tokens"
     )
-    low_freq_factor: float = Field(1.0, gt=0, le=1e6, description="turns in it up to which all is stretched")
-    high_freq_factor: float = Field(4.0, gt=0, le=1e6, description="turns in it from which all is kept")
+    low_freq_factor: float = Field(
+        1.0, gt=0, le=1e6, description="wavelengths that turn less often in that context are stretched"
+    )
+    high_freq_factor: float = Field(
+        4.0, gt=0, le=1e6, description="wavelengths that turn more often in it are kept"
+    )
 
     @model_validator(mode="after")
     def _factors_fit(self):
@@ -41,13 +45,17 @@ class Llama3Rope(Schema):
 class YarnRope(Schema):
     """rope_scaling of YaRN (Peng et al. 2023): much the same, and attention is sharpened."""
 
-    rope_type: Literal["yarn"]
+    rope_type: Literal["yarn"] = Field(description="much the same, and attention is sharpened: YaRN")
     factor: float = Field(ge=1, le=1e6, description="how many times longer the context becomes")
     original_max_position_embeddings: int = Field(
         ge=1, le=1 << 30, description="context of the pretraining, in tokens"
     )
-    beta_fast: float = Field(32.0, ge=1e-6, le=1e6, description="turns in it from which all is kept")
-    beta_slow: float = Field(1.0, ge=1e-6, le=1e6, description="turns in it up to which all is stretched")
+    beta_fast: float = Field(
+        32.0, ge=1e-6, le=1e6, description="wavelengths that turn more often in that context are kept"
+    )
+    beta_slow: float = Field(
+        1.0, ge=1e-6, le=1e6, description="wavelengths that turn less often in it are stretched"
+    )
 
 
 class ArchitectureConfig(Schema):
@@ -194,7 +202,7 @@ class TrainConfig(Schema):
     log_interval: int = Field(1, ge=1, description="steps between log lines")
     save_interval: int = Field(1000, ge=1, description="steps between checkpoints that are always written")
     keep_checkpoints: int = Field(
-        3, ge=0, description="checkpoints of this run left on disk, the best always among them; 0: all"
+        3, ge=0, description="how many of a run's newest checkpoints are kept, besides the best; 0: all"
     )
     backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="communication of several processes")
     device: str = Field(

@@ -678,7 +678,7 @@ def count(text):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Download public data sets. What broke off goes on where it stopped.",
+        description="Download public data sets. A download that broke off goes on where it stopped.",
         epilog="examples:\n"
         "  python dataset/download.py --list\n"
         "  python dataset/download.py tinyshakespeare\n"
@@ -689,14 +689,14 @@ def main():
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="the sets to download, see --list")
     add("--list", action="store_true", help="show the sets")
-    add("--mirror", help="hf, hf-mirror, modelscope, or an address that stands in for scheme and host,"
-        " like https://my.mirror (default: where the set is at home)")
+    add("--mirror", help="hf, hf-mirror, modelscope, or an address to put in place of https://HOST,"
+        " like https://my.mirror (default: the set's own home)")
     add("--proxy", help="socks5h://HOST:PORT (the proxy looks names up), socks5://..., http://..."
         " (default: from ALL_PROXY, HTTPS_PROXY, HTTP_PROXY)")
     add("--out", type=Path, default=ROOT / "dataset" / "downloads", metavar="DIR",
         help="folder to save in (default: dataset/downloads/)")
     add("--retries", type=count, default=5, metavar="N",
-        help="how often to ask again without getting further (default: 5)")
+        help="how often to try again while nothing more arrives (default: 5)")
     arguments = parser.parse_args()
     if arguments.list:
         show_list()
