@@ -552,7 +552,8 @@ def test_odd_headers(tmp_path, key):
     for number, value in enumerate(ODD):
         path = tmp_path / f"{number}.log"
         path.write_text(header(**{key: value}) * 2 + steps(1, 9), "utf-8")
-        assert len(drawn(path)) == 5 and drawn(path)[0].lines
+        axes = drawn(path)
+        assert len(axes) == 5 and axes[0].lines
     assert drawn(*tmp_path.glob("*.log"))
 
 

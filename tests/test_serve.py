@@ -956,7 +956,7 @@ def settled(server):
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_refused_request_leaves_nothing_behind(simple, uncollected, monkeypatch, kind):
     monkeypatch.setattr(engine.gate, "SECONDS", 0.3)
-    n = 3 if "half" in kind else 10
+    n = 3 if "half" in kind or "long conv" in kind else 10
 
     def refuse():
         with contextlib.suppress(requests.exceptions.ConnectionError, BrokenPipeError):

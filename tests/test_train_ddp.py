@@ -56,7 +56,7 @@ def test_two_processes_with_muon_draw_the_curve_of_one(tiny_project, train):
     ("number", "sent_to"),
     [
         (signal.SIGINT, "all"),  # Ctrl-C reaches every process of the terminal
-        (signal.SIGTERM, "launcher"),
+        pytest.param(signal.SIGTERM, "launcher", marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, "launcher", marks=pytest.mark.slow),  # its terminal is closed
         pytest.param(signal.SIGTERM, "one of them", marks=pytest.mark.slow),
     ],

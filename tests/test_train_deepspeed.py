@@ -51,9 +51,8 @@ def alone(project, *args, **settings):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(name, marks=[pytest.mark.slow] if name != "ZeRO-2" else []) for name in STAGES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_curve_is_that_of_one_process(tiny_project, other_project, stage):
     for task in ("pretrain", "sft"):
         alone(tiny_project, "-t", task, **RUN)
@@ -205,6 +204,7 @@ def test_without_a_launcher_it_says_how(tiny_project):
     assert done.returncode == 2 and "deepspeed --num_gpus 2 train_deepspeed.py" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_hostfile_that_the_launcher_has_not_seen(tiny_project):
     hosts = tiny_project.root / "config" / "hostfile.txt"
     hosts.write_text("# two machines\n10.0.0.1 slots=2\n10.0.0.2 slots=2\n")
