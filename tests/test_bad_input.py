@@ -39,11 +39,15 @@ def test_help_needs_no_torch_and_no_half_second(shared_project):
         [sys.executable, "-c", code, shared_project.root], capture_output=True, text=True, check=True
     )
     assert not {"torch", "numpy", "rich", "data", "model"} & set(done.stdout.split())
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    help = shared_project.run("train.py", "--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert help.returncode == 0 and "python train.py -t sft " in help.stdout and not help.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+    def seconds():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        help = shared_project.run("train.py", "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert help.returncode == 0 and "python train.py -t sft " in help.stdout and not help.stderr
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.5  # a busy machine takes longer for the same
 
 
 @pytest.mark.parametrize(
