@@ -5,8 +5,8 @@
     python benchmark/decode_speed.py --requests 2 4 8 16 32       # so many texts at once
 
 llama.cpp is measured if llama-cpp-python is installed. Everything is greedy and takes its turn in each round,
-twice, with as many threads; the table tells the median of the better ones, and the best one. The model has
-random weights: 12.9 M parameters, of which 8.2 M are the embedding, which is the output head, too.
+twice, with as many threads; the table has the median of the better ones, and the least and the most. The
+model has random weights: 12.9 M parameters, of which 8.2 M are the embedding, which is the output head, too.
 
 The limit is what could be if there were nothing to do but to read the weights once a step, at the speed at
 which this machine sums up an array of their size (which a part of may stay in its caches), or to multiply
@@ -33,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmark import figures  # noqa: E402
 from engine.errors import UserError, run  # noqa: E402
 
 SHAPE = {
@@ -295,11 +296,11 @@ def main():
                 steps[kind].append(bandwidth(size) / size)
             steps["multiplying"].append(products() / n_weights)
             distances.append(from_core_to_core())
-    table = Table("", "tokens/s", "best", "x HF", "x Nano", "x int8", "of limit")
+    table = Table("", "tokens/s", "x HF", "x Nano", "x int8", "of limit")
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     table.title = f"{n_weights / 1e6:.1f} M weights, {args.threads} threads, {args.rounds} rounds"
-    table.caption = "limit of one text: " + ", ".join(
+    table.caption = f"commit {figures.commit()}; limit of one text: " + ", ".join(
         f"{kind} {statistics.median(steps[kind]):,.0f} tokens/s" for kind in n_bytes
     )
     table.caption += f"; of many: float32 {statistics.median(steps['multiplying']):,.0f}"
@@ -317,7 +318,7 @@ def main():
         return statistics.median(a / b for a, b in zip(speeds[name], others, strict=True))
 
     for name, (kind, count, _) in runs.items():
-        row = [name, f"{statistics.median(speeds[name]):,.0f}", f"{max(speeds[name]):,.0f}"]
+        row = [name, figures.spread(speeds[name], ",.0f")]
         if count:
             row += (f"{ratio(name, speeds[peer]):.2f}" for peer in ("Transformers", "Nano", "Nano int8"))
         if count == 1 or count and kind == "float32":
