@@ -1300,7 +1300,9 @@ def fuzz(operation, mode, n_examples):
     return seen
 
 
-@pytest.mark.parametrize("n_examples", [6, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "n_examples", [6, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
 def test_the_description_is_kept(random, n_examples):
     """No request makes it fail, whether /openapi.json allows it or not."""
     schemathesis = pytest.importorskip("schemathesis")

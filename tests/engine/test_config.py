@@ -21,7 +21,7 @@ from engine.config import (
     shown,
     unsupported,
 )
-from engine.errors import UserError
+from engine.errors import UserError, printable
 
 PAIRS = [["a.bin", "b.bin"]]
 RUN = {"dataset_path": PAIRS, "max_steps": 1000}
@@ -308,7 +308,7 @@ def test_damaged_configurations_are_refused_or_mean_what_they_say(train, seed):
         except UserError as error:
             assert str(error).startswith(f"config/{files[flag].name}: ") and "\n" not in str(error)
             done = train("pretrain")
-            assert (done.returncode, done.stderr, done.stdout) == (2, f"error: {error}\n", "")
+            assert (done.returncode, done.stderr, done.stdout) == (2, f"error: {printable(str(error))}\n", "")
             outcomes["refused"] += 1
             continue
         written = json.loads(damaged.decode("utf-8-sig"))
