@@ -285,7 +285,7 @@ BPE_SAMPLE = 50 << 20  # bytes of input that BPE learns from: more changes littl
 
 
 def sample(texts, share):
-    """About `share` of some texts: those that begin in every so manieth million characters."""
+    """About `share` of some texts, taken evenly: all that begin in a million characters, or none."""
     n_before = 0
     for text in texts:
         million = n_before >> 20

@@ -194,14 +194,12 @@ def report(problem, model, tokenizer, questions, facts):
     # Some that failed, if any did, and otherwise the first ones: questions are in random order.
     wrong = [i for i, ok in enumerate(right) if not ok][: N_SHOWN // 2]
     chosen = list(dict.fromkeys([*wrong, *range(len(questions))]))[:N_SHOWN]
-    console = Console(highlight=False)
-    table = Table(title="examples")
+    examples = Table(title="examples")
     for name in ("question", "the model's answer", "", "right is"):
-        table.add_column(name, overflow="fold")
+        examples.add_column(name, overflow="fold")
     for i in chosen:
         verdict = "[green]✓" if right[i] else "[red]✗"
-        table.add_row(questions[i], given[i], verdict, "" if right[i] else problem.answer(questions[i]))
-    console.print(table)
+        examples.add_row(questions[i], given[i], verdict, "" if right[i] else problem.answer(questions[i]))
 
     result = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -213,8 +211,6 @@ def report(problem, model, tokenizer, questions, facts):
         "questions": len(right),
         **facts,
     }
-    if "seconds" in facts:
-        append(RESULTS, json.dumps(result, ensure_ascii=False) + "\n")
     sizes = ", ".join(f"{name} {value}" for name, value in problem.sizes.items())
     table = Table(title=f"{problem.name}, {sizes}", show_header=False)
     for name, value in result.items():
@@ -223,7 +219,11 @@ def report(problem, model, tokenizer, questions, facts):
     if len(kinds) > 1:
         for kind, count in sorted(kinds.items()):
             table.add_row(f"accuracy, {kind}", f"{right_of_kind[kind] / count:.2%} of {count:,}")
-    console.print(table)
+    try:
+        if "seconds" in facts:
+            append(RESULTS, json.dumps(result, ensure_ascii=False) + "\n")
+    finally:  # on a full disk they can still be read; where nobody reads them they are kept
+        Console(highlight=False).print(examples, table)
 
 
 def shown_value(name, value):

@@ -1,6 +1,7 @@
 """What a file is. What it begins with decides, and its name only where that leaves a doubt.
 
-    JSON lines    most of its first lines are JSON objects, or it is called .jsonl, .ndjson or .jsonlines
+    JSON lines    half of its first 20 lines, or more, are JSON objects, or it is called .jsonl, .ndjson or
+                  .jsonlines
     text          any other UTF-8, whatever it is called
 
 What is known to be something else is refused, with a command that makes text or JSON lines of it.
