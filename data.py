@@ -41,8 +41,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import UserError, run
-from engine.files import Together
+from common.errors import UserError, run
+from common.files import Together
 from sources import BadLine, Found, Source
 from sources.reading import CHUNK
 from sources.records import messages_of, text_of
@@ -141,7 +141,7 @@ def meta_checksum(meta):
 class TokenWriter:
     """Writes one token file. `stem` is the path without suffix.
 
-    files: an `engine.files.Together`, which puts all of its parts into their places in the end.
+    files: an `common.files.Together`, which puts all of its parts into their places in the end.
     """
 
     def __init__(self, files, stem, kind, tokenizer):
@@ -655,7 +655,7 @@ def main():
             )
     tokenizer = None
     if args.tokenizer:
-        from engine.config import find
+        from common.config import find
         from formats import load_tokenizer
 
         tokenizer = load_tokenizer(find(args.tokenizer))

@@ -16,7 +16,7 @@ How a format is laid out is told in formats/, and how to go on from there in doc
 import argparse
 from pathlib import Path
 
-from engine.errors import UserError, run
+from common.errors import UserError, run
 
 # ---- the command line ------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    from engine.config import find, shown
+    from common.config import find, shown
     from inference import CHOICES, check_model_file, load_checkpoint
 
     check_model_file(args.model)

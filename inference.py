@@ -27,7 +27,7 @@ import re
 import sys
 import time
 
-from engine.errors import UserError, run
+from common.errors import UserError, run
 
 # ---- the command line ------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Speaker:
     """
 
     def __init__(self, model, tokenizer, max_length=None, **options):
-        from engine.decoding import Decoder
+        from decoding.engine import Decoder
 
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.decoder, self.waited = Decoder(model), 0.0  # seconds, until compiled steps are wanted
@@ -235,7 +235,7 @@ class Speaker:
 
     def speak(self, ids):
         """Yield what follows `ids`, token by token, as text; "" where a character is not whole yet."""
-        from engine.decoding import TextStream
+        from decoding.engine import TextStream
 
         text = TextStream(self.tokenizer)
         self.n_prompt, self.n_tokens, self.first_seconds = len(ids), 0, None
@@ -249,7 +249,7 @@ class Speaker:
 
     def tokens(self, ids, max_tokens):
         """Yield what follows `ids`, as ids."""
-        from engine.decoding import Request
+        from decoding.engine import Request
 
         options = self.options | {"stop_tokens": self.stop_tokens}
         if options.get("temperature") == 0 and self.model.drafter():
@@ -416,7 +416,7 @@ def answer_greedily(model, prompts, max_tokens, stop_tokens, on_answers=lambda c
 
     `max_tokens[i]` bounds the i-th, its stop token included, and so does the context.
     """
-    from engine.decoding import Decoder, Request
+    from decoding.engine import Decoder, Request
 
     requests = [
         Request(
@@ -503,7 +503,7 @@ CHOICES = ("newest", "best")
 
 def check_model_file(path):
     """UserError unless there is such a file, or `path` is one of CHOICES. Needs no torch."""
-    from engine.config import find, shown
+    from common.config import find, shown
 
     if path not in CHOICES and not find(path).is_file():
         raise UserError(f"there is no file {shown(find(path))}; without -m the newest model is taken")
@@ -511,9 +511,9 @@ def check_model_file(path):
 
 def load_checkpoint(path, instruct):
     """(checkpoint, its name): of the file, or of the newest run here, if `path` is one of CHOICES."""
+    from common.config import find, shown
     from engine import checkpoint as checkpoints
     from engine import runs
-    from engine.config import find, shown
 
     if path not in CHOICES:
         path = find(path)
@@ -532,8 +532,8 @@ def load_checkpoint(path, instruct):
 
 def load_model(path, instruct, device="auto", quantize=None):
     """(checkpoint, its name, model, tokenizer, the hardware's Choice), ready to continue texts."""
-    from engine import hardware
-    from engine.blocks import quantize as to_int8
+    from common import hardware
+    from decoding.packed import quantize as to_int8
     from engine.checkpoint import build
 
     checkpoint, name = load_checkpoint(path, instruct)
@@ -550,7 +550,7 @@ def load_model(path, instruct, device="auto", quantize=None):
 
 def load_speaker(args, instruct):
     """(the Speaker that the arguments ask for, what it is in two lines, the context to run it in)."""
-    from engine import hardware
+    from common import hardware
 
     checkpoint, name, model, tokenizer, choice = load_model(args.model, instruct, args.device, args.quantize)
     if instruct and checkpoint.task != "sft":
@@ -566,7 +566,7 @@ def load_speaker(args, instruct):
 def main():
     args = parse_arguments()
     check_model_file(args.model)
-    from engine.config import find
+    from common.config import find
 
     if sys.stdin is None and args.prompt is None and args.eval is None:
         raise UserError("standard input is closed, so nothing can be asked; use --prompt")

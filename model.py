@@ -11,7 +11,7 @@ Worth knowing before reading:
   cache holds only `n_kv_head` of them.
 - One matrix makes queries, keys and values, and one makes both halves of the gated MLP:
   a few large products are faster than many small ones.
-- Attention and loss have a faster version for training on a CPU in `engine/kernels.py`:
+- Attention and loss have a faster version for training on a CPU in `common/kernels.py`:
   `use_cpu_kernels`. Everything else here is PyTorch's operations.
 - Other architectures are subclasses of `GPT` in `models/`, which change some of its parts.
 
@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import kernels
 from config.schema import ModelConfig
-from engine import kernels
 
 
 class RMSNorm(nn.Module):
@@ -453,7 +453,7 @@ class GPT(nn.Module):
         return self.rotary_cos[positions].unsqueeze(2), self.rotary_sin[positions].unsqueeze(2)
 
     def use_cpu_kernels(self, on):
-        """Train with attention and loss of `engine.kernels` (float32 on a CPU only), or with PyTorch's."""
+        """Train with attention and loss of `common.kernels` (float32 on a CPU only), or with PyTorch's."""
         for module in self.modules():
             if hasattr(module, "by_hand"):
                 module.by_hand = on

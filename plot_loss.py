@@ -23,8 +23,8 @@ import warnings
 from datetime import datetime
 from pathlib import Path
 
-from engine.errors import UserError, describe_os_error, run
-from engine.files import whole
+from common.errors import UserError, describe_os_error, run
+from common.files import whole
 
 ROOT = Path(__file__).resolve().parent
 FORMATS = ("png", "pdf", "svg", "jpg")

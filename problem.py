@@ -22,10 +22,10 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, ValidationError
 
 import tasks
+from common.config import ROOT, check, find, shown
+from common.errors import UserError, run
+from common.files import append
 from config.schema import ModelConfig, Schema, TrainConfig
-from engine.config import ROOT, check, find, shown
-from engine.errors import UserError, run
-from engine.files import append
 
 RESULTS = ROOT / "checkpoint" / "results.jsonl"
 N_TEST, N_TEST_MEANWHILE = 10_000, 2_000  # questions at the end, and while it trains
@@ -87,7 +87,8 @@ def learn(args):
     shape = {"block_size": problem.block_size, "is_causal": problem.is_causal, **problem.model()}
     shape = check(ModelConfig, shape, here)
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
-    from engine import hardware, runs
+    from common import hardware
+    from engine import runs
     from engine.parallel import Alone
     from train import Job, initial_model, train
 
@@ -119,7 +120,8 @@ def learn(args):
 
 
 def try_again(args):
-    from engine import checkpoint, hardware
+    from common import hardware
+    from engine import checkpoint
 
     path = find(args.model)
     state = checkpoint.load(path)

@@ -7,10 +7,10 @@
 A page to chat on is at /, the API at /v1/models, /v1/chat/completions and /v1/completions, the server's
 state at /health and /metrics. doc/serving.md is the guide.
 
-The way of a request: a `Gate` (engine/gate.py) checks who sends it and how much; pydantic checks its fields
-(engine/wire.py), and a `Service` makes a prompt of it, both in a thread that is there to read; an `Engine`
-draws its tokens, beside those of others, and a `Choice` makes text of them (engine/serving.py); a `Reply`
-writes it as OpenAI's clients expect it (engine/wire.py), whole or piece by piece.
+The way of a request: a `Gate` (server/middleware.py) checks who sends it and how much; pydantic checks its
+fields (server/openai_api.py), and a `Service` makes a prompt of it, both in a thread that is there to read;
+an `Engine` draws its tokens, beside those of others, and a `Choice` makes text of them (server/service.py);
+a `Reply` writes it as OpenAI's clients expect it (server/openai_api.py), whole or piece by piece.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import re
 import secrets
 import socket
 
-from engine.errors import UserError, describe_os_error, is_out_of_memory, run
+from common.errors import UserError, describe_os_error, is_out_of_memory, run
 
 USUAL = {"http": ":80", "https": ":443"}  # ports
 SPARE = 32  # files that may be opened beside connections
@@ -162,9 +162,9 @@ def make_app(service, api_key=None, cors=()):
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
 
-    from engine import wire
-    from engine.gate import Gate
-    from engine.wire import ApiError
+    from server import openai_api
+    from server.middleware import Gate
+    from server.openai_api import ApiError
 
     # Until when a request must be answered; a dependency only that FastAPI does not take it for a parameter.
     Deadline = Annotated[float, Depends(lambda: None)]
@@ -183,7 +183,7 @@ def make_app(service, api_key=None, cors=()):
             async def handle(request):
                 deadline = time.monotonic() + service.engine.seconds
                 kind, body = request.headers.get("content-type", ""), await request.body()
-                asked = await service.read(deadline, wire.read, form, kind, body)
+                asked = await service.read(deadline, openai_api.read, form, kind, body)
                 return await self.endpoint(asked, deadline)
 
             return handle
@@ -193,7 +193,7 @@ def make_app(service, api_key=None, cors=()):
         description="A small language model, by OpenAI's API.",
         docs_url=None,  # the usual pages load scripts from elsewhere
         redoc_url=None,
-        responses={"default": {"model": wire.ErrorReply, "description": "what went wrong"}},
+        responses={"default": {"model": openai_api.ErrorReply, "description": "what went wrong"}},
     )
     app.router.route_class = Route
     # The gate checks the key; this tells of it in /openapi.json.
@@ -218,7 +218,7 @@ def make_app(service, api_key=None, cors=()):
     async def chat_page():
         return Response(page, media_type="text/html; charset=utf-8", headers=page_headers)
 
-    @app.get("/health", response_model=wire.Health, responses={503: {"model": wire.Health}})
+    @app.get("/health", response_model=openai_api.Health, responses={503: {"model": openai_api.Health}})
     async def health():
         engine = service.engine
         has_failed = bool(engine.error or engine.is_stopped)
@@ -239,38 +239,38 @@ def make_app(service, api_key=None, cors=()):
     async def metrics():
         return Response(service.metrics.text, media_type=service.metrics.media_type)
 
-    @app.get("/v1/models", response_model=wire.ModelList, **for_members)
+    @app.get("/v1/models", response_model=openai_api.ModelList, **for_members)
     async def models():
         return JSONResponse({"object": "list", "data": [service.facts]})
 
-    @app.get("/v1/models/{name}", response_model=wire.Model, **for_members)
+    @app.get("/v1/models/{name}", response_model=openai_api.Model, **for_members)
     async def model(name: str):
         service.check_model(name)
         return JSONResponse(service.facts)
 
     async def answer(asked, form, read, deadline):
         prompt = await service.read(deadline, read, asked)
-        reply = wire.Reply(service, form(service.tokenizer), asked, prompt, deadline)
+        reply = openai_api.Reply(service, form(service.tokenizer), asked, prompt, deadline)
         if not asked.stream:
             return JSONResponse(await reply.whole())
         # The last header tells nginx not to collect events before it passes them on.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(await reply.events(), media_type="text/event-stream", headers=headers)
 
-    @app.post("/v1/chat/completions", response_model=wire.ChatReply, **may_stream, **for_members)
-    async def chat(asked: wire.ChatRequest, deadline: Deadline):
-        return await answer(asked, wire.ChatForm, service.conversation, deadline)
+    @app.post("/v1/chat/completions", response_model=openai_api.ChatReply, **may_stream, **for_members)
+    async def chat(asked: openai_api.ChatRequest, deadline: Deadline):
+        return await answer(asked, openai_api.ChatForm, service.conversation, deadline)
 
-    @app.post("/v1/completions", response_model=wire.CompletionReply, **may_stream, **for_members)
-    async def completions(asked: wire.CompletionRequest, deadline: Deadline):
-        return await answer(asked, wire.TextForm, service.continuation, deadline)
+    @app.post("/v1/completions", response_model=openai_api.CompletionReply, **may_stream, **for_members)
+    async def completions(asked: openai_api.CompletionRequest, deadline: Deadline):
+        return await answer(asked, openai_api.TextForm, service.continuation, deadline)
 
-    @app.post("/tokenize", response_model=wire.TokenizeReply, **for_members)
-    async def tokenize(asked: wire.TokenizeRequest, deadline: Deadline):
+    @app.post("/tokenize", response_model=openai_api.TokenizeReply, **for_members)
+    async def tokenize(asked: openai_api.TokenizeRequest, deadline: Deadline):
         return JSONResponse(await service.tokens_of(asked, deadline))
 
-    @app.post("/detokenize", response_model=wire.DetokenizeReply, **for_members)
-    async def detokenize(asked: wire.DetokenizeRequest, deadline: Deadline):
+    @app.post("/detokenize", response_model=openai_api.DetokenizeReply, **for_members)
+    async def detokenize(asked: openai_api.DetokenizeRequest, deadline: Deadline):
         service.check_model(asked.model)
         return JSONResponse({"prompt": await service.read(deadline, service.to_text, asked.tokens)})
 
@@ -289,7 +289,7 @@ def read_page():
     import base64
     import hashlib
 
-    from engine.config import ROOT
+    from common.config import ROOT
 
     page = (ROOT / "web" / "chat.html").read_text("utf-8")
 
@@ -320,8 +320,8 @@ def make_server(app, listener, args):
 
     import uvicorn
 
-    from engine.gate import Connection, Sparing
-    from engine.hardware import return_freed_memory
+    from common.hardware import return_freed_memory
+    from server.middleware import Connection, Sparing
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):
@@ -359,10 +359,10 @@ def make_server(app, listener, args):
 
 def load_service(args):
     """(the Service, the model in two lines)"""
-    from engine.config import find
-    from engine.hardware import attention_context
-    from engine.serving import Engine, Service
+    from common.config import find
+    from common.hardware import attention_context
     from inference import Speaker, facts, load_model
+    from server.service import Engine, Service
 
     checkpoint, name, model, tokenizer, choice = load_model(args.model, True, args.device, args.quantize)
     speaker = Speaker(model, tokenizer)

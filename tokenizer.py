@@ -33,9 +33,9 @@ from reprlib import repr as shown
 
 import numpy as np
 
-from engine.errors import UserError, run
-from engine.files import write_text
-from engine.patterns import trouble as trouble_with
+from common.errors import UserError, run
+from common.files import write_text
+from common.patterns import trouble as trouble_with
 from sources import Found, Source
 from sources.records import words_of
 

@@ -27,9 +27,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from common.config import find, load_run, parse_overrides, shown
+from common.errors import UserError, is_out_of_memory, run
 from config.schema import TrainConfig
-from engine.config import find, load_run, parse_overrides, shown
-from engine.errors import UserError, is_out_of_memory, run
 from engine.stop import Launcher, StopRequest
 
 
@@ -103,7 +103,8 @@ def main():
         raise UserError("--world is for --plan; train_ddp.py trains on several devices")
     config, model_config = load_run(args)
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
-    from engine import hardware, plan
+    from common import hardware
+    from engine import plan
     from engine.parallel import Alone
 
     choice, parallel = hardware.prepare(config), Alone()
@@ -136,7 +137,7 @@ def enter_launch(example):
     told("MASTER_ADDR")
     told("MASTER_PORT", 0, 65535)
     if rank:
-        from engine.log import mute
+        from common.log import mute
 
         mute()
     return place
@@ -146,7 +147,7 @@ def main_launched(args, strategy, place, loss_scaling=True):
     """The rest of such a script. strategy(config, choice): how the run is spread (engine/parallel.py)."""
     launcher = Launcher()
     config, model_config = load_run(args)
-    from engine import hardware
+    from common import hardware
 
     choice = hardware.prepare(config, place, loss_scaling)
     with strategy(config, choice) as parallel:
@@ -156,7 +157,7 @@ def main_launched(args, strategy, place, loss_scaling=True):
 def text_job(args, config, model_config, choice, parallel):
     """What -t, --resume and the two configurations ask for."""
     from data import Batches, TokenFile
-    from engine import dial, runs
+    from engine import runs, scaling_laws
     from formats import load_tokenizer
 
     start = parallel.first(
@@ -166,7 +167,7 @@ def text_job(args, config, model_config, choice, parallel):
         start, config, model_config, choice, lambda: load_tokenizer(find(config.tokenizer_path))
     )
     written = config.model_dump(mode="json")
-    config = parallel.first(lambda: dial.resolved(config, model, choice, args.task, start))
+    config = parallel.first(lambda: scaling_laws.resolved(config, model, choice, args.task, start))
     files = [[TokenFile(find(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
     for file in (file for pair in files for file in pair):
         if file.meta["kind"] != args.task:
@@ -187,8 +188,8 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
     import torch
 
     import models
+    from common.log import notice
     from engine import checkpoint, plan, runs
-    from engine.log import notice
 
     for line in start.notices:
         notice(line)
@@ -219,7 +220,7 @@ def settled(job, rows, parallel):
     """
     import torch
 
-    from engine import hardware
+    from common import hardware
 
     config, choice, model = job.config, job.choice, job.model
     before = job.start.checkpoint.train_config.get("dtype") if job.start.resumes else None
@@ -289,9 +290,10 @@ def train(job, parallel, instead=None, launcher=None):
     """
     import torch
 
+    from common import hardware
+    from common.log import RunLog, duration, notice
     from engine import checkpoint as checkpoints
-    from engine import hardware, plan, runs
-    from engine.log import RunLog, duration, notice
+    from engine import plan, runs
     from engine.optimizer import learning_rate_at, rate_multiplier
 
     config, choice, start = job.config, job.choice, job.start

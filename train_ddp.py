@@ -8,7 +8,7 @@ number of devices. The global batch, batch_size x gradient_accumulation_steps, i
 """
 
 import train
-from engine.errors import run_launched
+from common.errors import run_launched
 
 EXAMPLE = "python -m torch.distributed.run --nproc_per_node 2 train_ddp.py -t pretrain"
 

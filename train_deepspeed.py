@@ -15,9 +15,9 @@ import os
 import re
 
 import train
+from common.config import find, load, load_run, shown
+from common.errors import UserError, run_launched
 from config.schema import DeepSpeedConfig
-from engine.config import find, load, load_run, shown
-from engine.errors import UserError, run_launched
 
 EXAMPLE = "deepspeed --num_gpus 2 train_deepspeed.py -t pretrain"
 

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmark import train_speed  # noqa: E402
-from engine.errors import UserError, run  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
 
-KERNELS = {  # of engine/kernels.py -> the class of model.py that uses it
+KERNELS = {  # of common/kernels.py -> the class of model.py that uses it
     "causal attention": {"Attention"},
     "head and loss": {"GPT"},
 }

@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402
 from benchmark.copies import copy_of_project, timed  # noqa: E402
-from engine.config import check_model  # noqa: E402
-from engine.errors import UserError, run  # noqa: E402
+from common.config import check_model  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
 from plot_loss import PALETTE, Log  # noqa: E402
 
 COMMON = {"block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128}

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from engine.errors import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def copy_of_project(folder):
     """-> the path of a new copy of all that train.py needs, inside `folder`."""
     copy = Path(tempfile.mkdtemp(dir=folder))
-    rooms = "", "config/", "engine/", "formats/", "models/", "sources/"
+    rooms = "", "common/", "config/", "decoding/", "engine/", "formats/", "models/", "objectives/", "sources/"
     rooms = (ROOT.glob(f"{room}*.py") for room in rooms)
     for source in itertools.chain.from_iterable(rooms):
         target = copy / source.relative_to(ROOT)

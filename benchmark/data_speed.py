@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from engine.errors import run  # noqa: E402
+from common.errors import run  # noqa: E402
 from tokenizer import BPETokenizer, CharTokenizer  # noqa: E402
 
 # Runs a script as `python SCRIPT ...` does; then prints its CPU seconds and the most memory it had, in kB.

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmark import figures  # noqa: E402
-from engine.errors import UserError, run  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
 
 SHAPE = {
     "block_size": 256, "n_layer": 6, "n_head": 8, "n_kv_head": 4, "n_embd": 256, "n_hidden": 768,
@@ -65,8 +65,8 @@ def random_checkpoint():
     import torch
 
     import models
+    from common.config import check_model
     from engine.checkpoint import Checkpoint
-    from engine.config import check_model
     from tokenizer import CharTokenizer
 
     torch.manual_seed(0)
@@ -84,9 +84,9 @@ def random_checkpoint():
 
 
 def decoder_of(checkpoint, n_requests, int8, compiled=True):
-    from engine.blocks import quantize
+    from decoding.engine import Decoder
+    from decoding.packed import quantize
     from engine.checkpoint import build
-    from engine.decoding import Decoder
 
     model, _ = build(checkpoint, "the benchmark")
     decoder = Decoder(quantize(model) if int8 else model, n_requests)
@@ -111,7 +111,7 @@ def reading(checkpoint, int8, compiled):
 
 def nano(checkpoint, n_tokens, n_requests=1, int8=False):
     """A function that draws n_tokens for each of n_requests, and returns tokens/s."""
-    from engine.decoding import Request
+    from decoding.engine import Request
 
     decoder = decoder_of(checkpoint, n_requests, int8)
 
@@ -226,7 +226,7 @@ def from_core_to_core(n_times=20_000):
     import numpy as np
     from numba import njit
 
-    from engine.compiled import read, write
+    from decoding.compiled import read, write
 
     @njit(nogil=True)
     def talk(ball, rank):

@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark import figures  # noqa: E402
 from benchmark.train_speed import check_nanogpt  # noqa: E402
-from engine.errors import UserError, run  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
 
 # TFLOP/s of dense products that add up in float32: (half precision, float32 without tensor cores). From
 # NVIDIA's data sheets and, for GeForce cards, the white papers of Ampere, Ada and Blackwell: they do twice as
@@ -94,7 +94,7 @@ class Setting:
 def look_at_the_machine(setting, tell):
     import torch
 
-    from engine import hardware
+    from common import hardware
 
     if not (setting.dry_run or torch.cuda.is_available()):
         raise UserError("torch finds no CUDA GPU here; --dry-run rehearses on the CPU")
@@ -134,7 +134,7 @@ def copied(setting):
     """Bytes that a copy within the device's memory reads and writes in a second."""
     import torch
 
-    from engine.hardware import synchronize
+    from common.hardware import synchronize
 
     size = 1 << (24 if setting.dry_run else 29)
     source = torch.ones(size, dtype=torch.uint8, device=setting.device)
@@ -174,9 +174,9 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
     import torch
 
     import models
+    from common import hardware
+    from common.config import check_model
     from config.schema import TrainConfig
-    from engine import hardware
-    from engine.config import check_model
     from engine.parallel import Alone
     from engine.runs import Start
     from train import Job, train
@@ -206,7 +206,7 @@ def train_nanogpt(setting, tell, workload, compiled=True):
     import torch
 
     from benchmark.train_speed import TRAINING, load_nanogpt
-    from engine import hardware
+    from common import hardware
 
     workload, micro_batch = sized(setting, workload)
     choice = hardware.choose(hardware.detect(setting.device), setting.device)
@@ -292,8 +292,8 @@ def time_steps(setting, tell, workload, model, one_step, began):
     import torch
 
     from benchmark.train_speed import flops_per_token
-    from engine.config import check_model
-    from engine.hardware import synchronize
+    from common.config import check_model
+    from common.hardware import synchronize
 
     def timed(n):
         synchronize(setting.device)
@@ -328,10 +328,10 @@ def write_texts(setting, tell, shape):
     import torch
 
     import models
-    from engine import hardware
-    from engine.config import check_model
-    from engine.decoding import Decoder, Request
-    from engine.errors import is_out_of_memory
+    from common import hardware
+    from common.config import check_model
+    from common.errors import is_out_of_memory
+    from decoding.engine import Decoder, Request
 
     shape = shape | SMALL.shape | {"n_kv_head": 1} if setting.dry_run else shape
     choice = hardware.choose(hardware.detect(setting.device), setting.device, dtype="float32")

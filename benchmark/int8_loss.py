@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.errors import UserError, run  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
 
 
 def loss_of(model, tokens):
@@ -35,11 +35,11 @@ def loss_of(model, tokens):
 
 
 def loss_of_steps(model, tokens):
-    """The same, by engine/compiled.py."""
+    """The same, by decoding/compiled.py."""
     import torch
     import torch.nn.functional as F
 
-    from engine.compiled_steps import CompiledSteps
+    from decoding.compiled_steps import CompiledSteps
 
     size, total, steps = model.config.block_size, 0.0, CompiledSteps(model, n_slots=64)
     inputs, targets = tokens[:-1].split(size), tokens[1:].split(size)
@@ -66,11 +66,11 @@ def main():
         raise UserError("--limit must be 2 or more")
     import torch
 
+    from common.config import find, shown
     from data import TokenFile
+    from decoding.engine import supports
+    from decoding.packed import quantize
     from engine import checkpoint
-    from engine.blocks import quantize
-    from engine.config import find, shown
-    from engine.decoding import supports
 
     loaded = checkpoint.load(find(args.model))
     model, tokenizer = checkpoint.build(loaded, shown(find(args.model)))

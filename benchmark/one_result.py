@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.errors import UserError, run  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
 from plot_loss import Log  # noqa: E402
 
 CPU = {"device": "cpu"}
@@ -86,8 +86,9 @@ def main():
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("-o", "--output", default="one_result.png", metavar="FILE",
-                        help="the chart (default: %(default)s)")
+    parser.add_argument(
+        "-o", "--output", default="one_result.png", metavar="FILE", help="the chart (default: %(default)s)"
+    )
     args = parser.parse_args()
     if not (ROOT / "dataset" / "prepared").is_dir():
         raise UserError("there is no prepared data: run data.py first")

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmark import figures  # noqa: E402
 from benchmark.copies import copy_of_project, timed  # noqa: E402
 from benchmark.train_speed import check_nanogpt, load_nanogpt  # noqa: E402
-from engine.errors import UserError, run  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
 
 BLOCK, BATCH, EVALUATE = 64, 12, {"eval_interval": 250, "eval_iters": 20}
 
@@ -57,8 +57,8 @@ def prepare(text, folder):
     import numpy as np
     import torch
 
+    from common.files import Together
     from data import TokenWriter, encode_texts
-    from engine.files import Together
     from tokenizer import N_SPECIAL, CharTokenizer
 
     tokenizer = CharTokenizer.train([text])

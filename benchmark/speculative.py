@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.config import find, shown  # noqa: E402
-from engine.errors import UserError, run  # noqa: E402
+from common.config import find, shown  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
 
 SHAPE = {"architecture": "deepseek_v3", "block_size": 256, "n_layer": 6, "n_head": 4, "n_embd": 128,
          "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32,
@@ -29,7 +29,7 @@ def train(text, steps):
     import torch
 
     import models
-    from engine.config import check_model
+    from common.config import check_model
     from tokenizer import CharTokenizer
 
     tokenizer = CharTokenizer.train([text])

@@ -1,9 +1,9 @@
 """What it costs to spread a run over processes: time under DDP, memory under ZeRO, the link between machines.
 
-    python benchmark/spread_cost.py time          # DDP: 2 processes of one thread against 1 of two
-    python benchmark/spread_cost.py memory        # bytes in each process against the formula of the paper
-    python benchmark/spread_cost.py link          # two network namespaces with links of different speed
-    python -m torch.distributed.run --nnodes 2 ... benchmark/spread_cost.py check      # a real link, on both
+python benchmark/spread_cost.py time          # DDP: 2 processes of one thread against 1 of two
+python benchmark/spread_cost.py memory        # bytes in each process against the formula of the paper
+python benchmark/spread_cost.py link          # two network namespaces with links of different speed
+python -m torch.distributed.run --nnodes 2 ... benchmark/spread_cost.py check      # a real link, on both
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common.errors import run_launched  # noqa: E402
 from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig  # noqa: E402
-from engine.errors import run_launched  # noqa: E402
 
 MODELS = {  # name -> (shape, rows of a global batch)
     "4 M": (dict(block_size=256, vocab_size=4000, n_layer=4, n_head=4, n_embd=256), 8),
@@ -124,7 +124,7 @@ def measure_link(args):
     from rich.console import Console
     from rich.table import Table
 
-    from engine.hardware import choose, detect
+    from common.hardware import choose, detect
     from engine.plan import Facts
 
     table = Table(title="2 machines of one thread each: milliseconds a step, and times as fast as one")
@@ -155,7 +155,7 @@ def check(args):
     import torch
     import torch.distributed as dist
 
-    from engine.hardware import choose, detect
+    from common.hardware import choose, detect
     from engine.parallel import DataParallel
 
     with DataParallel("auto", choose(detect("auto"), "auto", "float32")) as parallel:
@@ -181,7 +181,7 @@ def check(args):
 def worker(kind, out, n_threads, **job):
     import torch
 
-    from engine.hardware import choose, detect, keep_freed_memory
+    from common.hardware import choose, detect, keep_freed_memory
 
     torch.set_num_threads(n_threads)
     keep_freed_memory()

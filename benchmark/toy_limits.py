@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tasks  # noqa: E402
-from engine.config import shown  # noqa: E402
-from engine.errors import UserError, run  # noqa: E402
+from common.config import shown  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
 from problem import RESULTS, read_results, show_results  # noqa: E402
 
 SIZES = {

@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmark import figures  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
 from config.schema import ModelConfig, TrainConfig  # noqa: E402
-from engine.errors import UserError, run  # noqa: E402
 
 MODELS = {
     "speed table": ModelConfig(block_size=512, vocab_size=2114, n_layer=2, n_head=4, n_embd=512),
@@ -71,7 +71,7 @@ def ours(shape, _, without=()):
     """As train.py does it on a CPU with everything "auto", in float32. `without`: see ablation.py."""
     import torch
 
-    from engine.hardware import keep_freed_memory
+    from common.hardware import keep_freed_memory
     from engine.optimizer import learning_rate_at, make_optimizer
     from model import GPT
 

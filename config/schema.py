@@ -2,7 +2,7 @@
 
 `ModelConfig` is config/model_config.json (other architectures have theirs in models/), `TrainConfig` is
 config/config_pretrain.json and config/config_sft.json, `DeepSpeedConfig` is config/deepspeed_config.json.
-The same classes check what a user wrote (engine/config.py), fill in defaults, and yield the reference
+The same classes check what a user wrote (common/config.py), fill in defaults, and yield the reference
 page doc/configuration.md.
 """
 
@@ -224,7 +224,7 @@ class TrainConfig(Schema):
 
     @property
     def automatic(self):
-        """The keys whose "auto" stands for a number that follows from the model: engine/dial.py."""
+        """The keys whose "auto" stands for a number that follows from the model: engine/scaling_laws.py."""
         keys = ("batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate", "min_lr")
         return [key for key in (*keys, "warmup_iters") if getattr(self, key) == "auto"]
 

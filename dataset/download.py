@@ -44,7 +44,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.errors import UserError, run  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
 
 CONNECT = 30  # seconds to connect: names, proxy and TLS included
 LEAST, PATIENCE = 1000, 60  # bytes a second on average over so many seconds; what is slower has stopped

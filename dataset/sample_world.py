@@ -29,8 +29,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.errors import UserError, run  # noqa: E402
-from engine.files import Together  # noqa: E402
+from common.errors import UserError, run  # noqa: E402
+from common.files import Together  # noqa: E402
 
 LANGUAGES = ("zh", "en")
 PEOPLE = 24  # at size 1.0

@@ -1,6 +1,6 @@
 """Draws doc/architectures_drawn.png: what each architecture of Nano is made of, side by side.
 
-    python doc/draw_architectures.py
+python doc/draw_architectures.py
 """
 
 from pathlib import Path

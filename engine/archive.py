@@ -17,7 +17,7 @@ from collections import OrderedDict
 
 import torch
 
-from engine.errors import is_out_of_memory
+from common.errors import is_out_of_memory
 
 MOST_RECORDS = 1 << 17  # a network of a thousand layers, with its moments, has half as many
 MOST_OPERATIONS = 1 << 22  # of a pickle; that network's has two million

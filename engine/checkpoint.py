@@ -34,11 +34,11 @@ from torch.overrides import TorchFunctionMode
 
 import models
 import tokenizer as tokenizers
+from common.config import ROOT, check_model, shown
+from common.errors import UserError
+from common.files import whole
 from config.schema import LAST_STEP
 from engine import archive
-from engine.config import ROOT, check_model, shown
-from engine.errors import UserError
-from engine.files import whole
 
 FORMAT, VERSION = "nano-checkpoint", 2
 TIME = r"[0-9]{8}_[0-9]{6}"  # a run's name

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from engine.errors import UserError
+from common.errors import UserError
 
 
 def make_optimizer(model, config, dtype="float32", muon=None):

@@ -40,8 +40,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
+from common.errors import UserError
 from engine import checkpoint as checkpoints
-from engine.errors import UserError
 from engine.heartbeat import Heartbeat
 from engine.optimizer import make_optimizer, state_shapes
 

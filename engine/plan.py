@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 import models
-from engine import hardware
-from engine.errors import UserError, is_out_of_memory
-from engine.log import duration
+from common import hardware
+from common.errors import UserError, is_out_of_memory
+from common.log import duration
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

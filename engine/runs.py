@@ -22,11 +22,11 @@ from datetime import datetime, timedelta, timezone
 
 from filelock import FileLock, Timeout
 
+from common.config import check, find, shown
+from common.errors import UserError
 from config.schema import TrainConfig
 from engine import checkpoint as checkpoints
 from engine.checkpoint import TIME, Checkpoint, load, saved, unmeasured
-from engine.config import check, find, shown
-from engine.errors import UserError
 from engine.optimizer import learning_rate_at
 
 CLOCK = "%Y%m%d_%H%M%S"
@@ -237,7 +237,7 @@ def _new(task, config):
     if path == "auto":
         if not (found := newest("pretrain")):
             raise UserError(
-                "from_checkpoint is \"auto\", but checkpoint/ holds no pretrained model; run "
+                'from_checkpoint is "auto", but checkpoint/ holds no pretrained model; run '
                 '`python train.py -t pretrain` first, or set from_checkpoint to "" to start from nothing'
             )
         checkpoint, path, notices = found

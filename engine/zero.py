@@ -30,11 +30,11 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from pydantic import ValidationError
 
 import models
+from common.config import shown
+from common.errors import UserError
 from config.schema import LAST_STEP
 from engine import archive, runs
 from engine import checkpoint as checkpoints
-from engine.config import shown
-from engine.errors import UserError
 from engine.optimizer import Muon, make_optimizer, orthogonal, state_shapes
 from engine.parallel import DataParallel
 
@@ -71,7 +71,7 @@ class Zero(DataParallel):
             raise UserError(
                 f"{self.name}: train_batch_size {batch} must be train_micro_batch_size_per_gpu "
                 f"{micro_batch} x gradient_accumulation_steps {accumulation} x {self.world} processes = "
-                f"{product}, and the global batch of the run, {global_batch}; \"auto\" is always right"
+                f'{product}, and the global batch of the run, {global_batch}; "auto" is always right'
             )
         self.settings |= {
             "train_batch_size": batch,
@@ -88,7 +88,7 @@ class Zero(DataParallel):
         if self.settings["gradient_clipping"] not in ("auto", config.grad_clip):
             raise UserError(
                 f"{self.name}: gradient_clipping is {self.settings['gradient_clipping']}, "
-                f"but grad_clip of the run is {config.grad_clip}; \"auto\" is always right"
+                f'but grad_clip of the run is {config.grad_clip}; "auto" is always right'
             )
         offloads = self.settings["zero_optimization"].get("offload_optimizer") or {}
         if config.optimizer == "muon" and offloads.get("device", "none") != "none":

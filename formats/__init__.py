@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import tokenizer as tokenizers
-from engine.errors import UserError
+from common.errors import UserError
 
 FORMATS = {"huggingface": "families", "gguf": "gguf_file", "llama2c": "llama2c"}
 
@@ -28,7 +28,7 @@ def check(name, config):
 
 def check_free(path):
     """UserError if something is at `path` already."""
-    from engine.config import shown
+    from common.config import shown
 
     if path.exists() or path.is_symlink():
         raise UserError(f"{shown(path)} is there already; remove it, or name another with --output")
@@ -51,8 +51,8 @@ def tokenizer_and_rows(path, config):
     if path.is_dir():
         path /= "tokenizer.json"
     if path.suffix == ".pt" or zipfile.is_zipfile(path):
+        from common.config import shown
         from engine import checkpoint
-        from engine.config import shown
 
         found = checkpoint.load(path).tokenizer
         try:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.config import ANY, unsupported
-from engine.errors import UserError
+from common.config import ANY, unsupported
+from common.errors import UserError
 
 # ---- the families ----------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ ROPE_SCALING = {
 
 
 def implemented(family):
-    """What a class of Transformers can do of our configuration: see `engine.config.unsupported`."""
+    """What a class of Transformers can do of our configuration: see `common.config.unsupported`."""
     return {
         "architecture": (family.architecture,),
         "dropout": ANY,  # which is for training
@@ -305,7 +305,7 @@ def unread(family, found):
 
 def from_config(found, source):
     """(Family, configuration of ours) of the content of a config.json; `source`: its name, for errors."""
-    from engine.config import check_model
+    from common.config import check_model
 
     name = found.get("model_type")
     families = [family for family in FAMILIES if family.model_type == name]

@@ -14,9 +14,9 @@ here is told what they are:
   has none, and its prompts begin with <|bos|>.
 """
 
-from engine.config import ANY, unsupported
-from engine.errors import UserError
-from engine.files import whole
+from common.config import ANY, unsupported
+from common.errors import UserError
+from common.files import whole
 from formats import check, check_free, families
 from formats.families import ROPE_SCALING, family_of, in_pairs, to_weights
 
@@ -326,8 +326,8 @@ def write(checkpoint, name, path, kind):
     import gguf
     from gguf.gguf_writer import WriterState
 
+    from common.config import shown
     from engine.checkpoint import build
-    from engine.config import shown
 
     model, tokenizer = build(checkpoint, name)
     config = model.config

@@ -12,9 +12,9 @@ import json
 import shutil
 from pathlib import Path
 
-from engine.errors import UserError
-from engine.files import whole_folder, write_text
-from engine.patterns import trouble
+from common.errors import UserError
+from common.files import whole_folder, write_text
+from common.patterns import trouble
 from formats import check, check_free, tokenizer_and_rows
 from formats.families import family_of, from_config, from_weights, to_config, to_weights, unread
 
@@ -69,7 +69,7 @@ def from_library(path, config):
     """`formats.tokenizer_and_rows` of a tokenizer.json. UserError if it is of no kind of ours."""
     from tokenizers import Tokenizer
 
-    from engine.config import shown
+    from common.config import shown
     from tokenizer import N_SPECIAL, SPECIAL_TOKENS, from_dict
 
     try:
@@ -194,8 +194,8 @@ def write_folder(checkpoint, name, folder):
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    from common.config import shown
     from engine.checkpoint import build
-    from engine.config import shown
     from tokenizer import SPECIAL_TOKENS
 
     model, tokenizer = build(checkpoint, name)
@@ -256,7 +256,7 @@ def open_weights(folder):
     """({name: a function that reads the tensor}, metadata) of a folder's .safetensors, one or several."""
     from safetensors import SafetensorError, safe_open
 
-    from engine.config import read_json, shown
+    from common.config import read_json, shown
 
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -282,7 +282,7 @@ def open_weights(folder):
 
 def read_folder(folder, task, tokenizer_path):
     """Write the checkpoint of a folder's model. `task`, `tokenizer_path`: instead of what the folder says."""
-    from engine.config import read_json, shown
+    from common.config import read_json, shown
     from tokenizer import SPECIAL_TOKENS
 
     source = folder / "config.json"

@@ -35,9 +35,9 @@ new numbers here, and further ones make its text ours:
 
 import struct
 
-from engine.config import ANY, unsupported
-from engine.errors import UserError
-from engine.files import whole, whole_folder
+from common.config import ANY, unsupported
+from common.errors import UserError
+from common.files import whole, whole_folder
 from formats import check, check_free, families
 from formats.families import family_of, in_pairs, to_weights
 from tokenizer import N_SPECIAL, Tokenizer
@@ -202,8 +202,8 @@ def group_of(config):
 
 def write_folder(checkpoint, name, folder, kind):
     """Write the model of a checkpoint. kind: float32 (version 0) or q8_0 (version 2)."""
+    from common.config import shown
     from engine.checkpoint import build
-    from engine.config import shown
 
     model, tokenizer = build(checkpoint, name)
     config = model.config

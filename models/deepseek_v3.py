@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import nn
 
+from common import kernels
 from config.schema import ArchitectureConfig
-from engine import kernels
 from model import GPT, MLP, Attention, Block, RMSNorm, attention_factor, rotate
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever norm_eps is

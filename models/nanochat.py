@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 from torch import nn
 
 import model
+from common import kernels
 from config.schema import ArchitectureConfig
-from engine import kernels
 
 LOGIT_SOFTCAP = 15.0
 

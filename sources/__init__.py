@@ -16,7 +16,7 @@ comes out. It can be read again: it yields the same again, or says that it has c
 
 import os
 
-from engine.errors import UserError
+from common.errors import UserError
 from sources import json_lines, text
 from sources.kinds import kind_of
 from sources.reading import BadLine, Reader, changed

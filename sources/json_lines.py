@@ -4,7 +4,7 @@ import codecs
 import io
 import json
 
-from engine.errors import UserError
+from common.errors import UserError
 from sources import reading
 from sources.reading import fault_of
 

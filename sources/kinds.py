@@ -15,7 +15,7 @@ import shlex
 import stat
 from pathlib import Path
 
-from engine.errors import UserError
+from common.errors import UserError
 from sources.reading import BYTE_ORDER_MARK
 
 HEAD = 1 << 16  # bytes of a file that are looked at

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from engine.errors import UserError
+from common.errors import UserError
 
 CHUNK = 1 << 20  # bytes read at once: little enough for a processor's cache
 BYTE_ORDER_MARK = "\ufeff"

@@ -8,7 +8,7 @@ mean something else makes the record unusable.
 import functools
 from typing import NamedTuple
 
-from engine.errors import UserError
+from common.errors import UserError
 from sources.reading import BYTE_ORDER_MARK
 
 EMPTY = (None, "", [], {})

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from engine.errors import UserError
+from common.errors import UserError
 from tokenizer import CharTokenizer
 
 HELD_OUT = 10  # one question in ten is for testing

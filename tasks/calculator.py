@@ -8,7 +8,7 @@ import itertools
 import re
 from dataclasses import dataclass
 
-from engine.errors import UserError
+from common.errors import UserError
 from tasks import Problem, option
 
 OPERATION = re.compile(r"\([+*][01][01]\)")

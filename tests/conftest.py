@@ -20,7 +20,10 @@ import warm
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("engine", "dataset", "models", "formats", "tasks", "sources", "benchmark")
+FOLDERS = (
+    "common", "engine", "decoding", "server", "objectives", "dataset", "models", "formats", "tasks",
+    "sources", "benchmark",
+)  # fmt: skip
 SOURCE = ("*.py", "config/*.*", "web/*.*", *(f"{folder}/**/*.py" for folder in FOLDERS))
 
 # A model and a run that take no longer than they must.
@@ -67,7 +70,6 @@ class Workplace:
         line = re.compile(rf"[\d: -]+ \| {kind} \| Epoch-Step: \d+-(\d+){fields}")
         logs = [path.read_text("utf-8") for path in sorted(self.root.glob("train_*.log"))]
         return [(int(match[1]), *match.groups()[1:]) for log in logs for match in line.finditer(log)]
-
 
     @staticmethod
     def same(one, two):
@@ -143,7 +145,7 @@ class Trainer(Workplace):
     def __call__(self, task, *args, **settings):
         """`settings` go to --set. Returns what `Project.run` does; a bug's exception is raised."""
         import train
-        from engine.errors import run
+        from common.errors import run
 
         sets = [part for item in settings.items() for part in ("--set", f"{item[0]}={json.dumps(item[1])}")]
         handlers = {number: signal.getsignal(number) for number in ENDING}
@@ -206,12 +208,12 @@ def tiny_project(project, tiny_data):
 @pytest.fixture
 def train(tmp_path, tiny_data, monkeypatch, capsys):
     """train("pretrain", "--resume", max_steps=8): train.py in this process, in a project of its own."""
+    import common.config
+    import common.log
     import engine.checkpoint
-    import engine.config
-    import engine.log
 
     root = tmp_path / "项目"
-    for module in (engine.config, engine.log):
+    for module in (common.config, common.log):
         monkeypatch.setattr(module, "ROOT", root)
     monkeypatch.setattr(engine.checkpoint, "FOLDER", root / "checkpoint")
     monkeypatch.chdir(tmp_path)
@@ -233,7 +235,7 @@ def command(tmp_path, monkeypatch, capsys):
     """command("--read", folder): export.py's command line, in a folder that holds only what a test makes."""
     import engine.checkpoint
     import export
-    from engine.errors import run
+    from common.errors import run
 
     monkeypatch.setattr(engine.checkpoint, "FOLDER", tmp_path / "检查 point")
     monkeypatch.chdir(tmp_path)

@@ -85,7 +85,7 @@ def install(script):
     torch.inference_mode = torch.no_grad
 
     sys.path.insert(0, str(Path(script).parent))
-    from engine import hardware
+    from common import hardware
     from model import GPT
 
     def to(model, *args):

@@ -1,5 +1,6 @@
 """What is wrong from outside, through real command lines: one or two sentences on stderr and exit code 2,
-never a traceback, and nothing lost. Single keys and damages are in tests/engine, texts in test_data.py."""
+never a traceback, and nothing lost. Single keys and damages are in tests/common and tests/engine,
+texts in test_data.py."""
 
 import json
 import os
@@ -14,9 +15,9 @@ import torch
 
 import data
 import train as script
+from common.errors import run
 from data import prepare
 from engine.checkpoint import load
-from engine.errors import run
 from tokenizer import CharTokenizer
 
 PAIRS = [[f"dataset/prepared/{{}}_{split}.bin" for split in ("train", "val")]]
@@ -250,7 +251,7 @@ def test_a_full_disk_under_the_output(tiny_project):
 
 
 def test_a_full_disk_under_the_log(train, monkeypatch):
-    monkeypatch.setattr("engine.log.RunLog._open", lambda _: open("/dev/full", "w", 1))
+    monkeypatch.setattr("common.log.RunLog._open", lambda _: open("/dev/full", "w", 1))
     assert told(train("pretrain")) == "the disk is full; free some space and run the same command again"
     assert not train.checkpoints()
 
@@ -266,7 +267,7 @@ def test_no_permission(train, monkeypatch):
         patch.setattr(zipfile, "ZipFile", forbidden)
         assert told(train("pretrain", from_checkpoint=str(path))).startswith("no permission to read ")
     with monkeypatch.context() as patch:
-        patch.setattr("engine.log.RunLog._open", forbidden)
+        patch.setattr("common.log.RunLog._open", forbidden)
         assert told(train("pretrain", "--resume")) == f"permission denied ({path})"
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", forbidden)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import data
 import tokenizer as tokenizer_module
+from common.errors import UserError
 from data import Batches, Split, TokenFile, conversation_of, cut_in_two, keys, prepare, shuffled
-from engine.errors import UserError
 from tokenizer import ROOT, load
 
 QA = [{"question": f"问{i}?", "answer": f"答{i}。" * (1 + i % 3)} for i in range(40)]

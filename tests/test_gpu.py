@@ -21,11 +21,11 @@ from conftest import Workplace
 from launching import TORCHRUN, largest_difference, launched, losses
 
 import models
-from engine import hardware, kernels
+from common import hardware, kernels
+from common.config import check_model
+from common.errors import UserError
+from decoding.engine import Decoder, Request
 from engine.checkpoint import load
-from engine.config import check_model
-from engine.decoding import Decoder, Request
-from engine.errors import UserError
 from inference import Speaker
 
 DEVICE = os.environ.get("GPU_TESTS_ON", "cuda")
@@ -258,7 +258,7 @@ def test_many_texts_at_once_are_those_of_one_at_a_time(name):
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_seed_means_the_same_as_on_the_cpu(train, quantize, monkeypatch):
     choice_of()
-    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # engine/compiled.py rounds in its own way
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # decoding/compiled.py rounds in its own way
     trained(train, dtype="float32", max_steps=60, device="cpu")
     trained(train, "sft", dtype="float32", max_steps=60, device="cpu")
     [*_, path] = train.checkpoints("sft").values()

@@ -18,8 +18,8 @@ import pexpect
 import pytest
 import torch
 
+import decoding.engine
 import engine.checkpoint
-import engine.decoding
 import inference
 from engine.checkpoint import Checkpoint
 from model import GPT, ModelConfig
@@ -399,7 +399,7 @@ def test_five_lines_of_python(project, save, tokenizer, capsys):
 @pytest.mark.parametrize("is_ready, when", [(True, 5), (False, 120)])
 def test_a_compiler_is_called_when_that_pays(tokenizer, monkeypatch, is_ready, when):
     """Once, when answering has taken as long as it takes: not for a short answer."""
-    monkeypatch.setattr(engine.decoding, "is_compiled", lambda weights: is_ready)
+    monkeypatch.setattr(decoding.engine, "is_compiled", lambda weights: is_ready)
     again = {i: i for i in range(tokenizer.vocab_size)}
     talker = speaker(checkpoint(tokenizer, *chain(tokenizer, again)))
     calls, clock, step = [], 0.0, talker.decoder.step

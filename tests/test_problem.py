@@ -9,8 +9,8 @@ from conftest import Project
 
 import problem
 import tasks
+from common.errors import run
 from engine.checkpoint import load
-from engine.errors import run
 
 
 def small(project, name="sort", *arguments, **keywords):

@@ -31,11 +31,11 @@ import warm
 from test_inference import chain, checkpoint
 
 import engine.checkpoint
-import engine.gate
-import engine.wire
 import serve
-from engine.blocks import quantize as to_int8
-from engine.decoding import Decoder, Request, TextStream
+import server.middleware as middleware
+import server.openai_api as openai_api
+from decoding.engine import Decoder, Request, TextStream
+from decoding.packed import quantize as to_int8
 from inference import Speaker
 from model import GPT, ModelConfig
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
@@ -873,7 +873,7 @@ def test_when_the_engine_ends_nobody_waits(tmp_path):
 
 
 def test_connections_that_stand_still_are_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.gate, "SECONDS", 0.3)
+    monkeypatch.setattr(middleware, "SECONDS", 0.3)
     with served(tmp_path, handmade()) as server:
         start = time.monotonic()
         assert server.raw(b"") == b""
@@ -955,7 +955,7 @@ def settled(server):
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_refused_request_leaves_nothing_behind(simple, uncollected, monkeypatch, kind):
-    monkeypatch.setattr(engine.gate, "SECONDS", 0.3)
+    monkeypatch.setattr(middleware, "SECONDS", 0.3)
     n = 3 if "half" in kind or "long conv" in kind else 10
 
     def refuse():
@@ -1000,7 +1000,7 @@ def test_one_that_comes_too_late_or_leaves_leaves_nothing_behind(slowly, uncolle
 
 
 def test_a_body_in_very_many_chunks_is_not_taken_apart(simple):
-    n_parts, next_event = 0, engine.gate.Parser.next_event
+    n_parts, next_event = 0, middleware.Parser.next_event
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head = f"{head}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n".encode()
 
@@ -1013,7 +1013,7 @@ def test_a_body_in_very_many_chunks_is_not_taken_apart(simple):
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
     assert b" 200 OK" in simple.raw(head + chunks + b"0\r\n\r\n")[:20]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.gate.Parser, "next_event", spy)
+        patch.setattr(middleware.Parser, "next_event", spy)
         with contextlib.suppress(ConnectionError):
             assert simple.raw(head + chunks * 20) == b""
     assert n_parts < 30_000
@@ -1032,14 +1032,14 @@ def busy_readers(simple):
 def test_what_nobody_waits_for_is_not_read(simple, busy_readers, monkeypatch):
     """Of a client that has left, and after the deadline; and the event loop does none of it itself."""
     read, readers = [], set()
-    wire_read = engine.wire.read
+    wire_read = openai_api.read
 
     def spy(form, kind, body):
         readers.add(threading.current_thread().name.partition("_")[0])
         read.append(len(body))
         return wire_read(form, kind, body)
 
-    monkeypatch.setattr(engine.wire, "read", spy)
+    monkeypatch.setattr(openai_api, "read", spy)
     connection = socket.create_connection(simple.address)
     connection.sendall(as_sent({"prompt": "1" * 500}))
     while not simple.service.n_reading:
@@ -1089,9 +1089,9 @@ def test_too_many_that_are_to_be_read_are_told_so(simple, busy_readers):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_a_body_is_looked_at_up_to_its_first_mistakes(simple, monkeypatch, path, body):
-    found, explained = [], engine.wire.explained
+    found, explained = [], openai_api.explained
     monkeypatch.setattr(
-        engine.wire, "explained", lambda errors: found.append(len(errors)) or explained(errors)
+        openai_api, "explained", lambda errors: found.append(len(errors)) or explained(errors)
     )
     reply = simple.post(path, json=body)
     assert reply.status_code == 400 and len(reply.content) < 1000
@@ -1178,9 +1178,9 @@ def test_when_no_file_can_be_opened_it_is_tried_again_later(tmp_path, monkeypatc
 
 def test_a_line_of_code_logs_ten_times_a_minute(caplog, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(engine.gate.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(middleware.time, "monotonic", lambda: now[0])
     logger = logging.getLogger("a test's")
-    logger.addFilter(engine.gate.Sparing())
+    logger.addFilter(middleware.Sparing())
 
     def complain(n):
         for i in range(n):
@@ -1460,7 +1460,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
     path = at_random().save()
     env = shared_project.environment | {"NUMBA_DISABLE_JIT": "0"}
     # Now, or the memory that Numba takes would look like a leak.
-    module = [sys.executable, "-m", "engine.compiled_steps"]
+    module = [sys.executable, "-m", "decoding.compiled_steps"]
     subprocess.run(module, cwd=shared_project.root, env=env, check=True)
     process = subprocess.Popen(
         shared_project.command("serve.py", "-m", path, "--port", "0", "--slots", "16", *quantize),

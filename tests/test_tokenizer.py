@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenizer as module
-from engine.errors import UserError
+from common.errors import UserError
 from tokenizer import (
     BLOCK,
     ROOT,

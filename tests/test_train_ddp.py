@@ -20,9 +20,9 @@ from launching import (
     with_prelude,
 )
 
+from common.errors import UserError, run
 from engine import parallel
 from engine.checkpoint import load
-from engine.errors import UserError, run
 
 DDP = (TORCHRUN, "train_ddp.py")
 

@@ -23,8 +23,8 @@ from launching import (
     with_prelude,
 )
 
+from common.errors import UserError
 from engine.checkpoint import load
-from engine.errors import UserError
 from train_deepspeed import check_hosts
 
 SCRIPT = "train_deepspeed.py"
@@ -175,9 +175,7 @@ def test_ctrl_c_saves_and_ends(tiny_project):
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run(tiny_project):
     args = settings_file(tiny_project, "ZeRO-2")
-    process = in_training(
-        tiny_project, deepspeed(), SCRIPT, *args, until=" | Save | ", save_interval=5
-    )
+    process = in_training(tiny_project, deepspeed(), SCRIPT, *args, until=" | Save | ", save_interval=5)
     os.kill(processes_of(tiny_project)[0], signal.SIGKILL)
     output, errors = finish(process)
     assert process.returncode and "return code = -9" in output

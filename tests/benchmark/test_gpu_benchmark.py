@@ -94,7 +94,7 @@ def test_all_parts_have_models_that_can_be_built():
     import torch
 
     import models
-    from engine.config import check_model
+    from common.config import check_model
 
     for part in gpu.parts():
         keywords = getattr(part.measure, "keywords", {})

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.errors import run
+from common.errors import run
 
 ROOT = Path(__file__).resolve().parents[2]
 BODY = random.Random(2).randbytes(300_000)

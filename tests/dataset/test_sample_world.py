@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import UserError
+from common.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "dataset" / "sample_world.py"
 sys.path.insert(0, str(SCRIPT.parent))  # `import dataset` could mean this folder of tests

@@ -18,10 +18,10 @@ import warm
 from conftest import ROOT, leaves
 
 import models
+from common.config import check_model
 from config.schema import ModelConfig
 from engine import archive
 from engine.checkpoint import Checkpoint, load
-from engine.config import check_model
 from tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer.train(["abc"])
@@ -35,7 +35,7 @@ JUDGE = """
 import json, resource, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from engine.checkpoint import build, load
-from engine.errors import UserError
+from common.errors import UserError
 
 def pages():
     return int(open("/proc/self/statm").read().split()[0])

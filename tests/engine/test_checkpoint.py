@@ -13,9 +13,9 @@ import signal
 import pytest
 import torch
 
+from common.errors import UserError
 from data import Batches, TokenFile
 from engine.checkpoint import load
-from engine.errors import UserError
 from engine.runs import Run
 from model import GPT, ModelConfig
 
@@ -28,7 +28,7 @@ def test_when_checkpoints_are_written_and_which_are_kept(train):
     validated = [(step, float(loss)) for step, loss in train.logged("Val", "Loss")]
     assert [step for step, _ in validated] == [3, 6, 9, 11]
     fell = {step for i, (step, loss) in enumerate(validated) if all(loss < v for _, v in validated[:i])}
-    saved = [step for step, in train.logged("Save")]
+    saved = [step for (step,) in train.logged("Save")]
     assert saved == sorted({4, 8, 11} | fell) and 3 in fell
     best = min(validated, key=lambda entry: entry[1])
     assert list(train.checkpoints()) == sorted({*saved[-2:], best[0]})

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from config.schema import ModelConfig, TrainConfig
-from engine.errors import UserError
 from engine.optimizer import Muon, learning_rate_at, make_optimizer, orthogonal, rate_multiplier
 from model import GPT
 

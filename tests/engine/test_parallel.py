@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from config.schema import TrainConfig
-from engine.errors import UserError
 from engine.parallel import Alone
 
 SIZES = st.integers(1, 48)

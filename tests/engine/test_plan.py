@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common.errors import UserError
+from common.hardware import Gpu, Machine, attention_context, choose
 from config.schema import ModelConfig, TrainConfig
 from data import Batches, TokenFile
-from engine.errors import UserError
-from engine.hardware import Gpu, Machine, attention_context, choose
 from engine.plan import Facts, refuse_too_large
 from model import GPT
 

@@ -15,9 +15,9 @@ import torch
 
 import engine.checkpoint
 import tokenizer as tokenizers
+from common.errors import UserError
 from data import Batches, TokenFile, prepare
 from engine.checkpoint import load
-from engine.errors import UserError
 from engine.runs import Run, newest, saved
 
 # ---- names and locks -------------------------------------------------------------------------------------
@@ -352,8 +352,8 @@ def test_a_run_has_one_log(train):
 
 def test_what_a_launcher_brings_back_goes_on_under_its_name(train):
     """A run of its own, a branch, or one that was resumed; before its first checkpoint and after it."""
+    from common.config import check
     from config.schema import TrainConfig
-    from engine.config import check
     from engine.runs import starting_point
 
     settings = dict(max_steps=4, save_interval=2)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from launching import deepspeed, finish
 
-from engine.config import ROOT
+from common.config import ROOT
 from engine.stop import StopRequest
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -7,8 +7,8 @@ import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from common.errors import UserError
 from config.schema import DeepSpeedConfig, TrainConfig
-from engine.errors import UserError
 from engine.zero import Zero
 
 

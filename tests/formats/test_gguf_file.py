@@ -16,8 +16,8 @@ from test_bad_input import told
 from test_huggingface import FOREIGN, LLAMA3, MIXTURE, SMALL, YARN, random_checkpoint, read_foreign
 from test_tokenizer import BPE, CHAR, SAMPLE, any_text, awkward
 
+from common.errors import UserError
 from engine.checkpoint import build
-from engine.errors import UserError
 from formats import gguf_file
 from formats.huggingface import CHAT_TEMPLATE
 from inference import Speaker

@@ -22,8 +22,8 @@ from tokenizers import models as library_models
 import engine.checkpoint
 import inference
 import models
+from common.config import check_model
 from engine.checkpoint import Checkpoint, build, load
-from engine.config import check_model
 from formats import huggingface, load_tokenizer, tokenizer_and_rows
 from inference import Speaker
 from model import GPT

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
+from common.config import check_model
 from engine.checkpoint import load
-from engine.config import check_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,20 +142,20 @@ SQUARED = {
 # ... and who is told of it.
 TABLE = ['"architecture": ("nano",),', '"architecture": ("nano",), "activation": ("swiglu",),']
 TOLD = {
-    **dict.fromkeys(("engine/decoding.py", "formats/gguf_file.py", "formats/llama2c.py"), [TABLE]),
+    **dict.fromkeys(("decoding/engine.py", "formats/gguf_file.py", "formats/llama2c.py"), [TABLE]),
     "formats/families.py": [
         ('ours={"qk_norm": True,', 'ours={"activation": "swiglu", "qk_norm": True,'),
         ('ours={"qk_norm": False,', 'ours={"activation": "swiglu", "qk_norm": False,'),
     ],
 }  # fmt: skip
 DECODED = """
-import engine.checkpoint, engine.decoding, sys
+import engine.checkpoint, decoding.engine, sys
 model, _ = engine.checkpoint.build(engine.checkpoint.load(sys.argv[1]), "it")
-print(engine.decoding.supports(model))
-decoder = engine.decoding.Decoder(model, 2)
+print(decoding.engine.supports(model))
+decoder = decoding.engine.Decoder(model, 2)
 if "compile" in sys.argv:
     decoder.compile(wait=True)
-requests = [engine.decoding.Request([2, 9 + i], 40, temperature=0) for i in range(3)]
+requests = [decoding.engine.Request([2, 9 + i], 40, temperature=0) for i in range(3)]
 decoder.run(requests)
 print([request.tokens for request in requests])
 print([list(model.generate(request.context[:2], 40, temperature=0)) for request in requests])

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import inference
 import models
+from common.config import ROOT, check_model, read_json
+from common.errors import UserError
 from engine.checkpoint import build as open_checkpoint
 from engine.checkpoint import load
-from engine.config import ROOT, check_model, read_json
-from engine.errors import UserError
 from models.nanochat import Config, Model
 
 transformers = pytest.importorskip("transformers")

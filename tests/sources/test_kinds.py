@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import UserError
+from common.errors import UserError
 from sources import Found, Source
 from sources.kinds import kind_of
 from sources.records import words_of

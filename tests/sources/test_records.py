@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from engine.errors import UserError
+from common.errors import UserError
 from sources.records import messages_of, text_of, words_of
 
 

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import any_text, awkward
 
-from engine.errors import UserError
+from common.errors import UserError
 from sources import BadLine, Found, Source, reading, text
 from sources.text import DELIMITER
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tasks
-from engine.errors import UserError
+from common.errors import UserError
 
 SMALL = {"q": {"digits": 3}, "sort": {"digits": 3}, "palindrome": {"digits": 3}, "calculator": {"depth": 2}}
 

@@ -1,4 +1,4 @@
-"""Where Numba keeps what it made of engine/compiled.py, and whether it is there."""
+"""Where Numba keeps what it made of decoding/compiled.py, and whether it is there."""
 
 import importlib.metadata
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import ROOT
+from common.config import ROOT
 
 
 def cache_folder():
@@ -19,13 +19,13 @@ def cache_folder():
     nor when the code or Numba has changed, which Numba tells by the time of one file: so all that goes into
     the name.
     """
-    beside = ROOT / "engine" / "__pycache__"
+    beside = ROOT / "decoding" / "__pycache__"
     is_ours = os.access(beside if beside.exists() else beside.parent, os.W_OK)
     of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = os.environ.get("NUMBA_CACHE_DIR") or (beside if is_ours else of_user)
     python, processor = sys.implementation.cache_tag, torch.backends.cpu.get_cpu_capability()
     home = f"nano_{python}_{processor.replace(' ', '')}_{zlib.crc32(os.fsencode(ROOT)):08x}"
-    parts = [(ROOT / "engine" / f"{name}.py").read_bytes() for name in ("compiled", "blocks")]
+    parts = [(ROOT / "decoding" / f"{name}.py").read_bytes() for name in ("compiled", "packed")]
     try:
         parts += [importlib.metadata.version(package).encode() for package in ("numba", "llvmlite")]
     except importlib.metadata.PackageNotFoundError:  # nothing will be compiled

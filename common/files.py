@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from engine.errors import UserError
+from common.errors import UserError
 
 # What a file system says that cannot link, and a system that cannot flush folders (as PostgreSQL has it).
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}

@@ -2,7 +2,7 @@
 
 Attention and loss are for training in float32 on a CPU, with backward passes written by hand; both trade
 PyTorch's operations for fewer and better shaped ones. `GPT.use_cpu_kernels` turns them on, and
-doc/speed.md has what each of them gains. tests/engine/test_kernels.py holds all to PyTorch's own.
+doc/speed.md has what each of them gains. tests/common/test_kernels.py holds all to PyTorch's own.
 """
 
 import math

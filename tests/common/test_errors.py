@@ -1,8 +1,8 @@
-"""engine/errors.py: what a user is told."""
+"""common/errors.py: what a user is told."""
 
 import pytest
 
-from engine.errors import UserError, run
+from common.errors import UserError, run
 
 
 @pytest.mark.parametrize(

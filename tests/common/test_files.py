@@ -1,4 +1,4 @@
-"""engine/files.py and all that writes with it: whatever fails, and whenever, old files stay as they were."""
+"""common/files.py and all that writes with it: whatever fails, and whenever, old files stay as they were."""
 
 import contextlib
 import errno
@@ -14,18 +14,18 @@ import pytest
 import torch
 from test_tokenizer import CHAR
 
+import common.config
+import common.log
 import engine.checkpoint
-import engine.config
-import engine.log
 import models
 import plot_loss
 import problem
+from common import files
+from common.errors import UserError, run
+from common.files import Together, whole, whole_folder
 from config.schema import ModelConfig
 from data import prepare
-from engine import files
 from engine.checkpoint import Checkpoint
-from engine.errors import UserError, run
-from engine.files import Together, whole, whole_folder
 from formats import gguf_file, huggingface, llama2c
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dataset"))
@@ -38,7 +38,7 @@ CODES = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 
 
 class System:
-    """What engine/files.py asks the system for, noted. One operation fails as that of a full disk does:
+    """What common/files.py asks the system for, noted. One operation fails as that of a full disk does:
     what is written is there in part, and what is closed is closed."""
 
     def __init__(self, failing=None, code=None):
@@ -109,7 +109,7 @@ def write_world(folder, new):
 def write_reference(folder, new):
     for name in ("doc", "config"):
         (folder / name).mkdir(exist_ok=True)
-    engine.config.write_reference()
+    common.config.write_reference()
 
 
 def write_huggingface(folder, new):
@@ -144,14 +144,14 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     huggingface.write_folder(checkpoint(), "the test", tmp_path / "theirs")
     monkeypatch.setattr(engine.checkpoint, "FOLDER", folder / "checkpoint")
-    monkeypatch.setattr(engine.config, "ROOT", folder)
-    monkeypatch.setattr(engine.log, "ROOT", folder)
+    monkeypatch.setattr(common.config, "ROOT", folder)
+    monkeypatch.setattr(common.log, "ROOT", folder)
     monkeypatch.setattr(problem, "RESULTS", folder / "checkpoint" / "results.jsonl")
     monkeypatch.setattr("time.strftime", lambda *_: "20260102_030405")
     # To draw, to describe the keys and to invent a world takes long; here it is about writing.
     monkeypatch.setattr(plot_loss, "draw", lambda figure, logs: figure.text(0, 0, *logs))
-    monkeypatch.setattr(engine.config, "reference", lambda: "the keys")
-    monkeypatch.setattr(engine.config, "editor_schemas", lambda: {"one": {}, "two": {}})
+    monkeypatch.setattr(common.config, "reference", lambda: "the keys")
+    monkeypatch.setattr(common.config, "editor_schemas", lambda: {"one": {}, "two": {}})
     monkeypatch.setattr(sample_world, "build_world", functools.cache(sample_world.build_world))
     monkeypatch.setattr(sample_world, "pretraining_documents", lambda world, draw: [str(draw._random())])
     monkeypatch.setattr(sample_world, "conversations", lambda world, draw: [])
@@ -346,7 +346,7 @@ def test_a_log_has_whole_lines_only(place, capsys):
     sizes = set()
 
     def run_log():
-        return engine.log.RunLog("20260102_030405", {"task": "x"}, 9, 0)
+        return common.log.RunLog("20260102_030405", {"task": "x"}, 9, 0)
 
     for n_bytes in range(0, 800, 7):
         with room_for(n_bytes), contextlib.suppress(OSError), run_log() as log:

@@ -1,4 +1,4 @@
-"""engine/compiled.py, engine/compiled_steps.py and engine/blocks.py: the same numbers as PyTorch's."""
+"""decoding/compiled.py, decoding/compiled_steps.py and decoding/packed.py: the same numbers as PyTorch's."""
 
 import gc
 import os
@@ -14,16 +14,16 @@ import torch
 from test_model import differ, random_tokens
 from torch import nn
 
+from common.config import ROOT
 from config.schema import ModelConfig
-from engine import compile_cache
-from engine.blocks import GROUP, ROWS, Int8Linear, quantize
-from engine.compile_cache import CACHE
-from engine.config import ROOT
-from engine.decoding import Decoder, supports
+from decoding import compile_cache
+from decoding.compile_cache import CACHE
+from decoding.engine import Decoder, supports
+from decoding.packed import GROUP, ROWS, Int8Linear, quantize
 from model import GPT, MLP
 
-compiled = pytest.importorskip("engine.compiled_steps", reason="Numba is not installed")
-product = pytest.importorskip("engine.compiled").product
+compiled = pytest.importorskip("decoding.compiled_steps", reason="Numba is not installed")
+product = pytest.importorskip("decoding.compiled").product
 LLAMA3 = dict(rope_type="llama3", factor=4.0, original_max_position_embeddings=16)
 SHAPES = {
     "plain": dict(),
@@ -118,7 +118,7 @@ def test_int8_in_the_order_that_arm_likes(tmp_path):
     code = (
         "import platform; platform.machine = lambda: 'aarch64'\n"
         "from test_compiled import *\n"
-        "from engine.blocks import NEIGHBOURS\n"
+        "from decoding.packed import NEIGHBOURS\n"
         "assert not NEIGHBOURS\n"
         "test_rounding_is_less_than_half_a_step(130)\n"
         "test_logits_are_those_of_the_model('groups', True, 2)\n"
@@ -198,7 +198,7 @@ def test_ctrl_c_may_come_at_any_time():
 def test_a_program_may_end_at_any_time():
     """While Numba loads, while a team waits: no crash, and the exit code is the program's own."""
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); from engine.decoding import *\n"
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from decoding.engine import *\n"
         "from config.schema import ModelConfig\n"
         "def main():\n"  # so that nothing but the thread has the model at the end
         "    decoder = Decoder(GPT(ModelConfig(n_embd=64).resolved(30)).eval())\n"
@@ -225,7 +225,7 @@ def test_without_its_cache_the_steps_are_pytorchs(tmp_path, trouble):
         tmp_path.joinpath("file").touch()
         folder = tmp_path / "file" / CACHE.name
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from engine.decoding import *\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from decoding.engine import *\n"
         "from config.schema import ModelConfig\n"
         "decoder = Decoder(GPT(ModelConfig(n_embd=64).resolved(30)).eval())\n"
         "decoder.compile(wait=True); decoder.run([request := Request([1], 5)]); print(len(request.tokens))"
@@ -267,7 +267,7 @@ def test_the_whole_model_becomes_smaller_and_says_nearly_the_same():
 
 
 def test_what_was_compiled_of_other_code_is_not_taken(tmp_path, monkeypatch):
-    """Numba tells by the time of engine/compiled.py, but numbers of engine/blocks.py are in it, too."""
+    """Numba tells by the time of decoding/compiled.py, but numbers of decoding/packed.py are in it, too."""
     shutil.copytree(ROOT / "engine", tmp_path / "engine")
     monkeypatch.setattr(compile_cache, "ROOT", tmp_path)
     names = [compile_cache.cache_folder().name]

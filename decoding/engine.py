@@ -30,9 +30,9 @@ import threading
 import torch
 from torch import nn
 
-from engine.blocks import BlockedLinear, Int8Linear, TiedEmbedding
-from engine.compile_cache import CACHE, is_compiled
-from engine.config import ANY, ROOT, unsupported
+from common.config import ANY, ROOT, unsupported
+from decoding.compile_cache import CACHE, is_compiled
+from decoding.packed import BlockedLinear, Int8Linear, TiedEmbedding
 from model import (
     GPT,
     MLP,
@@ -100,12 +100,12 @@ class Decoder:
         self._compiling = None
 
     def compile(self, wait=False):
-        """Let engine/compiled.py do the steps, which is several times as fast, as soon as it is ready.
+        """Let decoding/compiled.py do the steps, which is several times as fast, as soon as it is ready.
 
         That takes a quarter of a minute for the first time on a machine, and half a second ever after
         (`is_prepared`). PyTorch does the steps meanwhile, unless `wait`; and for good where there is no
         Numba, where what it compiles cannot be kept, or where the network is another one. The model's weights
-        are moved to lie otherwise (engine/blocks.py): it can still be used, but not trained.
+        are moved to lie otherwise (decoding/packed.py): it can still be used, but not trained.
         """
         if supports(self.model) and isinstance(self.steps, TorchSteps) and not self._compiling:
             # Not the model itself: a thread that frees tensors while the program ends makes it crash.
@@ -315,7 +315,7 @@ LOADING = threading.Lock()
 atexit.register(LOADING.acquire)  # a program that ended while Numba loads would crash
 
 
-# Of which parts, and of what configuration, engine/compiled.py computes the network.
+# Of which parts, and of what configuration, decoding/compiled.py computes the network.
 PARTS = {
     GPT, Attention, Block, MLP, RMSNorm, BlockedLinear, Int8Linear, TiedEmbedding,
     nn.Dropout, nn.Embedding, nn.Identity, nn.Linear, nn.ModuleList,
@@ -333,13 +333,13 @@ IMPLEMENTED = {
 
 
 def supports(model):
-    """Whether engine/compiled.py does the steps of it: nano, float32 on a CPU, and Numba is there.
+    """Whether decoding/compiled.py does the steps of it: nano, float32 on a CPU, and Numba is there.
 
     NUMBA_DISABLE_JIT=1, which tells Numba to compile nothing, leaves the steps to PyTorch.
     """
     return (
         {type(module) for module in model.modules()} <= PARTS
-        and not unsupported(model.config, IMPLEMENTED, "engine/compiled.py")
+        and not unsupported(model.config, IMPLEMENTED, "decoding/compiled.py")
         and (model.device.type, model.dtype) == ("cpu", torch.float32)
         and importlib.util.find_spec("numba") is not None
         and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
@@ -357,12 +357,12 @@ def prepare(weights):
     except OSError:  # nothing can be kept
         return
     if not is_compiled(weights):
-        command = [sys.executable, "-m", "engine.compiled_steps", weights]
+        command = [sys.executable, "-m", "decoding.compiled_steps", weights]
         subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True)
     if is_compiled(weights):
         with LOADING:
             try:
-                from engine import compiled_steps
+                from decoding import compiled_steps
 
                 compiled_steps.warm_up(weights)
             except Exception:  # in many kinds, when what lies there is damaged: the next start compiles anew
@@ -373,7 +373,7 @@ def compiled_steps(model, n_slots):
     """The CompiledSteps of a model that is prepared, or None: they could not be compiled."""
     if not is_compiled(weights_of(model)):
         return None
-    from engine.compiled_steps import CompiledSteps
+    from decoding.compiled_steps import CompiledSteps
 
     return CompiledSteps(model, n_slots)
 

@@ -1,6 +1,6 @@
 """Reading the JSON files: every mistake is named with its file, its key and what would do.
 
-`python -m engine.config` writes doc/configuration.md and the JSON Schemas beside the
+`python -m common.config` writes doc/configuration.md and the JSON Schemas beside the
 configurations, from the classes in config/schema.py and models/.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 import models
+from common.errors import UserError
 from config.schema import DeepSpeedConfig, Llama3Rope, Schema, TrainConfig, YarnRope
-from engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -227,7 +227,7 @@ def reference():
     lines = [
         "# Configuration reference",
         "",
-        "Made from the schemas in `config/schema.py` and `models/` by `python -m engine.config`; do not edit",
+        "Made from the schemas in `config/schema.py` and `models/` by `python -m common.config`; do not edit",
         "by hand. Every key but those of DeepSpeed may also be given on the command line:",
         "`python train.py -t pretrain --set batch_size=8`.",
     ]
@@ -259,7 +259,7 @@ def editor_schemas():
 
 
 def write_reference():
-    from engine.files import Together
+    from common.files import Together
 
     with Together() as files:
         files.open(ROOT / "doc" / "configuration.md").write(reference().encode())

@@ -10,9 +10,9 @@ and 0.012.
 
 import math
 
+from common.config import check
+from common.errors import UserError
 from config.schema import TrainConfig
-from engine.config import check
-from engine.errors import UserError
 from engine.plan import Facts
 
 TOKENS_PER_PARAMETER = 20
@@ -24,7 +24,7 @@ OF_THE_MODEL = ("batch_size", "gradient_accumulation_steps", "max_steps", "learn
 def resolved(config, model, choice, task, start):
     """The configuration with numbers for all its `automatic` keys; says which, and why.
 
-    choice: the machine (engine/hardware.py). start: where the run begins; one that goes on keeps its numbers.
+    choice: the machine (common/hardware.py). start: where the run begins; one that goes on keeps its numbers.
     UserError if the numbers do not fit what was set by hand, and for fine-tuning, of which these laws know
     nothing.
     """

@@ -1,4 +1,4 @@
-"""`CompiledSteps`: the weights, the cache and the threads that engine/compiled.py works with."""
+"""`CompiledSteps`: the weights, the cache and the threads that decoding/compiled.py works with."""
 
 import math
 import mmap
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from config.schema import ModelConfig
-from engine.blocks import GROUP, ROWS, Int8Linear, TiedEmbedding, block, quantize
-from engine.compile_cache import forget_older, mark
-from engine.compiled import ASLEEP, STATE, Job, Scratch, Sizes, Weights, follow, lead
+from decoding.compile_cache import forget_older, mark
+from decoding.compiled import ASLEEP, STATE, Job, Scratch, Sizes, Weights, follow, lead
+from decoding.packed import GROUP, ROWS, Int8Linear, TiedEmbedding, block, quantize
 from model import GPT
 
 f32 = np.float32
@@ -24,7 +24,7 @@ PAGE = 1 << 21  # bytes of a large page
 
 
 class CompiledSteps:
-    """What `engine.decoding.TorchSteps` does, for the models that `engine.decoding.supports`.
+    """What `decoding.engine.TorchSteps` does, for the models that `decoding.engine.supports`.
 
     The model's matrices are moved to lie one after the other, in blocks; its modules look at them there, so
     nothing is in memory twice.

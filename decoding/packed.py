@@ -1,4 +1,4 @@
-"""Weights as engine/compiled.py reads them, in float32 and in 8 bits.
+"""Weights as decoding/compiled.py reads them, in float32 and in 8 bits.
 
 ROWS rows of a matrix lie side by side, a block: of all of them the first weight, then the second, and so on.
 So a processor multiplies ROWS weights, one of each row, by one number of a token at a time, needs no sums
@@ -7,7 +7,7 @@ across a vector, and reads memory from one end to the other.
 With 8 bits, a quarter of the memory is needed, and of the time that reading takes. Each row is cut into
 groups of GROUP weights, which share a scale: w = q * scale, q in -127..127, the largest weight of a group
 being 127 or -127 (symmetric; Dettmers et al. 2022, LLM.int8(), section 2.1, in groups instead of rows).
-Activations stay as they are ("weight-only"), but engine/compiled.py rounds them to 16 bits. The embedding
+Activations stay as they are ("weight-only"), but decoding/compiled.py rounds them to 16 bits. The embedding
 stays, too: a token reads one row of it.
 """
 

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
-from engine import config
-from engine.config import (
+from common import config
+from common.config import (
     ANY,
     ROOT,
     check_model,
@@ -21,7 +20,8 @@ from engine.config import (
     shown,
     unsupported,
 )
-from engine.errors import UserError, printable
+from common.errors import UserError, printable
+from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
 
 PAIRS = [["a.bin", "b.bin"]]
 RUN = {"dataset_path": PAIRS, "max_steps": 1000}

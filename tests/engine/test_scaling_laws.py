@@ -7,7 +7,7 @@ import pytest
 
 from config.schema import TrainConfig
 from engine.checkpoint import load
-from engine.dial import chosen
+from engine.scaling_laws import chosen
 
 KEYS = ("batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate", "min_lr", "warmup_iters")
 AUTO = dict.fromkeys(KEYS, "auto")

@@ -18,10 +18,10 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from engine import errors
-from engine.config import ROOT
-from engine.errors import UserError
-from engine.files import Lines
+from common import errors
+from common.config import ROOT
+from common.errors import UserError
+from common.files import Lines
 
 NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|-?inf|nan)(?:%| \S+)?")  # and its unit
 muted = False  # see `mute`

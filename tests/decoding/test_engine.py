@@ -1,4 +1,4 @@
-"""engine/decoding.py: what a request gets does not depend on who shares the batch."""
+"""decoding/engine.py: what a request gets does not depend on who shares the batch."""
 
 import random
 
@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from test_model import random_tokens
 from test_tokenizer import BPE, CHAR, any_text, awkward
 
-import engine.decoding
+import decoding.engine
 import models
-from engine.config import check_model
-from engine.decoding import Decoder, Request, StopStrings, TextStream, TorchSteps
+from common.config import check_model
+from decoding.engine import Decoder, Request, StopStrings, TextStream, TorchSteps
 from model import GPT
 from tokenizer import CharTokenizer
 
-# Also with engine/compiled.py, where it is for that network.
+# Also with decoding/compiled.py, where it is for that network.
 COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
 ARCHITECTURES = {
     "nano": {},
@@ -178,7 +178,7 @@ def test_logprobs_are_the_models_own():
 @torch.no_grad()
 def test_logprobs_of_prompts_are_those_of_one_pass(compiled, monkeypatch):
     """Also where a prompt is read in pieces while others are answered, who get what they get without it."""
-    monkeypatch.setattr(engine.decoding, "PIECE", 5)
+    monkeypatch.setattr(decoding.engine, "PIECE", 5)
     model = network()
     decoder, texts = decoder_of(model, 4, compiled), prompts(9)
     decoder.steps.n_logits = 3
@@ -206,7 +206,7 @@ def test_logprobs_of_prompts_are_those_of_one_pass(compiled, monkeypatch):
 @COMPILED
 def test_a_long_prompt_is_read_in_pieces_while_others_go_on(compiled, monkeypatch):
     """Every step gives a token to those that run, and reads no more than a piece."""
-    monkeypatch.setattr(engine.decoding, "PIECE", 4)
+    monkeypatch.setattr(decoding.engine, "PIECE", 4)
     model = network(block_size=64)
     decoder, n_read = decoder_of(model, 3, compiled), []
     decoder.step()

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from engine.wire import ApiError
+from server.openai_api import ApiError
 
 MAX_HEAD = 1 << 16  # bytes
 MAX_BODY = 1 << 20  # bytes; a context of 100,000 tokens is half of it

@@ -1,10 +1,10 @@
-"""engine/kernels.py against PyTorch's own operations and autograd, in float64."""
+"""common/kernels.py against PyTorch's own operations and autograd, in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import kernels
+from common import kernels
 
 
 def draw(*shape, scale=1.0):

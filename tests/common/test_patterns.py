@@ -1,4 +1,4 @@
-"""engine/patterns.py: every pattern of a released model is taken, and none that goes on for years."""
+"""common/patterns.py: every pattern of a released model is taken, and none that goes on for years."""
 
 # ruff: noqa: E501 (patterns are as long as they are)
 
@@ -8,7 +8,7 @@ import time
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
-from engine.patterns import MOST, _alternatives, trouble
+from common.patterns import MOST, _alternatives, trouble
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORDS = (
@@ -131,7 +131,20 @@ TEXTS = ["a" * 3000, " " * 3000, "aB" * 1500, "1" * 3000, "\n" * 3000, " \n" * 1
 def test_those_that_are_taken_are_fast(n_invented):
     """Of patterns put together at random, and of all of them above."""
     dice, taken, refused = random.Random(0), 0, 0
-    pieces = ["a", r"\w", r"\s", r"\p{L}", r"[^a]", "(a|b)", r"(?:\w\s)", "(?=a)", r"(?!\s)", "1", r"[\s\S]", "|"]
+    pieces = [
+        "a",
+        r"\w",
+        r"\s",
+        r"\p{L}",
+        r"[^a]",
+        "(a|b)",
+        r"(?:\w\s)",
+        "(?=a)",
+        r"(?!\s)",
+        "1",
+        r"[\s\S]",
+        "|",
+    ]
     signs = ["", "", "*", "+", "?", "{1,3}", "{2,}", "*?", "++"]
 
     def invented(depth=0):

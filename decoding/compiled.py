@@ -4,7 +4,7 @@ PyTorch spends more time between its operations than in them when there is one t
 the whole pass, in every thread of a small team: each has a share of the heads and of the hidden features, and
 waits for the others (`meet`) where it needs what they have computed. The tokens may be of one text or of
 many: each has a row of the cache and a place there. It is the network of model.py, with weights in float32 or
-int8 (engine/blocks.py), and knows no other. engine/compiled_steps.py calls it.
+int8 (decoding/packed.py), and knows no other. decoding/compiled_steps.py calls it.
 
 What a token gets does not depend on the others: its numbers are added up in the same order, however many
 there are.
@@ -31,8 +31,8 @@ from numba.extending import (
     type_callable,
 )
 
-from engine.blocks import GROUP, NEIGHBOURS, ROWS
-from engine.compile_cache import CACHE
+from decoding.compile_cache import CACHE
+from decoding.packed import GROUP, NEIGHBOURS, ROWS
 
 config.CACHE_DIR = str(CACHE)
 
@@ -423,7 +423,7 @@ def exp(x):
 
 
 # ---- products ----------------------------------------------------------------------------------------
-# out [n, M] = x [n, N] times a matrix [M, N], of which ROWS rows, a block, lie together (engine/blocks.py).
+# out [n, M] = x [n, N] times a matrix [M, N], of which ROWS rows, a block, lie together (decoding/packed.py).
 # A vector of weights has one of each row, and is multiplied by one number of x.
 
 
@@ -661,7 +661,7 @@ def attend(out, q, cache, place, soon, S, scores):
 class Weights(NamedTuple):
     """Of all L layers one after the other; a matrix is (weights [L, ...], scales, bias [L, M]).
 
-    Weights and scales lie as in engine/blocks.py; float32 has no scales. What a model lacks is an empty
+    Weights and scales lie as in decoding/packed.py; float32 has no scales. What a model lacks is an empty
     array: None would be another type, and a compilation of its own.
     """
 

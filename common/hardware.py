@@ -23,7 +23,7 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.errors import UserError, is_out_of_memory
+from common.errors import UserError, is_out_of_memory
 
 BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is Arm's name
 FP16 = ("amx_fp16", "avx512_fp16")
@@ -86,7 +86,7 @@ class Choice:
 
     @property
     def cpu_kernels(self):
-        """Whether to train with engine/kernels.py's attention and loss."""
+        """Whether to train with common/kernels.py's attention and loss."""
         return self.device == "cpu" and self.dtype == "float32" and self.sdp_kernel == "auto"
 
 

@@ -8,11 +8,9 @@ import os
 import pytest
 from launching import RUN, together, with_prelude
 
-from config.schema import TrainConfig
-from engine import hardware
-from engine.checkpoint import load
-from engine.errors import UserError
-from engine.hardware import (
+from common import hardware
+from common.errors import UserError
+from common.hardware import (
     Gpu,
     Machine,
     attention_context,
@@ -25,6 +23,8 @@ from engine.hardware import (
     synchronize,
     with_dtype,
 )
+from config.schema import TrainConfig
+from engine.checkpoint import load
 
 GIB = 2**30
 BUILT = tuple(f"sm_{c}" for c in (60, 61, 70, 72, 75, 80, 86, 87, 89, 90))
@@ -223,8 +223,14 @@ def test_this_machine():
 
 @pytest.mark.parametrize(
     "told, cores",
-    [("100000 100000", 1), ("20000 100000", 1), ("290000 100000", 2),
-     ("max 100000", None), ("", None), ("1 0", None)],
+    [
+        ("100000 100000", 1),
+        ("20000 100000", 1),
+        ("290000 100000", 2),
+        ("max 100000", None),
+        ("", None),
+        ("1 0", None),
+    ],
 )
 def test_a_container_may_have_less(monkeypatch, tmp_path, told, cores):
     torch, before = pytest.importorskip("torch"), detect()
@@ -365,7 +371,7 @@ def test_what_does_not_fit_in_memory_is_not_chosen(passes):
 
 PRETEND = """
 import dataclasses, time, torch, types
-from engine import hardware
+from common import hardware
 from model import GPT
 
 def pretend(slow, features=("avx512_bf16",)):
@@ -493,7 +499,9 @@ def test_the_plan_tells_what_was_measured(train, slow_in, monkeypatch):
 def test_all_processes_take_the_same(tiny_project, script, features, says):
     strategy = "engine.parallel.DataParallel" if script == "train_ddp.py" else "engine.zero.Zero"
     module, _, name = strategy.rpartition(".")
-    prelude = PRETEND + f"""
+    prelude = (
+        PRETEND
+        + f"""
 import os
 os.environ["DS_ACCELERATOR"] = "cpu"
 rank = os.environ["RANK"]
@@ -505,6 +513,7 @@ def told(self, model, config, choice):
     prepare(self, model, config, choice)
 Strategy.prepare = told
 """
+    )
     script = with_prelude(tiny_project, prelude, script)
     output = together(tiny_project, script, "-t", "pretrain", **{**RUN, "dtype": "auto", "max_steps": 3})
     assert dtype_line(output).startswith(says)

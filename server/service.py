@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import prometheus_client as prometheus
 
-from engine.decoding import Decoder, Request, StopStrings, TextStream, word_of
-from engine.errors import UserError
-from engine.wire import ApiError, name_of
+from common.errors import UserError
+from decoding.engine import Decoder, Request, StopStrings, TextStream, word_of
+from server.openai_api import ApiError, name_of
 from tokenizer import BLOCK, merge_turns
 
 LONGEST_PIECE = 4 * BLOCK  # characters that are encoded at once
