@@ -13,12 +13,12 @@ A language model does one thing: it continues a list of tokens. There are two wa
 
 In Python it takes no more than:
 
-    from inference import Speaker
-    speaker = Speaker.load("checkpoint/x.pt", temperature=0.8)
-    for text in speaker.chat([{"role": "user", "content": "Who are you?"}]):
+    from inference import TextGenerator
+    text_generator = TextGenerator.load("checkpoint/x.pt", temperature=0.8)
+    for text in text_generator.chat([{"role": "user", "content": "Who are you?"}]):
         print(text, end="", flush=True)
 
-`speaker.complete("Once upon")` continues a text.
+`text_generator.complete("Once upon")` continues a text.
 """
 
 import argparse
@@ -113,11 +113,11 @@ def prompt_sign():
     return "\001\033[1;36m\002>\001\033[0m\002 "  # \001 and \002 tell readline what takes no space
 
 
-def facts(checkpoint, name, speaker, device, asked):
+def facts(checkpoint, name, text_generator, device, asked):
     """The model in two lines. asked: -m."""
     parts = [
-        f"{speaker.model.n_params / 1e6:.2f} M parameters",
-        f"context {speaker.model.config.block_size:,}",
+        f"{text_generator.model.n_params / 1e6:.2f} M parameters",
+        f"context {text_generator.model.config.block_size:,}",
         f"{checkpoint.task} step {checkpoint.step:,}",
         validation(checkpoint),
         device,
@@ -143,7 +143,7 @@ def validation(checkpoint):
 LOADING, COMPILING = 0.5, 12.0  # seconds that it takes to have compiled steps
 
 
-class Speaker:
+class TextGenerator:
     """A model with its tokenizer and the options of decoding: a prompt in, pieces of text out.
 
     `options`: those of `GPT.generate`. `max_length`: tokens of prompt and answer together.
@@ -165,7 +165,7 @@ class Speaker:
     @classmethod
     def load(cls, path="newest", max_length=None, device="auto", quantize=None, **options):
         """The model of a checkpoint, or "newest", or "best". quantize: "int8". options: `seed`, and see
-        `model.candidates`; what is not said is greedy. UserError if there is no such model."""
+        `sampling.logits_to_probs`; what is not said is greedy. UserError if there is no such model."""
         _, _, model, tokenizer, _ = load_model(path, True, device, quantize)
         return cls(model, tokenizer, max_length, **{"temperature": 0, **options})
 
@@ -301,11 +301,11 @@ def notice_left_out(count):
         notice(f"the prompt is too long: its oldest {count:,} tokens are left out")
 
 
-def say(speaker, ids, profile=False):
+def say(text_generator, ids, profile=False):
     """Write the answer to the prompt `ids` to stdout as it comes; returns it. Ctrl-C passes through."""
     said, is_terminal = [], sys.stdout.isatty()
     try:
-        for piece in speaker.speak(ids):
+        for piece in text_generator.speak(ids):
             said.append(piece)
             sys.stdout.write(piece.translate(CONTROL) if is_terminal else piece)
             sys.stdout.flush()
@@ -313,36 +313,36 @@ def say(speaker, ids, profile=False):
         sys.stdout.write("\n")
         sys.stdout.flush()
     if profile:
-        notice(speaker.profile())
+        notice(text_generator.profile())
     return "".join(said)
 
 
-def converse(speaker, messages, text, profile):
+def converse(text_generator, messages, text, profile):
     """One more turn of the conversation `messages`, which grows only if the answer is not stopped."""
-    speaker.notice_unknown(text)
+    text_generator.notice_unknown(text)
     turns = [*messages, {"role": "user", "content": text}]
-    ids, left_out = speaker.chat_prompt(turns)
+    ids, left_out = text_generator.chat_prompt(turns)
     if len(turns) <= len(messages):
         notice("the context is full: the oldest turns are forgotten")
     notice_left_out(left_out)
-    answer = say(speaker, ids, profile)
-    if len(ids) + speaker.n_tokens >= speaker.max_length:
-        notice(f"cut off: prompt and answer have reached {speaker.max_length:,} tokens")
+    answer = say(text_generator, ids, profile)
+    if len(ids) + text_generator.n_tokens >= text_generator.max_length:
+        notice(f"cut off: prompt and answer have reached {text_generator.max_length:,} tokens")
     messages[:] = [*turns, {"role": "assistant", "content": answer}]
 
 
-def answer_once(speaker, text, instruct, profile):
+def answer_once(text_generator, text, instruct, profile):
     """A prompt on its own, without a conversation around it."""
     if instruct:
-        converse(speaker, [], text, profile)
+        converse(text_generator, [], text, profile)
         return
-    speaker.notice_unknown(text)
-    ids, left_out = speaker.completion_prompt(text)
+    text_generator.notice_unknown(text)
+    ids, left_out = text_generator.completion_prompt(text)
     notice_left_out(left_out)
-    say(speaker, ids, profile)
+    say(text_generator, ids, profile)
 
 
-def answer_lines(speaker, lines, instruct, profile):
+def answer_lines(text_generator, lines, instruct, profile):
     """Every line (bytes) is a prompt. An empty line parts completions: these may have many lines."""
     is_first = True
     for line_number, line in enumerate(lines, 1):
@@ -354,7 +354,7 @@ def answer_lines(speaker, lines, instruct, profile):
             continue
         if not instruct and not is_first:
             print()
-        answer_once(speaker, text, instruct, profile)
+        answer_once(text_generator, text, instruct, profile)
         is_first = False
 
 
@@ -371,7 +371,7 @@ def read(sign):
             notice("Ctrl-D leaves")
 
 
-def talk(speaker, instruct, profile):
+def talk(text_generator, instruct, profile):
     """Read and answer until Ctrl-D."""
     sign, messages = prompt_sign(), []
     while (text := read(sign)) is not None:
@@ -383,9 +383,9 @@ def talk(speaker, instruct, profile):
             continue
         try:
             if instruct:
-                converse(speaker, messages, text, profile)
+                converse(text_generator, messages, text, profile)
             else:
-                answer_once(speaker, text, instruct, profile)
+                answer_once(text_generator, text, instruct, profile)
         except KeyboardInterrupt:
             notice("stopped")
         print()
@@ -431,15 +431,17 @@ def answer_greedily(model, prompts, max_tokens, stop_tokens, on_answers=lambda c
     return [(request.tokens, request.finish_reason == "stop") for request in requests]
 
 
-def evaluate(speaker, questions):
+def evaluate(text_generator, questions):
     """Ask all, greedily and without repetition penalty; print some answers and the score of every kind."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
     from rich.text import Text
 
-    tokenizer, console = speaker.tokenizer, Console(highlight=False)
-    prompts, left_out = zip(*(speaker.chat_prompt(messages[:-1]) for messages, _ in questions), strict=True)
+    tokenizer, console = text_generator.tokenizer, Console(highlight=False)
+    prompts, left_out = zip(
+        *(text_generator.chat_prompt(messages[:-1]) for messages, _ in questions), strict=True
+    )
     if n_cut := sum(map(bool, left_out)):
         notice(f"{n_cut:,} questions are too long for the context: their oldest tokens are left out")
     expected = [messages[-1]["content"].strip() for messages, _ in questions]
@@ -453,7 +455,11 @@ def evaluate(speaker, questions):
     ) as bar:
         task = bar.add_task("", total=len(questions))
         answers = answer_greedily(
-            speaker.model, prompts, max_tokens, speaker.stop_tokens, lambda count: bar.advance(task, count)
+            text_generator.model,
+            prompts,
+            max_tokens,
+            text_generator.stop_tokens,
+            lambda count: bar.advance(task, count),
         )
     seconds = time.perf_counter() - start
 
@@ -531,36 +537,38 @@ def load_checkpoint(path, instruct):
 
 
 def load_model(path, instruct, device="auto", quantize=None):
-    """(checkpoint, its name, model, tokenizer, the hardware's Choice), ready to continue texts."""
+    """(checkpoint, its name, model, tokenizer, the hardware's ComputeConfig), ready to continue texts."""
     from common import hardware
     from decoding.packed import quantize as to_int8
     from engine.checkpoint import build
 
     checkpoint, name = load_checkpoint(path, instruct)
     # Small models gain nothing from half precision when they write one token at a time.
-    choice = hardware.choose(hardware.detect(device), device, dtype="float32")
+    compute = hardware.choose(hardware.detect(device), device, dtype="float32")
     model, tokenizer = build(checkpoint, name)
     if not model.config.is_causal:
         raise UserError(f"{name} sees all tokens at once (is_causal is false): it cannot continue a text")
     if not all(weights.isfinite().all() for weights in model.parameters()):
         raise UserError(f"{name} holds weights that are not finite numbers: its training had diverged")
     model = to_int8(model) if quantize == "int8" else model
-    return checkpoint, name, model.to(choice.device), tokenizer, choice
+    return checkpoint, name, model.to(compute.device), tokenizer, compute
 
 
-def load_speaker(args, instruct):
-    """(the Speaker that the arguments ask for, what it is in two lines, the context to run it in)."""
+def load_text_generator(args, instruct):
+    """(the TextGenerator that the arguments ask for, what it is in two lines, the context to run it in)."""
     from common import hardware
 
-    checkpoint, name, model, tokenizer, choice = load_model(args.model, instruct, args.device, args.quantize)
+    checkpoint, name, model, tokenizer, compute = load_model(args.model, instruct, args.device, args.quantize)
     if instruct and checkpoint.task != "sft":
         notice(f"{name} was not fine-tuned: it continues texts, and never learned to answer")
     if not instruct and checkpoint.task == "sft":
         notice(f"{name} was fine-tuned to answer: use -i to ask it")
     options = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    speaker = Speaker(model, tokenizer, args.max_length, **{key: getattr(args, key) for key in options})
-    about = facts(checkpoint, name, speaker, choice.device, args.model)
-    return speaker, about, hardware.attention_context(choice)
+    text_generator = TextGenerator(
+        model, tokenizer, args.max_length, **{key: getattr(args, key) for key in options}
+    )
+    about = facts(checkpoint, name, text_generator, compute.device, args.model)
+    return text_generator, about, hardware.attention_context(compute)
 
 
 def main():
@@ -576,16 +584,16 @@ def main():
         stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
     instruct = args.instruct or questions is not None
-    speaker, about, attention = load_speaker(args, instruct)
+    text_generator, about, attention = load_text_generator(args, instruct)
     is_talk = args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if is_talk:
-        speaker.decoder.compile()  # while the first question is typed
+        text_generator.decoder.compile()  # while the first question is typed
     with attention:
         if questions is not None:
             print(about)
-            evaluate(speaker, questions)
+            evaluate(text_generator, questions)
         elif args.prompt is not None:
-            answer_once(speaker, args.prompt, instruct, args.profile)
+            answer_once(text_generator, args.prompt, instruct, args.profile)
         elif is_talk:
             sys.stdin.reconfigure(errors="replace")
             print(about)
@@ -594,9 +602,9 @@ def main():
                 else "Begin a text; the model goes on with it.",
                 "Ctrl-C stops an answer, Ctrl-D leaves.\n",
             )  # fmt: skip
-            talk(speaker, instruct, args.profile)
+            talk(text_generator, instruct, args.profile)
         else:
-            answer_lines(speaker, sys.stdin.buffer, instruct, args.profile)
+            answer_lines(text_generator, sys.stdin.buffer, instruct, args.profile)
 
 
 if __name__ == "__main__":

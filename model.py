@@ -12,7 +12,7 @@ Worth knowing before reading:
 - One matrix makes queries, keys and values, and one makes both halves of the gated MLP:
   a few large products are faster than many small ones.
 - Attention and loss have a faster version for training on a CPU in `common/kernels.py`:
-  `use_cpu_kernels`. Everything else here is PyTorch's operations.
+  `use_custom_kernels`. Everything else here is PyTorch's operations.
 - Other architectures are subclasses of `GPT` in `models/`, which change some of its parts.
 
 Shapes: B rows, T tokens, C = n_embd, H = n_head, G = n_kv_head, D = head_dim, V = vocab_size.
@@ -85,7 +85,7 @@ def attention_factor(scaling):
     return 0.1 * math.log(scaling.factor) + 1 if scaling and scaling.rope_type == "yarn" else 1.0
 
 
-def rotate(x, cos, sin):
+def apply_rotary_emb(x, cos, sin):
     """Turn the pairs (i, i + D/2) of x [B, T, heads, D] by angles [..., T, 1, D/2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -149,7 +149,7 @@ class KVCache:
 class Attention(nn.Module):
     """Multi-head self-attention with grouped keys and values (Ainslie et al. 2023)."""
 
-    by_hand = False  # see GPT.use_cpu_kernels
+    custom_kernels = False  # see GPT.use_custom_kernels
 
     def __init__(self, config, layer):
         super().__init__()
@@ -175,7 +175,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, H + 2 * G, D).split((H, G, G), dim=2)  # [B, T, heads, D]
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+            q, k = apply_rotary_emb(q, *rotary).to(v.dtype), apply_rotary_emb(k, *rotary).to(v.dtype)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, D]
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)
@@ -200,7 +200,7 @@ class Attention(nn.Module):
                 mask = mask.expand(-1, group, T, -1).flatten(1, 2).unsqueeze(1)
         # A short text pays only where the compiler fuses what lies between the products.
         pays = T >= 256 or torch.compiler.is_compiling()
-        if self.by_hand and causal and not dropout and self.training and pays and scale is None:
+        if self.custom_kernels and causal and not dropout and self.training and pays and scale is None:
             return kernels.causal_attention(q, k, v)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
@@ -253,7 +253,7 @@ class GPT(nn.Module):
     `logits`, or more; everything else (loss, cache, decoding, training) is here.
     """
 
-    by_hand = False  # see use_cpu_kernels
+    custom_kernels = False  # see use_custom_kernels
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -412,7 +412,7 @@ class GPT(nn.Module):
         Raises ValueError when more than block_size tokens, or than the cache holds, would be needed,
         and for a cache with is_causal = false: there, a later token changes all earlier ones.
         """
-        positions, mask = self.places(tokens, cache, lengths)
+        positions, mask = self.positions_and_mask(tokens, cache, lengths)
         x = self.dropout(self.embed(tokens, positions))
         x = (through or self.through_blocks)(x, self.rotary_at(positions), cache, positions, mask)
         if cache is not None:
@@ -425,7 +425,7 @@ class GPT(nn.Module):
             x = block(x, *place)
         return self.norm(x)
 
-    def places(self, tokens, cache, lengths):
+    def positions_and_mask(self, tokens, cache, lengths):
         """Positions [1 or B, T] of the tokens, and who sees whom, [1 or B, 1, 1 or T, S]; None: as usual."""
         T, config = tokens.shape[1], self.config
         if cache is not None and not config.is_causal:
@@ -452,16 +452,16 @@ class GPT(nn.Module):
             return None
         return self.rotary_cos[positions].unsqueeze(2), self.rotary_sin[positions].unsqueeze(2)
 
-    def use_cpu_kernels(self, on):
+    def use_custom_kernels(self, on):
         """Train with attention and loss of `common.kernels` (float32 on a CPU only), or with PyTorch's."""
         for module in self.modules():
-            if hasattr(module, "by_hand"):
-                module.by_hand = on
+            if hasattr(module, "custom_kernels"):
+                module.custom_kernels = on
 
     def has_kernel(self, logits):
         """Whether `kernels.linear_cross_entropy` is to be used, and right: for these logits of a class."""
         is_plain = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
-        return self.by_hand and is_plain and type(self).logits is logits
+        return self.custom_kernels and is_plain and type(self).logits is logits
 
     def flops_per_token(self, length=None, training=True):
         """Floating-point operations per token, counted from the shapes.
@@ -503,9 +503,9 @@ class GPT(nn.Module):
     def generate(self, tokens, max_tokens, *, stop_tokens=(), seed=None, draft=True, **options):
         """Continue `tokens` (a list of ids), yielding one id at a time, at most max_tokens of them.
 
-        options: those of `candidates`: temperature (0 is greedy), top_k, ... Ends before a stop token. When
-        the context is full the older half of it is forgotten. Switch to eval() first. Raises ValueError for
-        an empty prompt, for one with ids outside the vocabulary, and where `candidates` does.
+        options: those of `logits_to_probs`: temperature (0 is greedy), top_k, ... Ends before a stop token.
+        When the context is full the older half of it is forgotten. Switch to eval() first.
+        Raises ValueError for an empty prompt, for one with ids outside the vocabulary, and where `logits_to_probs` does.
 
         draft: greedy text without penalties may be drafted, if the architecture has a `drafter`: the same
         tokens, sooner (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding").
@@ -575,7 +575,7 @@ class TokenCounts:
 
 
 def has_penalty(options):
-    """Whether it matters for these options of `candidates` what the text holds."""
+    """Whether it matters for these options of `logits_to_probs` what the text holds."""
     is_on = options.get("frequency_penalty") or options.get("presence_penalty")
     return bool(is_on) or options.get("repetition_penalty", 1.0) != 1.0
 
@@ -591,11 +591,11 @@ def is_greedy(options):
 
 
 def sample(logits, generator=None, **options):
-    """Draw one token id from logits [V]. The options are those of `candidates`.
+    """Draw one token id from logits [V]. The options are those of `logits_to_probs`.
 
     generator: on the CPU, where it is drawn on every device, so that a seed means the same on all.
     """
-    probabilities, ids = candidates(logits, **options)
+    probabilities, ids = logits_to_probs(logits, **options)
     if len(ids) == 1:
         return int(ids)
     # Inverse transform sampling, as torch.multinomial takes ten times as long over many tokens.
@@ -604,7 +604,7 @@ def sample(logits, generator=None, **options):
     return int(ids[torch.searchsorted(total, drawn, right=True)])
 
 
-def candidates(
+def logits_to_probs(
     logits, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
     frequency_penalty=0.0, presence_penalty=0.0, logit_bias=None, counts=None,
 ):  # fmt: skip

@@ -89,10 +89,10 @@ def learn(args):
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
     from common import hardware
     from engine import runs
-    from engine.parallel import Alone
+    from engine.parallel import SingleProcess
     from train import Job, initial_model, train
 
-    choice = hardware.prepare(config)
+    compute = hardware.prepare(config)
     start = runs.starting_point(problem.name, config, args.resume)
     if start.checkpoint:
         learned = problem_of(start.checkpoint, args, start.name, problem.tokenizer())
@@ -101,18 +101,18 @@ def learn(args):
                 f"{start.name} has learned {learned.described}: ask for that, name another run behind "
                 "--resume, or leave it out"
             )
-    model, tokenizer = initial_model(start, config, shape, choice, problem.tokenizer)
+    model, tokenizer = initial_model(start, config, shape, compute, problem.tokenizer)
     batches = tasks.Examples(problem, tokenizer, config.batch_size, args.seed)
     test = tasks.Test(problem, tokenizer, config.batch_size, args.seed, N_TEST)
     began = time.perf_counter()
-    job = Job(problem.name, config, choice, start, model, tokenizer, batches, [test], exact=True)
-    trained = train(job, Alone())
+    job = Job(problem.name, config, compute, start, model, tokenizer, batches, [test], exact=True)
+    trained = train(job, SingleProcess())
     if trained is None:  # stopped before its end
         return
     seconds = time.perf_counter() - began
     seconds = None if start.resumes else round(seconds, 1)  # of a run gone on with, only a part is known
     facts = {"steps": config.max_steps, "seconds": seconds, "seed": args.seed,
-             "device": choice.name, "checkpoint": trained.checkpoint.name}  # fmt: skip
+             "device": compute.name, "checkpoint": trained.checkpoint.name}  # fmt: skip
     report(problem, model, tokenizer, test.questions, facts)
     draw_chart(trained.log, trained.checkpoint.with_suffix(".png"))
     if args.play:
@@ -127,8 +127,8 @@ def try_again(args):
     state = checkpoint.load(path)
     model, tokenizer = checkpoint.build(state, shown(path))
     problem = problem_of(state, args, shown(path), tokenizer)
-    choice = hardware.choose(hardware.detect(args.device), args.device, dtype="float32")
-    model = model.to(choice.device)
+    compute = hardware.choose(hardware.detect(args.device), args.device, dtype="float32")
+    model = model.to(compute.device)
     test = tasks.Test(problem, tokenizer, 1, args.seed, N_TEST)
     report(problem, model, tokenizer, test.questions, {"steps": state.step, "seed": args.seed})
     if args.play:

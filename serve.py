@@ -361,19 +361,19 @@ def load_service(args):
     """(the Service, the model in two lines)"""
     from common.config import find
     from common.hardware import attention_context
-    from inference import Speaker, facts, load_model
+    from inference import TextGenerator, facts, load_model
     from server.service import Engine, Service
 
-    checkpoint, name, model, tokenizer, choice = load_model(args.model, True, args.device, args.quantize)
-    speaker = Speaker(model, tokenizer)
+    checkpoint, name, model, tokenizer, compute = load_model(args.model, True, args.device, args.quantize)
+    text_generator = TextGenerator(model, tokenizer)
     try:
-        engine = Engine(model, args.slots, args.max_queue, args.timeout, attention_context(choice))
+        engine = Engine(model, args.slots, args.max_queue, args.timeout, attention_context(compute))
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise UserError(f"memory does not suffice for {args.slots} slots; lower --slots") from None
         raise
-    service = Service(checkpoint, find(name), speaker, engine, choice.device)
-    return service, facts(checkpoint, name, speaker, choice.device, args.model)
+    service = Service(checkpoint, find(name), text_generator, engine, compute.device)
+    return service, facts(checkpoint, name, text_generator, compute.device, args.model)
 
 
 def main():

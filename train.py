@@ -72,7 +72,7 @@ class Job:
 
     task: str
     config: TrainConfig
-    choice: Any
+    compute: Any
     start: Any
     model: Any
     tokenizer: Any
@@ -105,11 +105,11 @@ def main():
     # Only now, when the arguments are known to be good, is it worth to wait for torch.
     from common import hardware
     from engine import plan
-    from engine.parallel import Alone
+    from engine.parallel import SingleProcess
 
-    choice, parallel = hardware.prepare(config), Alone()
+    compute, parallel = hardware.prepare(config), SingleProcess()
     instead = functools.partial(plan.show, world=args.world, link=args.link) if args.plan else None
-    train(text_job(args, config, model_config, choice, parallel), parallel, instead)
+    train(text_job(args, config, model_config, compute, parallel), parallel, instead)
 
 
 def enter_launch(example):
@@ -144,17 +144,17 @@ def enter_launch(example):
 
 
 def main_launched(args, strategy, place, loss_scaling=True):
-    """The rest of such a script. strategy(config, choice): how the run is spread (engine/parallel.py)."""
+    """The rest of such a script. strategy(config, compute): how the run is spread (engine/parallel.py)."""
     launcher = Launcher()
     config, model_config = load_run(args)
     from common import hardware
 
-    choice = hardware.prepare(config, place, loss_scaling)
-    with strategy(config, choice) as parallel:
-        train(text_job(args, config, model_config, choice, parallel), parallel, launcher=launcher)
+    compute = hardware.prepare(config, place, loss_scaling)
+    with strategy(config, compute) as parallel:
+        train(text_job(args, config, model_config, compute, parallel), parallel, launcher=launcher)
 
 
-def text_job(args, config, model_config, choice, parallel):
+def text_job(args, config, model_config, compute, parallel):
     """What -t, --resume and the two configurations ask for."""
     from data import Batches, TokenFile
     from engine import runs, scaling_laws
@@ -164,10 +164,10 @@ def text_job(args, config, model_config, choice, parallel):
         lambda: runs.starting_point(args.task, config, args.resume, parallel.run_of_this_launch())
     )
     model, tokenizer = initial_model(
-        start, config, model_config, choice, lambda: load_tokenizer(find(config.tokenizer_path))
+        start, config, model_config, compute, lambda: load_tokenizer(find(config.tokenizer_path))
     )
     written = config.model_dump(mode="json")
-    config = parallel.first(lambda: scaling_laws.resolved(config, model, choice, args.task, start))
+    config = parallel.first(lambda: scaling_laws.resolved(config, model, compute, args.task, start))
     files = [[TokenFile(find(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
     for file in (file for pair in files for file in pair):
         if file.meta["kind"] != args.task:
@@ -180,10 +180,10 @@ def text_job(args, config, model_config, choice, parallel):
     global_batch = batch_size * config.gradient_accumulation_steps
     batches = Batches([pair[0] for pair in files], block_size, global_batch, config.random_seed)
     validation = [Batches([pair[1]], block_size, batch_size, config.random_seed) for pair in files]
-    return Job(args.task, config, choice, start, model, tokenizer, batches, validation)
+    return Job(args.task, config, compute, start, model, tokenizer, batches, validation)
 
 
-def initial_model(start, config, model_config, choice, make_tokenizer):
+def initial_model(start, config, model_config, compute, make_tokenizer):
     """(model, tokenizer): those of the checkpoint to start from, or new ones."""
     import torch
 
@@ -207,13 +207,13 @@ def initial_model(start, config, model_config, choice, make_tokenizer):
             f"vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; "
             "set it to null"
         )
-    plan.refuse_too_large(shape, choice, config.optimizer)
+    plan.refuse_too_large(shape, compute, config.optimizer)
     torch.manual_seed(config.random_seed)
     return models.build(shape), tokenizer
 
 
 def settled(job, rows, parallel):
-    """The job's Choice with a dtype that is the same in all processes.
+    """The job's ComputeConfig with a dtype that is the same in all processes.
 
     Where only measuring can tell, a run that goes on keeps the dtype it had; for a new one, the first process
     measures its first micro-batch. Its model is on the device, with weights in float32.
@@ -222,41 +222,41 @@ def settled(job, rows, parallel):
 
     from common import hardware
 
-    config, choice, model = job.config, job.choice, job.model
+    config, compute, model = job.config, job.compute, job.model
     before = job.start.checkpoint.train_config.get("dtype") if job.start.resumes else None
 
     def measured():
         batch = [torch.from_numpy(array[rows.start : rows.start + rows.step]) for array in job.batches(0)]
-        batch = [tensor.to(choice.device) for tensor in batch]
+        batch = [tensor.to(compute.device) for tensor in batch]
         forward = torch.compile(model) if config.compile else model
         model.train()
 
-        def one_pass(choice):
-            model.use_cpu_kernels(choice.cpu_kernels)
-            with hardware.forward_context(choice):
+        def one_pass(compute):
+            model.use_custom_kernels(compute.custom_kernels)
+            with hardware.forward_context(compute):
                 forward(*batch, loss_divisor=1)[1].backward()
             model.zero_grad(set_to_none=True)
-            hardware.synchronize(choice.device)
+            hardware.synchronize(compute.device)
 
-        trials = [hardware.with_dtype(choice, config, dtype, "") for dtype in ("float32", "bfloat16")]
+        trials = [hardware.with_dtype(compute, config, dtype, "") for dtype in ("float32", "bfloat16")]
         with compiling(config.compile):
             found = hardware.measured_dtype({c.dtype: functools.partial(one_pass, c) for c in trials})
         model.zero_grad(set_to_none=True)  # of a pass for which memory did not suffice
         model.after_step(lambda *numbers: [0.0] * len(numbers))  # what it has counted does not count
         return found
 
-    found = parallel.gather((choice.dtype, choice.undecided))
+    found = parallel.gather((compute.dtype, compute.undecided))
     if any(other != found[0] for other in found):
         dtype, why = "float32", "the machines of this run would choose differently, and all of them have it"
-    elif not choice.undecided:
-        return choice
+    elif not compute.undecided:
+        return compute
     elif before in ("float32", "bfloat16"):
         dtype, why = before, "as this run has had it so far"
     else:
         dtype, why = parallel.first(measured)
-    choice = hardware.with_dtype(choice, config, dtype, why)
-    print(choice.reasons[1])
-    return choice
+    compute = hardware.with_dtype(compute, config, dtype, why)
+    print(compute.reasons[1])
+    return compute
 
 
 @contextlib.contextmanager
@@ -285,7 +285,7 @@ def train(job, parallel, instead=None, launcher=None):
     """The training loop. Returns what it has `Trained`; None if it was stopped, or had nothing to do.
 
     parallel: how the run is spread over processes (engine/parallel.py). instead: what to call, instead of
-    training, with the run's Facts, its Speedometer and a function that does one step. launcher: of a
+    training, with the run's RunEstimate, its Speedometer and a function that does one step. launcher: of a
     launched run (engine/stop.py).
     """
     import torch
@@ -296,16 +296,16 @@ def train(job, parallel, instead=None, launcher=None):
     from engine import plan, runs
     from engine.optimizer import learning_rate_at, rate_multiplier
 
-    config, choice, start = job.config, job.choice, job.start
+    config, compute, start = job.config, job.compute, job.start
     batches, validation = job.batches, job.validation
     rows = parallel.rows(config)
 
     # -- model and optimizer ----------------------------------------------------------------------
 
-    model = job.model.to(choice.device, torch.float32 if choice.autocast else getattr(torch, choice.dtype))
-    choice = settled(job, rows, parallel)
-    model.use_cpu_kernels(choice.cpu_kernels)
-    parallel.prepare(model, config, choice)
+    model = job.model.to(compute.device, torch.float32 if compute.autocast else getattr(torch, compute.dtype))
+    compute = settled(job, rows, parallel)
+    model.use_custom_kernels(compute.custom_kernels)
+    parallel.prepare(model, config, compute)
     if start.resumes:
         parallel.restore(start)
     state, notices = runs.progress(start, config, job.data, batches.position)
@@ -318,7 +318,7 @@ def train(job, parallel, instead=None, launcher=None):
     # -- data -------------------------------------------------------------------------------------
 
     def tensors(arrays):
-        return [torch.from_numpy(array).to(choice.device, non_blocking=True) for array in arrays]
+        return [torch.from_numpy(array).to(compute.device, non_blocking=True) for array in arrays]
 
     # Of every file the same sequences each time, of a longer one more of them.
     n_sequences = [v.sequences_per_epoch for v in validation]
@@ -338,7 +338,7 @@ def train(job, parallel, instead=None, launcher=None):
             at = first + parallel.rank
             number, place = places[min(at, len(places) - 1)]
             x, y, mask = tensors(validation[number](place))
-            with hardware.forward_context(choice):
+            with hardware.forward_context(compute):
                 logits, loss, _ = model(x, y, mask, loss_divisor=1)
             if at >= len(places):  # a surplus process only keeps the others company
                 continue
@@ -357,7 +357,7 @@ def train(job, parallel, instead=None, launcher=None):
     def forward(batch, first):
         """Of the micro-batch that begins with this row: the sum of its tokens' losses, and what to watch."""
         x, y, mask = tensors(array[first : first + rows.step] for array in batch)
-        with hardware.forward_context(choice):
+        with hardware.forward_context(compute):
             return parallel.forward(x, y, mask, loss_divisor=1)[1:]
 
     def compile_step():
@@ -395,7 +395,7 @@ def train(job, parallel, instead=None, launcher=None):
     if config.max_steps and state.step >= config.max_steps and not instead:
         print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
         return None
-    facts = plan.Facts(job.task, model, choice, batches, validation, config)
+    facts = plan.RunEstimate(job.task, model, compute, batches, validation, config)
     if config.compile:
         with facts.advice_when_out_of_memory():
             compile_step()
@@ -425,7 +425,7 @@ def train(job, parallel, instead=None, launcher=None):
         # The dtype is that of `settled`, so that the run keeps it.
         saved = checkpoints.Checkpoint(
             job.task, run_name, model_config=model.config.model_dump(),
-            train_config=config.model_dump(mode="json") | {"dtype": choice.dtype},
+            train_config=config.model_dump(mode="json") | {"dtype": compute.dtype},
             tokenizer=job.tokenizer.to_dict(), data=job.data, **vars(state), **states,
         )  # fmt: skip
         path = saved.save()
@@ -454,7 +454,7 @@ def train(job, parallel, instead=None, launcher=None):
                 break
             epoch, stage, sequence = batches.position(state.consumed["sequences"])
             loss, norm, watched, consumed = one_step()
-            if not math.isfinite(loss) or not (choice.grad_scaling or math.isfinite(norm)):
+            if not math.isfinite(loss) or not (compute.grad_scaling or math.isfinite(norm)):
                 raise diverged(f"step {state.step + 1}: loss {loss}, gradient norm {norm}")
             state.step += 1
             for what, count in consumed.items():

@@ -19,10 +19,10 @@ def main():
     train.main_launched(args, strategy, place)
 
 
-def strategy(config, choice):
+def strategy(config, compute):
     from engine.parallel import DataParallel
 
-    return DataParallel(config.backend, choice)
+    return DataParallel(config.backend, compute)
 
 
 if __name__ == "__main__":

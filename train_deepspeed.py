@@ -32,11 +32,11 @@ def main():
     path = find(args.deepspeed_config)
     settings = load(DeepSpeedConfig, path)
 
-    def strategy(config, choice):
-        os.environ.setdefault("DS_ACCELERATOR", choice.device_type)
+    def strategy(config, compute):
+        os.environ.setdefault("DS_ACCELERATOR", compute.device_type)
         from engine.zero import Zero
 
-        return Zero(settings, shown(path), config.backend, choice)
+        return Zero(settings, shown(path), config.backend, compute)
 
     train.main_launched(args, strategy, place, loss_scaling=False)
 

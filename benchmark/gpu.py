@@ -98,16 +98,16 @@ def look_at_the_machine(setting, tell):
 
     if not (setting.dry_run or torch.cuda.is_available()):
         raise UserError("torch finds no CUDA GPU here; --dry-run rehearses on the CPU")
-    choice = hardware.choose(hardware.detect(setting.device), setting.device)
+    compute = hardware.choose(hardware.detect(setting.device), setting.device)
     tell(
-        card=choice.name, memory=choice.memory, driver=driver(), torch=choice.machine.torch,
+        card=compute.name, memory=compute.memory, driver=driver(), torch=compute.machine.torch,
         cuda=torch.version.cuda, commit=figures.commit(), time=time.strftime("%Y-%m-%d %H:%M"),
-        chosen=choice.reasons,
+        chosen=compute.reasons,
     )  # fmt: skip
-    for dtype in dict.fromkeys((choice.dtype, "float32")):
+    for dtype in dict.fromkeys((compute.dtype, "float32")):
         seconds = 0.2 if setting.dry_run else 2.0
         flops = hardware.measure_matmul_flops(setting.device, dtype, seconds)
-        tell(dtype=dtype, flops=flops, peak=peak(choice.name, dtype))
+        tell(dtype=dtype, flops=flops, peak=peak(compute.name, dtype))
     tell(copied=copied(setting))
 
 
@@ -177,7 +177,7 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
     from common import hardware
     from common.config import check_model
     from config.schema import TrainConfig
-    from engine.parallel import Alone
+    from engine.parallel import SingleProcess
     from engine.runs import Start
     from train import Job, train
 
@@ -186,7 +186,7 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
         dataset_path=[("none", "none")], max_steps=1000, device=setting.device, compile=compiled,
         batch_size=micro_batch, gradient_accumulation_steps=workload.sequences // micro_batch,
     )  # fmt: skip
-    choice = hardware.prepare(config)
+    compute = hardware.prepare(config)
     if not repeatable:
         torch.use_deterministic_algorithms(False)
     torch.manual_seed(0)
@@ -195,10 +195,12 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
     began = time.perf_counter()
 
     def measure(facts, speed, one_step):
-        told = functools.partial(tell, dtype=facts.choice.dtype, micro_batch=micro_batch)
+        told = functools.partial(tell, dtype=facts.compute.dtype, micro_batch=micro_batch)
         time_steps(setting, told, workload, facts.model, lambda: one_step()[0], began)
 
-    train(Job("pretrain", config, choice, Start(), model, None, batches, [batches]), Alone(), measure)
+    train(
+        Job("pretrain", config, compute, Start(), model, None, batches, [batches]), SingleProcess(), measure
+    )
 
 
 def train_nanogpt(setting, tell, workload, compiled=True):
@@ -209,8 +211,8 @@ def train_nanogpt(setting, tell, workload, compiled=True):
     from common import hardware
 
     workload, micro_batch = sized(setting, workload)
-    choice = hardware.choose(hardware.detect(setting.device), setting.device)
-    dtype, is_gpu = getattr(torch, choice.dtype), not setting.dry_run
+    compute = hardware.choose(hardware.detect(setting.device), setting.device)
+    dtype, is_gpu = getattr(torch, compute.dtype), not setting.dry_run
     torch.manual_seed(1337)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     module = load_nanogpt(setting.nanogpt)
@@ -219,9 +221,9 @@ def train_nanogpt(setting, tell, workload, compiled=True):
     model = raw = module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=False)).to(setting.device)
     betas = (TRAINING.beta1, TRAINING.beta2)
     optimizer = model.configure_optimizers(
-        TRAINING.weight_decay, TRAINING.learning_rate, betas, choice.device_type
+        TRAINING.weight_decay, TRAINING.learning_rate, betas, compute.device_type
     )
-    scaler = torch.amp.GradScaler(choice.device_type, enabled=choice.grad_scaling)
+    scaler = torch.amp.GradScaler(compute.device_type, enabled=compute.grad_scaling)
     model = torch.compile(model) if compiled else model
     batches, steps, passes = RandomBatches(workload), iter(range(1 << 40)), workload.sequences // micro_batch
 
@@ -233,7 +235,7 @@ def train_nanogpt(setting, tell, workload, compiled=True):
         x, y, _ = batches(next(steps))
         for first in range(0, workload.sequences, micro_batch):
             rows = slice(first, first + micro_batch)
-            with hardware.autocast_context(choice):
+            with hardware.autocast_context(compute):
                 _, loss = model(on_device(x[rows]), on_device(y[rows]))
             scaler.scale(loss / passes).backward()
         scaler.unscale_(optimizer)
@@ -334,15 +336,15 @@ def write_texts(setting, tell, shape):
     from decoding.engine import Decoder, Request
 
     shape = shape | SMALL.shape | {"n_kv_head": 1} if setting.dry_run else shape
-    choice = hardware.choose(hardware.detect(setting.device), setting.device, dtype="float32")
+    compute = hardware.choose(hardware.detect(setting.device), setting.device, dtype="float32")
     torch.manual_seed(0)
-    model = models.build(check_model(shape, "the benchmark").resolved(None)).eval().to(choice.device)
+    model = models.build(check_model(shape, "the benchmark").resolved(None)).eval().to(compute.device)
     n_bytes, speed = 4 * model.active_weights, copied(setting)
     seconds = 0.2 if setting.dry_run else 3.0
     for n in TEXTS[:2] if setting.dry_run else TEXTS:
         record = dict(texts=n, parameters=model.n_params, limit=n * speed / n_bytes)
         try:
-            with hardware.attention_context(choice):
+            with hardware.attention_context(compute):
                 decoder, n_steps = Decoder(model, n), 0
                 for i in range(n):
                     prompt = range(1, 9 + i % 8)

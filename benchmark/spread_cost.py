@@ -125,7 +125,7 @@ def measure_link(args):
     from rich.table import Table
 
     from common.hardware import choose, detect
-    from engine.plan import Facts
+    from engine.plan import RunEstimate
 
     table = Table(title="2 machines of one thread each: milliseconds a step, and times as fast as one")
     for name in ("model", "Gbit/s", "1 machine", "2 machines", "times", "foretold"):
@@ -135,7 +135,7 @@ def measure_link(args):
         alone = launch(1, 1, **job)["ms"]
         config, model = built(shape, batch_size=rows)
         batches = SimpleNamespace(sequences_per_epoch=1, batch_size=rows)
-        facts = Facts("", model, choose(detect("cpu"), "cpu", "float32"), batches, None, config)
+        facts = RunEstimate("", model, choose(detect("cpu"), "cpu", "float32"), batches, None, config)
         for gbit in (10, 1, 0.3):
             with tempfile.NamedTemporaryFile() as result:
                 worker = json.dumps({**job, "out": result.name, "n_threads": 1})
@@ -185,8 +185,8 @@ def worker(kind, out, n_threads, **job):
 
     torch.set_num_threads(n_threads)
     keep_freed_memory()
-    choice = choose(detect("cpu"), "cpu", "float32")
-    result = {"time": time_worker, "memory": memory_worker}[kind](choice, **job)
+    compute = choose(detect("cpu"), "cpu", "float32")
+    result = {"time": time_worker, "memory": memory_worker}[kind](compute, **job)
     if os.environ["RANK"] == "0":
         Path(out).write_text(json.dumps(result), "utf-8")
 
@@ -213,7 +213,7 @@ def passes(parallel, config, rows, tokens, seen):
             seen["end"] = time.perf_counter()
 
 
-def time_worker(choice, model, accumulation, steps):
+def time_worker(compute, model, accumulation, steps):
     """Milliseconds of a step; buckets of gradients sent per step; when the first of them is ready."""
     import torch
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -223,9 +223,9 @@ def time_worker(choice, model, accumulation, steps):
     shape, rows = MODELS[model]
     config, model = built(shape, batch_size=rows // accumulation, gradient_accumulation_steps=accumulation)
     seen = {"buckets": 0, "first": []}
-    with DataParallel("gloo", choice) as parallel:
-        model.use_cpu_kernels(True)
-        parallel.prepare(model, config, choice)
+    with DataParallel("gloo", compute) as parallel:
+        model.use_custom_kernels(True)
+        parallel.prepare(model, config, compute)
 
         def hook(group, bucket):
             seen["buckets"] += 1
@@ -246,7 +246,7 @@ def time_worker(choice, model, accumulation, steps):
     return {"ms": 1000 * took / steps, "buckets": seen["buckets"] / steps, "first": first}
 
 
-def memory_worker(choice, stage):
+def memory_worker(compute, stage):
     """Bytes of all tensors of this process, per parameter, at two moments of the third step."""
     import torch
 
@@ -258,11 +258,11 @@ def memory_worker(choice, stage):
     if stage == 3:
         zero = {**zero, "stage3_param_persistence_threshold": 0}
     settings = DeepSpeedConfig(zero_optimization=zero)
-    make = (lambda: Zero(settings, "", "gloo", choice)) if stage else (lambda: DataParallel("gloo", choice))
+    make = (lambda: Zero(settings, "", "gloo", compute)) if stage else (lambda: DataParallel("gloo", compute))
     found = {}
     with make() as parallel:
         rows = parallel.rows(config)
-        parallel.prepare(model, config, choice)
+        parallel.prepare(model, config, compute)
         tokens = torch.zeros(2, 8, dtype=torch.long)
         for _ in range(3):
             passes(parallel, config, rows, tokens, {})

@@ -78,10 +78,10 @@ def ours(shape, _, without=()):
     if "kept memory" not in without:
         keep_freed_memory()
     model = GPT(shape)
-    model.use_cpu_kernels(True)
+    model.use_custom_kernels(True)
     for module in model.modules():
         if type(module).__name__ in without:
-            module.by_hand = False
+            module.custom_kernels = False
     optimizer = make_optimizer(model, TRAINING)
     mask = None
 

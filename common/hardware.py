@@ -1,11 +1,11 @@
 """The one room that asks the machine what it can do, and turns every "auto" into an answer.
 
     machine = detect()                          # asks torch and the operating system, once
-    choice = choose(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True)
-    if choice.undecided:                        # only the model itself can tell which dtype is faster
-        choice = with_dtype(choice, config, *measured_dtype(passes))
-    print("\\n".join(describe(choice)))          # what was chosen, and why
-    with attention_context(choice), autocast_context(choice):
+    compute = choose(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True)
+    if compute.undecided:                        # only the model itself can tell which dtype is faster
+        compute = with_dtype(compute, config, *measured_dtype(passes))
+    print("\\n".join(describe(compute)))          # what was chosen, and why
+    with attention_context(compute), autocast_context(compute):
         ...                                     # forward pass
 
 `choose` is a pure function of what `detect` found, so machines can be pretended in tests.
@@ -59,7 +59,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ComputeConfig:
     """Every "auto" resolved.
 
     `undecided`: `dtype` is float32 until `measured_dtype` has held it against bfloat16.
@@ -85,7 +85,7 @@ class Choice:
         return self.device.split(":")[0]
 
     @property
-    def cpu_kernels(self):
+    def custom_kernels(self):
         """Whether to train with common/kernels.py's attention and loss."""
         return self.device == "cpu" and self.dtype == "float32" and self.sdp_kernel == "auto"
 
@@ -125,7 +125,7 @@ def detect(device="auto"):
 def choose(
     machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True, dropout=0.0, loss_scaling=True
 ):
-    """Resolve every "auto" for `machine` -> Choice. UserError if what was set by hand cannot be.
+    """Resolve every "auto" for `machine` -> ComputeConfig. UserError if what was set by hand cannot be.
 
     loss_scaling: whether the training loop has what float16 needs.
     """
@@ -133,7 +133,7 @@ def choose(
     dtype, why_dtype = _choose_dtype(machine, device, gpu, dtype, use_amp, loss_scaling)
     undecided, dtype = dtype == "auto", "float32" if dtype == "auto" else dtype
     kernel, kernels, why_kernel = _choose_kernel(machine, device, gpu, dtype, sdp_kernel, dropout)
-    return Choice(
+    return ComputeConfig(
         machine=machine,
         device=device,
         dtype=dtype,
@@ -153,7 +153,7 @@ def choose(
 
 
 def prepare(config, place=None, loss_scaling=True):
-    """The `Choice` for a training run's configuration; says what it is, and sets the process up for it.
+    """The `ComputeConfig` of a training run. Prints it, and sets this process up for it.
 
     place: (i, n) if this is process i of n on this machine: each has a GPU, or a share of the cores.
     loss_scaling: see `choose`.
@@ -162,28 +162,28 @@ def prepare(config, place=None, loss_scaling=True):
 
     settings = config.dtype, config.sdp_kernel, config.use_amp, config.dropout, loss_scaling
     machine = detect(config.device)
-    choice = choose(machine, config.device, *settings)
-    if place and choice.device_type == "cuda" and config.device in ("auto", "cuda"):
-        choice = choose(machine, f"cuda:{place[0]}", *settings)
-        why = f"device {choice.device}: each process on this machine has its own"
-        choice = replace(choice, reasons=(why, *choice.reasons[1:]))
-    elif place and choice.device_type == "cuda" and place[1] > 1:
+    compute = choose(machine, config.device, *settings)
+    if place and compute.device_type == "cuda" and config.device in ("auto", "cuda"):
+        compute = choose(machine, f"cuda:{place[0]}", *settings)
+        why = f"device {compute.device}: each process on this machine has its own"
+        compute = replace(compute, reasons=(why, *compute.reasons[1:]))
+    elif place and compute.device_type == "cuda" and place[1] > 1:
         raise UserError(f'device is "{config.device}" for {place[1]} processes; with "cuda" each has its own')
-    if place and choice.device_type == "cpu":
+    if place and compute.device_type == "cpu":
         torch.set_num_threads(max(1, machine.cores // place[1]))
-    if choice.device_type == "cuda":
+    if compute.device_type == "cuda":
         repeat_exactly()
     keep_freed_memory()
-    for line in describe(choice):
+    for line in describe(compute):
         print(line)
-    return choice
+    return compute
 
 
-def describe(choice):
-    """Four plain lines for the start of a run: the machine, then each choice and its reason."""
-    shared = any(gpu.shared and gpu.name == choice.name for gpu in choice.machine.gpus)
-    memory = f", {choice.memory / 2**30:.0f} GiB{' shared with the CPU' * shared}" if choice.memory else ""
-    return [f"machine {choice.name}{memory}, torch {choice.machine.torch}", *choice.reasons]
+def describe(compute):
+    """Four plain lines for the start of a run: the machine, then each compute and its reason."""
+    shared = any(gpu.shared and gpu.name == compute.name for gpu in compute.machine.gpus)
+    memory = f", {compute.memory / 2**30:.0f} GiB{' shared with the CPU' * shared}" if compute.memory else ""
+    return [f"machine {compute.name}{memory}, torch {compute.machine.torch}", *compute.reasons]
 
 
 def _choose_device(machine, device):
@@ -290,10 +290,12 @@ def _choose_kernel(machine, device, gpu, dtype, kernel, dropout):
     return best, KERNELS[KERNELS.index(best) :], f"{best}: the fastest for this device and dtype"
 
 
-def with_dtype(choice, config, dtype, why):
-    """The Choice, decided: as if `dtype` had been set by hand in the run's `config`, but for this reason."""
-    decided = choose(choice.machine, choice.device, dtype, config.sdp_kernel, config.use_amp, config.dropout)
-    return replace(decided, reasons=(choice.reasons[0], f"dtype {dtype}: {why}", decided.reasons[2]))
+def with_dtype(compute, config, dtype, why):
+    """The same with this dtype, and `why` as the reason."""
+    decided = choose(
+        compute.machine, compute.device, dtype, config.sdp_kernel, config.use_amp, config.dropout
+    )
+    return replace(decided, reasons=(compute.reasons[0], f"dtype {dtype}: {why}", decided.reasons[2]))
 
 
 def measured_dtype(passes, seconds=1.0):
@@ -326,28 +328,28 @@ def measured_dtype(passes, seconds=1.0):
     return best, why + f"; it would have to gain {GAIN:.0%}, being less exact" * (0 < gain < GAIN)
 
 
-def attention_context(choice):
-    """A context in which scaled_dot_product_attention uses only `choice.kernels`."""
+def attention_context(compute):
+    """A context in which scaled_dot_product_attention uses only `compute.kernels`."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     names = {"flash": SDPBackend.FLASH_ATTENTION, "mem_efficient": SDPBackend.EFFICIENT_ATTENTION}
     names["math"] = SDPBackend.MATH
-    return sdpa_kernel([names[k] for k in choice.kernels]) if choice.kernels else contextlib.nullcontext()
+    return sdpa_kernel([names[k] for k in compute.kernels]) if compute.kernels else contextlib.nullcontext()
 
 
-def autocast_context(choice):
-    """A context for the forward pass: products in `choice.dtype` where mixed precision is on."""
+def autocast_context(compute):
+    """A context for the forward pass: products in `compute.dtype` where mixed precision is on."""
     import torch
 
-    if not choice.autocast:
+    if not compute.autocast:
         return contextlib.nullcontext()
-    return torch.autocast(choice.device_type, getattr(torch, choice.dtype))
+    return torch.autocast(compute.device_type, getattr(torch, compute.dtype))
 
 
 @contextlib.contextmanager
-def forward_context(choice):
+def forward_context(compute):
     """Both of the above: what a forward pass runs in."""
-    with attention_context(choice), autocast_context(choice):
+    with attention_context(compute), autocast_context(compute):
         yield
 
 

@@ -1,7 +1,7 @@
 """Operations that PyTorch has not, or not as fast: attention, loss, and products of many matrices.
 
 Attention and loss are for training in float32 on a CPU, with backward passes written by hand; both trade
-PyTorch's operations for fewer and better shaped ones. `GPT.use_cpu_kernels` turns them on, and
+PyTorch's operations for fewer and better shaped ones. `GPT.use_custom_kernels` turns them on, and
 doc/speed.md has what each of them gains. tests/common/test_kernels.py holds all to PyTorch's own.
 """
 

@@ -583,7 +583,7 @@ def norm(out, x, size, weight, eps):
 
 
 @compiled
-def rotate(out, x, half, rotary, position, factor):
+def apply_rotary_emb(out, x, half, rotary, position, factor):
     """out = factor times x [2 half], the pairs (i, i + half) turned. rotary: [2, positions, half]"""
     _, n_positions, size = rotary.shape
     table, cos, sin = rotary.reshape(-1), position * size, (n_positions + position) * size
@@ -750,7 +750,7 @@ def turn_head(scratch, x, first, D, weight, rotary, position, eps, factor):
     if weight.shape[0]:
         norm(head, head, D, weight, eps)
     if rotary.shape[1]:
-        rotate(turned, head, D // 2, rotary, position, factor)
+        apply_rotary_emb(turned, head, D // 2, rotary, position, factor)
     else:
         copy_head(turned, head, 0, D, factor)
 

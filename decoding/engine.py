@@ -32,7 +32,7 @@ from torch import nn
 
 from common.config import ANY, ROOT, unsupported
 from decoding.compile_cache import CACHE, is_compiled
-from decoding.packed import BlockedLinear, Int8Linear, TiedEmbedding
+from decoding.packed import Int8Linear, PackedLinear, TiedEmbedding
 from model import (
     GPT,
     MLP,
@@ -40,9 +40,9 @@ from model import (
     Block,
     RMSNorm,
     TokenCounts,
-    candidates,
     has_penalty,
     is_greedy,
+    logits_to_probs,
     sample,
 )
 
@@ -52,8 +52,8 @@ PIECE = 256  # tokens of a prompt that are read at once
 class Request:
     """A prompt, how to continue it, and what has come of it so far.
 
-    prompt: list of ids. max_tokens: as many at most. temperature, top_k, ...: see `model.candidates`. seed:
-    int; None: a random one. n_logprobs: how many of the likeliest tokens are told with each token; None: no
+    prompt: list of ids. max_tokens: as many at most. temperature, top_k, ...: see `logits_to_probs`.
+    seed: int; None: a random one. n_logprobs: how many of the likeliest tokens are told with each token; None: no
     logprobs at all. scores_prompt: logprobs of the prompt's tokens, too.
 
     tokens: the ids drawn so far. logprobs: for each of them (its log-probability, [(id, log-probability),
@@ -127,7 +127,7 @@ class Decoder:
         for options that make no sense, and for logprobs of a prompt that is longer than the context."""
         self.model.prompt(request.context)
         vocab_size = self.model.config.vocab_size
-        candidates(-torch.arange(float(vocab_size)), **request.options)
+        logits_to_probs(-torch.arange(float(vocab_size)), **request.options)
         if request.scores_prompt and request.n_prompt > self.steps.capacity:
             raise ValueError(f"the prompt holds more than the {self.steps.capacity} tokens of the context")
         if request.generator is None and request.seed is not None:
@@ -317,7 +317,7 @@ atexit.register(LOADING.acquire)  # a program that ended while Numba loads would
 
 # Of which parts, and of what configuration, decoding/compiled.py computes the network.
 PARTS = {
-    GPT, Attention, Block, MLP, RMSNorm, BlockedLinear, Int8Linear, TiedEmbedding,
+    GPT, Attention, Block, MLP, RMSNorm, PackedLinear, Int8Linear, TiedEmbedding,
     nn.Dropout, nn.Embedding, nn.Identity, nn.Linear, nn.ModuleList,
 }  # fmt: skip
 IMPLEMENTED = {

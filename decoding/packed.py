@@ -27,7 +27,7 @@ def blocks_of(w):
     return F.pad(w, (0, 0, 0, -w.shape[0] % ROWS)).unflatten(0, (-1, ROWS))
 
 
-class BlockedLinear(nn.Module):
+class PackedLinear(nn.Module):
     """An nn.Linear whose weights are `w` [M / ROWS, N, ROWS]; zeros fill up the number of rows."""
 
     def __init__(self, linear):
@@ -50,7 +50,7 @@ class BlockedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class Int8Linear(BlockedLinear):
+class Int8Linear(PackedLinear):
     """The same in 8 bits: `w` times `scales`, both filled up with zeros.
 
     w: [M / ROWS, N / 2, ROWS, 2] int8, or [M / ROWS, N / 2, 2, ROWS]; scales: [M / ROWS, N / GROUP, ROWS].
@@ -80,7 +80,7 @@ def quantized(weight):
 
 
 class TiedEmbedding(nn.Module):
-    """An nn.Embedding that reads the rows of a BlockedLinear, the output head."""
+    """An nn.Embedding that reads the rows of a PackedLinear, the output head."""
 
     def __init__(self, head):
         super().__init__()
@@ -107,7 +107,7 @@ def quantize(model):
 def block(model):
     """Weights in blocks, in place; returns the model, which cannot be trained any more."""
     is_tied = model.lm_head.weight is model.wte.weight
-    replace(model, BlockedLinear)
+    replace(model, PackedLinear)
     if is_tied:
         model.wte = TiedEmbedding(model.lm_head)
     return model

@@ -1,6 +1,6 @@
 """How a run is spread over processes. The loop of train.py is the same for all; what differs is here.
 
-    Alone()            one process: train.py, problem.py
+    SingleProcess()            one process: train.py, problem.py
     DataParallel()     one process a device, each with the whole model: train_ddp.py
     Zero()             the same, with weights, gradients and moments spread out: engine/zero.py
 
@@ -15,7 +15,7 @@ A strategy has these parts, in the order in which the loop uses them:
     gather(value) -> list            everybody's value, in the order of their ranks
     agree(facts)                     refuses to start if these are not the same everywhere
     rows(config) -> range            its rows of the global batch; the step of the range is its micro-batch
-    prepare(model, config, choice)   builds the optimizer; `forward` is then the model to call in training
+    prepare(model, config, compute)   builds the optimizer; `forward` is then the model to call in training
     restore(start)                   puts the optimizer's state back
     reached(step)                    tells the others that the loop begins this step, counted from 1
     micro_batch(last)                a context for one forward and backward pass; `last`: of this step
@@ -50,7 +50,7 @@ PATIENCE = datetime.timedelta(seconds=5)
 TIMEOUT = datetime.timedelta(minutes=30)  # one process may be long over a validation or a checkpoint
 
 
-class Alone:
+class SingleProcess:
     rank, world = 0, 1
 
     def first(self, make):
@@ -81,11 +81,11 @@ class Alone:
         micro_batch = next(size for size in range(min(config.batch_size, share), 0, -1) if share % size == 0)
         return range(self.rank * share, (self.rank + 1) * share, micro_batch)
 
-    def prepare(self, model, config, choice):
+    def prepare(self, model, config, compute):
         self.model, self.clip = model, config.grad_clip or math.inf
-        self.optimizer = make_optimizer(model, config, choice.dtype)
+        self.optimizer = make_optimizer(model, config, compute.dtype)
         # float16 underflows: the loss is multiplied up before the backward pass, the gradients down after it.
-        self.scaler = torch.amp.GradScaler(choice.device_type, enabled=choice.grad_scaling)
+        self.scaler = torch.amp.GradScaler(compute.device_type, enabled=compute.grad_scaling)
         self.forward = torch.compile(model) if config.compile else model
 
     def restore(self, start):
@@ -147,18 +147,18 @@ def wait_for_name(host, seconds=60):
             time.sleep(1)
 
 
-class DataParallel(Alone):
+class DataParallel(SingleProcess):
     """Every process has the whole model. Gradients are exchanged while the backward pass goes on, in the last
     micro-batch of a step only (Li et al. 2020, "PyTorch Distributed", section 3.2)."""
 
     launchers = None  # the launcher's store, which outlives the processes
 
-    def __init__(self, backend, choice):
+    def __init__(self, backend, compute):
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.device = choice.device
-        if choice.device_type == "cuda":
-            torch.cuda.set_device(choice.device)
-        automatic = "nccl" if choice.device_type == "cuda" else "gloo"
+        self.device = compute.device
+        if compute.device_type == "cuda":
+            torch.cuda.set_device(compute.device)
+        automatic = "nccl" if compute.device_type == "cuda" else "gloo"
         backend = automatic if backend == "auto" else backend
         wait_for_name(os.environ["MASTER_ADDR"])
         self.heartbeat = Heartbeat(self.rank, self.world)
@@ -167,7 +167,7 @@ class DataParallel(Alone):
         )
 
     def _store(self):
-        """Where the processes find each other; None: PyTorch's own choice.
+        """Where the processes find each other; None: PyTorch's own compute.
 
         torch.distributed.run has a store that outlives the processes. When it brings a run back, the
         addresses of those that have ended still stand in it, and PyTorch 2.13 connects to them. So each
@@ -240,9 +240,9 @@ class DataParallel(Alone):
                         f"{theirs[name]} there and {value} here; copy configuration and data to all machines"
                     )
 
-    def prepare(self, model, config, choice):
-        super().prepare(model, config, choice)
-        devices = [torch.device(choice.device)] if choice.device_type == "cuda" else None
+    def prepare(self, model, config, compute):
+        super().prepare(model, config, compute)
+        devices = [torch.device(compute.device)] if compute.device_type == "cuda" else None
         # What is no parameter changes in all processes alike: it need not be sent with every pass.
         self.spread = torch.nn.parallel.DistributedDataParallel(
             self.forward, device_ids=devices, broadcast_buffers=False

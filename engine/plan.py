@@ -16,11 +16,11 @@ from common.log import duration
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class Facts:
+class RunEstimate:
     """The numbers of a run that follow from its configuration, its data and its machine."""
 
-    def __init__(self, task, model, choice, batches, validation, config):
-        self.task, self.model, self.choice, self.config = task, model, choice, config
+    def __init__(self, task, model, compute, batches, validation, config):
+        self.task, self.model, self.compute, self.config = task, model, compute, config
         self.batches, self.validation = batches, validation
         self.flops_per_token = model.flops_per_token()
 
@@ -30,8 +30,9 @@ class Facts:
 
     def header(self):
         """The log's first line: the configuration and the machine."""
-        machine = {"name": self.choice.name, "torch": self.choice.machine.torch, "device": self.choice.device,
-                   "dtype": self.choice.dtype, "sdp_kernel": self.choice.sdp_kernel}  # fmt: skip
+        compute = self.compute
+        machine = {"name": compute.name, "torch": compute.machine.torch, "device": compute.device,
+                   "dtype": compute.dtype, "sdp_kernel": compute.sdp_kernel}  # fmt: skip
         return {
             "task": self.task,
             "model_config": self.model.config.model_dump(),
@@ -72,11 +73,11 @@ class Facts:
         """
         c = self.model.config
         parameters = self.model.n_params
-        weight = 4 if self.choice.autocast else BYTES[self.choice.dtype]
+        weight = 4 if self.compute.autocast else BYTES[self.compute.dtype]
         tokens = (batch_size or self.config.batch_size) * c.block_size
-        blocked = getattr(self.model.blocks[0].attn, "by_hand", False) and c.block_size >= 256
-        numbers = self.model.activations_per_token(blocked or self.choice.sdp_kernel == "math")
-        per_token = numbers * BYTES[self.choice.dtype] + 3 * 4 * c.vocab_size + 2 * 4 * c.n_embd
+        blocked = getattr(self.model.blocks[0].attn, "custom_kernels", False) and c.block_size >= 256
+        numbers = self.model.activations_per_token(blocked or self.compute.sdp_kernel == "math")
+        per_token = numbers * BYTES[self.compute.dtype] + 3 * 4 * c.vocab_size + 2 * 4 * c.n_embd
         return {
             "weights": parameters * weight,
             "gradients": parameters * weight,
@@ -126,19 +127,19 @@ class Facts:
 
     def largest_batch(self):
         """The largest batch_size whose estimate leaves a tenth of the device's memory free; 0: none."""
-        if not self.choice.memory:
+        if not self.compute.memory:
             return None
         fixed = sum(self.memory(1).values()) - self.memory(1)["activations"]
-        return max(0, int((0.9 * self.choice.memory - fixed) // self.memory(1)["activations"]))
+        return max(0, int((0.9 * self.compute.memory - fixed) // self.memory(1)["activations"]))
 
     @property
     def too_large(self):
         """A sentence if by estimate the run does not fit in the device's memory, else None."""
         needs, fits = sum(self.memory().values()), self.largest_batch()
-        if fits is None or fits >= self.config.batch_size or needs <= self.choice.memory:
+        if fits is None or fits >= self.config.batch_size or needs <= self.compute.memory:
             return None
         return (
-            f"by estimate this needs {gib(needs)} of memory, and there are {gib(self.choice.memory)}: "
+            f"by estimate this needs {gib(needs)} of memory, and there are {gib(self.compute.memory)}: "
             f"batch_size {fits} would fit"
         )
 
@@ -164,16 +165,16 @@ def n_moments(model, optimizer):
     return 2 * model.n_params - (model.n_matrix_params if optimizer == "muon" else 0)
 
 
-def refuse_too_large(shape, choice, optimizer="adamw"):
+def refuse_too_large(shape, compute, optimizer="adamw"):
     """UserError if not even the weights, gradients and moments of a model of this shape fit in memory."""
     with torch.device("meta"):
         model = models.build(shape)
     numbers = 2 * model.n_params + n_moments(model, optimizer)
-    needs = numbers * (4 if choice.autocast else BYTES[choice.dtype])
-    if choice.memory and needs > choice.memory:
+    needs = numbers * (4 if compute.autocast else BYTES[compute.dtype])
+    if compute.memory and needs > compute.memory:
         raise UserError(
             f"a model of {model.n_params:,} parameters needs {gib(needs)} of memory in training, and there "
-            f"are {gib(choice.memory)}; lower n_layer or n_embd"
+            f"are {gib(compute.memory)}; lower n_layer or n_embd"
         )
 
 
@@ -182,10 +183,10 @@ def show(facts, speed, one_step, world, link):
 
     world, link: how many such machines, and the Gbit/s between them.
     """
-    config, model, choice = facts.config, facts.model, facts.choice
+    config, model, compute = facts.config, facts.model, facts.compute
     console = Console(highlight=False)
     with console.status("measuring ..."), facts.advice_when_out_of_memory():
-        peak = hardware.measure_matmul_flops(choice.device, choice.dtype)
+        peak = hardware.measure_matmul_flops(compute.device, compute.dtype)
         model.train()
         one_step()  # the first step also loads libraries
         speed.restart()
@@ -196,20 +197,20 @@ def show(facts, speed, one_step, world, link):
         flops, tokens = speed.flops / speed.steps / seconds, speed.tokens / speed.steps / seconds
     c, memory = model.config, facts.memory()
     needed = [f"{gib(size)} {part}" for part, size in {**memory, "in all": sum(memory.values())}.items()]
-    if choice.memory:
-        needed[-1] += f" of {gib(choice.memory)}; batch_size up to {facts.largest_batch()} fits"
+    if compute.memory:
+        needed[-1] += f" of {gib(compute.memory)}; batch_size up to {facts.largest_batch()} fits"
     rows = [
         ("model", f"{c.architecture}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads"
                   f"{f' ({c.n_kv_head} key/value)' if hasattr(c, 'n_kv_head') else ''}, "
                   f"context {c.block_size}, vocabulary {c.vocab_size}"),
         ("parameters", f"{model.n_params:,}"),
         ("FLOPs per token", f"{facts.flops_per_token:,} (training)"),
-        ("chosen", "\n".join(choice.reasons)),
+        ("chosen", "\n".join(compute.reasons)),
         ("memory, estimated", "\n".join(needed)),
         ("data", f"{facts.batches.described} = {facts.steps_per_epoch:,.1f} steps"),
         ("speed, measured", f"{1000 * seconds:.0f} ms a step, {tokens:,.0f} tokens/s\n"
                             f"{flops / 1e9:,.1f} GFLOP/s = {flops / peak:.0%} of a matrix product here "
-                            f"({peak / 1e9:,.0f} GFLOP/s in {choice.dtype})"),
+                            f"({peak / 1e9:,.0f} GFLOP/s in {compute.dtype})"),
         ("time for an epoch", duration(facts.steps_per_epoch * seconds)),
     ]  # fmt: skip
     if config.max_steps:

@@ -13,7 +13,7 @@ import math
 from common.config import check
 from common.errors import UserError
 from config.schema import TrainConfig
-from engine.plan import Facts
+from engine.plan import RunEstimate
 
 TOKENS_PER_PARAMETER = 20
 LARGEST_RATE = 0.01
@@ -21,10 +21,10 @@ LARGEST_RATE = 0.01
 OF_THE_MODEL = ("batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate")
 
 
-def resolved(config, model, choice, task, start):
+def resolved(config, model, compute, task, start):
     """The configuration with numbers for all its `automatic` keys; says which, and why.
 
-    choice: the machine (common/hardware.py). start: where the run begins; one that goes on keeps its numbers.
+    compute: the machine. start: where the run begins; one that is resumed keeps its numbers.
     UserError if the numbers do not fit what was set by hand, and for fine-tuning, of which these laws know
     nothing.
     """
@@ -39,7 +39,7 @@ def resolved(config, model, choice, task, start):
             values[key] = before[key]
             print(f"{key} {before[key]}: as the run began")
     config = check(TrainConfig, values, start.name)
-    numbers = chosen(config, model, Facts(task, model, choice, None, None, config).largest_batch())
+    numbers = chosen(config, model, RunEstimate(task, model, compute, None, None, config).largest_batch())
     for key in config.automatic:
         values[key], why = numbers[key]
         print(f"{key} {values[key]}: {why}")

@@ -46,7 +46,7 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # wh
 class Zero(DataParallel):
     """settings: a `DeepSpeedConfig`; name: of its file. UserError where it does not fit the run."""
 
-    def __init__(self, settings, name, backend, choice):
+    def __init__(self, settings, name, backend, compute):
         self.settings, self.name = settings.model_dump(), name
         try:
             self.stage = int(DeepSpeedZeroConfig(**settings.zero_optimization).stage)
@@ -54,7 +54,7 @@ class Zero(DataParallel):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise UserError(f"{name}: zero_optimization: {key}: {first['msg'].lower()}") from None
-        super().__init__(backend, choice)
+        super().__init__(backend, compute)
 
     def rows(self, config):
         rows = super().rows(config)
@@ -80,10 +80,10 @@ class Zero(DataParallel):
         }
         return range(rows.start, rows.stop, micro_batch)
 
-    def prepare(self, model, config, choice):
+    def prepare(self, model, config, compute):
         if config.compile:
             raise UserError("compile is for train.py and train_ddp.py; set it to false")
-        if choice.dtype != "float32" and not choice.autocast:
+        if compute.dtype != "float32" and not compute.autocast:
             raise UserError("DeepSpeed is given float32 weights here: set use_amp to true")
         if self.settings["gradient_clipping"] not in ("auto", config.grad_clip):
             raise UserError(
@@ -97,10 +97,10 @@ class Zero(DataParallel):
                 'offload_optimizer, or set optimizer to "adamw"'
             )
         if self.stage == 3:
-            model.use_cpu_kernels(False)  # they take the head's weights, which are there in its layer only
+            model.use_custom_kernels(False)  # they take the head's weights, which are there in its layer only
         self.model = model
         muon = functools.partial(SpreadMuon, zero=self) if self.stage else None
-        optimizer = make_optimizer(model, config, choice.dtype, muon)
+        optimizer = make_optimizer(model, config, compute.dtype, muon)
         self.groups = optimizer.state_dict()["param_groups"]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.shapes = [state_shapes(g, p.shape) for g in optimizer.param_groups for p in g["params"]]
@@ -113,8 +113,8 @@ class Zero(DataParallel):
                 "gradient_clipping": config.grad_clip,
                 # Gradients are summed up in float32, as in all other ways to train.
                 "torch_autocast": {
-                    "enabled": choice.autocast,
-                    "dtype": choice.dtype,
+                    "enabled": compute.autocast,
+                    "dtype": compute.dtype,
                     "lower_precision_safe_modules": [],
                 },
                 "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW does it; DeepSpeed's needs a compiler
@@ -123,7 +123,7 @@ class Zero(DataParallel):
         )
         self.optimizer, self.forward = self.engine.optimizer, self.engine
         self.clip = config.grad_clip or math.inf
-        self.scaler = torch.amp.GradScaler(choice.device_type, enabled=False)
+        self.scaler = torch.amp.GradScaler(compute.device_type, enabled=False)
 
     def micro_batch(self, last):
         self.engine.set_gradient_accumulation_boundary(last)

@@ -27,7 +27,7 @@ from torch import nn
 
 from common import kernels
 from config.schema import ArchitectureConfig
-from model import GPT, MLP, Attention, Block, RMSNorm, attention_factor, rotate
+from model import GPT, MLP, Attention, Block, RMSNorm, apply_rotary_emb, attention_factor
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever norm_eps is
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -118,9 +118,9 @@ class LatentAttention(Attention):
         q = self.q_b(self.q_norm(self.q_a(x))) if c.q_lora_rank else self.q(x)
         q = q if self.gain == 1 else q * self.gain
         q_nope, q_rope = q.view(B, T, c.n_head, -1).split(self.sizes, dim=-1)
-        q_rope = rotate(q_rope, *rotary).to(q.dtype)
+        q_rope = apply_rotary_emb(q_rope, *rotary).to(q.dtype)
         latent, k_rope = self.kv_a(x).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        latent, k_rope = self.kv_norm(latent), rotate(k_rope.unsqueeze(2), *rotary).to(q.dtype)
+        latent, k_rope = self.kv_norm(latent), apply_rotary_emb(k_rope.unsqueeze(2), *rotary).to(q.dtype)
         kept = None
         if cache is not None:
             new = torch.cat((latent, k_rope.squeeze(2)), dim=-1).unsqueeze(1)

@@ -132,7 +132,7 @@ class Asked(Strict):
 
     @property
     def sampling(self):
-        """The options of `model.candidates`."""
+        """The options of `sampling.logits_to_probs`."""
         names = ("temperature", "top_p", "min_p", "logit_bias")
         names += ("repetition_penalty", "frequency_penalty", "presence_penalty")
         options = {name: getattr(self, name) for name in names} | {"top_k": max(0, self.top_k or 0)}

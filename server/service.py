@@ -256,10 +256,10 @@ class Prompt:
 class Service:
     """A model that is served: what it is, prompts for it, and answers of it."""
 
-    def __init__(self, checkpoint, path, speaker, engine, device):
-        self.speaker, self.engine, self.name = speaker, engine, path.stem
+    def __init__(self, checkpoint, path, text_generator, engine, device):
+        self.text_generator, self.engine, self.name = text_generator, engine, path.stem
         self.metrics, self.n_reading, self.readers = Metrics(engine), 0, ThreadPoolExecutor(2, "reader")
-        self.tokenizer, self.context = speaker.tokenizer, speaker.context
+        self.tokenizer, self.context = text_generator.tokenizer, text_generator.context
         self.can_chat, loss = checkpoint.task == "sft", checkpoint.validation["loss"]
         self.facts = {
             "id": self.name,
@@ -269,8 +269,8 @@ class Service:
             "task": checkpoint.task,
             "step": checkpoint.step,
             "validation_loss": loss if checkpoint.validation["step"] == checkpoint.step else None,
-            "architecture": speaker.model.config.architecture,
-            "parameters": speaker.model.n_params,
+            "architecture": text_generator.model.config.architecture,
+            "parameters": text_generator.model.n_params,
             "context": self.context,
             "vocabulary": self.tokenizer.vocab_size,
             "device": device,
@@ -325,7 +325,7 @@ class Service:
         self.check_model(asked.model)
         if (asked.n or 1) * n_prompts > self.engine.n_slots:
             raise ApiError(400, f"at most {self.engine.n_slots} answers at a time", "too_many_answers", "n")
-        last = self.speaker.model.config.vocab_size - 1
+        last = self.text_generator.model.config.vocab_size - 1
         if asked.logit_bias and max(asked.logit_bias) > last:
             raise ApiError(400, f"logit_bias: the ids are 0 to {last}", "invalid_value", "logit_bias")
 
@@ -356,15 +356,17 @@ class Service:
             stay = messages[:first] + messages[last:]
         self.check_least(sum(1 + self.tokenizer.fewest(message["content"]) for message in stay), "messages")
         if may_drop:
-            ids, n_lost = self.speaker.chat_prompt(messages)  # drops turns until there is room for an answer
+            ids, n_lost = self.text_generator.chat_prompt(
+                messages
+            )  # drops turns until there is room for an answer
         else:
-            ids = self.speaker.rendered(messages)
+            ids = self.text_generator.rendered(messages)
         self.check_length(len(ids) + n_lost, 1, "messages")
         warnings = []
         if n_merged:
             were = "message was" if n_merged == 1 else "messages were"
             warnings.append(f"{n_merged:,} {were} joined to the one before, of the same role")
-        warnings += filter(None, [self.speaker.unknown(ids)])
+        warnings += filter(None, [self.text_generator.unknown(ids)])
         return ids, warnings, n_messages - len(messages)
 
     def continuation(self, asked):
@@ -373,7 +375,9 @@ class Service:
         room = 0 if asked.max_tokens == 0 else 1
         ids = [self.text_ids(prompt, room) for prompt in asked.prompts]
         is_text = isinstance(asked.prompts[0], str)
-        warnings = filter(None, [is_text and self.speaker.unknown([token for one in ids for token in one])])
+        warnings = filter(
+            None, [is_text and self.text_generator.unknown([token for one in ids for token in one])]
+        )
         bos = self.tokenizer.bos_id  # is no part of the text
         texts = [self.to_text(one[one[0] == bos :]) for one in ids] if asked.echo else []
         return Prompt(ids, texts, StopStrings(asked.stops), list(warnings))
@@ -385,7 +389,7 @@ class Service:
             prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
         self.check_length(len(prompt), room, "prompt")
         try:
-            return self.speaker.model.prompt(prompt)
+            return self.text_generator.model.prompt(prompt)
         except ValueError as error:
             raise ApiError(400, str(error), "invalid_prompt", "prompt") from None
 
@@ -414,7 +418,7 @@ class Service:
     def to_text(self, ids):
         """The text of ids, whatever they are."""
         try:
-            ids = self.speaker.model.prompt(ids) if ids else ids
+            ids = self.text_generator.model.prompt(ids) if ids else ids
         except ValueError as error:
             raise ApiError(400, str(error), "invalid_value", "tokens") from None
         return b"".join(word_of(self.tokenizer, token) for token in ids).decode("utf-8", "replace")
@@ -427,7 +431,7 @@ class Service:
             Request(
                 ids,
                 min(self.context if asked.limit is None else asked.limit, self.context - len(ids)),
-                stop_tokens=self.speaker.stop_tokens,
+                stop_tokens=self.text_generator.stop_tokens,
                 seed=None if asked.seed is None else asked.seed + i,
                 n_logprobs=asked.n_logprobs,
                 scores_prompt=asked.echo,

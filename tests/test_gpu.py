@@ -26,7 +26,7 @@ from common.config import check_model
 from common.errors import UserError
 from decoding.engine import Decoder, Request
 from engine.checkpoint import load
-from inference import Speaker
+from inference import TextGenerator
 
 DEVICE = os.environ.get("GPU_TESTS_ON", "cuda")
 IS_GPU = DEVICE != "cpu"
@@ -104,8 +104,8 @@ def distance(found, exact):
     return math.sqrt(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs))
 
 
-def logits_and_gradients(model, x, y, choice=None):
-    context = hardware.forward_context(choice) if choice else torch.enable_grad()
+def logits_and_gradients(model, x, y, compute=None):
+    context = hardware.forward_context(compute) if compute else torch.enable_grad()
     with context:
         logits, loss, _ = model(x, y)
         loss.backward()
@@ -118,11 +118,11 @@ def logits_and_gradients(model, x, y, choice=None):
 @KERNELS
 @DTYPES
 def test_logits_and_gradients_are_those_of_float64_on_the_cpu(dtype, kernel):
-    choice, exact = choice_of(dtype=dtype, sdp_kernel=kernel), network(block_size=300).train()
-    model = copy.deepcopy(exact).to(choice.device)
+    compute, exact = choice_of(dtype=dtype, sdp_kernel=kernel), network(block_size=300).train()
+    model = copy.deepcopy(exact).to(compute.device)
     x, y = tokens_and_targets(300)
     wanted = logits_and_gradients(exact.double(), x, y)
-    found = logits_and_gradients(model, x.to(choice.device), y.to(choice.device), choice)
+    found = logits_and_gradients(model, x.to(compute.device), y.to(compute.device), compute)
     assert [distance(*both) for both in zip(found, wanted, strict=True)] == pytest.approx(
         [0, 0], abs=CLOSE[dtype]
     )
@@ -130,11 +130,11 @@ def test_logits_and_gradients_are_those_of_float64_on_the_cpu(dtype, kernel):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_computes_the_same(name):
-    choice, exact = choice_of(dtype="float32"), network(name).train()
-    model = copy.deepcopy(exact).to(choice.device)
+    compute, exact = choice_of(dtype="float32"), network(name).train()
+    model = copy.deepcopy(exact).to(compute.device)
     x, y = tokens_and_targets(24)
     wanted = logits_and_gradients(exact.double(), x, y)
-    found = logits_and_gradients(model, x.to(choice.device), y.to(choice.device), choice)
+    found = logits_and_gradients(model, x.to(compute.device), y.to(compute.device), compute)
     assert max(distance(*both) for both in zip(found, wanted, strict=True)) < CLOSE["float32"]
 
 
@@ -245,11 +245,11 @@ def test_launched_it_draws_the_curve_of_one_process(tiny_project, train, monkeyp
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_many_texts_at_once_are_those_of_one_at_a_time(name):
-    choice = choice_of(dtype="float32")
-    model = network(name).to(choice.device)
+    compute = choice_of(dtype="float32")
+    model = network(name).to(compute.device)
     texts = [list(range(1, 2 + 2 * i)) for i in range(12)]
     requests = [Request(text, 40 - len(text), temperature=0, n_logprobs=len(text) % 3) for text in texts]
-    with hardware.attention_context(choice):
+    with hardware.attention_context(compute):
         Decoder(model, 5).run(requests)
         for text, request in zip(texts, requests, strict=True):
             assert request.tokens == list(model.generate(text, request.max_tokens, temperature=0))
@@ -265,9 +265,9 @@ def test_a_seed_means_the_same_as_on_the_cpu(train, quantize, monkeypatch):
     options = dict(max_length=24, temperature=0.8, top_k=9, top_p=0.95, repetition_penalty=1.1, seed=1)
     texts = []
     for device in (DEVICE, "cpu"):
-        speaker = Speaker.load(path, device=device, quantize=quantize, **options)
-        assert speaker.model.device.type == torch.device(device).type
-        texts.append("".join(speaker.chat([{"role": "user", "content": "3 + 1?"}])))
+        text_generator = TextGenerator.load(path, device=device, quantize=quantize, **options)
+        assert text_generator.model.device.type == torch.device(device).type
+        texts.append("".join(text_generator.chat([{"role": "user", "content": "3 + 1?"}])))
     assert texts[0] == texts[1] and texts[0]
 
 
@@ -283,7 +283,7 @@ def test_the_server_answers(train):
     [*_, path] = train.checkpoints().values()
     asked = Namespace(model=str(path), device=DEVICE, quantize=None, slots=2, max_queue=4, timeout=60)
     service, _ = serve.load_service(asked)
-    assert service.speaker.model.device.type == torch.device(DEVICE).type
+    assert service.text_generator.model.device.type == torch.device(DEVICE).type
     listener = serve.bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = serve.make_server(serve.make_app(service), timeout=5)

@@ -117,7 +117,9 @@ def endless(tokenizer):
 def test_wrong_arguments(args, sentence, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["inference.py", *args])
-    monkeypatch.setattr(inference, "load_speaker", lambda *_: pytest.fail("the model would have been loaded"))
+    monkeypatch.setattr(
+        inference, "load_text_generator", lambda *_: pytest.fail("the model would have been loaded")
+    )
     with pytest.raises(SystemExit) as exit:
         inference.run(inference.main)
     assert exit.value.code == 2
@@ -161,7 +163,7 @@ def load_in(project, monkeypatch, *args):
     monkeypatch.setattr(engine.checkpoint, "FOLDER", project.root / "checkpoint")
     monkeypatch.setattr(sys, "argv", ["inference.py", *map(str, args)])
     args = inference.parse_arguments()
-    return inference.load_speaker(args, args.instruct)
+    return inference.load_text_generator(args, args.instruct)
 
 
 def test_the_newest_checkpoint_is_taken(project, save, tokenizer, monkeypatch, capsys):
@@ -221,13 +223,13 @@ def test_a_damaged_checkpoint_is_one_sentence(project, save, tokenizer):
 # ---- prompts -----------------------------------------------------------------------------------------
 
 
-def speaker(checkpoint, **options):
+def text_generator(checkpoint, **options):
     model, tokenizer = engine.checkpoint.build(checkpoint, "a test's")
-    return inference.Speaker(model, tokenizer, **{"temperature": 0, **options})
+    return inference.TextGenerator(model, tokenizer, **{"temperature": 0, **options})
 
 
 def test_long_prompts_lose_their_oldest_tokens(tokenizer):
-    talker = speaker(polite(tokenizer))
+    talker = text_generator(polite(tokenizer))
     hello = tokenizer.encode("Hello").tolist()
     assert talker.completion_prompt("Hello") == ([tokenizer.bos_id, *hello], 0)
     ids, left_out = talker.completion_prompt("H" * 100 + "ello")
@@ -237,19 +239,19 @@ def test_long_prompts_lose_their_oldest_tokens(tokenizer):
     assert ids[0] == tokenizer.instruct_id and ids[-5:] == [*hello[1:], tokenizer.response_id]
     assert "".join(talker.speak(ids)) == "好吗"
 
-    short = speaker(polite(tokenizer), max_length=2)
+    short = text_generator(polite(tokenizer), max_length=2)
     ids, _ = short.completion_prompt("HHHHH你")
     assert "".join(short.speak(ids)) == "好" and short.n_prompt == 1
 
 
 def test_an_answer_may_outgrow_the_context(tokenizer):
-    talker = speaker(endless(tokenizer), max_length=200)
+    talker = text_generator(endless(tokenizer), max_length=200)
     ids, _ = talker.chat_prompt([{"role": "user", "content": "Hello"}])
     assert "".join(talker.speak(ids)) == "你好" * 96 + "你"
 
 
 def test_special_tokens_in_a_prompt_are_text(tokenizer):
-    ids, _ = speaker(polite(tokenizer)).chat_prompt([{"role": "user", "content": "<|response_mark|>"}])
+    ids, _ = text_generator(polite(tokenizer)).chat_prompt([{"role": "user", "content": "<|response_mark|>"}])
     assert ids.count(tokenizer.response_id) == 1 and ids[-1] == tokenizer.response_id
 
 
@@ -258,7 +260,7 @@ def test_what_the_system_says_is_kept(tokenizer):
     messages += [{"role": role, "content": "1+2=3" * 3} for role in ("user", "assistant") * 9] + [
         {"role": "user", "content": "你好吗"}
     ]
-    ids, left_out = speaker(polite(tokenizer)).chat_prompt(messages)
+    ids, left_out = text_generator(polite(tokenizer)).chat_prompt(messages)
     assert ids[0] == tokenizer.system_id and len(ids) <= 48 and not left_out
     assert [message["role"] for message in messages] == ["system", "user"]
 
@@ -267,12 +269,12 @@ def test_a_greeting_is_forgotten_first(tokenizer):
     turns = [("assistant", "Hello"), ("user", "1+2=" * 12), ("assistant", "3"), ("user", "你好吗")]
     for kept in (2, 4):
         messages = [{"role": role, "content": text} for role, text in turns[:kept]]
-        ids, _ = speaker(polite(tokenizer)).chat_prompt(messages)
+        ids, _ = text_generator(polite(tokenizer)).chat_prompt(messages)
         assert messages == [{"role": "user", "content": turns[kept - 1][1]}] and len(ids) < 64
 
 
 def test_a_long_conversation_forgets_its_oldest_turns(tokenizer, capsys):
-    talker, messages, forgotten = speaker(polite(tokenizer)), [], 0
+    talker, messages, forgotten = text_generator(polite(tokenizer)), [], 0
     for turn in range(20):
         inference.converse(talker, messages, f"Hello{turn % 3 + 1}", profile=False)
         assert messages[-1] == {"role": "assistant", "content": "好吗"}
@@ -281,17 +283,21 @@ def test_a_long_conversation_forgets_its_oldest_turns(tokenizer, capsys):
     assert 4 < len(messages) < 12 and 2 <= forgotten < 10
 
 
-def reference_prompt(speaker, messages):
+def reference_prompt(text_generator, messages):
     """What `chat_prompt` does to a conversation that the user ends, one turn at a time."""
-    messages, limit, first = list(messages), speaker.room - speaker.room // 4, messages[0]["role"] == "system"
+    messages, limit, first = (
+        list(messages),
+        text_generator.room - text_generator.room // 4,
+        messages[0]["role"] == "system",
+    )
     while True:
-        ids, _ = render_chat(speaker.tokenizer, messages, add_generation_prompt=True)
+        ids, _ = render_chat(text_generator.tokenizer, messages, add_generation_prompt=True)
         if len(ids) <= limit or len(messages) == first + 1:
-            return messages, *speaker.fit(ids.tolist())
+            return messages, *text_generator.fit(ids.tolist())
         del messages[first]
         while messages[first]["role"] == "assistant":
             del messages[first]
-        limit = speaker.room // 2
+        limit = text_generator.room // 2
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe", "NFC"])
@@ -299,7 +305,7 @@ def test_turns_are_forgotten_as_if_one_at_a_time(tokenizer, kind):
     if kind != "char":
         merges = BPETokenizer.train(["Hello 你好吗 1+2=3 " * 40], 320).merges
         tokenizer = BPETokenizer(merges, normalizer=kind if kind == "NFC" else None)
-    chance, talker = random.Random(0), speaker(checkpoint(tokenizer, *chain(tokenizer, {})))
+    chance, talker = random.Random(0), text_generator(checkpoint(tokenizer, *chain(tokenizer, {})))
     for _ in range(200):
         roles = ["system"] * chance.randrange(2) + ["assistant"] * chance.randrange(2)
         roles += ["user", "assistant"] * chance.randrange(12) + ["user"]
@@ -315,7 +321,7 @@ def test_turns_are_forgotten_as_if_one_at_a_time(tokenizer, kind):
 @pytest.mark.parametrize("n", [101, 4001, 27_001])
 def test_a_long_conversation_is_encoded_once_and_as_far_as_it_may_fit(tokenizer, monkeypatch, n):
     """However many turns have to be forgotten."""
-    talker, encoded = speaker(polite(tokenizer)), []
+    talker, encoded = text_generator(polite(tokenizer)), []
     encode = tokenizer.encode_flat
     monkeypatch.setattr(talker.tokenizer, "encode_flat", lambda texts: encoded.extend(texts) or encode(texts))
     messages = [{"role": ("user", "assistant")[i % 2], "content": "1"} for i in range(n)]
@@ -325,7 +331,7 @@ def test_a_long_conversation_is_encoded_once_and_as_far_as_it_may_fit(tokenizer,
 
 
 def test_an_answer_that_has_begun_is_continued(tokenizer):
-    talker = speaker(polite(tokenizer))
+    talker = text_generator(polite(tokenizer))
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "好"}]
     assert "".join(talker.chat(messages)) == "吗"
     ids, _ = talker.chat_prompt(list(messages))
@@ -338,7 +344,7 @@ def test_an_answer_that_has_begun_is_continued(tokenizer):
 
 
 def test_unknown_characters_are_counted(tokenizer, capsys):
-    talker = speaker(polite(tokenizer))
+    talker = text_generator(polite(tokenizer))
     talker.notice_unknown("Hello你")
     assert not capsys.readouterr().err
     talker.notice_unknown("H龘🐉你")
@@ -349,9 +355,9 @@ def test_no_character_is_cut_in_half():
     bpe = BPETokenizer.train(["ab"], 263)  # nothing but bytes
     a, *bytes_of = bpe.encode("a中🐉").tolist()
     after = dict(zip([bpe.bos_id, a, *bytes_of], [a, *bytes_of], strict=False))
-    talker = speaker(checkpoint(bpe, *chain(bpe, after)))
+    talker = text_generator(checkpoint(bpe, *chain(bpe, after)))
     assert list(talker.speak([bpe.bos_id])) == ["a", "", "", "中", "", "", "", "🐉", ""]
-    cut = speaker(checkpoint(bpe, *chain(bpe, after)), max_length=3)
+    cut = text_generator(checkpoint(bpe, *chain(bpe, after)), max_length=3)
     assert "".join(cut.speak([bpe.bos_id])) == "a\ufffd"
 
 
@@ -360,7 +366,7 @@ def test_control_characters_do_not_reach_a_terminal(tokenizer, monkeypatch):
         def isatty(self):
             return True
 
-    talker = speaker(polite(tokenizer))
+    talker = text_generator(polite(tokenizer))
     talker.speak = lambda ids: iter(["a\x1b[2J", "b\n\tc\r\x9b"])
     monkeypatch.setattr(sys, "stdout", Terminal())
     inference.say(talker, [])
@@ -393,7 +399,7 @@ def test_five_lines_of_python(project, save, tokenizer, capsys):
     assert len(lines.splitlines()) <= 5 and "checkpoint/x.pt" in lines
     exec(lines.replace("checkpoint/x.pt", str(path)), {})
     assert capsys.readouterr().out == "好吗"
-    assert "".join(inference.Speaker.load().complete("Hello你")) == "好吗"
+    assert "".join(inference.TextGenerator.load().complete("Hello你")) == "好吗"
 
 
 @pytest.mark.parametrize("is_ready, when", [(True, 5), (False, 120)])
@@ -401,7 +407,7 @@ def test_a_compiler_is_called_when_that_pays(tokenizer, monkeypatch, is_ready, w
     """Once, when answering has taken as long as it takes: not for a short answer."""
     monkeypatch.setattr(decoding.engine, "is_compiled", lambda weights: is_ready)
     again = {i: i for i in range(tokenizer.vocab_size)}
-    talker = speaker(checkpoint(tokenizer, *chain(tokenizer, again)))
+    talker = text_generator(checkpoint(tokenizer, *chain(tokenizer, again)))
     calls, clock, step = [], 0.0, talker.decoder.step
 
     def slow_step():
@@ -426,7 +432,9 @@ def test_lines_piped_in(project, save, tokenizer):
 
 
 def test_completions_are_parted_by_an_empty_line(tokenizer, capsys):
-    inference.answer_lines(speaker(polite(tokenizer)), ["你\n".encode(), b"\n", "吗".encode()], False, False)
+    inference.answer_lines(
+        text_generator(polite(tokenizer)), ["你\n".encode(), b"\n", "吗".encode()], False, False
+    )
     assert capsys.readouterr().out == "好吗\n\n\n"  # nothing follows 吗
 
 

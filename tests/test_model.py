@@ -14,7 +14,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import GPT, KVCache, ModelConfig, RMSNorm, TokenCounts, candidates, rotary_table, rotate, sample
+from model import (
+    GPT,
+    KVCache,
+    ModelConfig,
+    RMSNorm,
+    TokenCounts,
+    apply_rotary_emb,
+    logits_to_probs,
+    rotary_table,
+    sample,
+)
 from models import nanochat
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, n_hidden=40)
@@ -158,7 +168,7 @@ def test_rms_norm_is_its_formula():
 def test_rotation_is_multiplication_by_complex_numbers():
     cos, sin = rotary_table(8, 50, 500.0)
     x = torch.randn(2, 50, 3, 8, dtype=torch.float64)
-    turned = rotate(x, cos[:, None], sin[:, None])
+    turned = apply_rotary_emb(x, cos[:, None], sin[:, None])
     for position, pair in itertools.product((0, 1, 49), range(4)):
         angle = position * 500.0 ** (-2 * pair / 8)
         z = torch.complex(x[:, position, :, pair], x[:, position, :, pair + 4])
@@ -172,7 +182,7 @@ def test_rotary_attention_sees_only_distances():
     q, k = torch.randn(2, 1, 1, 8, dtype=torch.float64)
 
     def score(i, j):
-        return (rotate(q, cos[i], sin[i]) * rotate(k, cos[j], sin[j])).sum().item()
+        return (apply_rotary_emb(q, cos[i], sin[i]) * apply_rotary_emb(k, cos[j], sin[j])).sum().item()
 
     assert score(12, 5) == pytest.approx(score(57, 50), abs=1e-5)
     assert score(12, 5) != pytest.approx(score(12, 6), abs=1e-3)
@@ -224,7 +234,7 @@ def test_a_model_trains_alike_with_the_kernels_for_a_cpu(fields):
     mask = (random_tokens(2, length, seed=3) % 3).float()
     logits, losses, gradients = [], [], []
     for on in (False, True):
-        model.use_cpu_kernels(on)
+        model.use_custom_kernels(on)
         model.zero_grad()
         y, loss, _ = model(tokens, targets, mask)
         names = graph_of(loss)
@@ -235,8 +245,8 @@ def test_a_model_trains_alike_with_the_kernels_for_a_cpu(fields):
         gradients.append([p.grad for p in model.parameters()])
     assert differ(*logits) < 1e-4 * logits[0].abs().max()
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for plain, by_hand in zip(*gradients, strict=True):
-        assert differ(plain, by_hand) < 1e-4 * plain.abs().max()
+    for plain, custom_kernels in zip(*gradients, strict=True):
+        assert differ(plain, custom_kernels) < 1e-4 * plain.abs().max()
 
 
 def graph_of(tensor):
@@ -395,9 +405,9 @@ def test_masked_loss_by_hand():
     ones = torch.ones_like(mask)
     assert loss.item() == pytest.approx(loss_by_hand(logits, targets, ones), abs=1e-5)
     assert loss.item() == pytest.approx(model(tokens, targets, ones)[1].item(), abs=1e-7)
-    by_hand = loss_by_hand(logits, targets, mask)
-    assert abs(by_hand - loss.item()) > 0.01  # else this test would not see the mask
-    assert model(tokens, targets, mask)[1].item() == pytest.approx(by_hand, abs=1e-5)
+    custom_kernels = loss_by_hand(logits, targets, mask)
+    assert abs(custom_kernels - loss.item()) > 0.01  # else this test would not see the mask
+    assert model(tokens, targets, mask)[1].item() == pytest.approx(custom_kernels, abs=1e-5)
     assert model(tokens, targets, mask, 7.5)[1].item() == pytest.approx(
         loss_by_hand(logits, targets, mask, 7.5), abs=1e-5
     )
@@ -466,7 +476,7 @@ def test_kernels_leave_alone_what_they_do_not_compute(kind):
     tokens, targets = random_tokens(2, 9), random_tokens(2, 9, seed=2)
     losses = []
     for on in (False, True):
-        model.use_cpu_kernels(on)
+        model.use_custom_kernels(on)
         losses.append(model(tokens, targets)[1].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -487,7 +497,7 @@ def test_gradients_equal_those_in_float64(fields):
     tokens, targets = random_tokens(2, length), random_tokens(2, length, seed=2)
     mask = (random_tokens(2, length, seed=3) % 2).float()
     model, exact = build(**fields).train(), build(**fields).train().double()
-    model.use_cpu_kernels(True)
+    model.use_custom_kernels(True)
     loss = model(tokens, targets, mask)[1]
     loss.backward()
     losses = F.cross_entropy(exact(tokens)[0].transpose(1, 2), targets, reduction="none")
@@ -571,8 +581,8 @@ def test_padding_is_ignored_without_causality_too(n_kv_head):
 
 
 def probabilities(logits, **setting):
-    """Those of `candidates`, for all tokens [V]."""
-    found, ids = candidates(logits, **counted(setting, len(logits)))
+    """Those of `logits_to_probs`, for all tokens [V]."""
+    found, ids = logits_to_probs(logits, **counted(setting, len(logits)))
     return torch.zeros_like(logits).scatter(0, ids, found / found.sum())
 
 

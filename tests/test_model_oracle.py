@@ -140,7 +140,7 @@ def test_greedy_generation_is_equal(qk_norm, penalty):
     "setting", [dict(temperature=0.6), dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), "all"], ids=str
 )
 def test_sampling_is_equal(setting):
-    """The probabilities of `candidates` are those of Transformers' chain of processors."""
+    """The probabilities of `logits_to_probs` are those of Transformers' chain of processors."""
     if setting == "all":
         setting = dict(temperature=1.4, top_k=12, top_p=0.8, min_p=0.1, repetition_penalty=1.25)
     for seed in range(20):

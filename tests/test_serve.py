@@ -36,7 +36,7 @@ import server.middleware as middleware
 import server.openai_api as openai_api
 from decoding.engine import Decoder, Request, TextStream
 from decoding.packed import quantize as to_int8
-from inference import Speaker
+from inference import TextGenerator
 from model import GPT, ModelConfig
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
 
@@ -70,7 +70,7 @@ class Served:
     def __init__(self, listener, service, connections, api_key):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.url, self.listener, self.service, self.connections = url, listener, service, connections
-        self.model, self.tokenizer = service.speaker.model, service.tokenizer
+        self.model, self.tokenizer = service.text_generator.model, service.tokenizer
         self.address = ("127.0.0.1", int(url.rpartition(":")[2]))
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0)
         self.name = service.name
@@ -146,7 +146,7 @@ def random(tmp_path_factory):
 
 def expected(server, ids, max_tokens, **options):
     """(text, number of tokens) by the definition, GPT.generate."""
-    stream, stops = TextStream(server.tokenizer), server.service.speaker.stop_tokens
+    stream, stops = TextStream(server.tokenizer), server.service.text_generator.stop_tokens
     tokens = list(server.model.generate(ids, max_tokens, stop_tokens=stops, **options))
     return "".join(map(stream.feed, tokens)) + stream.end(), len(tokens)
 
@@ -448,7 +448,9 @@ def test_no_piece_holds_a_part_of_a_character(tmp_path):
 def test_logprobs_are_the_models(random, is_stream):
     ids, _ = render_chat(random.tokenizer, HI, add_generation_prompt=True)
     ids = ids.tolist()
-    tokens = list(random.model.generate(ids, 9, seed=3, stop_tokens=random.service.speaker.stop_tokens))
+    tokens = list(
+        random.model.generate(ids, 9, seed=3, stop_tokens=random.service.text_generator.stop_tokens)
+    )
     with torch.inference_mode():
         hidden = random.model.hidden(torch.tensor([ids + tokens]))
         logits = random.model.logits(hidden)[0, len(ids) - 1 : -1].float()
@@ -1450,7 +1452,7 @@ def test_an_answer_is_stopped_on_the_page(browser, tmp_path):
 def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, quantize):
     """Every answer is that of a request which is alone, whoever else asks and leaves; memory does not grow.
 
-    Alone is GPT.generate, or with int8, where activations are rounded, a Decoder of one slot.
+    SingleProcess is GPT.generate, or with int8, where activations are rounded, a Decoder of one slot.
     """
     import random as chance
 
@@ -1469,7 +1471,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
     url = next(line.split()[1] for line in process.stdout if line.startswith("API"))
     model, tokenizer = engine.checkpoint.build(engine.checkpoint.load(path), path.name)
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-    stops, cases = Speaker(model, tokenizer).stop_tokens, []
+    stops, cases = TextGenerator(model, tokenizer).stop_tokens, []
     alone = Decoder(to_int8(model)) if quantize else None
     if alone:
         alone.compile(wait=True)

@@ -93,37 +93,37 @@ MACHINES = [
 @pytest.mark.parametrize("row", MACHINES, ids=lambda row: row[0].gpus[0].name if row[0].gpus else row[0].cpu)
 def test_auto(row):
     machine, device, dtype, kernel, grad_scaling = row
-    choice = choose(machine)
-    assert choice.undecided is (dtype == "auto")
-    dtype = "float32" if choice.undecided else dtype
-    assert (choice.device, choice.dtype, choice.sdp_kernel) == (device, dtype, kernel)
-    assert choice.grad_scaling is grad_scaling
-    assert choice.autocast is (dtype != "float32")
-    assert len(describe(choice)) == 4
-    for dtype in ("float32", "bfloat16") if choice.undecided else ():
-        decided = with_dtype(choice, CONFIG, dtype, "measured")
+    compute = choose(machine)
+    assert compute.undecided is (dtype == "auto")
+    dtype = "float32" if compute.undecided else dtype
+    assert (compute.device, compute.dtype, compute.sdp_kernel) == (device, dtype, kernel)
+    assert compute.grad_scaling is grad_scaling
+    assert compute.autocast is (dtype != "float32")
+    assert len(describe(compute)) == 4
+    for dtype in ("float32", "bfloat16") if compute.undecided else ():
+        decided = with_dtype(compute, CONFIG, dtype, "measured")
         assert (decided.device, decided.dtype, decided.sdp_kernel) == (device, dtype, kernel)
         assert decided.autocast is (dtype != "float32") and not decided.undecided
-        about, device_line, _, attention = describe(choice)
+        about, device_line, _, attention = describe(compute)
         assert describe(decided) == [about, device_line, f"dtype {dtype}: measured", attention]
 
 
 @pytest.mark.parametrize("row", MACHINES, ids=lambda row: row[0].gpus[0].name if row[0].gpus else row[0].cpu)
 def test_without_loss_scaling_there_is_no_float16(row):
     machine, _, dtype, _, grad_scaling = row
-    choice = choose(machine, loss_scaling=False)
-    dtype = "float32" if grad_scaling or choice.undecided else dtype
-    assert choice.dtype == dtype and not choice.grad_scaling
+    compute = choose(machine, loss_scaling=False)
+    dtype = "float32" if grad_scaling or compute.undecided else dtype
+    assert compute.dtype == dtype and not compute.grad_scaling
     with pytest.raises(UserError, match="float16"):
         choose(machine, dtype="float16", loss_scaling=False)
 
 
 @pytest.mark.parametrize("row", MACHINES, ids=lambda row: row[0].gpus[0].name if row[0].gpus else row[0].cpu)
 def test_without_mixed_precision_the_weights_stay_float32(row):
-    choice = choose(row[0], use_amp=False)
-    assert choice.dtype == "float32" and not choice.undecided
-    assert not choice.autocast and not choice.grad_scaling
-    assert choice.sdp_kernel != "flash"  # which CUDA has in half precision only
+    compute = choose(row[0], use_amp=False)
+    assert compute.dtype == "float32" and not compute.undecided
+    assert not compute.autocast and not compute.grad_scaling
+    assert compute.sdp_kernel != "flash"  # which CUDA has in half precision only
 
 
 @pytest.mark.parametrize(
@@ -179,17 +179,17 @@ def test_refused_by_hand(machine, settings, says):
     ],
 )
 def test_obeyed_by_hand(machine, settings):
-    choice = choose(machine, **settings)
-    assert settings == {key: getattr(choice, key) for key in settings} and not choice.undecided
-    assert choice.grad_scaling is (choice.dtype == "float16")
+    compute = choose(machine, **settings)
+    assert settings == {key: getattr(compute, key) for key in settings} and not compute.undecided
+    assert compute.grad_scaling is (compute.dtype == "float16")
     if "sdp_kernel" in settings:
-        assert choice.kernels == (settings["sdp_kernel"],)
+        assert compute.kernels == (settings["sdp_kernel"],)
 
 
 def test_auto_skips_a_gpu_that_torch_was_not_built_for():
     machine = dataclasses.replace(A100, gpus=P40.gpus + A100.gpus, cuda_architectures=("sm_80", "sm_90"))
-    choice = choose(machine)
-    assert (choice.device, choice.name) == ("cuda:1", "NVIDIA A100")
+    compute = choose(machine)
+    assert (compute.device, compute.name) == ("cuda:1", "NVIDIA A100")
 
 
 def test_code_for_a_gpu_may_be_of_an_older_minor_or_ptx():
@@ -508,9 +508,9 @@ rank = os.environ["RANK"]
 pretend("bfloat16") if rank == "0" else pretend("float32", {features})
 from {module} import {name} as Strategy
 prepare = Strategy.prepare
-def told(self, model, config, choice):
-    open(__file__ + ".dtype" + rank, "w").write(choice.dtype)
-    prepare(self, model, config, choice)
+def told(self, model, config, compute):
+    open(__file__ + ".dtype" + rank, "w").write(compute.dtype)
+    prepare(self, model, config, compute)
 Strategy.prepare = told
 """
     )

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from config.schema import TrainConfig
-from engine.parallel import Alone
+from engine.parallel import SingleProcess
 
 SIZES = st.integers(1, 48)
 
 
 def rows_of(rank, world, batch_size, accumulation):
-    process = Alone()
+    process = SingleProcess()
     process.rank, process.world = rank, world
     return process.rows(
         TrainConfig(dataset_path=[("a", "b")], batch_size=batch_size, max_steps=9, warmup_iters=1,

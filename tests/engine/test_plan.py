@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.hardware import Gpu, Machine, attention_context, choose
 from config.schema import ModelConfig, TrainConfig
 from data import Batches, TokenFile
-from engine.plan import Facts, refuse_too_large
+from engine.plan import RunEstimate, refuse_too_large
 from model import GPT
 
 GIB = 2**30
@@ -22,10 +22,10 @@ def choice_of(memory=8 * GIB, **settings):
     return choose(Machine("a CPU", 4, memory, "2.7.0"), **settings)
 
 
-def facts_of(choice, **settings):
+def facts_of(compute, **settings):
     config = TrainConfig(dataset_path=[("a", "b")], decay_lr=False, **settings)
     batches = SimpleNamespace(sequences_per_epoch=100, batch_size=config.batch_size)
-    return Facts("pretrain", GPT(SHAPE), choice, batches, None, config)
+    return RunEstimate("pretrain", GPT(SHAPE), compute, batches, None, config)
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_memory_counts_weights_gradients_and_moments():
 @pytest.mark.parametrize("kernel", ["math", "auto"])
 def test_activations_are_near_what_autograd_keeps(kernel):
     facts = facts_of(choice_of(sdp_kernel=kernel), batch_size=8)
-    context = attention_context(facts.choice)
+    context = attention_context(facts.compute)
     kept = {}
 
     def pack(tensor):

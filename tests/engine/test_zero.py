@@ -65,7 +65,7 @@ def test_batch_keys_that_cannot_be(settings, sentence):
 
 
 @pytest.mark.parametrize(
-    ("settings", "run", "choice", "sentence"),
+    ("settings", "run", "compute", "sentence"),
     [
         ({"gradient_clipping": 0.5}, {}, {}, "gradient_clipping is 0.5, but grad_clip of the run is 1.0"),
         ({}, {"compile": True}, {}, "compile is for train.py and train_ddp.py"),
@@ -78,10 +78,10 @@ def test_batch_keys_that_cannot_be(settings, sentence):
         ),
     ],
 )
-def test_what_is_refused(settings, run, choice, sentence):
-    choice = SimpleNamespace(**{"dtype": "float32", "autocast": False, **choice})
+def test_what_is_refused(settings, run, compute, sentence):
+    compute = SimpleNamespace(**{"dtype": "float32", "autocast": False, **compute})
     with pytest.raises(UserError, match=sentence):
-        zero_of(**settings).prepare(None, run_of(**run), choice)
+        zero_of(**settings).prepare(None, run_of(**run), compute)
 
 
 @pytest.mark.parametrize(

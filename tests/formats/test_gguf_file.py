@@ -20,7 +20,7 @@ from common.errors import UserError
 from engine.checkpoint import build
 from formats import gguf_file
 from formats.huggingface import CHAT_TEMPLATE
-from inference import Speaker
+from inference import TextGenerator
 from tokenizer import SPECIAL_TOKENS, BPETokenizer, CharTokenizer, byte_alphabet
 
 NANO = {
@@ -482,11 +482,11 @@ def test_llama_cpp_computes_and_says_the_same(case, kind, written, opened):
     if kind != "float32":
         return
 
-    speaker = Speaker(model, tokenizer)
+    text_generator = TextGenerator(model, tokenizer)
     said = 0
     for text in ("The fox", " 狐狸 é\n", "🦊 1 + 1 ="):
-        ids = speaker.completion_prompt(text)[0]
-        expected = list(model.generate(ids, 40, temperature=0, stop_tokens=speaker.stop_tokens))
+        ids = text_generator.completion_prompt(text)[0]
+        expected = list(model.generate(ids, 40, temperature=0, stop_tokens=text_generator.stop_tokens))
         # A prompt of a model that has learned to answer is what it is: here, a completion's.
         theirs = llama.tokenize(b"<|bos|>" + text.encode(), add_bos=False, special=True)
         assert known(theirs, n_rows) == ids
@@ -499,10 +499,10 @@ def test_llama_cpp_computes_and_says_the_same(case, kind, written, opened):
         said += len(drawn)
     assert said > 60
     stops = [i for i in range(n_rows) if ends(llama, i)]
-    assert stops == sorted(speaker.stop_tokens)
+    assert stops == sorted(text_generator.stop_tokens)
 
-    ids = speaker.chat_prompt([dict(message) for message in CHAT])[0]
-    answer = list(model.generate(ids, 30, temperature=0, stop_tokens=speaker.stop_tokens))
+    ids = text_generator.chat_prompt([dict(message) for message in CHAT])[0]
+    answer = list(model.generate(ids, 30, temperature=0, stop_tokens=text_generator.stop_tokens))
     # What is not text is not printed there: <|unknown|>, and rows without a token.
     whole = [i for i in answer if i != tokenizer.unknown_id and i < tokenizer.vocab_size]
     expected = tokenizer.decode_bytes(whole).decode("utf-8", "ignore")
@@ -517,11 +517,11 @@ def test_llama_cpp_computes_and_says_the_same(case, kind, written, opened):
 def test_a_pretrained_model_continues_in_llama_cpp(written, opened):
     checkpoint = random_checkpoint(*NANO["qwen3"], task="pretrain")
     model, tokenizer = build(checkpoint, "the test")
-    llama, speaker = opened(written(checkpoint)), Speaker(model, tokenizer)
+    llama, text_generator = opened(written(checkpoint)), TextGenerator(model, tokenizer)
     for text in ("The fox", " 狐狸 "):
-        ids = speaker.completion_prompt(text)[0]
+        ids = text_generator.completion_prompt(text)[0]
         assert llama.tokenize(text.encode()) == ids  # <|bos|> comes by itself
-        answer = list(model.generate(ids, 30, temperature=0, stop_tokens=speaker.stop_tokens))
+        answer = list(model.generate(ids, 30, temperature=0, stop_tokens=text_generator.stop_tokens))
         expected = tokenizer.decode([i for i in answer if i != tokenizer.unknown_id])
         done = llama.create_completion(text, temperature=0, repeat_penalty=1.0, max_tokens=30)
         assert done["choices"][0]["text"] == expected and done["usage"]["prompt_tokens"] == len(ids)

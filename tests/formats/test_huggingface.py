@@ -25,7 +25,7 @@ import models
 from common.config import check_model
 from engine.checkpoint import Checkpoint, build, load
 from formats import huggingface, load_tokenizer, tokenizer_and_rows
-from inference import Speaker
+from inference import TextGenerator
 from model import GPT
 from tokenizer import SPECIAL_TOKENS, BPETokenizer, byte_alphabet, from_dict, render_chat
 
@@ -106,7 +106,7 @@ def test_transformers_opens_what_is_written(case, written):
     assert ours.std() > 0.5  # not equal for being small
     assert differ(ours, other(tokens).logits) < 1e-4
 
-    speaker = Speaker(model, tokenizer)
+    text_generator = TextGenerator(model, tokenizer)
     conversation = [
         {"role": "system", "content": " \n1 = 2 "},
         {"role": "user", "content": "\nfox? 狐"},
@@ -114,18 +114,18 @@ def test_transformers_opens_what_is_written(case, written):
         {"role": "user", "content": " 1 + 1"},
     ]
     prompts = [its_tokenizer(text, return_tensors="pt") for text in ("", "The fox", "狐狸 é")]
-    expected = [speaker.completion_prompt(text)[0] for text in ("", "The fox", "狐狸 é")]
+    expected = [text_generator.completion_prompt(text)[0] for text in ("", "The fox", "狐狸 é")]
     prompts.append(
         its_tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt")
     )
-    expected.append(speaker.chat_prompt(conversation)[0])
+    expected.append(text_generator.chat_prompt(conversation)[0])
     length = 0
     for prompt, ids in zip(prompts, expected, strict=True):
         assert prompt["input_ids"][0].tolist() == ids
         answer = other.generate(**prompt, do_sample=False, max_new_tokens=20)[0, len(ids) :].tolist()
         if answer[-1] in other.generation_config.eos_token_id:
             answer.pop()
-        assert answer == list(model.generate(ids, 20, temperature=0, stop_tokens=speaker.stop_tokens))
+        assert answer == list(model.generate(ids, 20, temperature=0, stop_tokens=text_generator.stop_tokens))
         answer = [i for i in answer if i < tokenizer.vocab_size]
         assert its_tokenizer.decode(answer) == tokenizer.decode(answer)
         length += len(answer)

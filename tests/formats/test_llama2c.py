@@ -19,7 +19,7 @@ from test_tokenizer import BPE, CHAR, SAMPLE, any_text, awkward
 
 from engine.checkpoint import build
 from formats import llama2c
-from inference import Speaker
+from inference import TextGenerator
 from tokenizer import N_SPECIAL, CharTokenizer, render_chat
 
 PLAIN = SMALL | dict(qk_norm=False)
@@ -467,8 +467,8 @@ def check_speech(checkpoint, folder, program, prompts):
 @pytest.mark.parametrize("case", CASES)
 def test_run_c_says_the_same(case, written, programs):
     checkpoint = talkative(case)
-    speaker = Speaker(*build(checkpoint, "the test"))
-    prompts = {text: speaker.completion_prompt(text)[0] for text in PROMPTS}
+    text_generator = TextGenerator(*build(checkpoint, "the test"))
+    prompts = {text: text_generator.completion_prompt(text)[0] for text in PROMPTS}
     assert check_speech(checkpoint, written(checkpoint), programs["run"], prompts) > 60
 
 
@@ -476,13 +476,13 @@ def test_run_c_says_the_same(case, written, programs):
 @torch.no_grad()
 def test_run_c_answers_as_the_chat_does(written, programs):
     checkpoint = talkative("characters")
-    speaker = Speaker(*build(checkpoint, "the test"))
+    text_generator = TextGenerator(*build(checkpoint, "the test"))
     chats = [
         [dict(role="user", content="The fox? Z狗🦊")],
         [dict(role="system", content=" 狐"), dict(role="user", content="1 + 1 = ")],
         [dict(role="user", content="1"), dict(role="assistant", content="2"), dict(role="user", content="3")],
     ]
-    prompts = {typed(chat): speaker.chat_prompt(chat)[0] for chat in chats}
+    prompts = {typed(chat): text_generator.chat_prompt(chat)[0] for chat in chats}
     assert check_speech(checkpoint, written(checkpoint), programs["run"], prompts) > 30
 
 

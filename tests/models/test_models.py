@@ -68,7 +68,7 @@ def test_gradients_of_each_are_the_same_each_time_with_several_threads(name):
         torch.manual_seed(0)
         shape = {"architecture": name, "block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64}
         model = models.build(check_model(shape, "the test").resolved(99)).train()
-        model.use_cpu_kernels(True)
+        model.use_custom_kernels(True)
         x, y = torch.randint(99, (2, 8, 256))
         gradients = []
         for _ in range(5):

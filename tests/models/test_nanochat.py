@@ -115,7 +115,7 @@ def test_gradients_equal_those_in_float64(fields):
     tokens, targets = random_tokens(2, length), random_tokens(2, length, seed=2)
     mask = (random_tokens(2, length, seed=3) % 2).float()
     model, exact = build(**fields).train(), build(**fields).train().double()
-    model.use_cpu_kernels(True)
+    model.use_custom_kernels(True)
     loss = model(tokens, targets, mask)[1]
     names = graph_of(loss)
     assert "_LinearCrossEntropy" in names and ("_CausalAttention" in names) == (length > 256)
@@ -129,7 +129,7 @@ def test_gradients_equal_those_in_float64(fields):
         assert q.grad.any(), name
     for p in model.parameters():  # and with PyTorch's operations in float32
         p.by_hand = p.grad.clone()
-    model.use_cpu_kernels(False)
+    model.use_custom_kernels(False)
     model.zero_grad()
     model(tokens, targets, mask)[1].backward()
     for name, p in model.named_parameters():
