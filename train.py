@@ -291,7 +291,7 @@ def train(job, parallel, instead=None, launcher=None):
     import torch
 
     from common import hardware
-    from common.log import RunLog, duration, notice
+    from common.log import RunLog, notice
     from engine import checkpoint as checkpoints
     from engine import plan, runs
     from engine.optimizer import learning_rate_at, rate_multiplier
@@ -429,7 +429,7 @@ def train(job, parallel, instead=None, launcher=None):
             tokenizer=job.tokenizer.to_dict(), data=job.data, **vars(state), **states,
         )  # fmt: skip
         path = saved.save()
-        log.event("Save", (epoch, state.step), {"": shown(path)})
+        log.write("save", epoch, state.step, {"path": shown(path)})
         runs.prune(saved, config.keep_checkpoints)
         return path
 
@@ -463,17 +463,17 @@ def train(job, parallel, instead=None, launcher=None):
             step, last = state.step, state.step == config.max_steps
 
             if step % config.log_interval == 0 or last:
-                fields = {
-                    "Curriculum": f"{stage}-{sequence}",
-                    "Loss": f"{loss:.6f}",
-                    "LR": f"{learning_rate_at(step - 1, config):.2e}",
-                    "Grad-Norm": f"{norm:.3f}",
-                    **{name: f"{value:.4g}" for name, value in watched.items()},
-                    **speed.read(),
+                metrics = {
+                    "curriculum": (stage, sequence),
+                    "loss": loss,
+                    "lr": learning_rate_at(step - 1, config),
+                    "grad_norm": norm,
                 }
+                # A name that the model chose does not replace one of these.
+                metrics = {**metrics, **watched, **metrics, **speed.read()}
                 if config.max_steps:
-                    fields["Remaining"] = duration(speed.seconds_per_step * (config.max_steps - step))
-                log.event("Train", (epoch, step), fields)
+                    metrics["remaining_seconds"] = speed.seconds_per_step * (config.max_steps - step)
+                log.write("train", epoch, step, metrics)
 
             improved = False
             if step % config.eval_interval == 0 or last:
@@ -484,14 +484,14 @@ def train(job, parallel, instead=None, launcher=None):
                 improved = state.best["loss"] is None or value < state.best["loss"]
                 if improved:
                     state.best = state.validation
-                fields = {"Loss": f"{value:.6f}", "Best": f"{state.best['loss']:.6f}"}
+                metrics = {"loss": value, "best": state.best["loss"]}
                 if len(values) > 1:
-                    fields |= {f"Loss/{i}": f"{value:.6f}" for i, value in enumerate(values)}
+                    metrics |= {f"loss/{i}": value for i, value in enumerate(values)}
                 if job.exact:
-                    fields["Accuracy"] = f"{exact:.2%}"
+                    metrics["accuracy"] = exact
                 if job.task == "pretrain":
-                    fields["BPB"] = f"{facts.bits_per_byte(value):.4f}"
-                log.event("Val", (epoch, step), fields)
+                    metrics["bpb"] = facts.bits_per_byte(value)
+                log.write("val", epoch, step, metrics)
             if step % config.save_interval == 0 or improved or last:
                 path = save()
                 last_saved = step
@@ -527,18 +527,18 @@ class Speedometer:
         self.flops += rows * length * self.model.flops_per_token(length)
 
     def read(self):
-        """Since the last reading: {"Time": per step, "Speed": ..., "Tokens/s": ...}, as text."""
+        """Since the last reading: seconds per step, FLOP/s and tokens/s."""
         seconds = max(time.perf_counter() - self.since, 1e-9)
         now = seconds / max(self.steps, 1)
         # The time that remains should not jump with every single step.
         self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * now if self.seconds_per_step else now
-        fields = {
-            "Time": f"{1000 * now:.0f} ms",
-            "Speed": f"{self.flops / seconds / 1e9:.2f} GFLOP/s",
-            "Tokens/s": f"{self.tokens / seconds:.0f}",
+        metrics = {
+            "step_seconds": now,
+            "flops_per_second": self.flops / seconds,
+            "tokens_per_second": self.tokens / seconds,
         }
         self.restart()
-        return fields
+        return metrics
 
 
 def resume_command(run_name, launched):
