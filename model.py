@@ -20,8 +20,9 @@ Shapes: B rows, T tokens, C = n_embd, H = n_head, G = n_kv_head, D = head_dim, V
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import kernels
-from config.schema import ArchitectureConfig, Llama3Rope, ModelConfig, YarnRope
+from config.schema import Llama3Rope, YarnRope
 
 # ---- norm and positions ----------------------------------------------------------------------------
 

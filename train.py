@@ -36,8 +36,6 @@ if TYPE_CHECKING:  # torch is imported when the arguments are known to be good, 
 
     from torch import Tensor
 
-    from data import BatchSource
-    from engine.plan import RunEstimate
     from engine.setup import TrainSetup
 
 
@@ -293,7 +291,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
 
     parallel: how the run is spread over processes (engine/parallel.py); launcher: see engine/stop.py.
     """
-    from common.log import RunLog, duration, notice
+    from common.log import RunLog, notice
     from engine import checkpoint, plan, runs
     from engine.optimizer import learning_rate_at
     from engine.speed import Speedometer
@@ -348,7 +346,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
                 rates = speed.read()
                 remaining = {"remaining_seconds": speed.seconds_per_step * (config.max_steps - step)}
                 log.write("train", epoch, step, {
-                    "curriculum": f"{file}-{sequence}", "loss": numbers[-1].pop("loss"),
+                    "curriculum": (file, sequence), "loss": numbers[-1].pop("loss"),
                     "lr": learning_rate_at(step - 1, config), **numbers[-1], **rates,
                     **(remaining if config.max_steps else {}),
                 })  # fmt: skip

@@ -3,7 +3,6 @@
 import os
 import re
 
-
 from common.errors import UserError
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 import models
 from common import hardware
 from common.errors import UserError, is_out_of_memory
-from common.log import duration
+from common.metrics import duration
 from engine.speed import Speedometer
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

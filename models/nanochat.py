@@ -8,7 +8,6 @@ stay within 15. Rotary positions turn the other way round: published weights the
 import math
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import nn
 
