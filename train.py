@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.config import find, load_run, parse_overrides, shown
 from common.errors import UserError, run
+from config.schema import LAST_STEP
 from config.stages import STAGES
 
 if TYPE_CHECKING:  # torch is imported when the arguments are known to be good, inside the functions
@@ -163,8 +164,8 @@ class DeviceBatch(NamedTuple):
     counts: dict[str, int]
 
 
-def device_batches(setup: "TrainSetup", parallel: Any, first: int) -> Iterator[DeviceBatch]:
-    """Global batches from sequence number `first` on, each prepared while the step before it computes."""
+def device_batches(setup: "TrainSetup", parallel: Any, state: TrainState) -> Iterator[DeviceBatch]:
+    """The global batches from this state to the last step, each prepared while the step before it computes."""
     from engine.setup import to_device
 
     rows = parallel.rows(setup.config)
@@ -175,12 +176,13 @@ def device_batches(setup: "TrainSetup", parallel: Any, first: int) -> Iterator[D
         tensors = to_device(batch, rows, setup.compute.device)
         return DeviceBatch(tensors, shape, weight, {"sequences": shape[0], "tokens": int(weight)})
 
+    first, last = state.step, setup.config.max_steps or LAST_STEP
     with ThreadPoolExecutor(1) as background:
-        pending = background.submit(load, first)
-        while True:
+        pending = background.submit(load, sequence := state.consumed["sequences"])
+        for step in range(first + 1, last + 1):
             batch = pending.result()
-            first += batch.shape[0]
-            pending = background.submit(load, first)
+            if step < last:
+                pending = background.submit(load, sequence := sequence + batch.shape[0])
             yield batch
 
 
@@ -319,7 +321,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
     header = {**estimate.header(), "run": run_name, "resumed_from_step": state.step}
     if start.branched_from:
         header["branched_from"] = start.branched_from
-    batches = device_batches(setup, parallel, state.consumed["sequences"])
+    batches = device_batches(setup, parallel, state)
     results, speed, on_cpu = [], Speedometer(setup.model), setup.compute.device_type == "cpu"
     first_step = last_saved = state.step
     stopping, path = False, None
@@ -453,7 +455,7 @@ def main() -> None:
     estimate = plan.RunEstimate.of(setup)
     with estimate.advice_when_out_of_memory():
         state = initial_state(setup, parallel)
-        batches = device_batches(setup, parallel, state.consumed["sequences"])
+        batches = device_batches(setup, parallel, state)
 
         def one_step() -> tuple[int, ...]:
             batch = next(batches)
