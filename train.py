@@ -186,18 +186,42 @@ def device_batches(setup: "TrainSetup", parallel: Any, state: TrainState) -> Ite
             yield batch
 
 
-def read_results(results: list[StepResult], parallel: Any) -> list[dict[str, float]]:
-    """The numbers of these steps over all processes. Here the host waits for the device."""
+def check_finite(when: str, numbers: dict[str, float], step: int, setup: "TrainSetup", run_name: str) -> None:
+    """Raises UserError if one of the numbers, computed with the weights of this step, is NaN or infinite.
+
+    Nothing is saved before this check, so the weights of every earlier checkpoint have given finite losses.
+    """
+    from engine import runs
+
+    if not all(map(math.isfinite, numbers.values())):
+        what = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        good = [entry.path for entry in runs.saved(setup.stage.name, run_name) if entry.step < step]
+        last = f" The last good checkpoint is {shown(good[-1])}: --resume it," if good else " Begin again"
+        raise UserError(
+            f"{when}: {what}; training stopped and nothing was saved over.{last} with a lower learning_rate, "
+            "or look for odd texts in the data."
+        )
+
+
+def read_results(results: list[StepResult], state: TrainState, setup: "TrainSetup", parallel: Any,
+                 run_name: str) -> list[dict[str, float]]:  # fmt: skip
+    """The numbers of the last steps over all processes, checked. Here the host waits for the device."""
     import torch
 
-    names = [*results[0].metrics]
+    if not results:
+        return []
+    names = ["loss", *results[0].metrics]
     local = torch.stack([torch.stack([r.loss, *r.metrics.values()]).double() for r in results])
-    reduced = parallel.all_reduce_sum(*local.flatten().tolist())
-    rows = [reduced[i : i + len(names) + 1] for i in range(0, len(reduced), len(names) + 1)]
-    return [
-        {"loss": loss, "grad_norm": float(result.grad_norm), **dict(zip(names, values, strict=True))}
-        for result, (loss, *values) in zip(results, rows, strict=True)
-    ]
+    reduced = iter(parallel.all_reduce_sum(*local.flatten().tolist()))
+    numbers = []
+    for step, result in enumerate(results, state.step - len(results) + 1):
+        values = {name: next(reduced) for name in names}
+        norm = float(result.grad_norm)
+        # With loss scaling, an infinite gradient only means that the step was skipped.
+        checked = {"loss": values["loss"], "gradient norm": 0.0 if setup.compute.grad_scaling else norm}
+        check_finite(f"step {step}", checked, step - 1, setup, run_name)
+        numbers.append({"loss": values.pop("loss"), "grad_norm": norm, **values})
+    return numbers
 
 
 def evaluate(state: TrainState, setup: "TrainSetup", parallel: Any) -> tuple[float, list[float], dict[str, float]]:
@@ -266,28 +290,6 @@ def save_checkpoint(
     return path
 
 
-def check_finite(results: list[dict[str, float]], state: TrainState, setup: "TrainSetup", run_name: str) -> None:
-    """Raises UserError if one of the last steps, or a validation, gave NaN or infinity.
-
-    Nothing has been saved since the last step that was checked, so every checkpoint is sound.
-    """
-    from engine import runs
-
-    names = {"loss": "loss", "grad_norm": "gradient norm", "validation_loss": "validation loss"}
-    if setup.compute.grad_scaling:
-        del names["grad_norm"]  # with loss scaling, an infinite gradient only means that the step was skipped
-    for step, result in enumerate(results, state.step - len(results) + 1):
-        numbers = {name: result[key] for key, name in names.items() if key in result}
-        if not all(map(math.isfinite, numbers.values())):
-            what = ", ".join(f"{name} {number}" for name, number in numbers.items())
-            good = [entry.path for entry in runs.saved(setup.stage.name, run_name) if entry.step < step]
-            last = f" The last good checkpoint is {shown(good[-1])}: --resume it," if good else " Begin again"
-            raise UserError(
-                f"step {step}: {what}; training stopped and nothing was saved over.{last} with a lower "
-                "learning_rate, or look for odd texts in the data."
-            )
-
-
 def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Path, Path] | None":
     """The training loop. Returns the paths of the log and of the last checkpoint; None if it was stopped.
 
@@ -342,8 +344,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
                 for interval in (config.log_interval, config.eval_interval, config.save_interval)
             )
             if logs or evaluates or saves or on_cpu:  # elsewhere the host does not wait for the device
-                numbers, results = read_results(results, parallel), []
-                check_finite(numbers, state, setup, run_name)
+                numbers, results = read_results(results, state, setup, parallel, run_name), []
             if logs:
                 rates = speed.read()
                 remaining = {"remaining_seconds": speed.seconds_per_step * (config.max_steps - step)}
@@ -354,7 +355,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
                 })  # fmt: skip
             if evaluates:
                 loss, losses, metrics = evaluate(state, setup, parallel)
-                check_finite([{"validation_loss": loss}], state, setup, run_name)
+                check_finite(f"after step {step}", {"validation loss": loss}, step, setup, run_name)
                 state.validation = {"loss": loss, "step": step}
                 if state.best["loss"] is None or loss < state.best["loss"]:
                     state.best, saves = state.validation, True
@@ -368,7 +369,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
 
         stop.heard()
         if stopping and last_saved < state.step:
-            check_finite(read_results(results, parallel) if results else [], state, setup, run_name)
+            read_results(results, state, setup, parallel, run_name)
             save_checkpoint(state, setup, parallel, run_name, log, epoch)
         if stopping:
             command = runs.resume_command(run_name, bool(launcher))
