@@ -396,17 +396,17 @@ def talk(text_generator, instruct, profile):
 
 def read_questions(path):
     """[(messages, kind)] of a file of what `python data.py` takes for SFT; "kind" may be added."""
-    from data import conversation_of
-    from sources import Found, Source
+    from preparation.corpus import conversation_of
+    from sources import ReadReport, Source
 
     def question_of(record):
         messages, notes = conversation_of(record)
         kind = record.get("kind", "question") if isinstance(record, dict) else "question"
         return (messages, str(kind)), [note for note in notes if note != ("not read", "kind")]
 
-    source, found = Source(path, question_of, needs_records=True), Found()
+    source, found = Source(path, question_of, needs_records=True), ReadReport()
     questions = [question for questions, _ in source.documents(found) for question in questions]
-    for sentence in found.told(path):
+    for sentence in found.summary(path):
         notice(sentence)
     return questions
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from common.errors import UserError
-from sources.records import messages_of, text_of, words_of
+from sources.records import messages_of, text_of, texts_in
 
 
 def said(*turns):
@@ -56,7 +56,7 @@ SHAPES = [
 @pytest.mark.parametrize(("record", "shape", "messages"), SHAPES)
 def test_shapes(record, shape, messages):
     assert messages_of(record) == (messages, [("read", f"conversations {shape}")])
-    assert words_of(record)[0] == [message["content"] for message in messages]
+    assert texts_in(record)[0] == [message["content"] for message in messages]
 
 
 def test_what_is_not_read_is_named():

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from test_tokenizer import any_text, awkward
 
 from common.errors import UserError
-from sources import BadLine, Found, Source, reading, text
+from sources import BadLine, ReadReport, Source, reading, text
 from sources.text import DELIMITER
 
 
 def batches_of(path, chunk=None, long=None, **options):
-    """([(texts, is_open), ...], Found) of a file, read in blocks of `chunk` bytes."""
+    """([(texts, is_open), ...], ReadReport) of a file, read in blocks of `chunk` bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "CHUNK", chunk or reading.CHUNK)
         patch.setattr(text, "LONG", long or text.LONG)
-        found = Found(**options)
+        found = ReadReport(**options)
         return list(Source(path).documents(found)), found
 
 
@@ -145,7 +145,7 @@ def test_bad_lines_are_found_and_left_out(tmp_path):
 def test_a_line_of_any_length_takes_little_memory(end, tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes("天地玄黄宇宙洪荒".encode() * (1 << 20) + end + b"\nend\n")
-    source, found = Source(path), Found(skip_bad_lines=True)
+    source, found = Source(path), ReadReport(skip_bad_lines=True)
     tracemalloc.start()
     n_characters = sum(len(part) for texts, _ in source.documents(found) for part in texts)
     peak = tracemalloc.get_traced_memory()[1]
@@ -180,7 +180,7 @@ def test_only_long_lines_are_read_more_than_once(tmp_path):
         path.write_bytes(line * (1 + 9_000_000 // len(line)))
         with open(path, "rb") as file:
             counting = Counting(file)
-            list(text.documents(reading.Reader(counting, path, lambda n: None), None, Found()))
+            list(text.documents(reading.Reader(counting, path, lambda n: None), None, ReadReport()))
         assert counting.n_read <= times * path.stat().st_size
 
 
