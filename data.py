@@ -221,7 +221,7 @@ class TokenBatches:
     def _sequences(
         self, epoch: int, index: int, within_file: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray | int]]:
-        """(ids [n + 1], mask [n] or 1) of some sequences of a file, by their numbers in the shuffled order."""
+        """(ids [n + 1], mask [n] or 1) of sequences of a file, by their numbers in the shuffled order."""
         file, size, kept = self.files[index], self.block_size, self._kept[index]
         keys = random_keys(9, self.seed, epoch, index)
         count = int(self._bounds[index + 1] - self._bounds[index])

@@ -188,7 +188,7 @@ class TextGenerator:
         """
         limit, much_less = self.room - self.room // 4, self.room // 2  # not to do it again at every turn
         # What cannot fit in any case is not even encoded: each message is a mark and some tokens at least.
-        sizes = [1 + self.tokenizer.fewest(message["content"]) for message in messages]
+        sizes = [1 + self.tokenizer.min_tokens(message["content"]) for message in messages]
         if sum(sizes) > limit:
             limit = much_less
             forget(messages, sizes, limit)

@@ -64,10 +64,9 @@ def parse_arguments(doc, extend=None):
 class Job:
     """A model and what it learns from: `text_job` makes one of token files, problem.py of a toy problem.
 
-    batches(first) -> x, y [global batch, T] and the loss mask, numpy arrays, of the sequences from this
-    number on. validation: a list of such, one for each file, whose batches are micro-batches. All know how
-    many `sequences_per_epoch` they have, and what `data` they read. With `exact`, a validation also tells in
-    how many sequences all tokens of the mask are right.
+    batches: a data.BatchSource of global batches; validation: a list of such, one for each file, whose
+    batches are micro-batches. With `exact`, a validation also tells in how many sequences all tokens of the
+    mask are right.
     """
 
     task: str
@@ -83,7 +82,8 @@ class Job:
     @property
     def data(self):
         """As a checkpoint has it."""
-        return {"train": self.batches.data, "validation": [one for v in self.validation for one in v.data]}
+        validation = [fingerprint for source in self.validation for fingerprint in source.fingerprints]
+        return {"train": self.batches.fingerprints, "validation": validation}
 
 
 def plan_arguments(parser):
@@ -156,7 +156,7 @@ def main_launched(args, strategy, place, loss_scaling=True):
 
 def text_job(args, config, model_config, compute, parallel):
     """What -t, --resume and the two configurations ask for."""
-    from data import Batches, TokenFile
+    from data import TokenBatches, TokenFile
     from engine import runs, scaling_laws
     from formats import load_tokenizer
 
@@ -178,8 +178,8 @@ def text_job(args, config, model_config, compute, parallel):
     )
     block_size, batch_size = model.config.block_size, config.batch_size
     global_batch = batch_size * config.gradient_accumulation_steps
-    batches = Batches([pair[0] for pair in files], block_size, global_batch, config.random_seed)
-    validation = [Batches([pair[1]], block_size, batch_size, config.random_seed) for pair in files]
+    batches = TokenBatches([pair[0] for pair in files], block_size, global_batch, config.random_seed)
+    validation = [TokenBatches([pair[1]], block_size, batch_size, config.random_seed) for pair in files]
     return Job(args.task, config, compute, start, model, tokenizer, batches, validation)
 
 
@@ -212,6 +212,11 @@ def initial_model(start, config, model_config, compute, make_tokenizer):
     return models.build(shape), tokenizer
 
 
+def unpacked(batch):
+    """x, y and the loss mask of a batch."""
+    return [batch[key] for key in ("x", "y", "mask")]
+
+
 def settled(job, rows, parallel):
     """The job's ComputeConfig with a dtype that is the same in all processes.
 
@@ -226,8 +231,8 @@ def settled(job, rows, parallel):
     before = job.start.checkpoint.train_config.get("dtype") if job.start.resumes else None
 
     def measured():
-        batch = [torch.from_numpy(array[rows.start : rows.start + rows.step]) for array in job.batches(0)]
-        batch = [tensor.to(compute.device) for tensor in batch]
+        first = slice(rows.start, rows.start + rows.step)
+        batch = [torch.from_numpy(array[first]).to(compute.device) for array in unpacked(job.batches(0))]
         forward = torch.compile(model) if config.compile else model
         model.train()
 
@@ -337,7 +342,7 @@ def train(job, parallel, instead=None, launcher=None):
         for first in range(0, len(places), parallel.world):
             at = first + parallel.rank
             number, place = places[min(at, len(places) - 1)]
-            x, y, mask = tensors(validation[number](place))
+            x, y, mask = tensors(unpacked(validation[number](place)))
             with hardware.forward_context(compute):
                 logits, loss, _ = model(x, y, mask, loss_divisor=1)
             if at >= len(places):  # a surplus process only keeps the others company
@@ -350,7 +355,7 @@ def train(job, parallel, instead=None, launcher=None):
         model.train()
         *sums, n_exact, n_asked = parallel.sum(*totals, *weights, n_exact, n_asked)
         losses = [sums[i] / sums[i + len(validation)] for i in range(len(validation))]
-        parts = [v.n_counting for v in validation]
+        parts = [v.n_loss_tokens for v in validation]
         whole = sum(loss * (part / sum(parts)) for loss, part in zip(losses, parts, strict=True))
         return whole, losses, n_exact / n_asked if job.exact else None
 
@@ -363,7 +368,7 @@ def train(job, parallel, instead=None, launcher=None):
     def compile_step():
         """Has torch.compile do now, before the clock starts, what it puts off until the first pass."""
         with compiling(True):
-            forward(batches(state.consumed["sequences"]), rows.start)[0].backward()
+            forward(unpacked(batches(state.consumed["sequences"])), rows.start)[0].backward()
         parallel.clear()
         model.after_step(lambda *numbers: [0.0] * len(numbers))  # what it has counted does not count
 
@@ -373,9 +378,9 @@ def train(job, parallel, instead=None, launcher=None):
         parallel.reached(state.step + 1)
         seed = config.random_seed * 1_000_003 + state.step + (parallel.rank << 40)
         torch.manual_seed(seed % (1 << 63))  # dropout
-        batch = batches(state.consumed["sequences"])
-        speed.add(batch[0].shape)
-        divisor = float(batch[2].sum())
+        x, y, mask = batch = unpacked(batches(state.consumed["sequences"]))
+        speed.add(x.shape)
+        divisor = float(mask.sum())
         step_loss, watched = 0.0, {}
         for first in rows:
             with parallel.micro_batch(last=first == rows[-1]):
@@ -387,7 +392,7 @@ def train(job, parallel, instead=None, launcher=None):
         step_loss, *means = parallel.sum(step_loss, *watched.values())
         norm = parallel.step(rate_multiplier(state.step, config), math.isfinite(step_loss))
         model.after_step(parallel.sum)
-        consumed = {"sequences": len(batch[2]), "tokens": int(divisor)}
+        consumed = {"sequences": len(x), "tokens": int(divisor)}
         return step_loss, norm, dict(zip(watched, means, strict=True)), consumed
 
     # -- the loop ---------------------------------------------------------------------------------

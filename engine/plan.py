@@ -50,13 +50,10 @@ class RunEstimate:
         size, flops = self.model.n_params / 1e6, self.flops_per_token / 1e6
         lines = [
             f"{self.task} {size:.2f} M parameters, {flops:.1f} MFLOP a token",
-            f"data {self.batches.described}; {steps}",
+            f"data {self.batches.description}; {steps}",
         ]
-        for what, sources in (("data", [self.batches]), ("validation", self.validation)):
-            if cut := sum(source.n_truncated for source in sources):
-                lines.append(f"{what} {cut:,} conversations are longer than block_size and lose their end")
-            if n := sum(source.n_left_out for source in sources):
-                lines.append(f"{what} {n:,} conversations are left out: block_size ends before their answer")
+        lines += [f"data {note}" for note in self.batches.notes]
+        lines += [f"validation {note}" for source in self.validation for note in source.notes]
         return "\n".join(lines)
 
     def bits_per_byte(self, nats_per_token):
@@ -207,7 +204,7 @@ def show(facts, speed, one_step, world, link):
         ("FLOPs per token", f"{facts.flops_per_token:,} (training)"),
         ("chosen", "\n".join(compute.reasons)),
         ("memory, estimated", "\n".join(needed)),
-        ("data", f"{facts.batches.described} = {facts.steps_per_epoch:,.1f} steps"),
+        ("data", f"{facts.batches.description} = {facts.steps_per_epoch:,.1f} steps"),
         ("speed, measured", f"{1000 * seconds:.0f} ms a step, {tokens:,.0f} tokens/s\n"
                             f"{flops / 1e9:,.1f} GFLOP/s = {flops / peak:.0%} of a matrix product here "
                             f"({peak / 1e9:,.0f} GFLOP/s in {compute.dtype})"),

@@ -43,7 +43,7 @@ def to_library(tokenizer):
 
     from tokenizer import N_SPECIAL, SPECIAL_TOKENS, byte_alphabet
 
-    words = tokenizer.words[N_SPECIAL:]
+    words = tokenizer.token_bytes[N_SPECIAL:]
     if tokenizer.kind == "char":
         words = [word.decode() for word in words]
     else:
@@ -56,7 +56,7 @@ def to_library(tokenizer):
         library = Tokenizer(models.BPE(vocabulary, [], unk_token="<|unknown|>"))
         library.decoder = decoders.Fuse()
     else:
-        library = tokenizer.in_library(vocabulary, unk_token="<|unknown|>")
+        library = tokenizer.build_library(vocabulary, unk_token="<|unknown|>")
         library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
     library.post_processor = processors.TemplateProcessing(

@@ -37,7 +37,7 @@ COUNTS = ("n_tokens", "n_documents", "n_bytes", "n_unknown", "n_loss_tokens", "n
 
 
 def part_path(stem: Path, part: str) -> Path:
-    """The path of a part ("bin", "starts", "mask", "json") of a token file; `stem`: the path without suffix."""
+    """The path of a part ("bin", "starts", "mask", "json") of a token file; `stem`: without a suffix."""
     return stem.with_name(f"{stem.name}.{part}")
 
 

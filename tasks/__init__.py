@@ -166,15 +166,20 @@ def is_held_out(question):
     return int.from_bytes(digest, "little") % HELD_OUT == 0
 
 
+def as_batch(x, y, mask):
+    """A batch as training takes it: see data.BatchSource."""
+    return {"x": x, "y": y, "mask": mask}
+
+
 class Examples:
     """Training batches, drawn as they are needed.
 
     What is drawn for a batch depends on (problem, seed, batch size, number of the batch) alone.
     """
 
-    sequences_per_epoch = math.inf
-    n_truncated = n_left_out = 0
-    described = "examples drawn anew for every step"
+    sequences_per_epoch = n_loss_tokens = math.inf
+    description = "examples drawn anew for every step"
+    notes: list[str] = []
 
     def __init__(self, problem, tokenizer, batch_size, seed):
         self.problem, self.tokenizer, self.batch_size, self.seed = problem, tokenizer, batch_size, seed
@@ -200,20 +205,20 @@ class Examples:
     def __call__(self, first):
         """The batch of the examples from this number on; of the batch it lies in, if the size has changed."""
         questions = self.questions(first // self.batch_size)
-        return self.problem.encode(self.tokenizer, questions, subproblems=True)
+        return as_batch(*self.problem.encode(self.tokenizer, questions, subproblems=True))
 
     def position(self, first):
         return 0, 0, first
 
     @property
-    def data(self):
-        return [{"fingerprint": self.problem.described, "size": self.described}]
+    def fingerprints(self):
+        return [{"fingerprint": self.problem.described, "size": self.description}]
 
 
 class Test:
     """At most `count` different held-out questions; test(first) are those from this number on, as a batch."""
 
-    n_truncated = n_left_out = 0
+    notes: list[str] = []
 
     def __init__(self, problem, tokenizer, batch_size, seed, count):
         self.problem, self.tokenizer, self.batch_size = problem, tokenizer, batch_size
@@ -232,14 +237,22 @@ class Test:
     def sequences_per_epoch(self):
         return len(self.questions)
 
-    n_counting = sequences_per_epoch
+    n_loss_tokens = sequences_per_epoch
 
     @property
-    def data(self):
-        return [{"fingerprint": self.problem.described, "size": f"{len(self.questions):,} questions"}]
+    def description(self):
+        return f"{len(self.questions):,} questions"
+
+    @property
+    def fingerprints(self):
+        return [{"fingerprint": self.problem.described, "size": self.description}]
+
+    def position(self, first):
+        return 0, 0, first
 
     def __call__(self, first):
-        return self.problem.encode(self.tokenizer, self.questions[first : first + self.batch_size])
+        questions = self.questions[first : first + self.batch_size]
+        return as_batch(*self.problem.encode(self.tokenizer, questions))
 
 
 def names():

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ import tokenizer as module
 from common.errors import UserError
 from tokenizer import (
     BLOCK,
-    ROOT,
     SPECIAL_TOKENS,
     BPETokenizer,
     CharTokenizer,
@@ -26,6 +26,7 @@ from tokenizer import (
     render_chats,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = "The quick brown fox. 敏捷的棕色狐狸跳过懒狗。\r\n\te\u0301 𝄞🙂 <|eos|> 1 + 1 = 2\n" * 3
 CHAR = CharTokenizer.train([SAMPLE])
 BPE = BPETokenizer.train([SAMPLE] * 3, vocab_size=330)
@@ -246,7 +247,7 @@ def test_a_pattern_that_takes_years_is_refused():
 
 
 def test_a_file_that_is_too_large_is_not_taken_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenizer.LARGEST", 10_000)
+    monkeypatch.setattr("tokenizer.MAX_JSON_LENGTH", 10_000)
     (tmp_path / "x.json").write_text("[" + "[]," * 5000 + "[]]")
     with pytest.raises(UserError, match=r"x\.json: this is too large for a tokenizer"):
         load(tmp_path / "x.json")
@@ -347,10 +348,10 @@ def test_merging_copies_each_word_once():
 @BOTH
 @given(any_text | awkward | st.text("fox the\u0065\u0301\u1f84\u03b1\u0313\u0345"))
 def test_a_text_has_as_many_tokens_as_its_length_says_or_more(tokenizer, text):
-    assert 0 <= tokenizer.fewest(text) <= len(tokenizer.encode(text))
+    assert 0 <= tokenizer.min_tokens(text) <= len(tokenizer.encode(text))
     if tokenizer.kind == "bpe":
         composing = BPETokenizer(tokenizer.merges, normalizer="NFC")
-        assert composing.fewest(text) <= len(composing.encode(text))
+        assert composing.min_tokens(text) <= len(composing.encode(text))
 
 
 def test_nothing_shrinks_more_than_that_when_characters_are_composed():

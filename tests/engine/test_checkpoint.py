@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data import Batches, TokenFile
+from data import TokenBatches, TokenFile
 from engine.checkpoint import load
 from engine.runs import Run
 from model import GPT, ModelConfig
@@ -187,7 +187,7 @@ def test_a_new_run_stretches_the_context_of_the_weights_it_starts_from(train):
     model = GPT(shape)
     model.load_state_dict(load(before).model)
     data = TokenFile(train.root / "dataset" / "prepared" / "sft_train.bin")
-    loss = model(*map(torch.from_numpy, Batches([data], 64, 4, 1337)(0)))[1]
+    loss = model(*map(torch.from_numpy, TokenBatches([data], 64, 4, 1337)(0).values()))[1]
     assert float(train.logged("Train", "Loss")[3][1]) == pytest.approx(loss.item(), abs=2e-6)
 
     # Its own checkpoints stay as they are: resumed with the same settings or others, and started from.

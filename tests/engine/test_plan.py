@@ -10,7 +10,7 @@ import torch
 from common.errors import UserError
 from common.hardware import Gpu, Machine, attention_context, choose
 from config.schema import ModelConfig, TrainConfig
-from data import Batches, TokenFile
+from data import TokenBatches, TokenFile
 from engine.plan import RunEstimate, refuse_too_large
 from model import GPT
 
@@ -47,7 +47,7 @@ def test_the_plan(train, monkeypatch):
     assert rows["parameters"] == f"{model.n_params:,}"
     assert rows["FLOPs per token"] == f"{model.flops_per_token():,} (training)"
     files = [TokenFile(train.root / "dataset" / "prepared" / "pretrain_train.bin")]
-    batches = Batches(files, 32, 12)
+    batches = TokenBatches(files, 32, 12)
     steps = batches.sequences_per_epoch / 12
     assert rows["data"] == f"{batches.tokens_per_epoch:,} tokens an epoch = {steps:.1f} steps"
     assert rows["chosen"] == "device cpu: set by hand" and rows["memory, estimated"].endswith(" GiB weights")

@@ -81,7 +81,7 @@ OTHERS = {
     "a.rtf": (rb"{\rtf1 text}", "an RTF document", None, None),
     "a.pkl": (pickle.dumps([TEXT]), "a Python pickle", None, None),
     "b.pkl": (pickle.dumps([TEXT], protocol=0), "a Python pickle", None, None),
-    "bytes": (bytes(range(128, 256)) * 9, "no text in UTF-8", None, None),
+    "bytes": (bytes(range(128, 256)) * 9, "not text in UTF-8", None, None),
     "ints.bin": (b"\7\0\x50\1\x33\2" * 99, "NUL bytes", None, None),
 }  # fmt: skip
 

@@ -163,7 +163,9 @@ def test_no_test_question_is_ever_trained_on(name):
         test = tasks.Test(problem, tokenizer, 16, seed, 2000)
         assert len(set(test.questions)) == len(test.questions) >= 5
         assert trained.isdisjoint(test.questions)
-        assert sum(len(test(first)[0]) for first in range(0, len(test.questions), 16)) == len(test.questions)
+        assert sum(len(test(first)["x"]) for first in range(0, len(test.questions), 16)) == len(
+            test.questions
+        )
 
 
 def test_at_the_default_sizes_there_are_enough_unseen_questions():
@@ -176,7 +178,7 @@ def test_the_batch_of_a_step_follows_from_problem_seed_and_step():
     problem = tasks.make("sort", {})
     one, other = (tasks.Examples(problem, problem.tokenizer(), 8, 5) for _ in range(2))
     one(0), one(1)
-    assert all((a == b).all() for a, b in zip(one(7), other(7), strict=True))
+    assert all((a == b).all() for a, b in zip(one(7).values(), other(7).values(), strict=True))
     assert one.questions(7) != one.questions(8) != tasks.Examples(problem, None, 8, 6).questions(8)
 
 
@@ -184,7 +186,7 @@ def test_questions_of_a_step_are_of_like_length():
     problem = tasks.make("calculator", {})
     tokenizer = problem.tokenizer()
     examples = tasks.Examples(problem, tokenizer, 64, 5)
-    batches = [examples(64 * step)[0] for step in range(64)]
+    batches = [examples(64 * step)["x"] for step in range(64)]
     assert max(x.shape[1] for x in batches) > 0.9 * problem.block_size
     assert sum((x == tokenizer.padding_id).sum() for x in batches) < 0.1 * sum(x.size for x in batches)
 
