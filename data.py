@@ -53,7 +53,7 @@ class BatchSource(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Rows of the global batch, whatever the number of devices."""
+        """Rows of a batch; for training, of the global batch, whatever the number of devices."""
 
     @property
     def sequences_per_epoch(self) -> float:
@@ -133,7 +133,7 @@ class TokenBatches:
     Args:
         files: a curriculum. They are trained on in this order, one pass each, which together are an epoch.
         block_size: the largest number of tokens in a row.
-        batch_size: rows of the global batch.
+        batch_size: rows of a batch; for training, of the global batch.
 
     A sequence of a file of text is a block of the stream of its documents. The stream is treated as a ring,
     and each epoch starts cutting it at another position, so the blocks differ from epoch to epoch; every

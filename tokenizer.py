@@ -233,13 +233,12 @@ class BPETokenizer(Tokenizer):
     _line_end = re.compile(r"(?<=\S\n)(?=\S)")
 
     def __init__(self, merges: list, **rules: Any) -> None:
-        letters = byte_alphabet()
-        byte_of = {letter: byte for byte, letter in enumerate(letters)}
+        byte_of = {letter: byte for byte, letter in enumerate(byte_alphabet())}
         self.merges = merges
         self.rules = {key: value for key, value in rules.items() if value}
         merged = [left + right for left, right in merges]
         # A token that two different pairs produce keeps the id of the first: dicts keep insertion order.
-        tokens = dict.fromkeys([*letters, *merged, *self.rules.get("words", ())])
+        tokens = dict.fromkeys([*byte_of, *merged, *self.rules.get("words", ())])
         self._library_ids = {token: i for i, token in enumerate(tokens)}
         super().__init__([bytes(byte_of[letter] for letter in token) for token in tokens])
         if "normalizer" in self.rules:

@@ -1,4 +1,5 @@
-"""data.py: what is in the files is what was in the text, and the batch of step N depends on N alone."""
+"""data.py and preparation/: token files hold exactly what the text held,
+and the batch of step N is a pure function of N."""
 
 import errno
 import hashlib
@@ -15,8 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 import preparation.token_file
 from common.errors import UserError
+from config.stages import STAGES, Stage
 from data import TokenBatches, TokenFile, random_keys, shuffled
 from preparation.corpus import conversation_of, prepare
 from preparation.split import Split, cut_in_two
@@ -63,7 +66,7 @@ def documents_of(file, tokenizer):
 # ---- preparing -------------------------------------------------------------------------------------
 
 
-def test_every_document_is_in_one_split_as_it_was(prepared):
+def test_every_document_is_unchanged_and_in_one_split(prepared):
     folder, texts = prepared
     tokenizer = load(folder / "tokenizer.json")
     files = [TokenFile(folder / f"pretrain_{split}.bin", tokenizer.fingerprint) for split in ("train", "val")]
@@ -82,7 +85,7 @@ def test_every_document_is_in_one_split_as_it_was(prepared):
     assert not list(folder.glob("*.tmp"))
 
 
-def test_sft_masks_by_hand(prepared):
+def test_the_mask_covers_exactly_the_answers(prepared):
     folder, _ = prepared
     tokenizer = load(folder / "tokenizer.json")
     seen = []
@@ -98,7 +101,7 @@ def test_sft_masks_by_hand(prepared):
     assert sorted(map(str, seen)) == sorted(map(str, QA))
 
 
-def test_whole_preparation_does_not_depend_on_chunks(prepared, tmp_path):
+def test_preparation_does_not_depend_on_chunks(prepared, tmp_path):
     folder, _ = prepared
     prepare(inputs_of(folder.parent), tmp_path, val_fraction=0.2)
     assert contents(folder) == contents(tmp_path)
@@ -128,7 +131,7 @@ bad_lines = st.sampled_from([*BAD, b"", b" ", b"[]", b"{", b'{"text": ""}', b'{"
 )
 @settings(max_examples=60, deadline=None)
 def test_any_chunks_give_the_same_bytes(content, kind, chunk, tmp_path_factory):
-    """Whatever is in the text: the same token files, or the same sentence."""
+    """Whatever the text holds: the same token files, or the same error."""
     folder = tmp_path_factory.mktemp("any")
     is_text = not content.startswith((b"{", b"["))
     path = folder / ("x.txt" if is_text else "x.jsonl")
@@ -152,16 +155,16 @@ def test_any_chunks_give_the_same_bytes(content, kind, chunk, tmp_path_factory):
     assert results[0] == results[1]
 
 
-@settings(deadline=None)  # others use the processor, too
+@settings(deadline=None)  # other processes may be using the CPU
 @given(st.integers(2, 3000), st.floats(1e-9, 1 - 1e-9), st.integers(0, 2**63 - 1))
-def test_both_splits_get_documents(n, fraction, seed):
+def test_training_and_validation_both_get_documents(n, fraction, seed):
     held_out = Split(n, fraction, seed).held_out(0, n)
     assert 0 < held_out.sum() < n
     parts = [Split(n, fraction, seed).held_out(start, min(7, n - start)) for start in range(0, n, 7)]
     np.testing.assert_array_equal(np.concatenate(parts), held_out)
 
 
-def test_the_split_has_its_size_and_depends_on_the_seed():
+def test_the_split_has_the_requested_size_and_depends_on_the_seed():
     one, two = (Split(10**5, 0.05, seed).held_out(0, 10**5) for seed in (1, 2))
     assert abs(one.mean() - 0.05) < 0.003 and abs((one & two).mean() - 0.0025) < 0.001
 
@@ -197,7 +200,7 @@ def test_bpe_and_a_given_tokenizer(tmp_path):
     assert done.returncode == 0 and "50 characters are not in" in done.stdout
 
 
-def test_what_the_chat_template_asks_of_a_conversation():
+def test_what_the_chat_template_requires_of_a_conversation():
     user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "extra": [1]}
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert conversation_of({"messages": [user, assistant]})[0] == turns
@@ -269,7 +272,7 @@ def test_bad_lines_can_be_left_out(tmp_path):
     assert sum(file.meta["n_documents"] for file in files) == 38
 
 
-def test_what_was_read_and_what_was_not_is_told(tmp_path):
+def test_what_was_read_and_what_was_not_is_reported(tmp_path):
     alpaca = [{"id": i, "instruction": f"q{i}", "input": "", "output": f"a{i}"} for i in range(12)]
     gpt = [{"conversations": [{"from": who, "value": who} for who in ("human", "human", "gpt")]}]
     write_jsonl(tmp_path / "S.JSONL", alpaca + gpt)
@@ -373,7 +376,7 @@ def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path):
         ["--pretrain", "good.txt", "--out", "good.txt"],
     ],
 )
-def test_mistakes_end_with_a_sentence(tmp_path, arguments):
+def test_mistakes_end_with_one_sentence_and_exit_code_2(tmp_path, arguments):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blank.txt").write_text(" \n<|bos|>\n")
     (tmp_path / "tiny.txt").write_text("x")
@@ -399,6 +402,60 @@ def test_disk_full_leaves_the_old_files(prepared, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         prepare(inputs_of(folder.parent), tmp_path, seed=2)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---- stages ----------------------------------------------------------------------------------------
+
+
+def main_in(folder, monkeypatch, *arguments):
+    """`python data.py` in this process, with `folder` as dataset/."""
+    monkeypatch.setattr("data.DATASET", folder)
+    monkeypatch.setattr("preparation.DATASET", folder)
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    data.main()
+
+
+def test_a_stage_in_the_table_gets_its_option_and_its_files(tmp_path, monkeypatch, capsys):
+    for stage in (
+        Stage("midtrain", "mid-training"),
+        Stage("dialogue", "dialogue", documents="chats"),
+        Stage("choose", "preferences", documents="preferences"),  # not prepared by data.py
+    ):
+        monkeypatch.setitem(STAGES, stage.name, stage)
+    (tmp_path / "a.txt").write_text("some text\n" * 99)
+    write_jsonl(tmp_path / "dialogue.jsonl", QA)
+    write_jsonl(tmp_path / "midtrain.jsonl", [{"text": f"text {i}"} for i in range(40)])
+    with pytest.raises(SystemExit):
+        main_in(tmp_path, monkeypatch, "--choose", tmp_path / "a.txt")
+    assert "unrecognized arguments: --choose" in capsys.readouterr().err
+
+    out = tmp_path / "named"
+    named = ["--midtrain", tmp_path / "a.txt", "--dialogue", tmp_path / "dialogue.jsonl", "--out", out]
+    main_in(tmp_path, monkeypatch, *named)
+    assert sorted(path.name for path in out.glob("*.bin")) == [
+        f"{stage}_{split}.bin" for stage in ("dialogue", "midtrain") for split in ("train", "val")
+    ]
+    chats, text = TokenFile(out / "dialogue_train.bin"), TokenFile(out / "midtrain_train.bin")
+    assert (chats.kind, chats.documents, text.kind, text.documents) == (
+        "dialogue", "chats", "midtrain", "text"
+    )  # fmt: skip
+    assert text.mask is None and len(TokenBatches([text, chats], 32, 4)(0)["x"]) == 4
+
+    # What is in the folder is prepared; of what is not, only the stages that everyone expects are mentioned.
+    capsys.readouterr()
+    (tmp_path / "pretrain.txt").write_text("some text\n" * 99)
+    main_in(tmp_path, monkeypatch)
+    assert len(list((tmp_path / "prepared").glob("*.bin"))) == 6
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("nothing is prepared for") == 1 and "for fine-tuning" in told
+    for name in ("midtrain.jsonl", "dialogue.jsonl"):
+        (tmp_path / name).unlink()
+    main_in(tmp_path, monkeypatch)
+    assert capsys.readouterr().out.count("nothing is prepared for") == 1
+
+    monkeypatch.delitem(STAGES, "midtrain")
+    with pytest.raises(UserError, match=r"midtrain_train\.json is damaged"):
+        TokenFile(out / "midtrain_train.bin")
 
 
 # ---- token files -----------------------------------------------------------------------------------
@@ -659,7 +716,7 @@ def test_nothing_grows_over_an_epoch(files):
     assert grown < 10_000
 
 
-def test_help_comes_fast_and_the_defaults_are_told(tmp_path):
+def test_help_does_not_import_slow_libraries(tmp_path):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", ROOT / "data.py", "--help"], capture_output=True, text=True
     )

@@ -35,7 +35,7 @@ def made(pattern, number, end=""):
     return [pattern.replace("NUMBER", number).replace("END", end)]
 
 
-# As they stand in the tokenizer.json of these models, or of their families, and in tiktoken.
+# As in the tokenizer.json of these models or their families, and in tiktoken.
 RELEASED = {
     "GPT-2, OLMo, MPT": [GPT2],
     "SmolLM, StarCoder, Command R": [r"\p{N}", GPT2],
@@ -92,7 +92,7 @@ RELEASED = {
 
 
 @pytest.mark.parametrize("model", RELEASED)
-def test_those_of_released_models_are_taken(model):
+def test_patterns_of_released_models_are_accepted(model):
     assert why_unsafe(RELEASED[model]) is None
     assert all(cost_of(pattern)[0].fail < MAX_STEPS / 3 for pattern in RELEASED[model])
 
@@ -111,12 +111,12 @@ NONE = ["(", ")", "a)", "(a", "[a", "*a", "a{2", "{2}", "(?", "|*", r"\p{Nothing
 
 
 @pytest.mark.parametrize("pattern", [*YEARS, *UNKNOWN, *NONE])
-def test_what_may_take_years_or_is_unknown_is_not(pattern):
+def test_slow_or_unknown_patterns_are_refused(pattern):
     why = why_unsafe([pattern])
     assert why and (pattern not in YEARS or why.startswith("would take years on some texts: "))
 
 
-def test_lists_are_bounded_in_all():
+def test_lists_of_patterns_are_bounded():
     assert why_unsafe([3]) == "is not text"
     assert why_unsafe(["a" * 100] * 100) is None
     assert "too long" in why_unsafe(["a" * 100] * 101)
@@ -128,8 +128,8 @@ TEXTS = ["a" * 3000, " " * 3000, "aB" * 1500, "1" * 3000, "\n" * 3000, " \n" * 1
 
 
 @pytest.mark.parametrize("n_invented", [150, pytest.param(1500, marks=pytest.mark.slow)])
-def test_those_that_are_taken_are_fast(n_invented):
-    """Of patterns put together at random, and of all of them above."""
+def test_accepted_patterns_are_fast(n_invented):
+    """All of those above, and random combinations of pieces."""
     dice, taken, refused = random.Random(0), 0, 0
     pieces = [
         "a",

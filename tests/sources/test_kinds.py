@@ -1,4 +1,4 @@
-"""sources/kinds.py: what a file is decides its content, everything else is refused, and the advice works."""
+"""sources/kinds.py: the content decides what a file is, others are refused, and the advised commands work."""
 
 import bz2
 import gzip
@@ -87,7 +87,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_files_are_refused_and_the_advice_works(name, tmp_path, monkeypatch):
+def test_other_kinds_are_refused_and_the_advised_command_works(name, tmp_path, monkeypatch):
     content, what, new, texts = OTHERS[name]
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(content)
@@ -108,8 +108,8 @@ def test_other_files_are_refused_and_the_advice_works(name, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_beginning_of_another_file_is_never_a_surprise(name, tmp_path):
-    """Every truncation (of the first bytes each, then some) is refused, or holds nothing but text."""
+def test_a_truncated_file_of_another_kind_is_refused_or_text(name, tmp_path):
+    """At every length (each of the first ones, then some) it is refused, or it holds nothing but text."""
     content, path = OTHERS[name][0], tmp_path / name
     for length in {*range(40), *range(40, len(content), 1 + len(content) // 40)}:
         path.write_bytes(content[:length])
@@ -182,7 +182,7 @@ LINE = '{"text": "one"}\n'
         ("a.jsonl", ""),
     ],
 )
-def test_json_lines_are_known_by_their_lines(name, content, tmp_path):
+def test_json_lines_are_recognised_by_their_lines(name, content, tmp_path):
     (tmp_path / name).write_text(content, "utf-8")
     assert detect_kind(tmp_path / name) == "JSON lines"
 
@@ -194,7 +194,7 @@ def test_some_bad_lines_do_not_make_it_another_kind(tmp_path):
         assert detect_kind(path) == "text"
 
 
-def test_what_is_no_file_at_all(tmp_path):
+def test_what_is_not_a_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     with socket.socket(socket.AF_UNIX) as server:

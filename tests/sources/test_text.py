@@ -1,4 +1,4 @@
-"""sources/text.py: nothing that is sound is lost, and where a block of bytes ends makes no difference."""
+"""sources/text.py: no valid text is lost, and it makes no difference where a block of bytes ends."""
 
 import io
 import tracemalloc
@@ -23,7 +23,7 @@ def batches_of(path, chunk=None, long=None, **options):
 
 
 def joined(batches):
-    """The documents of batches, and each one's parts."""
+    """The documents in batches, and the parts of each."""
     documents, was_open = [], False
     for texts, is_open in batches:
         parts = [[part] for part in texts]
@@ -36,7 +36,7 @@ def joined(batches):
 
 
 def documents_of(written):
-    """By hand."""
+    """The documents in a text, found in the simplest way."""
     parts = DELIMITER.split(written.replace("\ufeff", ""))
     return [part for part in parts if part and not part.isspace()]
 
@@ -46,7 +46,7 @@ def documents_of(written):
 @example(written="[", chunk=1, bom=True)
 @settings(max_examples=200, deadline=None)
 def test_every_byte_is_kept(written, chunk, bom, tmp_path_factory):
-    """But for byte-order marks, delimiters and blank documents."""
+    """Except byte-order marks, delimiters and blank documents."""
     path = tmp_path_factory.mktemp("read") / "x.txt"
     written = written.replace("\0", "")
     path.write_bytes(b"\xef\xbb\xbf" * bom + written.encode())
@@ -82,7 +82,7 @@ pieces = st.sampled_from(
 @given(content=st.lists(pieces, min_size=1, max_size=60).map(b"".join), chunk=st.integers(1, 70))
 @settings(max_examples=300, deadline=None)
 def test_blocks_make_no_difference(content, chunk, tmp_path_factory):
-    """The same documents, in the same parts, and the same lines left out, as by hand from the whole file."""
+    """The same documents, in the same parts, and the same lines left out as when the file is read at once."""
     path = tmp_path_factory.mktemp("x") / "x.txt"
     path.write_bytes(b"text of some length " * 40 + b"\n" + content)  # so that it is recognised as text
     sound, n_bad, n_bad_bytes = "", 0, 0
@@ -119,7 +119,7 @@ BAD = {"a bad byte": b"\xff", "a NUL": b"\0", "half a character": b"\xe4\xb8"}
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("place", [0, 3000, 5_000_001, 6_720_000])
 def test_a_long_line_is_left_out_whole(bad, place, tmp_path):
-    """Whatever block of it the bad byte is in."""
+    """Whichever block the bad byte is in."""
     path, line = tmp_path / "x.txt", "天地玄黄宇宙洪荒".encode() * 280_000
     line = line[:place] + BAD[bad] + line[place:]
     path.write_bytes(b"first\n" * 20_000 + line + b"\nlast\n")
@@ -155,7 +155,7 @@ def test_a_line_of_any_length_takes_little_memory(end, tmp_path):
 
 
 class Counting:
-    """A file that counts what is read of it."""
+    """A file that counts the bytes read from it."""
 
     def __init__(self, file):
         self.file, self.n_read = file, 0
@@ -184,6 +184,6 @@ def test_only_long_lines_are_read_more_than_once(tmp_path):
         assert counting.n_read <= times * path.stat().st_size
 
 
-def test_delimiters_take_the_white_space_between_them():
+def test_delimiters_include_the_white_space_between_them():
     delimited = "<|bos|> a<|eos|> \n<|bos|>\nb\n<|endoftext|>\n"
     assert DELIMITER.split(delimited) == ["", " a", "\nb\n", "\n"]
