@@ -286,9 +286,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def all_default_inputs() -> tuple[dict[str, list[Path]], list[str]]:
-    """The input files in dataset/ for each stage, and notices about the stages without any.
+    """The input files in dataset/ for each stage, and notices about stages without any.
 
-    Only two stages are noticed, which everyone expects: the first for text, and the first for chats.
+    Only the first stage for text and the first for chats get a notice: these two are what everyone expects.
     """
     stages = stages_with_files()
     inputs = {stage.name: default_inputs(stage) for stage in stages}

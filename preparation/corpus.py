@@ -38,7 +38,7 @@ def conversation_of(record: Any) -> tuple[list[Message], list[Note]]:
     messages, notes = messages_of(record)
     messages, n_joined = merge_turns(messages)
     if messages[-1]["role"] != "assistant":
-        raise UserError("does not end with an answer of the assistant")
+        raise UserError("ends without an answer of the assistant")
     if "user" not in [message["role"] for message in messages]:
         raise UserError("holds nothing that the user says")
     for message in messages:

@@ -113,7 +113,7 @@ def test_files_of_another_kind(train, tiny_data, tmp_path):
 
     for path, sentence in (
         ("config/model_config.json", "is not a sound Nano tokenizer"),
-        ("dataset/prepared/sft_val.bin", "is no valid JSON"),
+        ("dataset/prepared/sft_val.bin", "is not valid JSON"),
         ("nowhere.json", "does not exist; `python data.py` writes a tokenizer"),
         ("config", "config/tokenizer.json does not exist"),
     ):

@@ -158,7 +158,7 @@ def test_no_test_question_is_ever_trained_on(name):
         examples = tasks.Examples(problem, tokenizer, 64, seed)
         for step in range(100):
             trained.update(examples.questions(step))
-            trained.update(asked_on_the_way(problem, examples.questions(step), examples(64 * step)[2]))
+            trained.update(asked_on_the_way(problem, examples.questions(step), examples(64 * step)["mask"]))
     for seed in (1, 2, 3):
         test = tasks.Test(problem, tokenizer, 16, seed, 2000)
         assert len(set(test.questions)) == len(test.questions) >= 5
