@@ -42,6 +42,7 @@ SPECIAL_TOKENS = ("<|padding|>", "<|unknown|>", "<|bos|>", "<|eos|>",
                   "<|instruct_mark|>", "<|response_mark|>", "<|system_mark|>")  # fmt: skip
 N_SPECIAL = len(SPECIAL_TOKENS)
 FORMAT = {"format": "nano-tokenizer", "version": 1}
+CHAT_TEMPLATE = "nano"  # the name of the chat template below, which checkpoints remember
 MAX_JSON_LENGTH = 1 << 25  # characters of a tokenizer's JSON; one with 200,000 merges has 10 million
 BLOCK = 1 << 16  # characters processed at once: they fit in the CPU's cache
 

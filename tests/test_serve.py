@@ -34,10 +34,11 @@ import engine.checkpoint
 import serve
 import server.middleware as middleware
 import server.openai_api as openai_api
+from config.schema import ModelConfig
 from decoding.engine import Decoder, Request, TextStream
 from decoding.packed import quantize as to_int8
 from inference import TextGenerator
-from model import GPT, ModelConfig
+from model import GPT
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
 
 openai = pytest.importorskip("openai")

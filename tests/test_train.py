@@ -17,6 +17,7 @@ import time
 import pexpect
 import pytest
 import torch
+from lm_pass import lm_pass
 from torch.nn.functional import log_softmax
 
 import tokenizer as tokenizers
@@ -58,8 +59,8 @@ def test_the_loss_of_sft_is_a_mean_over_the_words_of_answers(train):
     torch.manual_seed(1337)
     model = type(model)(model.config).double()  # as it was before the step
     path = train.root / "dataset" / "prepared" / "sft_train.bin"
-    x, y, _ = map(torch.from_numpy, TokenBatches([TokenFile(path)], 12, 12, 1337)(0).values())
-    chances = log_softmax(model(x)[0], -1)
+    x, y, _ = map(torch.from_numpy, TokenBatches([TokenFile(path)], 12, 12, 1337)(0))
+    chances = log_softmax(model(x), -1)
     means, total, count = [], 0.0, 0
     for row, (before, after) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
         begin = before.index(tokenizer.response_id) if tokenizer.response_id in before else len(before)
@@ -505,8 +506,8 @@ def test_every_validation_file_counts_by_its_size(train, tiny_data):
         batches, total, weight = TokenBatches([file], 32, 2, 1337), 0.0, 0
         n = min(max(1, round(12 * count / sum(counts))), -(-count // 2))
         for first in range(0, 2 * n, 2):
-            x, y, mask = map(torch.from_numpy, batches(first).values())
-            total += float(model(x, y, mask, loss_divisor=1)[1])
+            x, y, mask = map(torch.from_numpy, batches(first))
+            total += float(lm_pass(model, x, y, mask, divisor=1)[1])
             weight += float(mask.sum())
         assert loss == pytest.approx(total / weight, abs=1e-5) and n > 1
 

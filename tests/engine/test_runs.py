@@ -183,16 +183,36 @@ def test_a_model_without_a_run_is_passed_over(train):
     assert newest("pretrain")[0].step == 2
 
 
+def as_version(version, state):
+    """The state as a file of this version has it."""
+    later = {1: ("consumed", "validation", "data"), 2: ()}[version]
+    state = {key: value for key, value in state.items() if key not in ("chat_template", "problem", *later)}
+    state["model_config"] = {**state["model_config"], "dropout": 0.1}  # was a key of the model's, too
+    task = state.pop("stage")
+    return {**state, "task": task, "version": version}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_checkpoint_of_version_2_goes_on(train, stage):
+    settings = dict(from_checkpoint="", lr_decay_iters=6, dropout=0.1)
+    assert train(stage, max_steps=6, **settings).returncode == 0
+    whole = load(train.checkpoints(stage)[6])
+    shutil.rmtree(train.root / "checkpoint")
+    assert train(stage, max_steps=3, **settings).returncode == 0
+    [path] = train.checkpoints(stage).values()
+    torch.save(as_version(2, torch.load(path, weights_only=True)), path)
+    done = train(stage, "--resume", max_steps=6, **settings)
+    assert done.returncode == 0 and "keeps the shape" not in done.stderr
+    assert train.same(load(train.checkpoints(stage)[6]), whole)
+
+
 def test_a_checkpoint_of_version_1_goes_on(train):
     assert train("pretrain", max_steps=6, lr_decay_iters=6, dropout=0.1).returncode == 0
     whole = load(train.checkpoints()[6])
     shutil.rmtree(train.root / "checkpoint")
     assert train("pretrain", max_steps=3, lr_decay_iters=6, dropout=0.1, eval_interval=3).returncode == 0
     [path] = train.checkpoints().values()
-    state = torch.load(path, weights_only=True)
-    for key in ("consumed", "validation", "data"):
-        del state[key]
-    torch.save({**state, "version": 1}, path)
+    torch.save(as_version(1, torch.load(path, weights_only=True)), path)
     old = load(path)
     assert old.consumed == {"sequences": 12, "tokens": None} and old.validation == old.best
     done = train("pretrain", "--resume", max_steps=6, lr_decay_iters=6, dropout=0.1)

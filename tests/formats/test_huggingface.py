@@ -660,7 +660,7 @@ def panicking(content):
     [
         (cutting("(a+)+$"), "could not be read (one of its patterns would take years on some texts: (a+)+$)"),
         (cutting(r"\p{L}" * 100_000), "could not be read (one of its patterns is too long: all of them"),
-        (cutting(*["a"] * 100, "("), "could not be read (one of its patterns is not a regular expression: ()"),
+        (cutting(*["a"] * 100, "("), "could not be read (one of its patterns is not a regular expression: "),
         (wordless, "this is not a sound Nano tokenizer: one of its merges is not a pair of known tokens"),
         (panicking, "could not be read ("),
         (lambda content: content.update(normalizer={"type": "Replace", "pattern": {"Regex": r"(.*)*\d"},
