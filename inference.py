@@ -188,7 +188,7 @@ class TextGenerator:
         """
         limit, much_less = self.room - self.room // 4, self.room // 2  # not to do it again at every turn
         # What cannot fit in any case is not even encoded: each message is a mark and some tokens at least.
-        sizes = [1 + self.tokenizer.fewest(message["content"]) for message in messages]
+        sizes = [1 + self.tokenizer.min_tokens(message["content"]) for message in messages]
         if sum(sizes) > limit:
             limit = much_less
             forget(messages, sizes, limit)
@@ -396,17 +396,17 @@ def talk(text_generator, instruct, profile):
 
 def read_questions(path):
     """[(messages, kind)] of a file of what `python data.py` takes for SFT; "kind" may be added."""
-    from data import conversation_of
-    from sources import Found, Source
+    from preparation.corpus import conversation_of
+    from sources import ReadReport, Source
 
     def question_of(record):
         messages, notes = conversation_of(record)
         kind = record.get("kind", "question") if isinstance(record, dict) else "question"
         return (messages, str(kind)), [note for note in notes if note != ("not read", "kind")]
 
-    source, found = Source(path, question_of, needs_records=True), Found()
+    source, found = Source(path, question_of, needs_records=True), ReadReport()
     questions = [question for questions, _ in source.documents(found) for question in questions]
-    for sentence in found.told(path):
+    for sentence in found.summary(path):
         notice(sentence)
     return questions
 

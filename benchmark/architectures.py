@@ -172,12 +172,12 @@ def main():
     from rich.console import Console
     from rich.table import Table
 
-    from data import prepare
+    from preparation.corpus import prepare
 
     console, results = Console(highlight=False), {"equal steps": {}, "equal time": {}}
     with tempfile.TemporaryDirectory() as folder, console.status("preparing the text") as status:
         folder = Path(folder)
-        _, tokenizer, _ = prepare([args.text], [], folder)
+        _, tokenizer, _ = prepare({"pretrain": [args.text]}, folder)
         for name in args.only:
             config = sized(name, tokenizer.vocab_size, args.parameters)
             status.update(f"{name} trains {args.steps:,} steps")

@@ -232,7 +232,8 @@ def train_nanogpt(setting, tell, workload, compiled=True):
         return tensor.pin_memory().to(setting.device, non_blocking=True) if is_gpu else tensor
 
     def one_step():
-        x, y, _ = batches(next(steps))
+        batch = batches(next(steps))
+        x, y = batch["x"], batch["y"]
         for first in range(0, workload.sequences, micro_batch):
             rows = slice(first, first + micro_batch)
             with hardware.autocast_context(compute):
@@ -251,7 +252,7 @@ def train_nanogpt(setting, tell, workload, compiled=True):
 
 
 class RandomBatches:
-    """In place of data.Batches: eight batches of random tokens, again and again."""
+    """A data.BatchSource: eight batches of random tokens, again and again."""
 
     def __init__(self, workload):
         import numpy as np
@@ -260,11 +261,12 @@ class RandomBatches:
         self.x, self.y = np.random.default_rng(0).integers(workload.shape["vocab_size"], size=(2, *size))
         self.mask = np.ones(size[1:], np.float32)
         self.batch_size, self.sequences_per_epoch = size[1], 8 * size[1]
-        self.data, self.n_counting = [], self.x.size
+        self.fingerprints, self.notes, self.n_loss_tokens = [], [], self.x.size
+        self.description = "random tokens"
 
     def __call__(self, first):
         number = first // self.batch_size % 8
-        return self.x[number], self.y[number], self.mask
+        return {"x": self.x[number], "y": self.y[number], "mask": self.mask}
 
     def position(self, first):
         return 0, 0, first

@@ -85,7 +85,7 @@ def main():
     from rich.console import Console
     from rich.table import Table
 
-    from tokenizer import texts_of
+    from sources import texts_of
 
     text = "".join(texts_of([find(args.text)]))
 

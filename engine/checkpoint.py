@@ -166,7 +166,7 @@ def load(path):
     elif type(version) is not int or version != VERSION:
         raise UserError(f"{name} was written by another version of Nano")
     text = state.get("tokenizer")  # in older files it is the dictionary
-    if isinstance(text, str) and len(text) <= tokenizers.LARGEST:
+    if isinstance(text, str) and len(text) <= tokenizers.MAX_JSON_LENGTH:
         with contextlib.suppress(ValueError, RecursionError):
             state["tokenizer"] = json.loads(text)
     types = {key: f.type for key, f in Checkpoint.__dataclass_fields__.items()}

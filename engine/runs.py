@@ -325,8 +325,8 @@ class Progress:
 def progress(start, config, data, position):
     """(the Progress with which a run starts, what to tell of it).
 
-    data: as a checkpoint has it; position: of `Batches`. Where the data, or their order, are other ones than
-    before, the run begins them anew; where what it is validated on is, so does its best loss.
+    data: as a checkpoint has it; position: of a BatchSource. Where the data, or their order, are other ones
+    than before, the run begins them anew; where what it is validated on is, so does its best loss.
     """
     if not start.resumes:
         return Progress(), []

@@ -72,7 +72,7 @@ def _is_of_library(path):
     """Whether this is JSON of the `tokenizers` library, on which Transformers builds."""
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.loads(file.read(tokenizers.LARGEST + 1))
+            found = json.loads(file.read(tokenizers.MAX_JSON_LENGTH + 1))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.keys() >= {"model", "added_tokens"}

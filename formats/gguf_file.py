@@ -127,7 +127,7 @@ def vocabulary(tokenizer, n_rows):
         words, unknown, merges = characters_as_bpe(tokenizer)
         cut = "qwen2"  # any one: no merge reaches from one character to the next
     else:
-        words = tokenizer.words[len(SPECIAL_TOKENS) :]
+        words = tokenizer.token_bytes[len(SPECIAL_TOKENS) :]
         words = ["".join(letters[byte] for byte in word) for word in words]
         unknown, merges, cut = [], tokenizer.merges, cut_of(tokenizer)
     unused = [f"<|unused_{i}|>" for i in range(tokenizer.vocab_size, n_rows)]

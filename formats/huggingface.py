@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import whole_folder, write_text
-from common.patterns import trouble
+from common.patterns import why_unsafe
 from formats import check, check_free, tokenizer_and_rows
 from formats.families import family_of, from_config, from_weights, to_config, to_weights, unread
 
@@ -43,7 +43,7 @@ def to_library(tokenizer):
 
     from tokenizer import N_SPECIAL, SPECIAL_TOKENS, byte_alphabet
 
-    words = tokenizer.words[N_SPECIAL:]
+    words = tokenizer.token_bytes[N_SPECIAL:]
     if tokenizer.kind == "char":
         words = [word.decode() for word in words]
     else:
@@ -56,7 +56,7 @@ def to_library(tokenizer):
         library = Tokenizer(models.BPE(vocabulary, [], unk_token="<|unknown|>"))
         library.decoder = decoders.Fuse()
     else:
-        library = tokenizer.in_library(vocabulary, unk_token="<|unknown|>")
+        library = tokenizer.build_library(vocabulary, unk_token="<|unknown|>")
         library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
     library.post_processor = processors.TemplateProcessing(
@@ -78,7 +78,7 @@ def from_library(path, config):
         if len(text) > LARGEST:
             raise ValueError("it is too large")
         patterns = list(patterns_in(json.loads(text)))  # before the library makes something of them
-        if reason := patterns and trouble(patterns):
+        if reason := patterns and why_unsafe(patterns):
             raise ValueError(f"one of its patterns {reason}")
         library = Tokenizer.from_str(text)
         found = json.loads(library.to_str())

@@ -73,7 +73,7 @@ def vocabulary(tokenizer, n_rows):
     """
     t = Tokenizer
     marks = [chr(MARKS + i).encode() for i in range(N_SPECIAL + 1)]
-    words = tokenizer.words[N_SPECIAL:]
+    words = tokenizer.token_bytes[N_SPECIAL:]
     if set(marks) & set(words):
         raise UserError(f"the tokenizer has characters from U+{MARKS:X} on, which are marks in llama2.c")
     unknown, more = b"<|unknown|>", marks[N_SPECIAL]  # a byte that continues an unknown character

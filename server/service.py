@@ -354,7 +354,9 @@ class Service:
             first = int(messages[0]["role"] == "system")
             last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=first)
             stay = messages[:first] + messages[last:]
-        self.check_least(sum(1 + self.tokenizer.fewest(message["content"]) for message in stay), "messages")
+        self.check_least(
+            sum(1 + self.tokenizer.min_tokens(message["content"]) for message in stay), "messages"
+        )
         if may_drop:
             ids, n_lost = self.text_generator.chat_prompt(
                 messages
@@ -385,7 +387,7 @@ class Service:
     def text_ids(self, prompt, room):
         """The ids of a text, or ids as they are, if the model has them and so many more fit."""
         if isinstance(prompt, str):
-            self.check_least(self.tokenizer.fewest(prompt), "prompt")
+            self.check_least(self.tokenizer.min_tokens(prompt), "prompt")
             prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
         self.check_length(len(prompt), room, "prompt")
         try:

@@ -21,8 +21,9 @@ from lm_pass import lm_pass
 from torch.nn.functional import log_softmax
 
 import tokenizer as tokenizers
-from data import TokenBatches, TokenFile, prepare
+from data import TokenBatches, TokenFile
 from engine.checkpoint import build, load
+from preparation.corpus import prepare
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| ("
@@ -76,7 +77,7 @@ def test_a_few_conversations_can_be_learned_by_heart(train, tiny_data):
     lines = [json.dumps({"question": f"{i}?", "answer": f"{7 * i % 10}{3 * i % 10}"}) for i in range(5)]
     (train.root / "few.jsonl").write_text("\n".join(lines), "utf-8")
     out = train.root / "dataset" / "prepared"
-    prepare([], [train.root / "few.jsonl"], out, val_fraction=0.01, tokenizer=tokenizer)
+    prepare({"sft": [train.root / "few.jsonl"]}, out, val_fraction=0.01, tokenizer=tokenizer)
     done = train("sft", from_checkpoint="", max_steps=150, log_interval=50)
     assert done.returncode == 0
     logged = train.logged("Train", "Loss")
@@ -132,7 +133,11 @@ def test_a_compiled_step_computes_the_same_and_resumes(tiny_project, train):
 def test_a_curriculum_is_trained_in_order(train, tiny_data):
     second = train.root / "dataset" / "second"
     (train.root / "second.txt").write_text("<|eos|>".join(f"{i} + 0 = {i}。" * 9 for i in range(40)), "utf-8")
-    prepare([train.root / "second.txt"], [], second, tokenizer=tokenizers.load(tiny_data / "tokenizer.json"))
+    prepare(
+        {"pretrain": [train.root / "second.txt"]},
+        second,
+        tokenizer=tokenizers.load(tiny_data / "tokenizer.json"),
+    )
     pairs = [[f"dataset/{name}/pretrain_{split}.bin" for split in ("train", "val")]
              for name in ("second", "prepared")]  # fmt: skip
     files = [TokenFile(train.root / pair[0]) for pair in pairs]
@@ -359,7 +364,7 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(train):
     checkpoint.step = 5
     checkpoint.save()
     (train.root / "odd.txt").write_text("1 + 1 = ?" * 20, "utf-8")
-    prepare([train.root / "odd.txt"], [], train.root / "odd", tokenizer=tokenizer)
+    prepare({"pretrain": [train.root / "odd.txt"]}, train.root / "odd", tokenizer=tokenizer)
     paths = [["dataset/prepared/pretrain_train.bin", "odd/pretrain_val.bin"]]
     done = train("pretrain", "--resume", max_steps=8, eval_interval=2, save_interval=3, dataset_path=paths)
     assert done.returncode == 2
@@ -473,7 +478,12 @@ def test_every_validation_file_counts_by_its_size(train, tiny_data):
     pairs, files = [], []
     for name, lines in texts.items():
         (train.root / f"{name}.txt").write_text("<|eos|>".join(lines), "utf-8")
-        prepare([train.root / f"{name}.txt"], [], train.root / name, val_fraction=0.3, tokenizer=tokenizer)
+        prepare(
+            {"pretrain": [train.root / f"{name}.txt"]},
+            train.root / name,
+            val_fraction=0.3,
+            tokenizer=tokenizer,
+        )
         pairs.append([f"{name}/pretrain_{split}.bin" for split in ("train", "val")])
         files.append(TokenFile(train.root / pairs[-1][1]))
     settings = dict(dataset_path=pairs, max_steps=60, eval_interval=20, batch_size=2, eval_iters=12)
@@ -505,7 +515,7 @@ def write_chats(train, name, n_long, n_short, tokenizer):
     questions = ["1" * 80] * n_long + ["1" * 5] * n_short
     chats = [{"question": question, "answer": f"{i % 10}。"} for i, question in enumerate(questions)]
     (train.root / f"{name}.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), "utf-8")
-    prepare([], [train.root / f"{name}.jsonl"], train.root / name, val_fraction=0.2, tokenizer=tokenizer)
+    prepare({"sft": [train.root / f"{name}.jsonl"]}, train.root / name, val_fraction=0.2, tokenizer=tokenizer)
     return [f"{name}/sft_{split}.bin" for split in ("train", "val")]
 
 

@@ -24,9 +24,9 @@ from common import files
 from common.errors import UserError, run
 from common.files import Together, whole, whole_folder
 from config.schema import ModelConfig
-from data import prepare
 from engine.checkpoint import Checkpoint
 from formats import gguf_file, huggingface, llama2c
+from preparation.corpus import prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dataset"))
 import sample_world
@@ -91,7 +91,7 @@ def write_tokenizer(folder, new):
 
 
 def write_tokens(folder, new):
-    prepare([], [folder.parent / "in.jsonl"], folder / "prepared", seed=new, tokenizer=CHAR)
+    prepare({"sft": [folder.parent / "in.jsonl"]}, folder / "prepared", seed=new, tokenizer=CHAR)
 
 
 def write_chart(folder, new):

@@ -659,9 +659,9 @@ def panicking(content):
     ("change", "sentence"),
     [
         (cutting("(a+)+$"), "could not be read (one of its patterns would take years on some texts: (a+)+$)"),
-        (cutting(r"\p{L}" * 100_000), "could not be read (one of its patterns is too long: they may have 10"),
-        (cutting(*["a"] * 100, "("), "could not be read (one of its patterns is no regular expression: ()"),
-        (wordless, "this is not a sound Nano tokenizer: one of its merges is no pair of known tokens"),
+        (cutting(r"\p{L}" * 100_000), "could not be read (one of its patterns is too long: all of them"),
+        (cutting(*["a"] * 100, "("), "could not be read (one of its patterns is not a regular expression: "),
+        (wordless, "this is not a sound Nano tokenizer: one of its merges is not a pair of known tokens"),
         (panicking, "could not be read ("),
         (lambda content: content.update(normalizer={"type": "Replace", "pattern": {"Regex": r"(.*)*\d"},
                                                     "content": ""}), "would take years on some texts"),

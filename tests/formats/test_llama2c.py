@@ -456,7 +456,7 @@ def check_speech(checkpoint, folder, program, prompts):
             ids = [rows[i] for i in numbers]  # which need not be ours: see above
         assert [rows[i] for i in numbers] == ids
         answer = list(model.generate(ids, 64 - len(ids), temperature=0, stop_tokens=[tokenizer.eos_id]))
-        expected = printed([theirs.words[i] for i in (*numbers[1:], *(number[row] for row in answer))])
+        expected = printed([theirs.token_bytes[i] for i in (*numbers[1:], *(number[row] for row in answer))])
         assert said(program, folder, text).removesuffix(b"\n").startswith(expected.removesuffix(b"\n"))
         length += len(answer)
     return length
@@ -516,10 +516,10 @@ def test_run_c_cuts_text_as_the_reader_here(case, written, programs):
         *(SAMPLE[i : i + 30] for i in range(0, 90, 7)),
     ]  # fmt: skip
     lines = "\n".join("x" + text.encode().hex() for text in texts)
-    found = output(programs["encode"], folder / "tokenizer.bin", len(theirs.words), input=lines.encode())
+    found = output(programs["encode"], folder / "tokenizer.bin", theirs.vocab_size, input=lines.encode())
     found = [list(map(int, line.split())) for line in found.decode().splitlines()]
     # Of several tokens with the same bytes any one may be found: they read the same.
-    word = [theirs.words[i] for i in range(len(theirs.words))]
+    word = [theirs.token_bytes[i] for i in range(len(theirs.token_bytes))]
     assert [[word[i] for i in ids] for ids in found] == [[word[i] for i in theirs.encode(t)] for t in texts]
 
 
