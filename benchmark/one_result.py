@@ -57,7 +57,7 @@ def train(way, task, project):
     [path] = set(project.glob("train_*.log")) - before
     log = Log(path)
     log.read()
-    return dict(log.train)
+    return dict(log.run.train)
 
 
 def draw(curves, path):
