@@ -29,7 +29,8 @@ import models  # noqa: E402
 from benchmark.copies import copy_of_project, timed  # noqa: E402
 from common.config import check_model  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
-from plot_loss import PALETTE, Log  # noqa: E402
+from common.log_reader import Log  # noqa: E402
+from plot_loss import PALETTE  # noqa: E402
 
 COMMON = {"block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128}
 # name -> (what it has otherwise, the key by which it comes to the common number of parameters)

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 import plot_loss
+from common import log_reader
 from common.errors import UserError, run
-from plot_loss import Log, LogFile, downsample, draw, duration, finite, smooth
+from common.log_reader import Log, LogFile
+from common.metrics import duration
+from plot_loss import downsample, draw, finite, smooth
 
 matplotlib.use("agg")
 SCRIPT = Path(plot_loss.__file__)
@@ -333,7 +336,7 @@ def test_what_a_model_gives_to_watch_has_panels_of_its_own(tmp_path):
     assert list(metrics) == ["mtp_loss", "expert_load"] and list(metrics["expert_load"]) == [1, 12]
     assert metrics["expert_load"][12] == [(step, 2.5) for step in range(1, 101)]
     assert metrics["mtp_loss"] == {None: [(step, 8 - step / 100) for step in range(1, 101)]}
-    assert {len(log.run.curves[name]) for name in plot_loss.STANDARD[::3]} == {100}
+    assert {len(log.run.curves[name]) for name in log_reader.STANDARD[::3]} == {100}
     assert log.run.train[0] == (1, 6.99) and len(log.run.curves["train/flops_per_second"]) == 100
 
     plain = Log(write_log(tmp_path / "plain.log"))
@@ -377,7 +380,7 @@ def curves(*paths):
     logs = [Log(path) for path in paths]
     for log in logs:
         log.read()
-    runs = plot_loss.merge_runs(logs)
+    runs = log_reader.merge_runs(logs)
     return [{name: points for name, points in run.curves.items() if points} for run in runs]
 
 
@@ -386,7 +389,7 @@ def whole(tmp_path, last=30):
     path.write_text(header(run=NAME) + steps(1, last), "utf-8")
     [run] = curves(path)
     assert run["train/loss"] == [(step, 9 - step / 50) for step in range(1, last + 1)]
-    assert {*plot_loss.STANDARD, "val/loss/0", "train/load/2"} == run.keys()
+    assert {*log_reader.STANDARD, "val/loss/0", "train/load/2"} == run.keys()
     return run
 
 
@@ -480,9 +483,9 @@ def test_logs_put_together_in_one_file_stay_several_runs(tmp_path):
     path.write_text(steps(1, 5) + header() + steps(1, 6, run="20260102_999999"), "utf-8")
     assert [len(run["train/loss"]) for run in curves(path)] == [5, 6]
     path.write_text("".join(header(run=f"r{i}") + steps(1, i) for i in range(1, 40)), "utf-8")
-    assert [len(run["train/loss"]) for run in curves(path)] == list(range(40 - plot_loss.RUNS, 40))
+    assert [len(run["train/loss"]) for run in curves(path)] == list(range(40 - log_reader.RUNS, 40))
     done = plot("-n", str(path), "-o", str(tmp_path / "x.png"))
-    assert done.returncode == 0 and f"holds 39 runs; the last {plot_loss.RUNS} are drawn" in done.stderr
+    assert done.returncode == 0 and f"holds 39 runs; the last {log_reader.RUNS} are drawn" in done.stderr
 
 
 def test_the_time_of_a_run_is_that_of_its_starts(tmp_path):
@@ -503,7 +506,7 @@ def metrics_of(text):
     """The lines of the metrics file for this readable log, with losses that are a little different."""
     lines = []
     for line in text.splitlines():
-        if event := plot_loss.parse_line(line + "\n"):
+        if event := log_reader.parse_line(line + "\n"):
             if event["event"] == "train":
                 event["loss"] += 1e-9
             lines.append(json.dumps(event) + "\n")
@@ -705,10 +708,10 @@ def test_hostile_lines_are_read_in_time_and_the_rest_drawn(tmp_path, content):
 
 def test_a_long_line_is_passed_over_and_told(tmp_path):
     path = tmp_path / "train_x.log"
-    path.write_bytes(b"x" * (5 * plot_loss.LINE) + b"\n")
+    path.write_bytes(b"x" * (5 * log_reader.LINE) + b"\n")
     write_log(tmp_path / "good.log")
     with open(path, "ab") as file:
-        file.write((tmp_path / "good.log").read_bytes() + b"y" * (plot_loss.LINE + 9))
+        file.write((tmp_path / "good.log").read_bytes() + b"y" * (log_reader.LINE + 9))
     done = plot("-n", str(path), "-o", str(tmp_path / "x.png"))
     assert done.returncode == 0 and "lines of more than 1 MB are passed over: 2\n" in done.stderr
     (log := Log(path)).read()
@@ -727,7 +730,7 @@ def test_numbers_that_are_none():
 
 
 def test_a_long_log_is_thinned_and_that_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot_loss, "POINTS", 1000)
+    monkeypatch.setattr(log_reader, "POINTS", 1000)
     path = tmp_path / "train_x.log"
     text = header(run="x") + "".join(TRAIN.format(1, i, 7) for i in range(1, 5001))
     path.write_text(text + VAL.format(5000, 6))
@@ -742,7 +745,7 @@ def test_more_is_watched_than_a_picture_holds(tmp_path):
     names = [f"| n{i}: 3 | deep/{i}: 4 | Time" for i in range(1, 301)]
     path.write_text("".join(TRAIN.format(1, i, 7).replace("| Time", more) for i, more in enumerate(names, 1)))
     (log := Log(path)).read()
-    assert len(log.run.model_metrics) == plot_loss.NAMES and len(log.run.curves) <= plot_loss.CURVES + 1
+    assert len(log.run.model_metrics) == log_reader.NAMES and len(log.run.curves) <= log_reader.CURVES + 1
     done = plot("-n", str(path), "-o", str(tmp_path / "x.png"))
     assert done.returncode == 0 and "logs more than a chart has room for" in done.stderr
 

@@ -427,8 +427,8 @@ def test_other_vars_land_in_the_log_the_chart_and_tensorboard(train, monkeypatch
     """One mean over the passes of a step, each curve under its own name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from common.log_reader import Log
     from model import GPT
-    from plot_loss import Log
 
     original, passes = GPT.forward, itertools.count(1)
 
