@@ -241,9 +241,10 @@ def shown_value(name, value):
 
 def draw_chart(log, path):
     import plot_loss
+    from common.log_reader import Log
 
     plot_loss.prepare_matplotlib()
-    log = plot_loss.Log(log)
+    log = Log(log)
     log.read()
     plot_loss.save([log], path)
     print(f"chart: {shown(path)}")

@@ -433,8 +433,8 @@ def test_other_vars_land_in_the_log_the_chart_and_tensorboard(train, monkeypatch
     """One mean over the passes of a step, each curve under its own name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from common.log_reader import Log
     from model import GPT
-    from plot_loss import Log
 
     passes = itertools.count(1)
 
@@ -447,8 +447,9 @@ def test_other_vars_land_in_the_log_the_chart_and_tensorboard(train, monkeypatch
     assert train.logged("Train", "expert_load/2") == [(1, "1.5"), (2, "3.5"), (3, "5.5")]
     [path] = train.root.glob("train_*.log")
     (log := Log(path)).read()
-    assert log.watched["expert_load"] == {2: [(1, 1.5), (2, 3.5), (3, 5.5)]}
-    assert log.watched["mtp_loss"][None][0] == (1, pytest.approx((math.e + math.e**2) / 2, rel=1e-3))
+    watched = log.run.model_metrics
+    assert watched["expert_load"] == {2: [(1, 1.5), (2, 3.5), (3, 5.5)]}
+    assert watched["mtp_loss"][None][0] == (1, pytest.approx((math.e + math.e**2) / 2, rel=1e-3))
 
     events = EventAccumulator(str(train.root / "runs" / path.stem)).Reload()
     logged = dict(train.logged("Train", "Loss"))

@@ -348,15 +348,19 @@ def test_a_log_has_whole_lines_only(place, capsys):
     def run_log():
         return common.log.RunLog("20260102_030405", {"task": "x"}, 9, 0)
 
-    for n_bytes in range(0, 800, 7):
+    for n_bytes in range(0, 1600, 7):
         with room_for(n_bytes), contextlib.suppress(OSError), run_log() as log:
             for step in range(9):
-                log.event("Val", (0, step), {"Loss": f"{step}.0"})
-        logs = list(place.glob("train_*.log"))
+                log.write("val", 0, step, {"loss": step + 0.5})
+        logs, metrics = list(place.glob("train_*.log")), list(place.glob("train_*.metrics.jsonl"))
         lines = logs[0].read_text().splitlines(keepends=True) if logs else []
         assert logs or n_bytes < 60
-        assert all(line.endswith("\n") for line in lines) and all(line.endswith(".0\n") for line in lines[1:])
-        sizes.add(len(lines))
-        for log in logs:
+        assert all(line.endswith(end) for line, end in zip(lines, ["\n", *[".500000\n"] * 9], strict=False))
+        events = metrics[0].read_text().splitlines(keepends=True) if metrics else []
+        assert all(line.endswith("\n") for line in events)
+        assert all(json.loads(line)["loss"] for line in events[1:])
+        sizes.add(len(events))
+        assert len(events) <= len(lines) <= len(events) + 1
+        for log in [*logs, *metrics]:
             log.unlink()
     assert sizes == {0, *range(1, 1 + max(sizes))} and max(sizes) > 5
