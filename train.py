@@ -27,9 +27,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from common.config import find, load_run, parse_overrides, shown
+from common.config import find, parse_overrides, shown
 from common.errors import UserError, is_out_of_memory, run
 from config.schema import TrainConfig
+from engine.run_config import load_run
 from engine.stop import Launcher, StopRequest
 
 

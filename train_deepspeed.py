@@ -15,9 +15,10 @@ import os
 import re
 
 import train
-from common.config import find, load, load_run, shown
+from common.config import find, load, shown
 from common.errors import UserError, run_launched
 from config.schema import DeepSpeedConfig
+from engine.run_config import load_run
 
 EXAMPLE = "deepspeed --num_gpus 2 train_deepspeed.py -t pretrain"
 

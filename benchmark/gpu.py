@@ -175,7 +175,6 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
 
     import models
     from common import hardware
-    from common.config import check_model
     from config.schema import TrainConfig
     from engine.parallel import SingleProcess
     from engine.runs import Start
@@ -190,7 +189,7 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
     if not repeatable:
         torch.use_deterministic_algorithms(False)
     torch.manual_seed(0)
-    model = models.build(check_model(workload.shape, "the benchmark").resolved(None))
+    model = models.build(models.check_config(workload.shape, "the benchmark").resolved(None))
     batches = RandomBatches(workload)
     began = time.perf_counter()
 
@@ -293,8 +292,8 @@ def time_steps(setting, tell, workload, model, one_step, began):
     """
     import torch
 
+    import models
     from benchmark.train_speed import flops_per_token
-    from common.config import check_model
     from common.hardware import synchronize
 
     def timed(n):
@@ -313,7 +312,7 @@ def time_steps(setting, tell, workload, model, one_step, began):
     enough, most = (0.05, 2) if setting.dry_run else (0.5, 10)
     n_steps = max(1, round(enough / timed(1)[0]))
     tokens = workload.sequences * workload.shape["block_size"]
-    shape = check_model(workload.shape, "the benchmark")
+    shape = models.check_config(workload.shape, "the benchmark")
     flops, blocks = tokens * flops_per_token(model, shape), []
     while len(blocks) < most and (not blocks or setting.left > 2 * n_steps * blocks[-1] + 1):
         seconds, loss = timed(n_steps)
@@ -331,14 +330,13 @@ def write_texts(setting, tell, shape):
 
     import models
     from common import hardware
-    from common.config import check_model
     from common.errors import is_out_of_memory
     from decoding.engine import Decoder, Request
 
     shape = shape | SMALL.shape | {"n_kv_head": 1} if setting.dry_run else shape
     compute = hardware.choose(hardware.detect(setting.device), setting.device, dtype="float32")
     torch.manual_seed(0)
-    model = models.build(check_model(shape, "the benchmark").resolved(None)).eval().to(compute.device)
+    model = models.build(models.check_config(shape, "the benchmark").resolved(None)).eval().to(compute.device)
     n_bytes, speed = 4 * model.active_weights, copied(setting)
     seconds = 0.2 if setting.dry_run else 3.0
     for n in TEXTS[:2] if setting.dry_run else TEXTS:

@@ -29,12 +29,11 @@ def train(text, steps):
     import torch
 
     import models
-    from common.config import check_model
     from tokenizer import CharTokenizer
 
     tokenizer = CharTokenizer.train([text])
     torch.manual_seed(0)
-    model = models.build(check_model(SHAPE, "SHAPE").resolved(tokenizer.vocab_size))
+    model = models.build(models.check_config(SHAPE, "SHAPE").resolved(tokenizer.vocab_size))
     ids, size = torch.from_numpy(tokenizer.encode(text).astype("int64")), model.config.block_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99))
     for step in range(steps):

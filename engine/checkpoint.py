@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 import models
 import tokenizer as tokenizers
-from common.config import ROOT, check_model, shown
+from common.config import ROOT, shown
 from common.errors import UserError
 from common.files import whole
 from config.schema import LAST_STEP
@@ -227,7 +227,7 @@ def build(checkpoint, source, dropout=0.0):
         tokenizer = tokenizers.from_dict(checkpoint.tokenizer)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    config = check_model({**checkpoint.model_config, "dropout": dropout}, f"{source}: model_config")
+    config = models.check_config({**checkpoint.model_config, "dropout": dropout}, f"{source}: model_config")
     config = config.resolved(tokenizer.vocab_size)
     if tokenizer.vocab_size > config.vocab_size or not _belong_to(checkpoint.model, config):
         raise UserError(f"{source}: its weights do not fit its own configuration")

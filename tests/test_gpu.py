@@ -22,7 +22,6 @@ from launching import TORCHRUN, largest_difference, launched, losses
 
 import models
 from common import hardware, kernels
-from common.config import check_model
 from common.errors import UserError
 from decoding.engine import Decoder, Request
 from engine.checkpoint import load
@@ -70,7 +69,7 @@ def network(name="nano", block_size=24):
     """A small one, in eval(), with weights so large that no two tokens are equally likely."""
     torch.manual_seed(0)
     shape = dict(block_size=block_size, vocab_size=29, n_layer=3, n_head=4, n_embd=128)
-    model = models.build(check_model(shape | ARCHITECTURES[name], "the test").resolved(29)).eval()
+    model = models.build(models.check_config(shape | ARCHITECTURES[name], "the test").resolved(29)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)

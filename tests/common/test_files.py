@@ -16,6 +16,7 @@ from test_tokenizer import CHAR
 
 import common.config
 import common.log
+import config.reference
 import engine.checkpoint
 import models
 import plot_loss
@@ -109,7 +110,7 @@ def write_world(folder, new):
 def write_reference(folder, new):
     for name in ("doc", "config"):
         (folder / name).mkdir(exist_ok=True)
-    common.config.write_reference()
+    config.reference.write_reference()
 
 
 def write_huggingface(folder, new):
@@ -150,8 +151,9 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda *_: "20260102_030405")
     # To draw, to describe the keys and to invent a world takes long; here it is about writing.
     monkeypatch.setattr(plot_loss, "draw", lambda figure, logs: figure.text(0, 0, *logs))
-    monkeypatch.setattr(common.config, "reference", lambda: "the keys")
-    monkeypatch.setattr(common.config, "editor_schemas", lambda: {"one": {}, "two": {}})
+    monkeypatch.setattr(config.reference, "ROOT", folder)
+    monkeypatch.setattr(config.reference, "reference_page", lambda: "the keys")
+    monkeypatch.setattr(config.reference, "editor_schemas", lambda: {"one": {}, "two": {}})
     monkeypatch.setattr(sample_world, "build_world", functools.cache(sample_world.build_world))
     monkeypatch.setattr(sample_world, "pretraining_documents", lambda world, draw: [str(draw._random())])
     monkeypatch.setattr(sample_world, "conversations", lambda world, draw: [])

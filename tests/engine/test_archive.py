@@ -18,7 +18,6 @@ import warm
 from conftest import ROOT, leaves
 
 import models
-from common.config import check_model
 from config.schema import ModelConfig
 from engine import archive
 from engine.checkpoint import Checkpoint, load
@@ -65,7 +64,7 @@ def state(shape=None, **changes):
     """What a checkpoint holds."""
     torch.manual_seed(0)
     config = ModelConfig(block_size=8, n_layer=2, n_head=2, n_embd=8)
-    config = (check_model(shape, "the test") if shape else config).resolved(TOKENIZER.vocab_size)
+    config = (models.check_config(shape, "the test") if shape else config).resolved(TOKENIZER.vocab_size)
     model = models.build(config)
     moments = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
     optimizer = {"state": {0: moments}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0]}]}
