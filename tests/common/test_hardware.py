@@ -237,7 +237,7 @@ def test_a_container_may_have_less(monkeypatch, tmp_path, told, cores):
     n_threads = torch.get_num_threads()
     (tmp_path / "cpu.max").write_text(told)
     (tmp_path / "memory.max").write_text("300000000" if cores else "-1" if told == "1 0" else "max")
-    monkeypatch.setattr(hardware, "CONTAINER", tmp_path)
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
     try:
         machine = detect()
         assert machine.cores == min(before.cores, cores or before.cores)
@@ -266,16 +266,16 @@ def test_matmul_flops_are_plausible():
 def test_each_process_has_a_gpu_of_its_own(monkeypatch, as_before, capsys):
     machine = dataclasses.replace(A100, gpus=A100.gpus * 2)
     monkeypatch.setattr(hardware, "detect", lambda device: machine)
-    assert hardware.prepare(CONFIG, place=(1, 2)).device == "cuda:1"
-    assert "device cuda:1: each process on this machine has its own\n" in capsys.readouterr().out
+    assert hardware.prepare(CONFIG, local=(1, 2)).device == "cuda:1"
+    assert "device cuda:1: each process on this machine has its own GPU\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="the last of the 2 GPUs here is cuda:1"):
-        hardware.prepare(CONFIG, place=(2, 3))
+        hardware.prepare(CONFIG, local=(2, 3))
     by_hand = CONFIG.model_copy(update={"device": "cuda:1"})
-    assert hardware.prepare(by_hand, place=(0, 1)).device == "cuda:1"
-    with pytest.raises(UserError, match='"cuda:1" for 2 processes; with "cuda" each has its own'):
-        hardware.prepare(by_hand, place=(0, 2))
+    assert hardware.prepare(by_hand, local=(0, 1)).device == "cuda:1"
+    with pytest.raises(UserError, match='"cuda:1", but this machine runs 2 processes; set "cuda"'):
+        hardware.prepare(by_hand, local=(0, 2))
     machine = dataclasses.replace(machine, cuda_architectures=("sm_90",))  # torch can use neither
-    assert hardware.prepare(CONFIG, place=(1, 2)).device == "cpu"
+    assert hardware.prepare(CONFIG, local=(1, 2)).device == "cpu"
 
 
 @pytest.fixture
@@ -340,12 +340,12 @@ def passes(monkeypatch):
 def test_bfloat16_is_for_where_it_is_clearly_faster(passes):
     dtype, why, _ = passes(float32=0.152, bfloat16=0.131)
     assert dtype == "bfloat16"
-    assert why == "measured 131.0 ms a forward and backward pass, float32 152.0 ms"
+    assert why == "measured 131.0 ms per forward and backward pass, float32 152.0 ms"
     dtype, why, _ = passes(float32=0.131, bfloat16=0.152)
     assert dtype == "float32"
-    assert why == "measured 131.0 ms a forward and backward pass, bfloat16 152.0 ms"
+    assert why == "measured 131.0 ms per forward and backward pass, bfloat16 152.0 ms"
     dtype, why, _ = passes(float32=0.100, bfloat16=0.096)
-    assert dtype == "float32" and why.endswith("bfloat16 96.0 ms; it would have to gain 5%, being less exact")
+    assert dtype == "float32" and "bfloat16 96.0 ms; a gain below 5% is not worth the rounding errors" in why
 
 
 def test_the_passes_take_turns_and_the_first_ones_and_odd_ones_do_not_count(passes):
