@@ -84,7 +84,7 @@ def test_a_process_ends_when_its_launcher_is_killed(works, output, errors):
     assert launcher.stdout.readline() == "started\n"
     launcher.kill()
     stdout, stderr = launcher.communicate(timeout=20)  # to their end, which is that of the other process
-    said = "The launcher has ended, and so does this run.", "Process 3 cannot end its step; it ends at once."
+    said = "The launcher has ended, and so does this run.", "Process 3 cannot finish its step and ends now."
     assert stdout == output and tuple(stderr.splitlines()) == said[:errors]
 
 
