@@ -151,7 +151,7 @@ class Watch:
 
     def _waiting(self, other: int, seconds: float) -> str:
         if other not in self.last_seen:
-            return f"Waiting for {self._name(other)}: has not joined after {duration(seconds)}."
+            return f"Waiting for {self._name(other)}: it has not joined after {duration(seconds)}."
         step = other != LAUNCHER and self.last_seen[other][1]
         seen = f", last seen in step {step}" if step else ""
         return f"Waiting for {self._name(other)}: no answer for {duration(seconds)}{seen}."

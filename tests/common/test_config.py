@@ -165,37 +165,6 @@ def test_wrong_overrides(tmp_path, assignment, sentence):
     assert told.startswith(sentence)
 
 
-def run_refusal(folder, model="{}", overrides=()):
-    """What load_run says of these files and these values of --set."""
-    args = SimpleNamespace(config=folder / "run.json", model=folder / "model.json")
-    args.set = parse_overrides(overrides)
-    args.config.write_text(json.dumps(RUN)), args.model.write_text(model)
-    with pytest.raises(UserError) as info:
-        load_run(args)
-    return str(info.value)
-
-
-@pytest.mark.parametrize(
-    ("assignment", "sentence"),
-    [
-        ("batchsize=8", '--set: unknown key "batchsize"; did you mean "batch_size"?'),
-        ("n_heads=8", '--set: unknown key "n_heads"; did you mean "n_head"?'),
-        ("n_head=0", '--set: key "n_head": found 0; needs an integer >= 1'),
-        ("architecture=gpt5", '--set: key "architecture": found "gpt5"; needs one of "nano"'),
-        ('rope_scaling={"rope_type":"yarn"}', '--set: key "rope_scaling": its key "factor": field required'),
-        ("rope_scaling=4", '--set: key "rope_scaling": found 4; needs a JSON object whose "rope_type"'),
-        ('rope_scaling={"rope_type":"linear"}', '--set: key "rope_scaling": found {"rope_type": "linear"}'),
-    ],
-)
-def test_wrong_overrides_of_a_run(tmp_path, assignment, sentence):
-    assert run_refusal(tmp_path, overrides=[assignment]).startswith(sentence)
-
-
-def test_an_unknown_architecture(tmp_path):
-    told = run_refusal(tmp_path, '{"architecture": ["nano"]}')
-    assert 'model.json: key "architecture": found ["nano"]; needs one of "nano"' in told
-
-
 # ---- the reference -----------------------------------------------------------------------------------------
 
 

@@ -124,7 +124,7 @@ def test_who_has_not_arrived_and_where_somebody_was_seen_last():
     run.stored[2] = [77, 500, 3999, "box"]  # left by a process before the launcher began anew
     run.stopped = {2}
     run.tick(15)
-    assert [line for _, _, line in run.said] == ["Waiting for process 2: has not joined after 1 min 00 s."]
+    assert [line for _, _, line in run.said] == ["Waiting for process 2: it has not joined after 1 min 00 s."]
     run.stopped, run.said = set(), []
     run.tick(3)
     assert [line for _, _, line in run.said] == ["No longer waiting for process 2, after 1 min 10 s."]

@@ -84,7 +84,7 @@ def test_a_run_has_numbers_and_keeps_them(train):
     train.checkpoints()[4].unlink()
     done = train("pretrain", "--resume", **settings)
     assert done.returncode == 0 and "changed since then" not in done.stderr
-    assert done.stdout.count("as the run began") == 3
+    assert done.stdout.count("as at the start of the run") == 3
     assert train.same(load(train.checkpoints()[4]), whole)
     done = train("pretrain", "--resume", **{**settings, "max_steps": 5, "learning_rate": 0.004})
     changed = f"changed since then: max_steps: 4 -> 5, learning_rate: {written['learning_rate']} -> 0.004\n"
