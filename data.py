@@ -42,7 +42,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, run
-from common.files import Together
+from common.files import AtomicFiles
 from sources import BadLine, Found, Source
 from sources.reading import CHUNK
 from sources.records import messages_of, text_of
@@ -141,7 +141,7 @@ def meta_checksum(meta):
 class TokenWriter:
     """Writes one token file. `stem` is the path without suffix.
 
-    files: an `common.files.Together`, which puts all of its parts into their places in the end.
+    files: an `common.files.AtomicFiles`, which puts all of its parts into their places in the end.
     """
 
     def __init__(self, files, stem, kind, tokenizer):
@@ -324,7 +324,7 @@ def prepare(pretrain, sft, out, val_fraction=0.05, seed=1337, kind="char", vocab
         tokenizer = BPETokenizer.train(texts, vocab_size)
 
     read_with("encoding")
-    with Together() as files:  # so that no old one meets a new one
+    with AtomicFiles() as files:  # so that no old one meets a new one
         writers = {}
         for corpus in corpora:
             names = [f"{corpus.task}_{split}" for split in ("train", "val")]
@@ -655,10 +655,10 @@ def main():
             )
     tokenizer = None
     if args.tokenizer:
-        from common.config import find
+        from common.config import resolve_path
         from formats import load_tokenizer
 
-        tokenizer = load_tokenizer(find(args.tokenizer))
+        tokenizer = load_tokenizer(resolve_path(args.tokenizer))
     out = Path(args.out) if args.out else folder / "prepared"
 
     from rich.console import Console

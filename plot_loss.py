@@ -24,7 +24,7 @@ from datetime import datetime
 from pathlib import Path
 
 from common.errors import UserError, describe_os_error, run
-from common.files import whole
+from common.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent
 FORMATS = ("png", "pdf", "svg", "jpg")
@@ -699,7 +699,7 @@ def save(logs, path):
     draw(figure, logs)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format=path.suffix[1:].lower())
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(picture.getbuffer())
 
 

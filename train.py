@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from common.config import find, parse_overrides, shown
+from common.config import display_path, parse_overrides, resolve_path
 from common.errors import UserError, is_out_of_memory, run
 from config.schema import TrainConfig
 from engine.run_config import load_run
@@ -56,8 +56,8 @@ def parse_arguments(doc, extend=None):
         extend(parser)
     args = parser.parse_args()
     args.set = parse_overrides(args.set)
-    args.config = find(args.config or f"config/config_{args.task}.json")
-    args.model = find(args.model)
+    args.config = resolve_path(args.config or f"config/config_{args.task}.json")
+    args.model = resolve_path(args.model)
     return args
 
 
@@ -108,7 +108,7 @@ def main():
     from engine import plan
     from engine.parallel import SingleProcess
 
-    compute, parallel = hardware.prepare(config), SingleProcess()
+    compute, parallel = hardware.set_up_compute(config), SingleProcess()
     instead = functools.partial(plan.show, world=args.world, link=args.link) if args.plan else None
     train(text_job(args, config, model_config, compute, parallel), parallel, instead)
 
@@ -150,7 +150,7 @@ def main_launched(args, strategy, place, loss_scaling=True):
     config, model_config = load_run(args)
     from common import hardware
 
-    compute = hardware.prepare(config, place, loss_scaling)
+    compute = hardware.set_up_compute(config, place, loss_scaling)
     with strategy(config, compute) as parallel:
         train(text_job(args, config, model_config, compute, parallel), parallel, launcher=launcher)
 
@@ -165,17 +165,22 @@ def text_job(args, config, model_config, compute, parallel):
         lambda: runs.starting_point(args.task, config, args.resume, parallel.run_of_this_launch())
     )
     model, tokenizer = initial_model(
-        start, config, model_config, compute, lambda: load_tokenizer(find(config.tokenizer_path))
+        start, config, model_config, compute, lambda: load_tokenizer(resolve_path(config.tokenizer_path))
     )
     written = config.model_dump(mode="json")
     config = parallel.first(lambda: scaling_laws.resolved(config, model, compute, args.task, start))
-    files = [[TokenFile(find(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
+    files = [
+        [TokenFile(resolve_path(path), tokenizer.fingerprint) for path in pair]
+        for pair in config.dataset_path
+    ]
     for file in (file for pair in files for file in pair):
         if file.meta["kind"] != args.task:
-            raise UserError(f"{shown(file.path)} was prepared for {file.meta['kind']}, not for {args.task}")
+            raise UserError(
+                f"{display_path(file.path)} was prepared for {file.meta['kind']}, not for {args.task}"
+            )
     parallel.agree(
         {**written, **model.config.model_dump()}
-        | {shown(file.path): file.meta for pair in files for file in pair}
+        | {display_path(file.path): file.meta for pair in files for file in pair}
     )
     block_size, batch_size = model.config.block_size, config.batch_size
     global_batch = batch_size * config.gradient_accumulation_steps
@@ -241,7 +246,7 @@ def settled(job, rows, parallel):
 
         trials = [hardware.with_dtype(compute, config, dtype, "") for dtype in ("float32", "bfloat16")]
         with compiling(config.compile):
-            found = hardware.measured_dtype({c.dtype: functools.partial(one_pass, c) for c in trials})
+            found = hardware.measure_dtype({c.dtype: functools.partial(one_pass, c) for c in trials})
         model.zero_grad(set_to_none=True)  # of a pass for which memory did not suffice
         model.after_step(lambda *numbers: [0.0] * len(numbers))  # what it has counted does not count
         return found
@@ -430,14 +435,16 @@ def train(job, parallel, instead=None, launcher=None):
             tokenizer=job.tokenizer.to_dict(), data=job.data, **vars(state), **states,
         )  # fmt: skip
         path = saved.save()
-        log.event("Save", (epoch, state.step), {"": shown(path)})
+        log.event("Save", (epoch, state.step), {"": display_path(path)})
         runs.prune(saved, config.keep_checkpoints)
         return path
 
     def diverged(what):
         # The weights of all checkpoints before this step have given finite losses.
         good = [entry.path for entry in runs.saved(job.task, run_name) if entry.step < state.step]
-        last = f" The last good checkpoint is {shown(good[-1])}: --resume it," if good else " Begin again"
+        last = (
+            f" The last good checkpoint is {display_path(good[-1])}: --resume it," if good else " Begin again"
+        )
         return UserError(
             f"{what}; training stopped and nothing was saved over.{last} with a lower learning_rate, "
             "or look for odd texts in the data."
@@ -451,7 +458,7 @@ def train(job, parallel, instead=None, launcher=None):
         model.train()
         last_saved = first_step = state.step
         while state.step < config.max_steps or not config.max_steps:
-            if stopping := any(parallel.sum(stop.asked)):
+            if stopping := any(parallel.sum(stop.requested)):
                 break
             epoch, stage, sequence = batches.position(state.consumed["sequences"])
             loss, norm, watched, consumed = one_step()
@@ -499,7 +506,7 @@ def train(job, parallel, instead=None, launcher=None):
             if last_saved == step or step % config.eval_interval == 0:
                 speed.restart()
 
-        stop.heard()
+        stop.loop_ended()
         if stopping and last_saved < state.step:
             save()
         if stopping:
@@ -507,7 +514,7 @@ def train(job, parallel, instead=None, launcher=None):
             log.say(f"Stopped after step {state.step}. Go on with: {command}")
         else:
             log.say(f"Done: step {state.step}, {state.step - first_step} of them now.")
-            log.say(f"Loss chart: python plot_loss.py -n {shown(log.path)}")
+            log.say(f"Loss chart: python plot_loss.py -n {display_path(log.path)}")
     return None if stopping else Trained(log.path, path)
 
 

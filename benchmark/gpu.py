@@ -98,7 +98,7 @@ def look_at_the_machine(setting, tell):
 
     if not (setting.dry_run or torch.cuda.is_available()):
         raise UserError("torch finds no CUDA GPU here; --dry-run rehearses on the CPU")
-    compute = hardware.choose(hardware.detect(setting.device), setting.device)
+    compute = hardware.resolve_compute(hardware.detect_machine(setting.device), setting.device)
     tell(
         card=compute.name, memory=compute.memory, driver=driver(), torch=compute.machine.torch,
         cuda=torch.version.cuda, commit=figures.commit(), time=time.strftime("%Y-%m-%d %H:%M"),
@@ -185,7 +185,7 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
         dataset_path=[("none", "none")], max_steps=1000, device=setting.device, compile=compiled,
         batch_size=micro_batch, gradient_accumulation_steps=workload.sequences // micro_batch,
     )  # fmt: skip
-    compute = hardware.prepare(config)
+    compute = hardware.set_up_compute(config)
     if not repeatable:
         torch.use_deterministic_algorithms(False)
     torch.manual_seed(0)
@@ -210,7 +210,7 @@ def train_nanogpt(setting, tell, workload, compiled=True):
     from common import hardware
 
     workload, micro_batch = sized(setting, workload)
-    compute = hardware.choose(hardware.detect(setting.device), setting.device)
+    compute = hardware.resolve_compute(hardware.detect_machine(setting.device), setting.device)
     dtype, is_gpu = getattr(torch, compute.dtype), not setting.dry_run
     torch.manual_seed(1337)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -334,7 +334,9 @@ def write_texts(setting, tell, shape):
     from decoding.engine import Decoder, Request
 
     shape = shape | SMALL.shape | {"n_kv_head": 1} if setting.dry_run else shape
-    compute = hardware.choose(hardware.detect(setting.device), setting.device, dtype="float32")
+    compute = hardware.resolve_compute(
+        hardware.detect_machine(setting.device), setting.device, dtype="float32"
+    )
     torch.manual_seed(0)
     model = models.build(models.check_config(shape, "the benchmark").resolved(None)).eval().to(compute.device)
     n_bytes, speed = 4 * model.active_weights, copied(setting)

@@ -57,7 +57,7 @@ def prepare(text, folder):
     import numpy as np
     import torch
 
-    from common.files import Together
+    from common.files import AtomicFiles
     from data import TokenWriter, encode_texts
     from tokenizer import N_SPECIAL, CharTokenizer
 
@@ -65,7 +65,7 @@ def prepare(text, folder):
     tokenizer.save(folder / "tokenizer.json")
     cut = int(len(text) * 0.9)
     for name, part in (("train", text[:cut]), ("val", text[cut:])):
-        with Together() as files:
+        with AtomicFiles() as files:
             writer = TokenWriter(files, folder / f"pretrain_{name}", "pretrain", tokenizer)
             writer.add(*encode_texts(tokenizer, [part], continues=False, is_open=False))
             writer.finish()

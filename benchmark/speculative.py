@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.config import find, shown  # noqa: E402
+from common.config import display_path, resolve_path  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
 
 SHAPE = {"architecture": "deepseek_v3", "block_size": 256, "n_layer": 6, "n_head": 4, "n_embd": 128,
@@ -86,13 +86,13 @@ def main():
 
     from tokenizer import texts_of
 
-    text = "".join(texts_of([find(args.text)]))
+    text = "".join(texts_of([resolve_path(args.text)]))
 
     console, cut = Console(highlight=False), len(text) * 9 // 10
     if args.model:
         from engine.checkpoint import build, load
 
-        model, tokenizer = build(load(find(args.model)), shown(find(args.model)))
+        model, tokenizer = build(load(resolve_path(args.model)), display_path(resolve_path(args.model)))
     else:
         with console.status("training ..."):
             model, tokenizer = train(text[:cut], args.steps)

@@ -20,13 +20,13 @@ EDITOR_KEYS = {"$schema"}  # for editors; ignored here, and allowed in every fil
 S = TypeVar("S", bound=Schema)
 
 
-def find(path: str | os.PathLike[str]) -> Path:
+def resolve_path(path: str | os.PathLike[str]) -> Path:
     """Resolve a path that a user typed: relative to the current directory if it exists, else to ROOT."""
     path = Path(os.path.expanduser(path))
     return path if path.is_absolute() or path.exists() else ROOT / path
 
 
-def shown(path: str | os.PathLike[str]) -> str:
+def display_path(path: str | os.PathLike[str]) -> str:
     """A path as a user would type it: relative to ROOT if it lies inside."""
     path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
@@ -34,7 +34,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises UserError if it is missing, not UTF-8 or malformed."""
-    name = shown(path)
+    name = display_path(path)
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -74,7 +74,7 @@ def load(schema: type[S], path: str | os.PathLike[str], overrides: Mapping[str, 
     """Read the file as a `schema`. Overrides that are keys of the schema replace what the file says."""
     values = read_json(path)
     overrides = {k: v for k, v in (overrides or {}).items() if k in schema.model_fields}
-    return check(schema, {**values, **overrides}, shown(path), overrides)
+    return check(schema, {**values, **overrides}, display_path(path), overrides)
 
 
 def check(schema: type[S], values: Mapping[str, Any], source: str, overrides: Collection[str] = ()) -> S:

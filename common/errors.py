@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-patience = 0.0  # seconds to wait before an error is printed; `common.log.mute` sets it
+exit_delay = 0.0  # seconds to wait before an error is printed; `common.log.mute` sets it
 OUT_OF_MEMORY = "out of memory; lower batch_size, block_size or the size of the model"
 
 
@@ -100,10 +100,10 @@ def _prepare_terminal() -> None:
 
 
 def _exit_with_error(sentence: str) -> NoReturn:
-    if patience:
+    if exit_delay:
         # Print the sentence once, not once per process: the launcher ends the others after the first exit.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(patience)
+        time.sleep(exit_delay)
     with contextlib.suppress(OSError):  # nobody reads it
         print(f"error: {printable(sentence)}", file=sys.stderr)
     sys.exit(2)

@@ -4,10 +4,10 @@ A file is written next to its target as NAME.part, flushed to disk and then rena
 flushed, because a power cut could otherwise undo the rename. If anything fails, an OSError says what and
 where, the old file is unchanged, and nothing is left of the attempt.
 
-    with whole(path) as file:               one file; file.write takes bytes
-    with Together() as files:               several files, replaced all together or not at all
-    with whole_folder(path) as folder:      a new folder with everything written into it
-    Lines(path).write(line)                 a file that grows line by line
+    with atomic_write(path) as file:               one file; file.write takes bytes
+    with AtomicFiles() as files:               several files, replaced all together or not at all
+    with atomic_folder(path) as folder:      a new folder with everything written into it
+    LineFile(path).write(line)                 a file that grows line by line
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ NO_FOLDER_SYNC = {errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL}
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path` as UTF-8, without changing line ends."""
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[PendingFile]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[PendingFile]:
     """Yield a file to write to. It appears at `path` when the block ends without an exception."""
-    with Together() as files:
+    with AtomicFiles() as files:
         yield files.open(path)
 
 
-class Together:
+class AtomicFiles:
     """Several files that appear at their paths when the block ends: all of them or none.
 
     They are renamed in the order in which they were opened. Before that, the old files are moved away in the
@@ -136,7 +136,7 @@ class PendingFile(io.RawIOBase):
     """A file that is being written as NAME.part next to its target.
 
     error: the first OSError while writing. A library that writes to the file may hide it or turn it into an
-    exception of its own; `Together` raises it in the end.
+    exception of its own; `AtomicFiles` raises it in the end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -199,7 +199,7 @@ class PendingFile(io.RawIOBase):
             return False
 
 
-class Lines:
+class LineFile:
     """A file that grows line by line. A partial last line, left by a killed process, is ended first."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -233,10 +233,10 @@ class Lines:
         os.close(self.descriptor)
 
 
-def append(path: str | os.PathLike[str], line: str) -> None:
+def append_line(path: str | os.PathLike[str], line: str) -> None:
     """Append a line to the file at `path` and flush it to disk."""
     os.makedirs(Path(path).parent, exist_ok=True)
-    lines = Lines(path)
+    lines = LineFile(path)
     try:
         lines.write(line, sync=True)
     finally:
@@ -245,7 +245,7 @@ def append(path: str | os.PathLike[str], line: str) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to write files into by any means. It appears at `path`, which must not exist yet."""
     with _errors_name(path):
         os.makedirs(path.parent, exist_ok=True)

@@ -1,14 +1,14 @@
 """What this machine can do, and which device, dtype and attention kernel "auto" stands for.
 
-    machine = detect()                          # asks torch and the operating system, once
-    compute = choose(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True)
+    machine = detect_machine()                          # asks torch and the operating system, once
+    compute = resolve_compute(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True)
     if compute.undecided:                       # which dtype is faster must be measured with the model
-        compute = with_dtype(compute, config, *measured_dtype(passes))
-    print("\\n".join(describe(compute)))         # what was chosen, and why
+        compute = with_dtype(compute, config, *measure_dtype(passes))
+    print("\\n".join(describe_compute(compute)))         # what was chosen, and why
     with attention_context(compute), autocast_context(compute):
         ...                                     # forward pass
 
-`choose` is a pure function of what `detect` found, so tests can use made-up machines.
+`resolve_compute` is a pure function of what `detect_machine` found, so tests can use made-up machines.
 What the user set by hand is obeyed, or refused with the reason.
 """
 
@@ -73,7 +73,7 @@ class Machine:
 class ComputeConfig:
     """How to compute: every "auto" resolved.
 
-    undecided: dtype is float32 for now, until `measured_dtype` has compared it with bfloat16.
+    undecided: dtype is float32 for now, until `measure_dtype` has compared it with bfloat16.
     autocast: mixed precision, with float32 weights and products in dtype; else the weights are in dtype, too.
     grad_scaling: float16 gradients underflow unless the loss is scaled (Micikevicius et al. 2018).
     kernels: the attention kernels that torch may use; empty: torch picks.
@@ -106,7 +106,7 @@ class ComputeConfig:
 # ---- what the machine has ----------------------------------------------------------------------------------
 
 
-def detect(device: str = "auto") -> Machine:
+def detect_machine(device: str = "auto") -> Machine:
     """Find out what this machine has. With device "cpu", GPUs are not touched.
 
     Also limits torch to as many threads as there are cores: in a container that may use two cores of 64,
@@ -196,21 +196,21 @@ def _mps_has_bfloat16() -> bool:
 # ---- what to use -------------------------------------------------------------------------------------------
 
 
-def prepare(
+def set_up_compute(
     config: TrainConfig, local: tuple[int, int] | None = None, loss_scaling: bool = True
 ) -> ComputeConfig:
     """Resolve and print the `ComputeConfig` of a training run, and set torch up for it.
 
     local: (local rank, local world size) of a launched process, which gets its own GPU or share of the cores.
-    loss_scaling: see `choose`.
+    loss_scaling: see `resolve_compute`.
     """
     import torch
 
     settings = config.dtype, config.sdp_kernel, config.use_amp, config.dropout, loss_scaling
-    machine = detect(config.device)
-    compute = choose(machine, config.device, *settings)
+    machine = detect_machine(config.device)
+    compute = resolve_compute(machine, config.device, *settings)
     if local and compute.device_type == "cuda" and config.device in ("auto", "cuda"):
-        compute = choose(machine, f"cuda:{local[0]}", *settings)
+        compute = resolve_compute(machine, f"cuda:{local[0]}", *settings)
         reason = f"device {compute.device}: each process on this machine has its own GPU"
         compute = replace(compute, reasons=(reason, *compute.reasons[1:]))
     elif local and compute.device_type == "cuda" and local[1] > 1:
@@ -223,12 +223,12 @@ def prepare(
     if compute.device_type == "cuda":
         make_deterministic()
     keep_freed_memory()
-    for line in describe(compute):
+    for line in describe_compute(compute):
         print(line)
     return compute
 
 
-def choose(
+def resolve_compute(
     machine: Machine,
     device: str = "auto",
     dtype: str = "auto",
@@ -264,7 +264,7 @@ def choose(
     )
 
 
-def describe(compute: ComputeConfig) -> list[str]:
+def describe_compute(compute: ComputeConfig) -> list[str]:
     """Four lines for the start of a run: the machine, then what was chosen and why."""
     shared = any(gpu.shared and gpu.name == compute.name for gpu in compute.machine.gpus)
     memory = f", {compute.memory / 2**30:.0f} GiB{' shared with the CPU' * shared}" if compute.memory else ""
@@ -409,7 +409,7 @@ def _version(gpu: Gpu) -> str:
 # ---- float32 or bfloat16, measured -------------------------------------------------------------------------
 
 
-def measured_dtype(passes: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> tuple[str, str]:
+def measure_dtype(passes: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> tuple[str, str]:
     """Measure for about `seconds` whether bfloat16 is clearly faster than float32, which is more exact.
 
     passes: {"float32": f, "bfloat16": g}, functions that run the same forward and backward pass in one dtype
@@ -445,7 +445,7 @@ def measured_dtype(passes: Mapping[str, Callable[[], object]], seconds: float = 
 
 def with_dtype(compute: ComputeConfig, config: TrainConfig, dtype: str, reason: str) -> ComputeConfig:
     """The same `ComputeConfig` with this dtype, for this reason."""
-    decided = choose(
+    decided = resolve_compute(
         compute.machine, compute.device, dtype, config.sdp_kernel, config.use_amp, config.dropout
     )
     return replace(decided, reasons=(compute.reasons[0], f"dtype {dtype}: {reason}", decided.reasons[2]))

@@ -45,7 +45,7 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(x, weight, targets, weights, softcap)
 
 
-def grouped_product(x: torch.Tensor, weight: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Multiply the first sizes[0] rows of x with weight[0], the next sizes[1] rows with weight[1], and so on.
 
     x: [N, I]. weight: [E, I, O], one matrix per expert. sizes: [E], integers that sum to N. Returns [N, O].

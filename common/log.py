@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common import errors
 from common.config import ROOT
 from common.errors import UserError
-from common.files import Lines
+from common.files import LineFile
 
 NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|-?inf|nan)(?:%| \S+)?")  # and its unit
 muted = False  # see `mute`
@@ -91,7 +91,7 @@ class RunLog:
             self.bar = self.progress.add_task("", total=total_steps or None, completed=first_step, facts="")
 
     def _open(self):
-        return open(os.devnull, "w", encoding="utf-8") if muted else Lines(self.path)
+        return open(os.devnull, "w", encoding="utf-8") if muted else LineFile(self.path)
 
     def _tensorboard(self, first_step):
         try:
@@ -151,5 +151,5 @@ def notice(line):
 def mute():
     """Of several processes only one should talk and write: not this one. Errors are told, if it does not."""
     global muted
-    muted, errors.patience = True, 5.0
+    muted, errors.exit_delay = True, 5.0
     sys.stdout = open(os.devnull, "w", encoding="utf-8")

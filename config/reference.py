@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 import models
 from common.config import ROOT, describe_type
 from common.errors import run
-from common.files import Together
+from common.files import AtomicFiles
 from config.schema import DeepSpeedConfig, Llama3Rope, Schema, TrainConfig, YarnRope
 
 
@@ -57,7 +57,7 @@ def editor_schemas() -> dict[str, dict[str, Any]]:
 
 def write_reference() -> None:
     """Write all of it."""
-    with Together() as files:
+    with AtomicFiles() as files:
         files.open(ROOT / "doc" / "configuration.md").write(reference_page().encode())
         for name, schema in editor_schemas().items():
             text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 from common.log import duration
 
-MINUTE = 60.0  # seconds without an answer before a process is reported; it beats twelve times in them
-SHOWN = 8  # processes named in one report
+ANSWER_TIMEOUT = 60.0  # seconds without an answer before a process is reported; it beats twelve times in them
+MAX_NAMED = 8  # processes named in one report
 LAUNCHER = -1  # stands for the launcher where a rank is expected
 FOREVER = datetime.timedelta(days=365)
 
@@ -44,9 +44,9 @@ class Heartbeat:
         self.address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         owner = LAUNCHER if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
         self.watch = Watch(rank, world, int(os.environ["LOCAL_RANK"]), owner, self.address)
-        self.counts: dict[int, list[Any]] = {}  # for `Watch.look`
+        self.counts: dict[int, list[Any]] = {}  # for `Watch.update`
         self.ended = threading.Event()
-        self.threads = [threading.Thread(target=loop, daemon=True) for loop in (self._beat, self._look)]
+        self.threads = [threading.Thread(target=loop, daemon=True) for loop in (self._beat, self._report)]
         for thread in self.threads:
             thread.start()
 
@@ -59,11 +59,11 @@ class Heartbeat:
     def _beat(self) -> None:
         """Write this process's count to the store, and read those of the others."""
         rounds = 0
-        while not self.ended.wait(MINUTE / 60):
+        while not self.ended.wait(ANSWER_TIMEOUT / 60):
             # A second, plain connection shows when the store is gone: calling it then prints a page of C++.
             with (
                 contextlib.suppress(OSError, dist.DistError),
-                socket.create_connection(self.address, MINUTE) as connection,
+                socket.create_connection(self.address, ANSWER_TIMEOUT) as connection,
             ):
                 tcp_store = dist.TCPStore(*self.address, wait_for_workers=False, timeout=FOREVER)
                 store = dist.PrefixStore("heartbeat", tcp_store)
@@ -76,17 +76,17 @@ class Heartbeat:
                                 if rank not in present and store.check([rank])]  # fmt: skip
                     read = zip(map(int, present), map(json.loads, store.multi_get(present)), strict=True)
                     self.counts = {**dict(read), LAUNCHER: [rounds]}
-                    if self.ended.wait(MINUTE / 12):
+                    if self.ended.wait(ANSWER_TIMEOUT / 12):
                         return
 
-    def _look(self) -> None:
+    def _report(self) -> None:
         """Print what the watch has to report."""
         last = time.monotonic()
-        while not self.ended.wait(MINUTE / 12):
+        while not self.ended.wait(ANSWER_TIMEOUT / 12):
             now = time.monotonic()
             # If this process itself was stopped, or the machine asleep, count at most one missed beat.
-            elapsed, last = min(now - last, MINUTE / 6), now
-            for line in self.watch.look(self.counts, self.step, elapsed):
+            elapsed, last = min(now - last, ANSWER_TIMEOUT / 6), now
+            for line in self.watch.update(self.counts, self.step, elapsed):
                 with contextlib.suppress(OSError):  # stderr has been closed
                     print(line, file=sys.stderr, flush=True)
 
@@ -109,7 +109,7 @@ class Watch:
         self.last_seen: dict[int, list[Any]] = {}  # {rank: [count, step, pid, host]}
         self.reported: dict[int, float] = {}  # {rank: its silence when it was last missing}
 
-    def look(self, counts: dict[int, list[Any]], step: int | None, elapsed: float) -> list[str]:
+    def update(self, counts: dict[int, list[Any]], step: int | None, elapsed: float) -> list[str]:
         """Update with the latest counts. Returns the lines to print.
 
         counts: {rank: [count, step, pid, host]} as last read; under LAUNCHER, how often they have been read.
@@ -128,25 +128,26 @@ class Watch:
             elif store_answered or other == self.owner:
                 self.silence[other] += elapsed
         self.counts, self.step = counts, step
-        missing = {other: seconds for other, seconds in self.silence.items() if seconds >= MINUTE}
+        missing = {other: seconds for other, seconds in self.silence.items() if seconds >= ANSWER_TIMEOUT}
         lines = [
             f"No longer waiting for {self._name(other)}, after {duration(self.reported.pop(other))}."
             for other in sorted(self.reported.keys() - missing.keys())
         ]
         self.reported |= {other: missing[other] for other in self.reported}
-        if missing and self.since_report >= MINUTE and self._is_reporter():
+        if missing and self.since_report >= ANSWER_TIMEOUT and self._is_reporter():
             self.since_report, self.reported = 0.0, missing
-            lines += [self._waiting(*item) for item in [*missing.items()][:SHOWN]]
-            if len(missing) > SHOWN:
-                lines.append(f"... and for {len(missing) - SHOWN} more.")
+            lines += [self._waiting(*item) for item in [*missing.items()][:MAX_NAMED]]
+            if len(missing) > MAX_NAMED:
+                lines.append(f"... and for {len(missing) - MAX_NAMED} more.")
         return lines
 
     def _is_reporter(self) -> bool:
         """Whether this is the lowest rank that answers; of this machine, if the store does not answer."""
-        store_lost = self.owner_silence >= MINUTE
+        store_lost = self.owner_silence >= ANSWER_TIMEOUT
         lower = range(self.first_rank_here if store_lost else 0, self.rank)
         return not any(
-            self.silence[other] < MINUTE and (store_lost or other in self.last_seen) for other in lower
+            self.silence[other] < ANSWER_TIMEOUT and (store_lost or other in self.last_seen)
+            for other in lower
         )
 
     def _waiting(self, other: int, seconds: float) -> str:

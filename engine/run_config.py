@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from common.config import load, read_json, shown
+from common.config import display_path, load, read_json
 from config.schema import ArchitectureConfig, TrainConfig
 from models import check_config
 
@@ -16,4 +16,4 @@ def load_run(args: argparse.Namespace) -> tuple[TrainConfig, ArchitectureConfig]
     """
     config = load(TrainConfig, args.config, args.set)
     others = {k: v for k, v in args.set.items() if k not in TrainConfig.model_fields or k == "dropout"}
-    return config, check_config({**read_json(args.model), **others}, shown(args.model), others)
+    return config, check_config({**read_json(args.model), **others}, display_path(args.model), others)

@@ -14,7 +14,7 @@ GRACE = 30.0  # seconds for the current step to end after the launcher died: oth
 
 
 class StopRequest:
-    """Turns Ctrl-C, SIGTERM and the SIGHUP of a closing terminal into `asked = True`.
+    """Turns Ctrl-C, SIGTERM and the SIGHUP of a closing terminal into `requested = True`.
 
     The training loop then ends after its current step. A second Ctrl-C or SIGTERM ends the process at once.
 
@@ -24,18 +24,18 @@ class StopRequest:
     """
 
     def __init__(self, launcher: Launcher | None = None) -> None:
-        self.asked, self.launcher = False, launcher
+        self.requested, self.launcher = False, launcher
         self.previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.requested = True
         if number in self.previous and not self.launcher:
             for previous_number, handler in self.previous.items():
                 signal.signal(previous_number, handler)
 
-    def heard(self) -> None:
+    def loop_ended(self) -> None:
         """Tell that the training loop has ended. Saving may now take longer than GRACE."""
         if self.launcher:
             self.launcher.step_ended = True

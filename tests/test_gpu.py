@@ -60,7 +60,7 @@ def as_it_was(monkeypatch):
 def choice_of(**settings):
     """What `auto` chooses here, but for these settings. What this device cannot do is skipped."""
     try:
-        return hardware.choose(hardware.detect(DEVICE), DEVICE, **settings)
+        return hardware.resolve_compute(hardware.detect_machine(DEVICE), DEVICE, **settings)
     except UserError as why:
         pytest.skip(str(why))
 
@@ -146,7 +146,7 @@ def test_grouped_products(dtype):
     results = []
     for device, kind in (("cpu", torch.float64), (DEVICE, getattr(torch, dtype))):
         a, b = (t.to(device, kind).detach().requires_grad_() for t in (x, weight))
-        y = kernels.grouped_product(a, b, sizes.to(device))
+        y = kernels.grouped_matmul(a, b, sizes.to(device))
         F.silu(y).sum().backward()
         results.append([y, a.grad, b.grad])
     assert distance(*reversed(results)) < CLOSE[dtype]

@@ -12,10 +12,10 @@ import models
 from common.config import (
     ANY,
     ROOT,
+    display_path,
     load,
     parse_overrides,
     read_json,
-    shown,
     unsupported,
 )
 from common.errors import UserError, printable
@@ -194,7 +194,7 @@ def test_every_configuration_that_comes_with_nano_is_sound():
     for path in paths:
         kind = path.name.partition("_")[0]
         if kind == "model":
-            models.check_config(read_json(path), shown(path))
+            models.check_config(read_json(path), display_path(path))
         else:
             load({"config": TrainConfig, "deepspeed": DeepSpeedConfig}[kind], path)
 

@@ -23,7 +23,7 @@ import plot_loss
 import problem
 from common import files
 from common.errors import UserError, run
-from common.files import Together, whole, whole_folder
+from common.files import AtomicFiles, atomic_folder, atomic_write
 from config.schema import ModelConfig
 from data import prepare
 from engine.checkpoint import Checkpoint
@@ -100,7 +100,7 @@ def write_chart(folder, new):
 
 
 def write_results(folder, new):
-    files.append(problem.RESULTS, json.dumps({"run": new}) + "\n")
+    files.append_line(problem.RESULTS, json.dumps({"run": new}) + "\n")
 
 
 def write_world(folder, new):
@@ -232,7 +232,7 @@ def test_an_error_that_a_library_hides_is_told(tmp_path):
     """... and what it makes of one, too; unless somebody wants to leave."""
     path = tmp_path / "x"
     for disguise in (None, RuntimeError("[enforce fail at inline_container.cc:664]"), OSError("1 requested")):
-        with room_for(3), pytest.raises(OSError) as error, whole(path) as file:
+        with room_for(3), pytest.raises(OSError) as error, atomic_write(path) as file:
             with contextlib.suppress(OSError):
                 file.write(b"123456")
             with pytest.raises(OSError):
@@ -240,11 +240,11 @@ def test_an_error_that_a_library_hides_is_told(tmp_path):
             if disguise:
                 raise disguise
         assert error.value.errno == errno.EFBIG and error.value.filename == str(path)
-    with room_for(3), pytest.raises(KeyboardInterrupt), whole(path) as file:
+    with room_for(3), pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
         with contextlib.suppress(OSError):
             file.write(b"123456")
         raise KeyboardInterrupt
-    with pytest.raises(ZeroDivisionError), whole(path) as file:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
         file.write(b"1")
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
@@ -265,7 +265,7 @@ def test_what_a_killed_process_has_left_is_in_nobodys_way(tmp_path):
 
     for text in (b"1", b"2"):
         states.clear()
-        with pytest.MonkeyPatch.context() as patch, Together() as group:
+        with pytest.MonkeyPatch.context() as patch, AtomicFiles() as group:
             patch.setattr(files, "os", Watched())
             for name in names:
                 group.open(tmp_path / name).write(text)
@@ -291,14 +291,14 @@ def test_two_at_once_do_not_mix(tmp_path):
     """The one that began last wins; the other says so."""
     path = tmp_path / "x"
     with pytest.raises(UserError, match="another process is writing .*x, too; try again"):
-        with whole(path) as first:
+        with atomic_write(path) as first:
             first.write(b"11")
-            with whole(path) as second:
+            with atomic_write(path) as second:
                 second.write(b"2")
                 first.write(b"1")
     assert content(tmp_path) == {"x": b"2"}
-    with pytest.raises(ZeroDivisionError), whole(path) as second:
-        with pytest.raises(UserError), whole(path) as first:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as second:
+        with pytest.raises(UserError), atomic_write(path) as first:
             os.unlink(tmp_path / "x.part")
             (tmp_path / "x.part").write_text("of another one")
         assert content(tmp_path) == {"x": b"2", "x.part": b"of another one"}
@@ -325,18 +325,18 @@ def test_where_files_cannot_be_linked_or_folders_flushed(tmp_path, monkeypatch):
 def test_a_folder_in_the_way(tmp_path):
     (tmp_path / "x").mkdir()
     for more in ((), ("y",)):
-        with pytest.raises(IsADirectoryError), Together() as group:
+        with pytest.raises(IsADirectoryError), AtomicFiles() as group:
             for name in (*more, "x"):
                 group.open(tmp_path / name).write(b"1")
         assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_nothing_is_left_of_a_folder_that_fails(tmp_path):
-    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("1")
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
-    with whole_folder(tmp_path / "out") as folder:
+    with atomic_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("1")
     assert content(tmp_path) == {"out/x": b"1"}
     os.mkdir(tmp_path / "usual")

@@ -88,7 +88,7 @@ def test_grouped_products(monkeypatch, sizes, shape):
     for way in ("as it is", "without PyTorch's"):
         if way != "as it is":
             monkeypatch.delattr(F, "grouped_mm", raising=False)
-        y = kernels.grouped_product(x, weight, sizes)
+        y = kernels.grouped_matmul(x, weight, sizes)
         found = y.detach(), *torch.autograd.grad((y * g).sum(), (x, weight))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)

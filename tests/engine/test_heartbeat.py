@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import free_port
 
-from engine.heartbeat import LAUNCHER, MINUTE, SHOWN, Watch
+from engine.heartbeat import ANSWER_TIMEOUT, LAUNCHER, MAX_NAMED, Watch
 
-TICK = MINUTE / 12  # between two looks
+TICK = ANSWER_TIMEOUT / 12  # between two looks
 
 
 class Processes:
@@ -39,8 +39,8 @@ class Processes:
                     self.stored[rank] = [self.rounds[rank], self.step, 4000 + rank, "box"]
                     self.read[rank] = {**self.stored, LAUNCHER: [self.rounds[rank]]}
             for rank in running:
-                for line in self.watches[rank].look(self.read[rank], self.step, TICK):
-                    self.said.append((self.now / MINUTE, rank, line))
+                for line in self.watches[rank].update(self.read[rank], self.step, TICK):
+                    self.said.append((self.now / ANSWER_TIMEOUT, rank, line))
 
     def names(self, since=0.0):
         """{by whom: set of ranks, or of LAUNCHER, that were said to be waited for}"""
@@ -98,7 +98,7 @@ def test_when_the_owner_of_the_store_is_stopped_each_machine_is_told(machines, p
     run.tick(12 * 3)
     speakers = {min(set(range(first, first + per_machine)) - run.stopped, default=None)
                 for first in range(0, world, per_machine)} - {None}  # fmt: skip
-    assert run.names(since=run.now / MINUTE - 1) == {speaker: early | {0} for speaker in speakers}
+    assert run.names(since=run.now / ANSWER_TIMEOUT - 1) == {speaker: early | {0} for speaker in speakers}
     run.stopped, run.said = set(), []
     run.tick(2)
     assert {by for _, by, _ in run.said} <= speakers | {0}  # which knows of those before it
@@ -147,7 +147,7 @@ def test_many_are_counted():
     run.tick(3)
     run.stopped = set(range(2, 40))
     run.tick(14)
-    assert len(run.said) == SHOWN + 1 and run.said[-1][2] == f"... and for {38 - SHOWN} more."
+    assert len(run.said) == MAX_NAMED + 1 and run.said[-1][2] == f"... and for {38 - MAX_NAMED} more."
 
 
 # ---- with a store, threads and SIGSTOP ---------------------------------------------------------------------
@@ -157,7 +157,7 @@ import os, signal, time
 import torch.distributed as dist
 from engine import heartbeat
 
-heartbeat.MINUTE = 2.4
+heartbeat.ANSWER_TIMEOUT = 2.4
 rank, victim, port = (int(os.environ[name]) for name in ("RANK", "VICTIM", "MASTER_PORT"))
 heart = heartbeat.Heartbeat(rank, 3)
 heart.step = 7

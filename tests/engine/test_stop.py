@@ -29,7 +29,7 @@ def caught():
 def test_a_signal_asks_and_a_second_one_insists(caught, number):
     stop = StopRequest()
     signal.raise_signal(number)
-    assert stop.asked and not caught
+    assert stop.requested and not caught
     signal.raise_signal(number)
     # Shell and terminal send one SIGHUP each, and mean the same.
     assert caught == ([] if number == signal.SIGHUP else [number])
@@ -40,14 +40,14 @@ def test_a_launcher_may_send_it_twice(caught, number):
     stop = StopRequest(launcher=object())
     for _ in range(3):
         signal.raise_signal(number)
-    assert stop.asked and not caught
+    assert stop.requested and not caught
 
 
 def test_what_nohup_ignores_stays_ignored(caught):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopRequest()
     signal.raise_signal(signal.SIGHUP)
-    assert not stop.asked and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 # ---- the launcher is killed --------------------------------------------------------------------------------
@@ -64,11 +64,11 @@ STARTS = 'print("started", flush=True)\ntime.sleep(60)'
 TRAINS = """
 request = stop.StopRequest(launcher)
 print("started", flush=True)
-while not request.asked:
+while not request.requested:
     time.sleep(0.1)
 """
 STUCK = TRAINS + "time.sleep(60)"  # with its peers gone
-SAVES = TRAINS + 'request.heard()\ntime.sleep(2.5)\nprint("saved", flush=True)'
+SAVES = TRAINS + 'request.loop_ended()\ntime.sleep(2.5)\nprint("saved", flush=True)'
 
 
 @pytest.mark.parametrize(
