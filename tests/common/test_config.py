@@ -1,4 +1,4 @@
-"""The JSON files and --set: what is right is taken as it stands, what is wrong is named."""
+"""The JSON files and --set: valid values are taken literally, mistakes are reported by name."""
 
 import json
 import random
@@ -210,7 +210,7 @@ VALUES = (
 
 
 def damage(text, dice):
-    """A JSON object's text to which happened what happens under a person's, or a disk's, hands."""
+    """Damage the text of a JSON object as a person or a disk might."""
     entries = [[json.dumps(key), json.dumps(value)] for key, value in json.loads(text).items()]
     for _ in range(dice.choice((1, 1, 1, 2))):
         entry = dice.choice(entries)
@@ -246,8 +246,8 @@ def damage(text, dice):
 
 
 def is_small(model, run):
-    """Whether a test can wait for a step of it."""
-    run = run.model_copy(update=dict.fromkeys(run.automatic, 1))  # all of it follows from a small model
+    """Whether a training step is fast enough for a test."""
+    run = run.model_copy(update=dict.fromkeys(run.automatic, 1))  # these follow from the model
     return (
         model.n_layer * model.n_embd * model.implied()["head_dim"] * model.n_head <= 1 << 18
         and (model.n_hidden or 0) <= 1024
@@ -299,7 +299,7 @@ def test_damaged_configurations_are_refused_or_mean_what_they_say(train, seed):
 
 
 def test_what_is_not_implemented_is_named():
-    """Of keys within a key, too, where some of them are told apart."""
+    """Also for keys of a nested object, if the whitelist has entries for them."""
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
     plain, stretched = (models.check_config({"rope_scaling": scaling}, "x") for scaling in (None, yarn))
     all_keys = dict.fromkeys(type(plain).model_fields, ANY)

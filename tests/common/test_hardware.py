@@ -1,4 +1,4 @@
-"""What "auto" means, held against a table of pretended machines; and what is refused by hand."""
+"""What "auto" means on a table of made-up machines, and which settings are refused."""
 
 import dataclasses
 import functools
@@ -123,7 +123,7 @@ def test_without_mixed_precision_the_weights_stay_float32(row):
     compute = resolve_compute(row[0], use_amp=False)
     assert compute.dtype == "float32" and not compute.undecided
     assert not compute.autocast and not compute.grad_scaling
-    assert compute.sdp_kernel != "flash"  # which CUDA has in half precision only
+    assert compute.sdp_kernel != "flash"  # on CUDA only in half precision
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch, as_before, capsys):
 
 @pytest.fixture
 def as_before():
-    """What a test makes of these settings of torch, and of the environment, ends with it."""
+    """Restore the settings of torch and the environment variable after a test."""
     torch, name = pytest.importorskip("torch"), "CUBLAS_WORKSPACE_CONFIG"
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     n_threads = torch.get_num_threads()
@@ -319,8 +319,8 @@ def test_a_clock_waits_for_the_gpu_that_it_times(monkeypatch):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """passes(float32=3, bfloat16=1): what `measure_dtype` makes of passes that take so many seconds, or
-    raise; and in which order it has called them."""
+    """passes(float32=3, bfloat16=1): call `measure_dtype` with passes that take so many seconds, or raise.
+    Returns its result, and the order in which it called them."""
     now, called = [0.0], []
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])
 
@@ -375,7 +375,7 @@ from common import hardware
 from model import GPT
 
 def pretend(slow, features=("avx512_bf16",)):
-    # This machine has instructions for bfloat16, and in one dtype its clock is 20 seconds late a pass.
+    # A machine with bfloat16 instructions, on which each pass in dtype `slow` seems to take 20 seconds more.
     machine, forward, late = hardware.detect_machine("cpu"), GPT.forward, [0]
     hardware.detect_machine = lambda device: dataclasses.replace(machine, cpu_features=features)
     hardware.time = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0])
@@ -389,12 +389,12 @@ def pretend(slow, features=("avx512_bf16",)):
 
 @pytest.fixture
 def slow_in(monkeypatch):
-    """slow_in(dtype): from now on this machine has instructions for bfloat16, and is slow in this dtype."""
+    """slow_in(dtype): from now on this machine has bfloat16 instructions, and is slow in this dtype."""
     from model import GPT
 
     forward, names = GPT.forward, {}
     for place, name in ((hardware, "detect_machine"), (hardware, "time"), (GPT, "forward")):
-        monkeypatch.setattr(place, name, getattr(place, name))  # to be as it was when the test ends
+        monkeypatch.setattr(place, name, getattr(place, name))  # so that it is restored after the test
     exec(PRETEND, names)
 
     def slow_in(dtype):
