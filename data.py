@@ -313,7 +313,7 @@ def main() -> None:
         inputs, notices = all_default_inputs()
     tokenizer = None
     if args.tokenizer:
-        from common.config import find
+        from common.config import resolve_path
         from formats import load_tokenizer
 
         tokenizer = load_tokenizer(find(args.tokenizer))

@@ -353,7 +353,7 @@ def save(logs: Sequence[Log], path: Path) -> None:
     draw(figure, logs)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format=path.suffix[1:].lower())
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(picture.getbuffer())
 
 

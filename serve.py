@@ -359,7 +359,7 @@ def make_server(app, listener, args):
 
 def load_service(args):
     """(the Service, the model in two lines)"""
-    from common.config import find
+    from common.config import resolve_path
     from common.hardware import attention_context
     from inference import TextGenerator, facts, load_model
     from server.service import Engine, Service
@@ -372,7 +372,7 @@ def load_service(args):
         if is_out_of_memory(error):
             raise UserError(f"memory does not suffice for {args.slots} slots; lower --slots") from None
         raise
-    service = Service(checkpoint, find(name), text_generator, engine, compute.device)
+    service = Service(checkpoint, resolve_path(name), text_generator, engine, compute.device)
     return service, facts(checkpoint, name, text_generator, compute.device, args.model)
 
 

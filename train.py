@@ -405,8 +405,8 @@ def parse_arguments(doc: str, extend: Callable[[argparse.ArgumentParser], None] 
         extend(parser)
     args = parser.parse_args()
     args.set = parse_overrides(args.set)
-    args.config = find(args.config or f"config/config_{args.task}.json")
-    args.model = find(args.model)
+    args.config = resolve_path(args.config or f"config/config_{args.task}.json")
+    args.model = resolve_path(args.model)
     return args
 
 

@@ -27,7 +27,6 @@ sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402
 from benchmark.copies import copy_of_project, timed  # noqa: E402
-from common.config import check_model  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
 from common.log_reader import Log  # noqa: E402
 from plot_loss import PALETTE  # noqa: E402
@@ -63,7 +62,7 @@ def sized(name, vocab_size, n_params):
     shape, key = ARCHITECTURES[name]
 
     def built(width):
-        config = check_model({**COMMON, **shape, key: width}, name).resolved(vocab_size)
+        config = models.check_config({**COMMON, **shape, key: width}, name).resolved(vocab_size)
         with torch.device("meta"):
             return config, models.build(config).n_params
 
