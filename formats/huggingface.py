@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import whole_folder, write_text
+from common.files import atomic_folder, write_text
 from common.patterns import why_unsafe
 from formats import check, check_free, tokenizer_and_rows
 from formats.families import family_of, from_config, from_weights, to_config, to_weights, unread
