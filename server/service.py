@@ -129,9 +129,8 @@ class Service:
         if not self.engine.has_room(self.n_reading + 1):
             raise overloaded()
         self.n_reading += 1
-        work = asyncio.get_running_loop().run_in_executor(
-            self.readers, lambda: catch_api_error(function, *args, **kwargs)
-        )
+        job = self.readers.submit(catch_api_error, function, *args, **kwargs)
+        work = asyncio.wrap_future(job)
         try:
             await asyncio.wait({work}, timeout=max(0, deadline - time.monotonic()))
             if not work.done():
@@ -139,6 +138,7 @@ class Service:
             result, error = work.result()
         finally:
             self.n_reading -= 1
+            job.cancel()  # at once; cancelling `work` alone would take another round of the event loop
             work.cancel()
         if error:
             raise ApiError(*error)

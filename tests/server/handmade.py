@@ -1,6 +1,7 @@
 """A service whose model is made by hand: asked anything, it answers 你好吗; and 1+1+1+… continues forever."""
 
 import contextlib
+import time
 
 from test_inference import chain, checkpoint
 
@@ -37,8 +38,6 @@ def request_of(service, text, max_tokens):
 
 def slow_down(service, seconds):
     """Make every step of the model take that long, or longer."""
-    import time
-
     step = service.engine.decoder.step
     service.engine.decoder.step = lambda: time.sleep(seconds) or step()
 
