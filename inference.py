@@ -188,7 +188,7 @@ class TextGenerator:
         """
         limit, much_less = self.room - self.room // 4, self.room // 2  # not to do it again at every turn
         # What cannot fit in any case is not even encoded: each message is a mark and some tokens at least.
-        sizes = [1 + self.tokenizer.fewest(message["content"]) for message in messages]
+        sizes = [1 + self.tokenizer.min_tokens(message["content"]) for message in messages]
         if sum(sizes) > limit:
             limit = much_less
             forget(messages, sizes, limit)
@@ -396,17 +396,17 @@ def talk(text_generator, instruct, profile):
 
 def read_questions(path):
     """[(messages, kind)] of a file of what `python data.py` takes for SFT; "kind" may be added."""
-    from data import conversation_of
-    from sources import Found, Source
+    from preparation.corpus import conversation_of
+    from sources import ReadReport, Source
 
     def question_of(record):
         messages, notes = conversation_of(record)
         kind = record.get("kind", "question") if isinstance(record, dict) else "question"
         return (messages, str(kind)), [note for note in notes if note != ("not read", "kind")]
 
-    source, found = Source(path, question_of, needs_records=True), Found()
+    source, found = Source(path, question_of, needs_records=True), ReadReport()
     questions = [question for questions, _ in source.documents(found) for question in questions]
-    for sentence in found.told(path):
+    for sentence in found.summary(path):
         notice(sentence)
     return questions
 
@@ -509,21 +509,23 @@ CHOICES = ("newest", "best")
 
 def check_model_file(path):
     """UserError unless there is such a file, or `path` is one of CHOICES. Needs no torch."""
-    from common.config import find, shown
+    from common.config import display_path, resolve_path
 
-    if path not in CHOICES and not find(path).is_file():
-        raise UserError(f"there is no file {shown(find(path))}; without -m the newest model is taken")
+    if path not in CHOICES and not resolve_path(path).is_file():
+        raise UserError(
+            f"there is no file {display_path(resolve_path(path))}; without -m the newest model is taken"
+        )
 
 
 def load_checkpoint(path, instruct):
     """(checkpoint, its name): of the file, or of the newest run here, if `path` is one of CHOICES."""
-    from common.config import find, shown
+    from common.config import display_path, resolve_path
     from engine import checkpoint as checkpoints
     from engine import runs
 
     if path not in CHOICES:
-        path = find(path)
-        return checkpoints.load(path), shown(path)
+        path = resolve_path(path)
+        return checkpoints.load(path), display_path(path)
     choose, tasks = {"newest": runs.newest, "best": runs.best}[path], ["sft", "pretrain"]
     if not instruct:
         tasks.sort(key=lambda task: [entry.run for entry in runs.saved(task)[-1:]], reverse=True)
@@ -532,7 +534,7 @@ def load_checkpoint(path, instruct):
             checkpoint, path, notices = found
             for text in notices:
                 notice(text)
-            return checkpoint, shown(path)
+            return checkpoint, display_path(path)
     raise UserError("there is no model in checkpoint/ yet; `python train.py -t pretrain` makes one")
 
 
@@ -544,7 +546,7 @@ def load_model(path, instruct, device="auto", quantize=None):
 
     checkpoint, name = load_checkpoint(path, instruct)
     # Small models gain nothing from half precision when they write one token at a time.
-    compute = hardware.choose(hardware.detect(device), device, dtype="float32")
+    compute = hardware.resolve_compute(hardware.detect_machine(device), device, dtype="float32")
     model, tokenizer = build(checkpoint, name)
     if not model.config.is_causal:
         raise UserError(f"{name} sees all tokens at once (is_causal is false): it cannot continue a text")
@@ -574,11 +576,11 @@ def load_text_generator(args, instruct):
 def main():
     args = parse_arguments()
     check_model_file(args.model)
-    from common.config import find
+    from common.config import resolve_path
 
     if sys.stdin is None and args.prompt is None and args.eval is None:
         raise UserError("standard input is closed, so nothing can be asked; use --prompt")
-    questions = read_questions(find(args.eval)) if args.eval is not None else None
+    questions = read_questions(resolve_path(args.eval)) if args.eval is not None else None
     for stream in (sys.stdout, sys.stderr):
         # Through a pipe goes UTF-8; a terminal that lacks a character shows a question mark.
         stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")

@@ -74,7 +74,7 @@ def parse_origin(text: str) -> str:
 
 def load_service(args: argparse.Namespace) -> "tuple[Service, str]":
     """Load the model. Returns (the Service, a description of the model in two lines)."""
-    from common.config import find
+    from common.config import resolve_path
     from common.hardware import attention_context
     from inference import TextGenerator, facts, load_model
     from server.scheduler import InferenceEngine
@@ -89,7 +89,7 @@ def load_service(args: argparse.Namespace) -> "tuple[Service, str]":
         if is_out_of_memory(error):
             raise UserError(f"not enough memory for {args.slots} slots; lower --slots") from None
         raise
-    service = Service(checkpoint, find(name), text_generator, engine, compute.device)
+    service = Service(checkpoint, resolve_path(name), text_generator, engine, compute.device)
     return service, facts(checkpoint, name, text_generator, compute.device, args.model)
 
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.config import find, load_run, parse_overrides, shown
 from common.errors import UserError, run
+from config.schema import LAST_STEP
 from config.stages import STAGES
 
 if TYPE_CHECKING:  # torch is imported when the arguments are known to be good, inside the functions
@@ -163,8 +164,8 @@ class DeviceBatch(NamedTuple):
     counts: dict[str, int]
 
 
-def device_batches(setup: "TrainSetup", parallel: Any, first: int) -> Iterator[DeviceBatch]:
-    """Global batches from sequence number `first` on, each prepared while the step before it computes."""
+def device_batches(setup: "TrainSetup", parallel: Any, state: TrainState) -> Iterator[DeviceBatch]:
+    """The global batches from this state to the last step, each prepared while the step before it computes."""
     from engine.setup import to_device
 
     rows = parallel.rows(setup.config)
@@ -175,27 +176,52 @@ def device_batches(setup: "TrainSetup", parallel: Any, first: int) -> Iterator[D
         tensors = to_device(batch, rows, setup.compute.device)
         return DeviceBatch(tensors, shape, weight, {"sequences": shape[0], "tokens": int(weight)})
 
+    first, last = state.step, setup.config.max_steps or LAST_STEP
     with ThreadPoolExecutor(1) as background:
-        pending = background.submit(load, first)
-        while True:
+        pending = background.submit(load, sequence := state.consumed["sequences"])
+        for step in range(first + 1, last + 1):
             batch = pending.result()
-            first += batch.shape[0]
-            pending = background.submit(load, first)
+            if step < last:
+                pending = background.submit(load, sequence := sequence + batch.shape[0])
             yield batch
 
 
-def read_results(results: list[StepResult], parallel: Any) -> list[dict[str, float]]:
-    """The numbers of these steps over all processes. Here the host waits for the device."""
+def check_finite(when: str, numbers: dict[str, float], step: int, setup: "TrainSetup", run_name: str) -> None:
+    """Raises UserError if one of the numbers, computed with the weights of this step, is NaN or infinite.
+
+    Nothing is saved before this check, so the weights of every earlier checkpoint have given finite losses.
+    """
+    from engine import runs
+
+    if not all(map(math.isfinite, numbers.values())):
+        what = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        good = [entry.path for entry in runs.saved(setup.stage.name, run_name) if entry.step < step]
+        last = f" The last good checkpoint is {shown(good[-1])}: --resume it," if good else " Begin again"
+        raise UserError(
+            f"{when}: {what}; training stopped and nothing was saved over.{last} with a lower learning_rate, "
+            "or look for odd texts in the data."
+        )
+
+
+def read_results(results: list[StepResult], state: TrainState, setup: "TrainSetup", parallel: Any,
+                 run_name: str) -> list[dict[str, float]]:  # fmt: skip
+    """The numbers of the last steps over all processes, checked. Here the host waits for the device."""
     import torch
 
-    names = [*results[0].metrics]
+    if not results:
+        return []
+    names = ["loss", *results[0].metrics]
     local = torch.stack([torch.stack([r.loss, *r.metrics.values()]).double() for r in results])
-    reduced = parallel.all_reduce_sum(*local.flatten().tolist())
-    rows = [reduced[i : i + len(names) + 1] for i in range(0, len(reduced), len(names) + 1)]
-    return [
-        {"loss": loss, "grad_norm": float(result.grad_norm), **dict(zip(names, values, strict=True))}
-        for result, (loss, *values) in zip(results, rows, strict=True)
-    ]
+    reduced = iter(parallel.all_reduce_sum(*local.flatten().tolist()))
+    numbers = []
+    for step, result in enumerate(results, state.step - len(results) + 1):
+        values = {name: next(reduced) for name in names}
+        norm = float(result.grad_norm)
+        # With loss scaling, an infinite gradient only means that the step was skipped.
+        checked = {"loss": values["loss"], "gradient norm": 0.0 if setup.compute.grad_scaling else norm}
+        check_finite(f"step {step}", checked, step - 1, setup, run_name)
+        numbers.append({"loss": values.pop("loss"), "grad_norm": norm, **values})
+    return numbers
 
 
 def evaluate(state: TrainState, setup: "TrainSetup", parallel: Any) -> tuple[float, list[float], dict[str, float]]:
@@ -264,28 +290,6 @@ def save_checkpoint(
     return path
 
 
-def check_finite(results: list[dict[str, float]], state: TrainState, setup: "TrainSetup", run_name: str) -> None:
-    """Raises UserError if one of the last steps, or a validation, gave NaN or infinity.
-
-    Nothing has been saved since the last step that was checked, so every checkpoint is sound.
-    """
-    from engine import runs
-
-    names = {"loss": "loss", "grad_norm": "gradient norm", "validation_loss": "validation loss"}
-    if setup.compute.grad_scaling:
-        del names["grad_norm"]  # with loss scaling, an infinite gradient only means that the step was skipped
-    for step, result in enumerate(results, state.step - len(results) + 1):
-        numbers = {name: result[key] for key, name in names.items() if key in result}
-        if not all(map(math.isfinite, numbers.values())):
-            what = ", ".join(f"{name} {number}" for name, number in numbers.items())
-            good = [entry.path for entry in runs.saved(setup.stage.name, run_name) if entry.step < step]
-            last = f" The last good checkpoint is {shown(good[-1])}: --resume it," if good else " Begin again"
-            raise UserError(
-                f"step {step}: {what}; training stopped and nothing was saved over.{last} with a lower "
-                "learning_rate, or look for odd texts in the data."
-            )
-
-
 def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Path, Path] | None":
     """The training loop. Returns the paths of the log and of the last checkpoint; None if it was stopped.
 
@@ -319,7 +323,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
     header = {**estimate.header(), "run": run_name, "resumed_from_step": state.step}
     if start.branched_from:
         header["branched_from"] = start.branched_from
-    batches = device_batches(setup, parallel, state.consumed["sequences"])
+    batches = device_batches(setup, parallel, state)
     results, speed, on_cpu = [], Speedometer(setup.model), setup.compute.device_type == "cpu"
     first_step = last_saved = state.step
     stopping, path = False, None
@@ -340,8 +344,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
                 for interval in (config.log_interval, config.eval_interval, config.save_interval)
             )
             if logs or evaluates or saves or on_cpu:  # elsewhere the host does not wait for the device
-                numbers, results = read_results(results, parallel), []
-                check_finite(numbers, state, setup, run_name)
+                numbers, results = read_results(results, state, setup, parallel, run_name), []
             if logs:
                 rates = speed.read()
                 remaining = {"remaining_seconds": speed.seconds_per_step * (config.max_steps - step)}
@@ -352,7 +355,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
                 })  # fmt: skip
             if evaluates:
                 loss, losses, metrics = evaluate(state, setup, parallel)
-                check_finite([{"validation_loss": loss}], state, setup, run_name)
+                check_finite(f"after step {step}", {"validation loss": loss}, step, setup, run_name)
                 state.validation = {"loss": loss, "step": step}
                 if state.best["loss"] is None or loss < state.best["loss"]:
                     state.best, saves = state.validation, True
@@ -366,7 +369,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
 
         stop.heard()
         if stopping and last_saved < state.step:
-            check_finite(read_results(results, parallel) if results else [], state, setup, run_name)
+            read_results(results, state, setup, parallel, run_name)
             save_checkpoint(state, setup, parallel, run_name, log, epoch)
         if stopping:
             command = runs.resume_command(run_name, bool(launcher))
@@ -402,8 +405,8 @@ def parse_arguments(doc: str, extend: Callable[[argparse.ArgumentParser], None] 
         extend(parser)
     args = parser.parse_args()
     args.set = parse_overrides(args.set)
-    args.config = find(args.config or f"config/config_{args.task}.json")
-    args.model = find(args.model)
+    args.config = resolve_path(args.config or f"config/config_{args.task}.json")
+    args.model = resolve_path(args.model)
     return args
 
 
@@ -453,7 +456,7 @@ def main() -> None:
     estimate = plan.RunEstimate.of(setup)
     with estimate.advice_when_out_of_memory():
         state = initial_state(setup, parallel)
-        batches = device_batches(setup, parallel, state.consumed["sequences"])
+        batches = device_batches(setup, parallel, state)
 
         def one_step() -> tuple[int, ...]:
             batch = next(batches)

@@ -65,12 +65,11 @@ def random_checkpoint():
     import torch
 
     import models
-    from common.config import check_model
     from engine.checkpoint import Checkpoint
     from tokenizer import CharTokenizer
 
     torch.manual_seed(0)
-    model = models.build(check_model(SHAPE, "the benchmark")).eval()
+    model = models.build(models.check_config(SHAPE, "the benchmark")).eval()
     tokenizer = CharTokenizer.train(["abcdefgh "])
     with torch.no_grad():
         model.wte.weight[:7] *= 0.01  # special tokens are never the likeliest, so nobody stops early

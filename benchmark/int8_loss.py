@@ -66,15 +66,15 @@ def main():
         raise UserError("--limit must be 2 or more")
     import torch
 
-    from common.config import find, shown
+    from common.config import display_path, resolve_path
     from data import TokenFile
     from decoding.engine import supports
     from decoding.packed import quantize
     from engine import checkpoint
 
-    loaded = checkpoint.load(find(args.model))
-    model, tokenizer = checkpoint.build(loaded, shown(find(args.model)))
-    tokens = TokenFile(find(args.data), tokenizer.fingerprint).tokens[: args.limit]
+    loaded = checkpoint.load(resolve_path(args.model))
+    model, tokenizer = checkpoint.build(loaded, display_path(resolve_path(args.model)))
+    tokens = TokenFile(resolve_path(args.data), tokenizer.fingerprint).tokens[: args.limit]
     tokens = torch.from_numpy(tokens.astype("int64"))
     exact = loss_of(model, tokens)
     losses = {"int8": loss_of(quantize(model), tokens)}

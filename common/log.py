@@ -173,5 +173,5 @@ def mute() -> None:
     Errors are still reported, after a pause that gives the first process the chance to report them alone.
     """
     global muted
-    muted, errors.patience = True, 5.0
+    muted, errors.exit_delay = True, 5.0
     sys.stdout = open(os.devnull, "w", encoding="utf-8")

@@ -380,7 +380,7 @@ def compiled_steps(model, n_slots):
 
 def word_of(tokenizer, token):
     """The bytes of a token that was drawn: a model may have more rows than its tokenizer has tokens."""
-    return tokenizer.words[token if token < tokenizer.vocab_size else tokenizer.unknown_id]
+    return tokenizer.token_bytes[token if token < tokenizer.vocab_size else tokenizer.unknown_id]
 
 
 class StopStrings:

@@ -39,9 +39,9 @@ from torch.overrides import TorchFunctionMode
 
 import models
 import tokenizer as tokenizers
-from common.config import ROOT, check_model, shown
+from common.config import ROOT, display_path
 from common.errors import UserError
-from common.files import whole
+from common.files import atomic_write
 from config.schema import LAST_STEP
 from config.stages import STAGES
 from engine import archive
@@ -109,18 +109,18 @@ class Checkpoint:
             and (consumed["tokens"] is None or _is_count(consumed["tokens"]))
             and self.data.keys() in ({"train", "validation"}, set())
             and all(isinstance(kind, list) and all(map(_is_data, kind)) for kind in files)
-            and all(re.fullmatch("[a-z_]{1,40}", name) and type(n) is int for name, n in self.problem.items())
+            and all(re.fullmatch("[a-z_]{1,40}", str(name)) and type(n) is int for name, n in self.problem.items())
         )
 
     def save(self):
         """Write the file, whole or not at all; returns its path."""
         state = {**vars(self), "tokenizer": json.dumps(self.tokenizer)}
         try:
-            with whole(self.path) as file:
+            with atomic_write(self.path) as file:
                 torch.save({"format": FORMAT, "version": VERSION, **state}, file)
         except OSError as error:
             raise UserError(
-                f"the checkpoint {shown(self.path)} could not be written ({error.strerror}); "
+                f"the checkpoint {display_path(self.path)} could not be written ({error.strerror}); "
                 "earlier checkpoints are untouched"
             ) from None
         return self.path
@@ -146,9 +146,9 @@ def saved(stage=None, run=None):
 
 def load(path):
     """The checkpoint in the file. UserError if it is missing, damaged, foreign or hostile."""
-    path, name = Path(path), shown(path)
+    path, name = Path(path), display_path(path)
     if not path.is_file():
-        hint = f"; the newest in checkpoint/ is {shown(near[-1].path)}" if (near := saved()) else ""
+        hint = f"; the newest in checkpoint/ is {display_path(near[-1].path)}" if (near := saved()) else ""
         raise UserError(f"there is no checkpoint {name}{hint}")
     try:
         state = archive.read(path)
@@ -166,13 +166,17 @@ def load(path):
     elif type(version) is not int or version != VERSION:
         raise UserError(f"{name} was written by another version of Nano")
     text = state.get("tokenizer")  # in older files it is the dictionary
-    if isinstance(text, str) and len(text) <= tokenizers.LARGEST:
+    if isinstance(text, str) and len(text) <= tokenizers.MAX_JSON_LENGTH:
         with contextlib.suppress(ValueError, RecursionError):
             state["tokenizer"] = json.loads(text)
     types = {key: f.type for key, f in Checkpoint.__dataclass_fields__.items()}
     typed = state.keys() == types.keys() and all(isinstance(state[k], t) for k, t in types.items())
     if not typed or not (checkpoint := Checkpoint(**state)).is_sound:
         raise UserError(f"{name} lacks parts of a checkpoint of Nano")
+    if checkpoint.chat_template not in (None, tokenizers.CHAT_TEMPLATE):
+        raise UserError(
+            f"{name} answers in the chat template {checkpoint.chat_template!r}, which this version of Nano lacks"
+        )
     if shared := _shared(checkpoint):
         raise UserError(f"{name} is not a checkpoint of Nano: {shared} shares numbers with another tensor")
     return checkpoint
@@ -192,10 +196,10 @@ def _is_data(value):
 
 def _updated(state, version):
     """The state of a file of an earlier version with the fields that it lacks, as far as they follow from others."""
-    state = {**state, "stage": state.pop("task", None)}
+    stage, config = state.pop("task", None), state.get("train_config")
+    state["stage"] = stage
     if version == 1:
         state |= _not_in_version_1(state)
-    stage, config = state["stage"], state.get("train_config")
     stage = STAGES.get(stage) if isinstance(stage, str) else None
     # A toy problem used to keep its sizes in dataset_path, as JSON.
     sizes = {}

@@ -30,7 +30,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from pydantic import ValidationError
 
 import models
-from common.config import shown
+from common.config import display_path
 from common.errors import UserError
 from common.hardware import ComputeConfig
 from config.schema import LAST_STEP, DeepSpeedConfig, TrainConfig
@@ -292,7 +292,7 @@ def read_folder(folder):
         raise
     except Exception as error:  # each kind of damage is another one
         why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{shown(folder)} is no sound checkpoint folder of DeepSpeed: {why}") from None
+        raise UserError(f"{display_path(folder)} is no sound checkpoint folder of DeepSpeed: {why}") from None
     finally:
         os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
         if before is not None:
@@ -308,7 +308,7 @@ def convert(folder, task, config, shape, tokenizer):
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
             raise UserError(
-                f"{shown(folder)} holds another model than the configuration: {name} is "
+                f"{display_path(folder)} holds another model than the configuration: {name} is "
                 f"{found.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
             )
     with runs.Run() as run:

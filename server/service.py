@@ -28,7 +28,7 @@ from server.openai_api import (
     TokenizeRequest,
 )
 from server.scheduler import EngineFailed, InferenceEngine, Logprobs, Overloaded
-from tokenizer import BLOCK, Tokenizer, merge_turns
+from tokenizer import BLOCK, Message, Tokenizer, merge_turns
 
 MAX_PIECE = 4 * BLOCK  # characters encoded at once
 
@@ -191,7 +191,7 @@ class Service:
             )  # fmt: skip
         try:
             # `flatten_message` has made strings of all contents.
-            messages, n_merged = merge_turns(cast(list[dict[str, str]], sent))
+            messages, n_merged = merge_turns(cast(list[Message], sent))
             if messages[-1]["role"] == "system":
                 raise UserError("a message from another role must follow the system message")
         except UserError as error:
@@ -202,7 +202,7 @@ class Service:
             last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=first)
             kept = messages[:first] + messages[last:]
         self.check_at_least(
-            sum(1 + self.tokenizer.fewest(message["content"]) for message in kept), "messages"
+            sum(1 + self.tokenizer.min_tokens(message["content"]) for message in kept), "messages"
         )
         if may_drop:
             ids, n_cut = self.text_generator.chat_prompt(messages)  # removes turns from `messages`
@@ -230,7 +230,7 @@ class Service:
     def prompt_ids(self, prompt: str | list[int], room: int) -> list[int]:
         """The ids of a text, or ids as they are, if the model has them and `room` more tokens fit."""
         if isinstance(prompt, str):
-            self.check_at_least(self.tokenizer.fewest(prompt), "prompt")
+            self.check_at_least(self.tokenizer.min_tokens(prompt), "prompt")
             prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
         self.check_length(len(prompt), room, "prompt")
         try:

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from conftest import Workplace
 from launching import TORCHRUN, largest_difference, launched, losses
+from lm_pass import lm_pass
 
 import models
 from common import hardware, kernels
-from common.config import check_model
 from common.errors import UserError
 from decoding.engine import Decoder, Request
 from engine.checkpoint import load
@@ -61,7 +61,7 @@ def as_it_was(monkeypatch):
 def choice_of(**settings):
     """What `auto` chooses here, but for these settings. What this device cannot do is skipped."""
     try:
-        return hardware.choose(hardware.detect(DEVICE), DEVICE, **settings)
+        return hardware.resolve_compute(hardware.detect_machine(DEVICE), DEVICE, **settings)
     except UserError as why:
         pytest.skip(str(why))
 
@@ -70,7 +70,7 @@ def network(name="nano", block_size=24):
     """A small one, in eval(), with weights so large that no two tokens are equally likely."""
     torch.manual_seed(0)
     shape = dict(block_size=block_size, vocab_size=29, n_layer=3, n_head=4, n_embd=128)
-    model = models.build(check_model(shape | ARCHITECTURES[name], "the test").resolved(29)).eval()
+    model = models.build(models.check_config(shape | ARCHITECTURES[name], "the test").resolved(29)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -107,7 +107,7 @@ def distance(found, exact):
 def logits_and_gradients(model, x, y, compute=None):
     context = hardware.forward_context(compute) if compute else torch.enable_grad()
     with context:
-        logits, loss, _ = model(x, y)
+        logits, loss, _ = lm_pass(model, x, y)
         loss.backward()
     return [logits], [p.grad for p in model.parameters()]
 
@@ -147,7 +147,7 @@ def test_grouped_products(dtype):
     results = []
     for device, kind in (("cpu", torch.float64), (DEVICE, getattr(torch, dtype))):
         a, b = (t.to(device, kind).detach().requires_grad_() for t in (x, weight))
-        y = kernels.grouped_product(a, b, sizes.to(device))
+        y = kernels.grouped_matmul(a, b, sizes.to(device))
         F.silu(y).sum().backward()
         results.append([y, a.grad, b.grad])
     assert distance(*reversed(results)) < CLOSE[dtype]

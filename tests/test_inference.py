@@ -21,8 +21,9 @@ import torch
 import decoding.engine
 import engine.checkpoint
 import inference
+from config.schema import ModelConfig
 from engine.checkpoint import Checkpoint
-from model import GPT, ModelConfig
+from model import GPT
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
 
 TEXT = "你好吗？Hello? 1+2=3\n"

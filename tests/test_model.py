@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
+from config.schema import ModelConfig
 from model import (
     GPT,
     KVCache,
-    ModelConfig,
     RMSNorm,
     TokenCounts,
     apply_rotary_emb,

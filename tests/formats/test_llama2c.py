@@ -308,18 +308,30 @@ def test_most_bpe_prompts_are_ours():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (SMALL, "qk_norm is true in this model, and llama2.c has only false: train with --set qk_norm=false"),
-        (PLAIN | dict(bias=True), "bias is true in this model, and llama2.c has only false"),
-        (PLAIN | dict(use_rope=False), "use_rope is false in this model, and llama2.c has only true"),
-        (PLAIN | dict(is_causal=False), "is_causal is false in this model, and llama2.c has only true: "),
-        (PLAIN | dict(rope_theta=5e5), "rope_theta is 500000.0 in this model, and llama2.c has only 10000.0"),
+        (
+            SMALL,
+            "qk_norm is true in this model, but llama2.c supports only false: train with --set qk_norm=false",
+        ),
+        (PLAIN | dict(bias=True), "bias is true in this model, but llama2.c supports only false"),
+        (PLAIN | dict(use_rope=False), "use_rope is false in this model, but llama2.c supports only true"),
+        (
+            PLAIN | dict(is_causal=False),
+            "is_causal is false in this model, but llama2.c supports only true: ",
+        ),
+        (
+            PLAIN | dict(rope_theta=5e5),
+            "rope_theta is 500000.0 in this model, but llama2.c supports only 10000.0",
+        ),
         (
             PLAIN | dict(rope_scaling=LLAMA3),
-            'rope_scaling is "llama3" in this model, and llama2.c has only n',
+            'rope_scaling is "llama3" in this model, but llama2.c supports only n',
         ),
-        (PLAIN | dict(norm_eps=1e-6), "norm_eps is 1e-06 in this model, and llama2.c has only 1e-05"),
+        (PLAIN | dict(norm_eps=1e-6), "norm_eps is 1e-06 in this model, but llama2.c supports only 1e-05"),
         (PLAIN | dict(head_dim=8), "only heads of n_embd / n_head numbers; --format huggingface writes this"),
-        (MIXTURE, 'architecture is "deepseek_v3" in this model, and llama2.c has only "nano": train with'),
+        (
+            MIXTURE,
+            'architecture is "deepseek_v3" in this model, but llama2.c supports only "nano": train with',
+        ),
         (SMALL | dict(architecture="nanochat"), ': train with --set architecture="nano"; --format huggingfa'),
     ],
 )
@@ -456,7 +468,7 @@ def check_speech(checkpoint, folder, program, prompts):
             ids = [rows[i] for i in numbers]  # which need not be ours: see above
         assert [rows[i] for i in numbers] == ids
         answer = list(model.generate(ids, 64 - len(ids), temperature=0, stop_tokens=[tokenizer.eos_id]))
-        expected = printed([theirs.words[i] for i in (*numbers[1:], *(number[row] for row in answer))])
+        expected = printed([theirs.token_bytes[i] for i in (*numbers[1:], *(number[row] for row in answer))])
         assert said(program, folder, text).removesuffix(b"\n").startswith(expected.removesuffix(b"\n"))
         length += len(answer)
     return length
@@ -516,10 +528,10 @@ def test_run_c_cuts_text_as_the_reader_here(case, written, programs):
         *(SAMPLE[i : i + 30] for i in range(0, 90, 7)),
     ]  # fmt: skip
     lines = "\n".join("x" + text.encode().hex() for text in texts)
-    found = output(programs["encode"], folder / "tokenizer.bin", len(theirs.words), input=lines.encode())
+    found = output(programs["encode"], folder / "tokenizer.bin", theirs.vocab_size, input=lines.encode())
     found = [list(map(int, line.split())) for line in found.decode().splitlines()]
     # Of several tokens with the same bytes any one may be found: they read the same.
-    word = [theirs.words[i] for i in range(len(theirs.words))]
+    word = [theirs.token_bytes[i] for i in range(len(theirs.token_bytes))]
     assert [[word[i] for i in ids] for ids in found] == [[word[i] for i in theirs.encode(t)] for t in texts]
 
 
