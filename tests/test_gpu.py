@@ -276,6 +276,8 @@ def test_the_server_answers(train):
     for name in ("fastapi", "uvicorn"):
         pytest.importorskip(name)
     import serve
+    from server.app import make_app
+    from server.connections import bind, make_server
 
     choice_of()
     shutil.copytree(Path(serve.__file__).parent / "web", train.root / "web")
@@ -284,9 +286,9 @@ def test_the_server_answers(train):
     asked = Namespace(model=str(path), device=DEVICE, quantize=None, slots=2, max_queue=4, timeout=60)
     service, _ = serve.load_service(asked)
     assert service.text_generator.model.device.type == torch.device(DEVICE).type
-    listener = serve.bind("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = serve.make_server(serve.make_app(service), timeout=5)
+    server = make_server(make_app(service), listener, n_answers=6, timeout=5)
     with running(service.engine, server, listener):
         ask = {"prompt": "1 + 2", "max_tokens": 20, "temperature": 0.0}
         reply = requests.post(f"{url}/v1/completions", json=ask, timeout=60).json()
