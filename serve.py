@@ -361,10 +361,11 @@ def load_service(args):
     """(the Service, the model in two lines)"""
     from common.config import find
     from common.hardware import attention_context
-    from inference import TextGenerator, facts, load_model
+    from decoding.text_generator import TextGenerator, describe_model, load_model
     from server.service import Engine, Service
 
-    checkpoint, name, model, tokenizer, compute = load_model(args.model, True, args.device, args.quantize)
+    loaded = load_model(args.model, True, args.device, args.quantize)
+    checkpoint, name, model, tokenizer, compute = loaded
     text_generator = TextGenerator(model, tokenizer)
     try:
         engine = Engine(model, args.slots, args.max_queue, args.timeout, attention_context(compute))
@@ -373,12 +374,12 @@ def load_service(args):
             raise UserError(f"memory does not suffice for {args.slots} slots; lower --slots") from None
         raise
     service = Service(checkpoint, find(name), text_generator, engine, compute.device)
-    return service, facts(checkpoint, name, text_generator, compute.device, args.model)
+    return service, describe_model(loaded, args.model)
 
 
 def main():
     args = parse_arguments()
-    from inference import check_model_file
+    from decoding.text_generator import check_model_file
 
     check_model_file(args.model)
     try:

@@ -38,7 +38,6 @@ def loss_of_steps(model, tokens):
     """The same, by decoding/compiled.py."""
     import torch
     import torch.nn.functional as F
-
     from decoding.compiled_steps import CompiledSteps
 
     size, total, steps = model.config.block_size, 0.0, CompiledSteps(model, n_slots=64)

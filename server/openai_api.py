@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from typing_extensions import Required, TypedDict  # of which pydantic wants these before Python 3.12
 
-from decoding.engine import word_of
+from decoding.text import word_of
 
 REFUSED = {
     "tools": "this model cannot call tools",

@@ -1,8 +1,8 @@
 """The thread that computes for a server: requests go in from asyncio, tokens come out as they are drawn.
 
-A `Decoder` belongs to one thread and is busy all the time; the event loop must never wait for it. Between
-them are two one-way streets: orders go to the engine's thread through a queue, and what each step has drawn
-comes back with `loop.call_soon_threadsafe`, all of it in one call.
+A `BatchedDecoder` belongs to one thread and is busy all the time; the event loop must never wait for it.
+Between them are two one-way streets: orders go to the engine's thread through a queue, and what each step
+has drawn comes back with `loop.call_soon_threadsafe`, all of it in one call.
 
     engine = Engine(model, n_slots=8, max_queue=64, seconds=120)
     engine.start()
@@ -23,7 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 import prometheus_client as prometheus
 
 from common.errors import UserError
-from decoding.engine import Decoder, Request, StopStrings, TextStream, word_of
+from decoding.engine import BatchedDecoder, Request
+from decoding.sampling import check_prompt
+from decoding.text import StopStrings, TextStream, word_of
 from server.openai_api import ApiError, name_of
 from tokenizer import BLOCK, merge_turns
 
@@ -57,7 +59,7 @@ class Engine(threading.Thread):
         super().__init__(name="engine", daemon=True)
         self.model, self.n_slots, self.max_queue, self.seconds = model, n_slots, max_queue, seconds
         self.attention = attention or contextlib.nullcontext()
-        self.decoder = Decoder(model, n_slots)
+        self.decoder = BatchedDecoder(model, n_slots)
         # If it is half a second only: a seed means the same from the first request on.
         self.decoder.compile(wait=self.decoder.is_prepared)
         self.error, self.n_tokens, self.n_failures, self.n_open = None, 0, 0, 0
@@ -78,7 +80,7 @@ class Engine(threading.Thread):
     async def answer(self, requests, deadline):
         """Yields (index of the request, its new ids, their logprobs, finish_reason or None) until all ended.
 
-        finish_reason is the Decoder's, or "timeout" after the deadline (of time.monotonic). To stop listening
+        finish_reason is the decoder's, or "timeout" after the deadline (of time.monotonic). To stop listening
         is to cancel: the slots are free with the next step. Raises Overloaded before anything is computed,
         and EngineFailed.
         """
@@ -360,13 +362,13 @@ class Service:
                 messages
             )  # drops turns until there is room for an answer
         else:
-            ids = self.text_generator.rendered(messages)
+            ids = self.text_generator.encode_chat(messages)
         self.check_length(len(ids) + n_lost, 1, "messages")
         warnings = []
         if n_merged:
             were = "message was" if n_merged == 1 else "messages were"
             warnings.append(f"{n_merged:,} {were} joined to the one before, of the same role")
-        warnings += filter(None, [self.text_generator.unknown(ids)])
+        warnings += filter(None, [self.text_generator.unknown_characters(ids)])
         return ids, warnings, n_messages - len(messages)
 
     def continuation(self, asked):
@@ -376,7 +378,8 @@ class Service:
         ids = [self.text_ids(prompt, room) for prompt in asked.prompts]
         is_text = isinstance(asked.prompts[0], str)
         warnings = filter(
-            None, [is_text and self.text_generator.unknown([token for one in ids for token in one])]
+            None,
+            [is_text and self.text_generator.unknown_characters([token for one in ids for token in one])],
         )
         bos = self.tokenizer.bos_id  # is no part of the text
         texts = [self.to_text(one[one[0] == bos :]) for one in ids] if asked.echo else []
@@ -389,7 +392,7 @@ class Service:
             prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
         self.check_length(len(prompt), room, "prompt")
         try:
-            return self.text_generator.model.prompt(prompt)
+            return check_prompt(self.text_generator.model, prompt)
         except ValueError as error:
             raise ApiError(400, str(error), "invalid_prompt", "prompt") from None
 
@@ -418,7 +421,7 @@ class Service:
     def to_text(self, ids):
         """The text of ids, whatever they are."""
         try:
-            ids = self.text_generator.model.prompt(ids) if ids else ids
+            ids = check_prompt(self.text_generator.model, ids) if ids else ids
         except ValueError as error:
             raise ApiError(400, str(error), "invalid_value", "tokens") from None
         return b"".join(word_of(self.tokenizer, token) for token in ids).decode("utf-8", "replace")

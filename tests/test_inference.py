@@ -21,6 +21,7 @@ import torch
 import decoding.engine
 import engine.checkpoint
 import inference
+from decoding.sampling import generate
 from engine.checkpoint import Checkpoint
 from model import GPT, ModelConfig
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
@@ -237,17 +238,17 @@ def test_long_prompts_lose_their_oldest_tokens(tokenizer):
     assert left_out == 105 - 48
     ids, _ = talker.chat_prompt([{"role": "user", "content": "H" * 100 + "ello"}])
     assert ids[0] == tokenizer.instruct_id and ids[-5:] == [*hello[1:], tokenizer.response_id]
-    assert "".join(talker.speak(ids)) == "好吗"
+    assert "".join(talker.stream(ids)) == "好吗"
 
     short = text_generator(polite(tokenizer), max_length=2)
     ids, _ = short.completion_prompt("HHHHH你")
-    assert "".join(short.speak(ids)) == "好" and short.n_prompt == 1
+    assert "".join(short.stream(ids)) == "好" and short.n_prompt == 1
 
 
 def test_an_answer_may_outgrow_the_context(tokenizer):
     talker = text_generator(endless(tokenizer), max_length=200)
     ids, _ = talker.chat_prompt([{"role": "user", "content": "Hello"}])
-    assert "".join(talker.speak(ids)) == "你好" * 96 + "你"
+    assert "".join(talker.stream(ids)) == "你好" * 96 + "你"
 
 
 def test_special_tokens_in_a_prompt_are_text(tokenizer):
@@ -287,17 +288,17 @@ def reference_prompt(text_generator, messages):
     """What `chat_prompt` does to a conversation that the user ends, one turn at a time."""
     messages, limit, first = (
         list(messages),
-        text_generator.room - text_generator.room // 4,
+        text_generator.max_prompt - text_generator.max_prompt // 4,
         messages[0]["role"] == "system",
     )
     while True:
         ids, _ = render_chat(text_generator.tokenizer, messages, add_generation_prompt=True)
         if len(ids) <= limit or len(messages) == first + 1:
-            return messages, *text_generator.fit(ids.tolist())
+            return messages, *text_generator.truncate_prompt(ids.tolist())
         del messages[first]
         while messages[first]["role"] == "assistant":
             del messages[first]
-        limit = text_generator.room // 2
+        limit = text_generator.max_prompt // 2
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe", "NFC"])
@@ -326,8 +327,8 @@ def test_a_long_conversation_is_encoded_once_and_as_far_as_it_may_fit(tokenizer,
     monkeypatch.setattr(talker.tokenizer, "encode_flat", lambda texts: encoded.extend(texts) or encode(texts))
     messages = [{"role": ("user", "assistant")[i % 2], "content": "1"} for i in range(n)]
     ids, left_out = talker.chat_prompt(messages)
-    assert len(ids) <= talker.room and not left_out and len(messages) % 2 == 1
-    assert len(encoded) < talker.room
+    assert len(ids) <= talker.max_prompt and not left_out and len(messages) % 2 == 1
+    assert len(encoded) < talker.max_prompt
 
 
 def test_an_answer_that_has_begun_is_continued(tokenizer):
@@ -345,9 +346,9 @@ def test_an_answer_that_has_begun_is_continued(tokenizer):
 
 def test_unknown_characters_are_counted(tokenizer, capsys):
     talker = text_generator(polite(tokenizer))
-    talker.notice_unknown("Hello你")
+    inference.print_notices(talker, "Hello你", 0)
     assert not capsys.readouterr().err
-    talker.notice_unknown("H龘🐉你")
+    inference.print_notices(talker, "H龘🐉你", 0)
     assert "2 characters are unknown" in capsys.readouterr().err
 
 
@@ -356,9 +357,9 @@ def test_no_character_is_cut_in_half():
     a, *bytes_of = bpe.encode("a中🐉").tolist()
     after = dict(zip([bpe.bos_id, a, *bytes_of], [a, *bytes_of], strict=False))
     talker = text_generator(checkpoint(bpe, *chain(bpe, after)))
-    assert list(talker.speak([bpe.bos_id])) == ["a", "", "", "中", "", "", "", "🐉", ""]
+    assert list(talker.stream([bpe.bos_id])) == ["a", "", "", "中", "", "", "", "🐉", ""]
     cut = text_generator(checkpoint(bpe, *chain(bpe, after)), max_length=3)
-    assert "".join(cut.speak([bpe.bos_id])) == "a\ufffd"
+    assert "".join(cut.stream([bpe.bos_id])) == "a\ufffd"
 
 
 def test_control_characters_do_not_reach_a_terminal(tokenizer, monkeypatch):
@@ -367,7 +368,7 @@ def test_control_characters_do_not_reach_a_terminal(tokenizer, monkeypatch):
             return True
 
     talker = text_generator(polite(tokenizer))
-    talker.speak = lambda ids: iter(["a\x1b[2J", "b\n\tc\r\x9b"])
+    talker.stream = lambda ids: iter(["a\x1b[2J", "b\n\tc\r\x9b"])
     monkeypatch.setattr(sys, "stdout", Terminal())
     inference.say(talker, [])
     assert sys.stdout.getvalue() == "a[2Jb\n\tc\n"
@@ -395,7 +396,7 @@ def test_eight_bits_say_the_same(project, save, tokenizer):
 def test_five_lines_of_python(project, save, tokenizer, capsys):
     """Those at the top of inference.py; what is not said is greedy, and of the newest model."""
     path = save(project, polite(tokenizer))
-    lines = textwrap.dedent(re.search(r"no more than:\n\n((?:    .*\n)+)", inference.__doc__)[1])
+    lines = textwrap.dedent(re.search(r"In Python:\n\n((?:    .*\n)+)", inference.__doc__)[1])
     assert len(lines.splitlines()) <= 5 and "checkpoint/x.pt" in lines
     exec(lines.replace("checkpoint/x.pt", str(path)), {})
     assert capsys.readouterr().out == "好吗"
@@ -403,7 +404,7 @@ def test_five_lines_of_python(project, save, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("is_ready, when", [(True, 5), (False, 120)])
-def test_a_compiler_is_called_when_that_pays(tokenizer, monkeypatch, is_ready, when):
+def test_the_compiled_backend_is_loaded_once_it_pays(tokenizer, monkeypatch, is_ready, when):
     """Once, when answering has taken as long as it takes: not for a short answer."""
     monkeypatch.setattr(decoding.engine, "is_compiled", lambda weights: is_ready)
     again = {i: i for i in range(tokenizer.vocab_size)}
@@ -419,7 +420,7 @@ def test_a_compiler_is_called_when_that_pays(tokenizer, monkeypatch, is_ready, w
     monkeypatch.setattr(talker.decoder, "step", slow_step)
     monkeypatch.setattr(talker.decoder, "compile", lambda: calls.append(round(clock, 1)))
     for _ in range(10):
-        list(talker.tokens([tokenizer.bos_id, 9], 30))
+        list(talker.stream_tokens([tokenizer.bos_id, 9], 30))
     assert calls == [when / 10]
 
 
@@ -470,7 +471,7 @@ def test_batches_answer_as_one_by_one(tokenizer):
     answers = inference.answer_greedily(model, prompts, [8] * len(prompts), stops)
     for prompt, (ids, has_stopped) in zip(prompts, answers, strict=True):
         room = min(8, config.block_size - len(prompt) + 1)
-        alone = list(model.generate(prompt, room, temperature=0, stop_tokens=stops))
+        alone = list(generate(model, prompt, room, temperature=0, stop_tokens=stops))
         assert (ids, has_stopped) == (alone, len(alone) < room)
     assert {has_stopped for _, has_stopped in answers} == {True, False}
 

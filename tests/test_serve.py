@@ -34,8 +34,10 @@ import engine.checkpoint
 import serve
 import server.middleware as middleware
 import server.openai_api as openai_api
-from decoding.engine import Decoder, Request, TextStream
+from decoding.engine import BatchedDecoder, Request
 from decoding.packed import quantize as to_int8
+from decoding.sampling import generate
+from decoding.text import TextStream
 from inference import TextGenerator
 from model import GPT, ModelConfig
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
@@ -147,7 +149,7 @@ def random(tmp_path_factory):
 def expected(server, ids, max_tokens, **options):
     """(text, number of tokens) by the definition, GPT.generate."""
     stream, stops = TextStream(server.tokenizer), server.service.text_generator.stop_tokens
-    tokens = list(server.model.generate(ids, max_tokens, stop_tokens=stops, **options))
+    tokens = list(generate(server.model, ids, max_tokens, stop_tokens=stops, **options))
     return "".join(map(stream.feed, tokens)) + stream.end(), len(tokens)
 
 
@@ -321,7 +323,7 @@ def test_a_prompt_is_repeated_with_its_logprobs(random, max_tokens, is_stream):
     asked = dict(max_tokens=max_tokens, echo=True, logprobs=2, temperature=0, stream=is_stream, n=2)
     replies = random.complete(text, **asked) if is_stream else [random.complete(text, **asked)]
     parts = [choice for reply in replies for choice in reply.choices if choice.index == 1]
-    drawn = list(random.model.generate(ids, max_tokens, temperature=0))
+    drawn = list(generate(random.model, ids, max_tokens, temperature=0))
     told = {
         name: sum((getattr(part.logprobs, name) for part in parts if part.logprobs), [])
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -449,7 +451,7 @@ def test_logprobs_are_the_models(random, is_stream):
     ids, _ = render_chat(random.tokenizer, HI, add_generation_prompt=True)
     ids = ids.tolist()
     tokens = list(
-        random.model.generate(ids, 9, seed=3, stop_tokens=random.service.text_generator.stop_tokens)
+        generate(random.model, ids, 9, seed=3, stop_tokens=random.service.text_generator.stop_tokens)
     )
     with torch.inference_mode():
         hidden = random.model.hidden(torch.tensor([ids + tokens]))
@@ -1452,7 +1454,8 @@ def test_an_answer_is_stopped_on_the_page(browser, tmp_path):
 def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, quantize):
     """Every answer is that of a request which is alone, whoever else asks and leaves; memory does not grow.
 
-    SingleProcess is GPT.generate, or with int8, where activations are rounded, a Decoder of one slot.
+    Alone, the text is that of `generate`; with int8, where activations are rounded, that of a BatchedDecoder
+    with one slot.
     """
     import random as chance
 
@@ -1462,7 +1465,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
     path = at_random().save()
     env = shared_project.environment | {"NUMBA_DISABLE_JIT": "0"}
     # Now, or the memory that Numba takes would look like a leak.
-    module = [sys.executable, "-m", "decoding.compiled_steps"]
+    module = [sys.executable, "-m", "decoding.compiled_backend"]
     subprocess.run(module, cwd=shared_project.root, env=env, check=True)
     process = subprocess.Popen(
         shared_project.command("serve.py", "-m", path, "--port", "0", "--slots", "16", *quantize),
@@ -1472,7 +1475,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
     model, tokenizer = engine.checkpoint.build(engine.checkpoint.load(path), path.name)
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     stops, cases = TextGenerator(model, tokenizer).stop_tokens, []
-    alone = Decoder(to_int8(model)) if quantize else None
+    alone = BatchedDecoder(to_int8(model)) if quantize else None
     if alone:
         alone.compile(wait=True)
     for i in range(60):
@@ -1482,7 +1485,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
         options |= {"seed": seed, "stop_tokens": stops}
         if alone:
             alone.run([request := Request(ids, count, **options)])
-        tokens = request.tokens if alone else list(model.generate(ids, count, **options))
+        tokens = request.tokens if alone else list(generate(model, ids, count, **options))
         text = "".join(map(stream.feed, tokens)) + stream.end()
         del options["stop_tokens"]
         cases.append((dict(prompt=TEXT[: i % 15], max_tokens=count, **options), text))

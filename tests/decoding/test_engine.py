@@ -12,7 +12,10 @@ from test_tokenizer import BPE, CHAR, any_text, awkward
 import decoding.engine
 import models
 from common.config import check_model
-from decoding.engine import Decoder, Request, StopStrings, TextStream, TorchSteps
+from decoding.backend import TorchBackend
+from decoding.engine import BatchedDecoder, Request
+from decoding.sampling import generate
+from decoding.text import StopStrings, TextStream
 from model import GPT
 from tokenizer import CharTokenizer
 
@@ -45,7 +48,7 @@ def prompts(count, seed=0):
 
 
 def decoder_of(model, n_slots, compiled=False):
-    decoder = Decoder(model, n_slots)
+    decoder = BatchedDecoder(model, n_slots)
     if compiled:
         pytest.importorskip("numba")
         decoder.compile(wait=True)
@@ -72,10 +75,10 @@ def test_alone_or_together_greedy_text_is_the_same(name, n_slots, compiled):
         advanced = decoder.step()
         assert len(advanced) <= n_slots and len(decoder.running) <= n_slots
     for prompt, request in zip(texts, requests, strict=True):
-        expected = list(model.generate(prompt, request.max_tokens, temperature=0, stop_tokens=stop))
+        expected = list(generate(model, prompt, request.max_tokens, temperature=0, stop_tokens=stop))
         assert request.tokens == expected
         assert request.finish_reason == ("length" if len(expected) == request.max_tokens else "stop")
-    assert isinstance(decoder.steps, TorchSteps) != (compiled and type(model) is GPT)
+    assert isinstance(decoder.backend, TorchBackend) != (compiled and type(model) is GPT)
 
 
 @pytest.mark.parametrize("n_before", [0, 3, 30, 60])
@@ -83,15 +86,15 @@ def test_steps_may_become_compiled_ones_at_any_time(n_before):
     """Also while texts are under way that have outgrown the context."""
     pytest.importorskip("numba")
     model, texts = network(), prompts(5)
-    decoder = Decoder(model, 3)
+    decoder = BatchedDecoder(model, 3)
     requests = [decoder.add(Request(prompt, 70, temperature=0)) for prompt in texts]
     for _ in range(n_before):
         decoder.step()
     decoder.compile(wait=True)
     decoder.run([])
-    assert not isinstance(decoder.steps, TorchSteps)
+    assert not isinstance(decoder.backend, TorchBackend)
     for prompt, request in zip(texts, requests, strict=True):
-        assert request.tokens == list(model.generate(prompt, 70, temperature=0))
+        assert request.tokens == list(generate(model, prompt, 70, temperature=0))
 
 
 SETTINGS = [
@@ -108,8 +111,8 @@ def test_each_draws_with_its_own_seed_and_settings(compiled):
     requests = [Request(prompt, 30, seed=i, **SETTINGS[i % len(SETTINGS)]) for i, prompt in enumerate(texts)]
     decoder_of(model, 5, compiled).run(requests)
     for i, (prompt, request) in enumerate(zip(texts, requests, strict=True)):
-        assert request.tokens == list(model.generate(prompt, 30, seed=i, **SETTINGS[i % len(SETTINGS)]))
-    Decoder(model, 2).run(again := [Request([5], 20) for _ in range(3)])
+        assert request.tokens == list(generate(model, prompt, 30, seed=i, **SETTINGS[i % len(SETTINGS)]))
+    BatchedDecoder(model, 2).run(again := [Request([5], 20) for _ in range(3)])
     assert len({tuple(request.tokens) for request in again}) == 3  # without a seed
 
 
@@ -121,7 +124,7 @@ def test_penalties_do_not_look_through_the_text_for_every_token():
             looks.append(len(self))
             return super().__iter__()
 
-    decoder = Decoder(network(block_size=200))
+    decoder = BatchedDecoder(network(block_size=200))
     request = Request([1, 2, 3], 150, repetition_penalty=1.3, frequency_penalty=0.1, presence_penalty=0.1)
     request.context = Watched(request.context)
     decoder.run([request])
@@ -133,7 +136,7 @@ def test_penalties_do_not_look_through_the_text_for_every_token():
 
 def test_one_that_is_removed_disturbs_nobody():
     model, texts = network(), prompts(8)
-    decoder, ended = Decoder(model, 3), []
+    decoder, ended = BatchedDecoder(model, 3), []
     requests = [decoder.add(Request(prompt, 20, temperature=0)) for prompt in texts]
     for n_steps, victim in ((4, requests[1]), (1, requests[0]), (2, requests[7])):
         for _ in range(n_steps):
@@ -147,7 +150,7 @@ def test_one_that_is_removed_disturbs_nobody():
     assert len(requests[1].tokens) == n_tokens and requests[7].tokens == []
     assert {id(r) for r in ended} == {id(r) for r in requests} - {id(requests[i]) for i in (0, 1, 7)}
     for i in (2, 3, 4, 5, 6):
-        assert requests[i].tokens == list(model.generate(texts[i], 20, temperature=0))
+        assert requests[i].tokens == list(generate(model, texts[i], 20, temperature=0))
 
 
 @torch.no_grad()
@@ -158,7 +161,7 @@ def test_logprobs_are_the_models_own():
         for prompt in prompts(3)
         for n in (0, 5, 99)
     ]
-    Decoder(model, 4).run(requests)
+    BatchedDecoder(model, 4).run(requests)
     for request in requests:
         for i, (logprob, likeliest) in enumerate(request.logprobs):
             before = request.context[: request.n_prompt + i][-24:]
@@ -170,7 +173,7 @@ def test_logprobs_are_the_models_own():
         assert len(request.logprobs) == len(request.tokens)
     assert Request([1], 1).logprobs == []
     stopped = Request([1], 9, n_logprobs=2, temperature=0, stop_tokens=range(29))
-    Decoder(model).run([stopped])
+    BatchedDecoder(model).run([stopped])
     assert stopped.finish_reason == "stop" and stopped.tokens == stopped.logprobs == []
 
 
@@ -178,17 +181,17 @@ def test_logprobs_are_the_models_own():
 @torch.no_grad()
 def test_logprobs_of_prompts_are_those_of_one_pass(compiled, monkeypatch):
     """Also where a prompt is read in pieces while others are answered, who get what they get without it."""
-    monkeypatch.setattr(decoding.engine, "PIECE", 5)
+    monkeypatch.setattr(decoding.engine, "PREFILL_CHUNK", 5)
     model = network()
     decoder, texts = decoder_of(model, 4, compiled), prompts(9)
-    decoder.steps.n_logits = 3
+    decoder.backend.max_logits = 3
     requests = [
         Request(prompt, i % 3 * 6, n_logprobs=i % 4, temperature=0, scores_prompt=i % 2 == 0 or i % 3 == 0)
         for i, prompt in enumerate(texts)
     ]
     decoder.run(requests)
     for i, (prompt, request) in enumerate(zip(texts, requests, strict=True)):
-        assert request.tokens == list(model.generate(prompt, i % 3 * 6, temperature=0))
+        assert request.tokens == list(generate(model, prompt, i % 3 * 6, temperature=0))
         assert request.finish_reason == "length"
         if i % 2 and i % 3:
             assert request.prompt_logprobs == []
@@ -206,17 +209,17 @@ def test_logprobs_of_prompts_are_those_of_one_pass(compiled, monkeypatch):
 @COMPILED
 def test_a_long_prompt_is_read_in_pieces_while_others_go_on(compiled, monkeypatch):
     """Every step gives a token to those that run, and reads no more than a piece."""
-    monkeypatch.setattr(decoding.engine, "PIECE", 4)
+    monkeypatch.setattr(decoding.engine, "PREFILL_CHUNK", 4)
     model = network(block_size=64)
     decoder, n_read = decoder_of(model, 3, compiled), []
     decoder.step()
-    extend = decoder.steps.extend
+    extend = decoder.backend.extend
 
     def spy(row, tokens, *more):
         n_read.append(len(tokens))
         return extend(row, tokens, *more)
 
-    monkeypatch.setattr(decoder.steps, "extend", spy)
+    monkeypatch.setattr(decoder.backend, "extend", spy)
     first, second = (decoder.add(Request([n], 40, temperature=0)) for n in (1, 2))
     decoder.step()
     long = random_tokens(42, seed=5, vocab_size=29).tolist()
@@ -228,12 +231,12 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(compiled, monkeypatc
     decoder.remove(first)  # whose row the second one takes
     decoder.run([])
     assert max(n_read) == 4 and sum(n_read) == 4 * 4 + 41
-    assert second.tokens == list(model.generate([2], 40, temperature=0))
-    assert late.tokens == list(model.generate(long, 5, temperature=0)) and gone.tokens == []
+    assert second.tokens == list(generate(model, [2], 40, temperature=0))
+    assert late.tokens == list(generate(model, long, 5, temperature=0)) and gone.tokens == []
 
 
 def test_what_cannot_be_is_refused_and_the_others_go_on():
-    decoder = Decoder(network(), 2)
+    decoder = BatchedDecoder(network(), 2)
     good = decoder.add(Request([1, 2], 5, temperature=0))
     for prompt, options in (
         ([], {}),

@@ -23,6 +23,7 @@ import engine.checkpoint
 import inference
 import models
 from common.config import check_model
+from decoding.sampling import generate
 from engine.checkpoint import Checkpoint, build, load
 from formats import huggingface, load_tokenizer, tokenizer_and_rows
 from inference import TextGenerator
@@ -125,7 +126,7 @@ def test_transformers_opens_what_is_written(case, written):
         answer = other.generate(**prompt, do_sample=False, max_new_tokens=20)[0, len(ids) :].tolist()
         if answer[-1] in other.generation_config.eos_token_id:
             answer.pop()
-        assert answer == list(model.generate(ids, 20, temperature=0, stop_tokens=text_generator.stop_tokens))
+        assert answer == list(generate(model, ids, 20, temperature=0, stop_tokens=text_generator.stop_tokens))
         answer = [i for i in answer if i < tokenizer.vocab_size]
         assert its_tokenizer.decode(answer) == tokenizer.decode(answer)
         length += len(answer)
@@ -218,7 +219,7 @@ def test_a_model_of_transformers_is_read(family, command, tmp_path):
     answer = other.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20, eos_token_id=None
     )
-    assert list(model.generate(prompt[0], 20, temperature=0)) == answer[0, 5:].tolist()
+    assert list(generate(model, prompt[0], 20, temperature=0)) == answer[0, 5:].tolist()
 
 
 # The regular expressions in the tokenizer.json of released models.
@@ -311,7 +312,7 @@ def test_a_tokenizer_of_others_is_read(name, tied, command, tmp_path):
             huggingface.to_library(tokenizer).id_to_token(i) for i in ids
         ]
         answer = other.generate(**prompt, do_sample=False, max_new_tokens=10, suppress_tokens=left_out)
-        ours = model.generate(ids, 10, temperature=0, stop_tokens=[tokenizer.eos_id])
+        ours = generate(model, ids, 10, temperature=0, stop_tokens=[tokenizer.eos_id])
         answer = theirs.decode(answer[0, len(ids) :], skip_special_tokens=True)
         assert answer == tokenizer.decode(list(ours))
     first = model(torch.tensor([[tokenizer.bos_id]]))[0][0, 0, tokenizer.eos_id]

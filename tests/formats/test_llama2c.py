@@ -17,6 +17,7 @@ from test_bad_input import told
 from test_huggingface import LLAMA3, MIXTURE, SMALL, random_checkpoint
 from test_tokenizer import BPE, CHAR, SAMPLE, any_text, awkward
 
+from decoding.sampling import generate
 from engine.checkpoint import build
 from formats import llama2c
 from inference import TextGenerator
@@ -455,7 +456,7 @@ def check_speech(checkpoint, folder, program, prompts):
         if tokenizer.kind == "bpe":
             ids = [rows[i] for i in numbers]  # which need not be ours: see above
         assert [rows[i] for i in numbers] == ids
-        answer = list(model.generate(ids, 64 - len(ids), temperature=0, stop_tokens=[tokenizer.eos_id]))
+        answer = list(generate(model, ids, 64 - len(ids), temperature=0, stop_tokens=[tokenizer.eos_id]))
         expected = printed([theirs.words[i] for i in (*numbers[1:], *(number[row] for row in answer))])
         assert said(program, folder, text).removesuffix(b"\n").startswith(expected.removesuffix(b"\n"))
         length += len(answer)

@@ -158,7 +158,7 @@ if "compile" in sys.argv:
 requests = [decoding.engine.Request([2, 9 + i], 40, temperature=0) for i in range(3)]
 decoder.run(requests)
 print([request.tokens for request in requests])
-print([list(model.generate(request.context[:2], 40, temperature=0)) for request in requests])
+print([list(generate(model, request.context[:2], 40, temperature=0)) for request in requests])
 """
 
 
