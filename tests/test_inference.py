@@ -1,6 +1,6 @@
 """inference.py, mostly through the real command line and a real (pseudo-)terminal.
 
-The models are made by hand: they know for each token which one comes next, and nothing else. So
+The models are made by hand: for each token they know which one comes next, and nothing else. So
 every answer is known beforehand.
 """
 
@@ -27,7 +27,7 @@ from model import GPT, ModelConfig
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
 
 TEXT = "你好吗？Hello? 1+2=3\n"
-ERASE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\r]")  # what a terminal takes as an order
+ERASE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\r]")  # control sequences of a terminal
 
 
 def chain(tokenizer, after, block_size=64):
@@ -93,7 +93,7 @@ def endless(tokenizer):
     return checkpoint(tokenizer, *chain(tokenizer, {tokenizer.response_id: ni, ni: hao, hao: ni}))
 
 
-# ---- arguments: told before torch is loaded ----------------------------------------------------------
+# ---- arguments, checked before torch is loaded ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_the_newest_checkpoint_is_taken(project, save, tokenizer, monkeypatch, c
 
 
 def test_best_and_newest(project, save, tokenizer, monkeypatch):
-    """Each has the loss of its own weights, and the default tells which one it is."""
+    """Each shows the loss of its own weights, and the default says which one it is."""
     best = {"loss": 0.125, "step": 7}
     path = save(project, polite(tokenizer, best=best))
     save(project, polite(tokenizer, step=9, best=best, validation={"loss": 0.5, "step": 9}))
@@ -203,7 +203,7 @@ def test_best_and_newest(project, save, tokenizer, monkeypatch):
         load_in(project, monkeypatch, "-i", "-m", "best")
 
 
-def test_models_that_cannot_speak_are_refused(project, save, tokenizer, monkeypatch):
+def test_models_that_cannot_write_text_are_refused(project, save, tokenizer, monkeypatch):
     sound = polite(tokenizer)
     backwards = dataclasses.replace(sound, model_config=sound.model_config | {"is_causal": False})
     with pytest.raises(inference.UserError, match="is_causal"):
@@ -256,7 +256,7 @@ def test_special_tokens_in_a_prompt_are_text(tokenizer):
     assert ids.count(tokenizer.response_id) == 1 and ids[-1] == tokenizer.response_id
 
 
-def test_what_the_system_says_is_kept(tokenizer):
+def test_a_system_message_is_kept(tokenizer):
     messages = [{"role": "system", "content": "Hello"}]
     messages += [{"role": role, "content": "1+2=3" * 3} for role in ("user", "assistant") * 9] + [
         {"role": "user", "content": "你好吗"}
@@ -394,7 +394,7 @@ def test_eight_bits_say_the_same(project, save, tokenizer):
 
 
 def test_five_lines_of_python(project, save, tokenizer, capsys):
-    """Those at the top of inference.py; what is not said is greedy, and of the newest model."""
+    """Those at the top of inference.py. The default is greedy decoding with the newest model."""
     path = save(project, polite(tokenizer))
     lines = textwrap.dedent(re.search(r"In Python:\n\n((?:    .*\n)+)", inference.__doc__)[1])
     assert len(lines.splitlines()) <= 5 and "checkpoint/x.pt" in lines
@@ -405,7 +405,7 @@ def test_five_lines_of_python(project, save, tokenizer, capsys):
 
 @pytest.mark.parametrize("is_ready, when", [(True, 5), (False, 120)])
 def test_the_compiled_backend_is_loaded_once_it_pays(tokenizer, monkeypatch, is_ready, when):
-    """Once, when answering has taken as long as it takes: not for a short answer."""
+    """Once, when answering has taken as long as loading would: not for a short answer."""
     monkeypatch.setattr(decoding.engine, "is_compiled", lambda weights: is_ready)
     again = {i: i for i in range(tokenizer.vocab_size)}
     talker = text_generator(checkpoint(tokenizer, *chain(tokenizer, again)))

@@ -48,17 +48,17 @@ def network(**fields):
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_those_of_the_model(shape, int8, n_threads):
-    """Whatever heads and features a thread has, if it has any."""
+    """However heads and features are divided among the threads; some may have none."""
     model, tokens = network(**SHAPES[shape]), random_tokens(9, 24, vocab_size=29)
     if int8:
         quantize(model)
     expected = model(tokens)[0]
     assert expected.std() > 0.5
     backend = compiled.CompiledBackend(model, 10, n_threads)
-    assert torch.equal(model(tokens)[0], expected)  # the weights lie elsewhere, and are the same
+    assert torch.equal(model(tokens)[0], expected)  # the weights were moved and are the same
     for batch in (1, 2, 9):
         rows = torch.arange(batch)
-        for row in rows.tolist():  # which are not in step
+        for row in rows.tolist():  # rows of different lengths
             backend.refill(row, tokens[row, : 3 - row % 3].tolist())
         for _ in range(21):
             places = torch.from_numpy(backend.lengths[:batch].copy())
@@ -72,8 +72,8 @@ def test_logits_are_those_of_the_model(shape, int8, n_threads):
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_token_does_not_know_of_the_others(shape, int8):
-    """To the last bit: one at a time or many, in whatever row, in a prompt or drawn."""
+def test_a_token_does_not_depend_on_the_others(shape, int8):
+    """To the last bit: one at a time or many, in any row, read as a prompt or step by step."""
     sizes = dict(n_embd=256, n_hidden=512, block_size=48) if shape == "plain" else dict(block_size=48)
     model, tokens = network(**(sizes | SHAPES[shape])), random_tokens(40, 48, vocab_size=29)
     backend = compiled.CompiledBackend(quantize(model) if int8 else model, 41, 2)
@@ -95,7 +95,7 @@ def test_a_token_does_not_know_of_the_others(shape, int8):
 
 @pytest.mark.parametrize("columns", [(0, 200), (128, 192), (70, 200), (64, 64)])
 @pytest.mark.parametrize("n", [1, 3, 4, 9])
-def test_int8_products_lose_nothing_but_what_16_bits_of_the_activations_do(n, columns):
+def test_int8_products_are_exact_but_for_the_16_bits_of_activations(n, columns):
     torch.manual_seed(n)
     small = Int8Linear(nn.Linear(200, 37).requires_grad_(False))
     x, out = torch.zeros(16, 256), torch.full((16, 192), torch.nan)
@@ -114,8 +114,8 @@ def test_int8_products_lose_nothing_but_what_16_bits_of_the_activations_do(n, co
 
 
 @pytest.mark.slow
-def test_int8_in_the_order_that_arm_likes(tmp_path):
-    """Arm's instructions are not here, but the order and the sums are."""
+def test_int8_in_the_order_for_arm(tmp_path):
+    """The order of the weights and the sums, without Arm's instructions."""
     code = (
         "import platform; platform.machine = lambda: 'aarch64'\n"
         "from test_compiled import *\n"
@@ -146,7 +146,7 @@ def test_weights_are_in_memory_once(tied):
     assert tied == bool((model.wte(torch.tensor([3])) == 7).all())
 
 
-def test_what_it_is_not_for():
+def test_unsupported_models_are_recognised():
     assert supports(network())
     assert not supports(network().bfloat16())
     assert not supports(type("Other", (GPT,), {})(network().config))
@@ -167,7 +167,7 @@ def test_threads_end_with_the_model():
 
 
 def test_ctrl_c_may_come_at_any_time():
-    """The others never wait for a thread that has gone; the next step is sound."""
+    """The other threads never wait for one that was interrupted; the next step is correct."""
     model, n_interrupted = network(), 0
     expected = model(torch.tensor([[1, 2]]))[0][0]
     backend = compiled.CompiledBackend(model, 1, 3)
@@ -186,7 +186,7 @@ def test_ctrl_c_may_come_at_any_time():
             except KeyboardInterrupt:
                 n_interrupted += 1
             if i % 50 == 0:
-                time.sleep(0.01)  # the others have fallen asleep
+                time.sleep(0.01)  # the other threads have fallen asleep
             backend.lengths[0] = 0
             assert differ(backend.step([1])[0][0], expected[0]) < 1e-4
             assert differ(backend.step([2])[0][0], expected[1]) < 1e-4
@@ -197,13 +197,13 @@ def test_ctrl_c_may_come_at_any_time():
 
 
 def test_a_program_may_end_at_any_time():
-    """While Numba loads, while a team waits: no crash, and the exit code is the program's own."""
+    """While Numba loads or threads wait: no crash, and the program's own exit code."""
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from config.schema import ModelConfig\n"
         "from decoding.engine import BatchedDecoder, Request\n"
         "from model import GPT\n"
-        "def main():\n"  # so that nothing but the thread has the model at the end
+        "def main():\n"  # so that only the thread refers to the model at the end
         "    decoder = BatchedDecoder(GPT(ModelConfig(n_embd=64).resolved(30)).eval())\n"
         "    decoder.compile(); time.sleep(float(sys.argv[2])); decoder.run([Request([1], 5)])\n"
         "main(); sys.exit(7)"
@@ -217,7 +217,7 @@ def test_a_program_may_end_at_any_time():
 
 @pytest.mark.parametrize("trouble", ["damaged", "nowhere"])
 def test_without_its_cache_pytorch_runs_the_model(tmp_path, trouble):
-    """What is damaged is deleted, so that the next start compiles anew."""
+    """A damaged cache is deleted, so that the next start compiles again."""
     folder = tmp_path / CACHE.name
     if trouble == "damaged":
         BatchedDecoder(network()).compile(wait=True)
@@ -241,7 +241,7 @@ def test_without_its_cache_pytorch_runs_the_model(tmp_path, trouble):
     assert not folder.exists()
 
 
-# ---- eight bits ------------------------------------------------------------------------------------
+# ---- 8 bits ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [1, 63, GROUP, 130])
@@ -260,7 +260,7 @@ def test_rounding_is_less_than_half_a_step(width):
     assert differ(small(x), x @ small.weight.T + linear.bias) < 1e-5
 
 
-def test_the_whole_model_becomes_smaller_and_says_nearly_the_same():
+def test_a_quantized_model_is_smaller_and_nearly_the_same():
     model, tokens = network(n_embd=256, tie_embeddings=False), random_tokens(2, 24, vocab_size=29)
     for parameter in model.blocks.parameters():
         parameter.mul_(0.2)
@@ -271,8 +271,8 @@ def test_the_whole_model_becomes_smaller_and_says_nearly_the_same():
     assert differ(model(tokens)[0], expected) < 0.05 * expected.std()
 
 
-def test_what_was_compiled_of_other_code_is_not_taken(tmp_path, monkeypatch):
-    """Numba tells by the time of decoding/compiled.py, but numbers of decoding/packed.py are in it, too."""
+def test_code_compiled_from_other_source_is_not_used(tmp_path, monkeypatch):
+    """Numba only compares the time of decoding/compiled.py, but constants of decoding/packed.py matter, too."""
     shutil.copytree(ROOT / "decoding", tmp_path / "decoding", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(compile_cache, "ROOT", tmp_path)
     names = [compile_cache.cache_folder().name]

@@ -1,4 +1,4 @@
-"""decoding/engine.py: what a request gets does not depend on who shares the batch."""
+"""decoding/engine.py: the result of a request does not depend on who shares the batch."""
 
 import random
 
@@ -19,7 +19,7 @@ from decoding.text import StopStrings, TextStream
 from model import GPT
 from tokenizer import CharTokenizer
 
-# Also with decoding/compiled.py, where it is for that network.
+# Also with the compiled backend, for the networks that it supports.
 COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
 ARCHITECTURES = {
     "nano": {},
@@ -59,9 +59,9 @@ def decoder_of(model, n_slots, compiled=False):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("n_slots", [1, pytest.param(3, marks=pytest.mark.slow), 16])
 def test_alone_or_together_greedy_text_is_the_same(name, n_slots, compiled):
-    """Of prompts of all lengths, which come and go and outgrow the context; `generate` is the definition.
+    """For prompts of all lengths, which come and go and outgrow the context; `generate` is the reference.
 
-    Whether logprobs are told makes no difference.
+    Reporting logprobs makes no difference.
     """
     model, requests = network(name), []
     decoder, texts = decoder_of(model, n_slots, compiled), prompts(20)
@@ -82,8 +82,8 @@ def test_alone_or_together_greedy_text_is_the_same(name, n_slots, compiled):
 
 
 @pytest.mark.parametrize("n_before", [0, 3, 30, 60])
-def test_steps_may_become_compiled_ones_at_any_time(n_before):
-    """Also while texts are under way that have outgrown the context."""
+def test_the_backend_may_be_switched_at_any_time(n_before):
+    """Also while running texts have outgrown the context."""
     pytest.importorskip("numba")
     model, texts = network(), prompts(5)
     decoder = BatchedDecoder(model, 3)
@@ -116,7 +116,7 @@ def test_each_draws_with_its_own_seed_and_settings(compiled):
     assert len({tuple(request.tokens) for request in again}) == 3  # without a seed
 
 
-def test_penalties_do_not_look_through_the_text_for_every_token():
+def test_penalties_do_not_search_the_text_for_every_token():
     looks = []
 
     class Watched(list):
@@ -131,10 +131,10 @@ def test_penalties_do_not_look_through_the_text_for_every_token():
     assert len(request.tokens) == 150 and sum(looks) < 20
     plain = Request([1], 3, temperature=0.8, top_k=3)
     decoder.run([plain])
-    assert plain.counts is None  # nothing is counted that no penalty asks for
+    assert plain.counts is None  # nothing is counted unless a penalty needs it
 
 
-def test_one_that_is_removed_disturbs_nobody():
+def test_removing_a_request_does_not_affect_others():
     model, texts = network(), prompts(8)
     decoder, ended = BatchedDecoder(model, 3), []
     requests = [decoder.add(Request(prompt, 20, temperature=0)) for prompt in texts]
@@ -180,7 +180,7 @@ def test_logprobs_are_the_models_own():
 @COMPILED
 @torch.no_grad()
 def test_logprobs_of_prompts_are_those_of_one_pass(compiled, monkeypatch):
-    """Also where a prompt is read in pieces while others are answered, who get what they get without it."""
+    """Also where a prompt is read in pieces while others are answered, which do not change by that."""
     monkeypatch.setattr(decoding.engine, "PREFILL_CHUNK", 5)
     model = network()
     decoder, texts = decoder_of(model, 4, compiled), prompts(9)
@@ -208,7 +208,7 @@ def test_logprobs_of_prompts_are_those_of_one_pass(compiled, monkeypatch):
 
 @COMPILED
 def test_a_long_prompt_is_read_in_pieces_while_others_go_on(compiled, monkeypatch):
-    """Every step gives a token to those that run, and reads no more than a piece."""
+    """Every step gives a token to each running request, and reads no more than one piece."""
     monkeypatch.setattr(decoding.engine, "PREFILL_CHUNK", 4)
     model = network(block_size=64)
     decoder, n_read = decoder_of(model, 3, compiled), []
@@ -228,14 +228,14 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(compiled, monkeypatc
         assert decoder.step() == [first, second] and len(first.tokens) == n
     assert n_read == [4] * 4
     decoder.remove(gone)
-    decoder.remove(first)  # whose row the second one takes
+    decoder.remove(first)  # the second one moves to its row
     decoder.run([])
     assert max(n_read) == 4 and sum(n_read) == 4 * 4 + 41
     assert second.tokens == list(generate(model, [2], 40, temperature=0))
     assert late.tokens == list(generate(model, long, 5, temperature=0)) and gone.tokens == []
 
 
-def test_what_cannot_be_is_refused_and_the_others_go_on():
+def test_bad_requests_are_refused_and_the_others_go_on():
     decoder = BatchedDecoder(network(), 2)
     good = decoder.add(Request([1, 2], 5, temperature=0))
     for prompt, options in (
@@ -254,8 +254,8 @@ def test_what_cannot_be_is_refused_and_the_others_go_on():
     assert len(good.tokens) == 5 and decoder.step() == []
 
 
-def test_an_option_is_never_passed_over():
-    """Whoever adds one need not know that greedy text takes a short cut."""
+def test_unknown_options_are_not_ignored():
+    """Somebody who adds an option need not know that greedy text takes a short cut."""
     assert Request([1], 5, temperature=0).is_greedy
     assert Request([1], 5, temperature=0, repetition_penalty=1.0, top_k=3, top_p=0.5, min_p=0.1).is_greedy
     for options in ({}, dict(temperature=1), dict(temperature=0, repetition_penalty=1.1)):
@@ -288,7 +288,7 @@ def test_a_stream_is_the_text_up_to_a_stop_string(tokenizer, text, stop):
     assert stream.is_stopped == bool(places)
 
 
-def test_a_stream_holds_nothing_back_that_is_certain():
+def test_a_stream_holds_back_only_what_is_uncertain():
     stream = TextStream(CHAR, ["fox."])
     fed = [stream.feed(i) for i in CHAR.encode("The fo brown").tolist()]
     assert fed == ["T", "h", "e", " ", "", "", "fo ", "b", "r", "o", "w", "n"]
@@ -298,8 +298,8 @@ def test_a_stream_holds_nothing_back_that_is_certain():
 @pytest.mark.parametrize(
     "text", ["a" * 20_000, "ab" * 10_000, ("a" * 255 + "c") * 80], ids=["a", "ab", "almost"]
 )
-def test_stop_strings_take_a_look_or_two_at_each_character(text):
-    """Whatever they are, and however many."""
+def test_stop_strings_take_constant_time_per_character(text):
+    """Whatever the stop strings are, and however many."""
     stop = ["a" * n + "b" * 3 for n in range(1, 253)] + ["b" * n for n in range(4, 253)]
     n_looks = 0
 

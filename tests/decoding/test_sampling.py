@@ -296,7 +296,7 @@ def test_generate_hands_its_settings_on(monkeypatch):
     assert texts == [([5, 6], 0), ([4, 5, 6], 1), ([4, 5, 6], 2)]  # the prompt counts as said, not as drawn
     calls.clear()
     assert next(generate(model, [5], 1)) == 4
-    assert calls == [{}] and texts[3] is None  # nothing is counted that no penalty asks for
+    assert calls == [{}] and texts[3] is None  # nothing is counted unless a penalty needs it
 
 
 def test_generation_draws_from_the_models_distribution():
