@@ -272,7 +272,7 @@ def test_a_quantized_model_is_smaller_and_nearly_the_same():
 
 
 def test_code_compiled_from_other_source_is_not_used(tmp_path, monkeypatch):
-    """Numba only compares the time of decoding/compiled.py, but constants of decoding/packed.py matter, too."""
+    """Numba only looks at decoding/compiled.py, but the constants of decoding/packed.py matter, too."""
     shutil.copytree(ROOT / "decoding", tmp_path / "decoding", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(compile_cache, "ROOT", tmp_path)
     names = [compile_cache.cache_folder().name]
