@@ -59,7 +59,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     from common.config import display_path, resolve_path
-    from inference import CHOICES, check_model_file, load_checkpoint
+    from decoding.text_generator import NAMED_MODELS, check_model_file, load_checkpoint
 
     check_model_file(args.model)
     if args.tokenizer is not None and not resolve_path(args.tokenizer).exists():
@@ -79,10 +79,10 @@ def main():
             return Path(args.output).expanduser()
         return path.with_name(path.stem + {"huggingface": "", "gguf": ".gguf"}.get(args.format, "_llama2c"))
 
-    if args.model not in CHOICES or args.output:
+    if args.model not in NAMED_MODELS or args.output:
         check_free(output_of(resolve_path(args.model)))
     checkpoint, name = load_checkpoint(args.model, instruct=False)
-    output = output_of(checkpoint.path if args.model in CHOICES else resolve_path(args.model))
+    output = output_of(checkpoint.path if args.model in NAMED_MODELS else resolve_path(args.model))
     if args.format == "huggingface":
         from formats.huggingface import write_folder
 
