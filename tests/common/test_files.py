@@ -26,7 +26,7 @@ from common.files import Together, whole, whole_folder
 from config.schema import ModelConfig
 from data import prepare
 from engine.checkpoint import Checkpoint
-from formats import gguf_file, huggingface, llama2c
+from formats import gguf, huggingface, llama2c
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dataset"))
 import sample_world
@@ -113,15 +113,15 @@ def write_reference(folder, new):
 
 
 def write_huggingface(folder, new):
-    huggingface.write_folder(checkpoint(), "the test", folder / "out")
+    huggingface.write(checkpoint(), "the test", folder / "out")
 
 
 def write_llama2c(folder, new):
-    llama2c.write_folder(checkpoint(), "the test", folder / "out", "q8_0")
+    llama2c.write(checkpoint(), "the test", folder / "out", "q8_0")
 
 
 def write_gguf(folder, new):
-    gguf_file.write(checkpoint(), "the test", folder / "out.gguf", "float32")
+    gguf.write(checkpoint(), "the test", folder / "out.gguf", "float32")
 
 
 def read_huggingface(folder, new):
@@ -142,7 +142,7 @@ def place(tmp_path, monkeypatch):
     folder.mkdir()
     lines = (json.dumps({"question": f"{i}?", "answer": f"{i}."}) for i in range(9))
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    huggingface.write_folder(checkpoint(), "the test", tmp_path / "theirs")
+    huggingface.write(checkpoint(), "the test", tmp_path / "theirs")
     monkeypatch.setattr(engine.checkpoint, "FOLDER", folder / "checkpoint")
     monkeypatch.setattr(common.config, "ROOT", folder)
     monkeypatch.setattr(common.log, "ROOT", folder)
