@@ -313,10 +313,10 @@ def main() -> None:
         inputs, notices = all_default_inputs()
     tokenizer = None
     if args.tokenizer:
-        from common.config import find
+        from common.config import resolve_path
         from formats import load_tokenizer
 
-        tokenizer = load_tokenizer(find(args.tokenizer))
+        tokenizer = load_tokenizer(resolve_path(args.tokenizer))
     from preparation.display import prepare_and_show
 
     prepare_and_show(

@@ -58,18 +58,18 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    from common.config import find, shown
-    from inference import CHOICES, check_model_file, load_checkpoint
+    from common.config import display_path, resolve_path
+    from decoding.text_generator import NAMED_MODELS, check_model_file, load_checkpoint
 
     check_model_file(args.model)
-    if args.tokenizer is not None and not find(args.tokenizer).exists():
-        raise UserError(f"there is no file {shown(find(args.tokenizer))}")
+    if args.tokenizer is not None and not resolve_path(args.tokenizer).exists():
+        raise UserError(f"there is no file {display_path(resolve_path(args.tokenizer))}")
     if args.read is not None:
-        if not find(args.read).is_dir():
-            raise UserError(f"there is no folder {shown(find(args.read))}")
+        if not resolve_path(args.read).is_dir():
+            raise UserError(f"there is no folder {display_path(resolve_path(args.read))}")
         from formats.huggingface import read_folder
 
-        read_folder(find(args.read), args.task, args.tokenizer and find(args.tokenizer))
+        read_folder(resolve_path(args.read), args.task, args.tokenizer and resolve_path(args.tokenizer))
         return
     from formats import check_free
 
@@ -79,10 +79,10 @@ def main():
             return Path(args.output).expanduser()
         return path.with_name(path.stem + {"huggingface": "", "gguf": ".gguf"}.get(args.format, "_llama2c"))
 
-    if args.model not in CHOICES or args.output:
-        check_free(output_of(find(args.model)))
+    if args.model not in NAMED_MODELS or args.output:
+        check_free(output_of(resolve_path(args.model)))
     checkpoint, name = load_checkpoint(args.model, instruct=False)
-    output = output_of(checkpoint.path if args.model in CHOICES else find(args.model))
+    output = output_of(checkpoint.path if args.model in NAMED_MODELS else resolve_path(args.model))
     if args.format == "huggingface":
         from formats.huggingface import write_folder
 

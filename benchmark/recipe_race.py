@@ -57,7 +57,7 @@ def prepare(text, folder):
     import numpy as np
     import torch
 
-    from common.files import Together
+    from common.files import AtomicFiles
     from preparation.corpus import encode_texts
     from preparation.token_file import TokenWriter
     from tokenizer import N_SPECIAL, CharTokenizer
@@ -66,7 +66,7 @@ def prepare(text, folder):
     tokenizer.save(folder / "tokenizer.json")
     cut = int(len(text) * 0.9)
     for name, part in (("train", text[:cut]), ("val", text[cut:])):
-        with Together() as files:
+        with AtomicFiles() as files:
             writer = TokenWriter(files, folder / f"pretrain_{name}", "pretrain", tokenizer)
             writer.add(*encode_texts(tokenizer, [part], continues=False, is_open=False))
             writer.finish()

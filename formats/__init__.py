@@ -28,10 +28,10 @@ def check(name, config):
 
 def check_free(path):
     """UserError if something is at `path` already."""
-    from common.config import shown
+    from common.config import display_path
 
     if path.exists() or path.is_symlink():
-        raise UserError(f"{shown(path)} is there already; remove it, or name another with --output")
+        raise UserError(f"{display_path(path)} is there already; remove it, or name another with --output")
 
 
 def load_tokenizer(path):
@@ -51,14 +51,14 @@ def tokenizer_and_rows(path, config):
     if path.is_dir():
         path /= "tokenizer.json"
     if path.suffix == ".pt" or zipfile.is_zipfile(path):
-        from common.config import shown
+        from common.config import display_path
         from engine import checkpoint
 
         found = checkpoint.load(path).tokenizer
         try:
             tokenizer = tokenizers.from_dict(found)
         except UserError as error:
-            raise UserError(f"{shown(path)}: {error}") from None
+            raise UserError(f"{display_path(path)}: {error}") from None
     elif _is_of_library(path):
         from formats.huggingface import from_library
 

@@ -305,7 +305,7 @@ def unread(family, found):
 
 def from_config(found, source):
     """(Family, configuration of ours) of the content of a config.json; `source`: its name, for errors."""
-    from common.config import check_model
+    import models
 
     name = found.get("model_type")
     families = [family for family in FAMILIES if family.model_type == name]
@@ -336,7 +336,7 @@ def from_config(found, source):
             if rope.pop(key, None) != value:
                 raise UserError(f"{source}: {key} of YaRN must be {json.dumps(value)}")
     values["rope_scaling"] = None if rope in ({}, {"rope_type": "default"}) else rope
-    config = check_model(values, f"{source}, in Nano's names")
+    config = models.check_config(values, f"{source}, in Nano's names")
     return family, config.resolved(config.vocab_size)
 
 

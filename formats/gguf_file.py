@@ -16,7 +16,7 @@ here is told what they are:
 
 from common.config import ANY, unsupported
 from common.errors import UserError
-from common.files import whole
+from common.files import atomic_write
 from formats import check, check_free, families
 from formats.families import ROPE_SCALING, family_of, in_pairs, to_weights
 
@@ -326,7 +326,7 @@ def write(checkpoint, name, path, kind):
     import gguf
     from gguf.gguf_writer import WriterState
 
-    from common.config import shown
+    from common.config import display_path
     from engine.checkpoint import build
 
     model, tokenizer = build(checkpoint, name)
@@ -335,7 +335,7 @@ def write(checkpoint, name, path, kind):
     family, architecture = family_of(config), architecture_of(config)
     types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
     check_free(path)
-    with whole(path) as file:
+    with atomic_write(path) as file:
         writer, arrays = gguf.GGUFWriter(None, architecture), []
         writer.add_name(f"Nano {checkpoint.task}")
         writer.add_file_type(gguf.LlamaFileType[types[kind]])
@@ -357,7 +357,7 @@ def write(checkpoint, name, path, kind):
             writer.write_padding(file, file.tell())
             file.write(array)
         writer.write_padding(file, file.tell())
-    print(f"{shown(path)}: {architecture}, {model.n_params / 1e6:.2f} M parameters in {kind}")
+    print(f"{display_path(path)}: {architecture}, {model.n_params / 1e6:.2f} M parameters in {kind}")
     if odd:
         print(f"{odd} matrices are in float16: {GROUP} does not divide the length of their rows")
     if tokenizer.kind == "bpe" and tokenizer.rules.get("normalizer"):

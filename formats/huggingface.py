@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import whole_folder, write_text
+from common.files import atomic_folder, write_text
 from common.patterns import why_unsafe
 from formats import check, check_free, tokenizer_and_rows
 from formats.families import family_of, from_config, from_weights, to_config, to_weights, unread
@@ -69,7 +69,7 @@ def from_library(path, config):
     """`formats.tokenizer_and_rows` of a tokenizer.json. UserError if it is of no kind of ours."""
     from tokenizers import Tokenizer
 
-    from common.config import shown
+    from common.config import display_path
     from tokenizer import N_SPECIAL, SPECIAL_TOKENS, from_dict
 
     try:
@@ -88,17 +88,17 @@ def from_library(path, config):
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         why = str(error).partition("\n")[0][:300]
-        raise UserError(f"{shown(path)} could not be read ({why})") from None
+        raise UserError(f"{display_path(path)} could not be read ({why})") from None
     tokenizer, numbers, ours = of_our_kind(found), library.get_vocab(), {}
     if tokenizer:
         try:
             tokenizer = from_dict(tokenizer.to_dict())
         except UserError as error:
-            raise UserError(f"{shown(path)}: {error}") from None
+            raise UserError(f"{display_path(path)}: {error}") from None
         ours = to_library(tokenizer).get_vocab()
     words = sorted(ours, key=ours.get)[N_SPECIAL:]
     if not words or not numbers.keys() >= set(words):
-        raise UserError(f"{shown(path)} cuts text in a way that Nano does not know")
+        raise UserError(f"{display_path(path)} cuts text in a way that Nano does not know")
     eos = config.get("eos_token_id")
     roles = {
         "<|padding|>": config.get("pad_token_id"),
@@ -194,7 +194,7 @@ def write_folder(checkpoint, name, folder):
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from common.config import shown
+    from common.config import display_path
     from engine.checkpoint import build
     from tokenizer import SPECIAL_TOKENS
 
@@ -233,7 +233,7 @@ def write_folder(checkpoint, name, folder):
     }
     weights = to_weights(family, model.config, checkpoint.model)
     check_free(folder)
-    with whole_folder(folder) as beside:
+    with atomic_folder(folder) as beside:
         for file, text in texts.items():
             write_text(beside / file, text)
         try:
@@ -242,10 +242,10 @@ def write_folder(checkpoint, name, folder):
             weights = {their: tensor.clone(memory_format=dense) for their, tensor in weights.items()}
             save_file(weights, beside / "model.safetensors", {"format": "pt", "task": checkpoint.task})
         except SafetensorError as error:
-            raise UserError(f"{shown(folder)} could not be written ({error})") from None
+            raise UserError(f"{display_path(folder)} could not be written ({error})") from None
         # The library gives its file to its owner alone.
         shutil.copymode(beside / "config.json", beside / "model.safetensors")
-    print(f"{shown(folder)}: {family.class_name}, {model.n_params / 1e6:.2f} M parameters")
+    print(f"{display_path(folder)}: {family.class_name}, {model.n_params / 1e6:.2f} M parameters")
 
 
 def as_json(value):
@@ -256,25 +256,27 @@ def open_weights(folder):
     """({name: a function that reads the tensor}, metadata) of a folder's .safetensors, one or several."""
     from safetensors import SafetensorError, safe_open
 
-    from common.config import read_json, shown
+    from common.config import display_path, read_json
 
     index = folder / "model.safetensors.index.json"
     if index.exists():
         places = read_json(index).get("weight_map")
         # Names of files in this folder, not paths that lead out of it.
         if not isinstance(places, dict) or not all(Path(str(p)).name == p for p in places.values()):
-            raise UserError(f"{shown(index)}: its weight_map names no file of the folder for some tensor")
+            raise UserError(
+                f"{display_path(index)}: its weight_map names no file of the folder for some tensor"
+            )
         files = sorted(set(places.values()))
     else:
         files = ["model.safetensors"]
     read, metadata = {}, {}
     for path in (folder / file for file in files):
         if not path.is_file():
-            raise UserError(f"there is no {shown(path)}; only weights in .safetensors are read")
+            raise UserError(f"there is no {display_path(path)}; only weights in .safetensors are read")
         try:
             file = safe_open(path, "pt")
         except SafetensorError as error:
-            raise UserError(f"{shown(path)} is damaged, or no safetensors file ({error})") from None
+            raise UserError(f"{display_path(path)} is damaged, or no safetensors file ({error})") from None
         read |= {name: functools.partial(file.get_tensor, name) for name in file.keys()}
         metadata |= file.metadata() or {}
     return read, metadata
@@ -282,14 +284,14 @@ def open_weights(folder):
 
 def read_folder(folder, task, tokenizer_path):
     """Write the checkpoint of a folder's model. `task`, `tokenizer_path`: instead of what the folder says."""
-    from common.config import read_json, shown
+    from common.config import display_path, read_json
     from tokenizer import SPECIAL_TOKENS
 
     source = folder / "config.json"
     found = read_json(source)
-    family, config = from_config(found, shown(source))
+    family, config = from_config(found, display_path(source))
     if keys := unread(family, found):
-        print(f"{shown(source)}: Nano does not know {', '.join(keys)}, and leaves that out.")
+        print(f"{display_path(source)}: Nano does not know {', '.join(keys)}, and leaves that out.")
     if tokenizer_path is not None:
         tokenizer, rows = tokenizer_and_rows(tokenizer_path, found)
     else:
@@ -311,7 +313,7 @@ def read_folder(folder, task, tokenizer_path):
     try:
         state = from_weights(family, config, read)
     except UserError as error:
-        raise UserError(f"{shown(folder)}: {error}") from None
+        raise UserError(f"{display_path(folder)}: {error}") from None
     if rows != list(range(len(rows))):
         config = config.model_copy(update={"vocab_size": len(rows)})
         state["wte.weight"] = renumbered(state["wte.weight"], rows)
@@ -323,6 +325,6 @@ def read_folder(folder, task, tokenizer_path):
         task = "sft" if metadata.get("task") == "sft" else "pretrain"
     with Run() as run:
         made = Checkpoint(task, run.name, 0, config.model_dump(), {}, tokenizer.to_dict(), state, {})
-        path = shown(made.save())
+        path = display_path(made.save())
     print(f"{path}: {config.architecture}, of a {family.class_name}")
     print(f"Talk with it: python inference.py {'-i ' if task == 'sft' else ''}-m {path}")

@@ -37,7 +37,7 @@ import struct
 
 from common.config import ANY, unsupported
 from common.errors import UserError
-from common.files import whole, whole_folder
+from common.files import atomic_folder, atomic_write
 from formats import check, check_free, families
 from formats.families import family_of, in_pairs, to_weights
 from tokenizer import N_SPECIAL, Tokenizer
@@ -202,7 +202,7 @@ def group_of(config):
 
 def write_folder(checkpoint, name, folder, kind):
     """Write the model of a checkpoint. kind: float32 (version 0) or q8_0 (version 2)."""
-    from common.config import shown
+    from common.config import display_path
     from engine.checkpoint import build
 
     model, tokenizer = build(checkpoint, name)
@@ -215,12 +215,12 @@ def write_folder(checkpoint, name, folder, kind):
     else:
         program, parts = "runq", int8_parts(config, tensors, group_of(config))
     check_free(folder)
-    with whole_folder(folder) as beside:
-        with whole(beside / "model.bin") as file:
+    with atomic_folder(folder) as beside:
+        with atomic_write(beside / "model.bin") as file:
             file.writelines(parts)
-        with whole(beside / "tokenizer.bin") as file:
+        with atomic_write(beside / "tokenizer.bin") as file:
             file.write(tokenizer_file(tokens))
-    print(f"{shown(folder)}: llama2.c's {program}, {model.n_params / 1e6:.2f} M parameters in {kind}")
+    print(f"{display_path(folder)}: llama2.c's {program}, {model.n_params / 1e6:.2f} M parameters in {kind}")
     print(f"Run it there: {program} model.bin -t 0 -i {example(checkpoint.task)}")
 
 

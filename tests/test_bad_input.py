@@ -282,7 +282,7 @@ def test_out_of_memory(tiny_project):
     assert "Lower batch_size and raise gradient_accumulation_steps by the same factor" in wrong
     settings = ["--set", "n_embd=32768", "--set", "n_layer=1"]
     wrong = told(tiny_project.run("train.py", "-t", "pretrain", *settings, limits=limits))
-    assert "memory does not suffice" in wrong or "lower n_layer or n_embd" in wrong
+    assert "out of memory; lower batch_size" in wrong or "lower n_layer or n_embd" in wrong
 
 
 @pytest.mark.parametrize("size", ["²", "-1", "abc", "", "9" * 30])

@@ -6,8 +6,9 @@ With qk_norm off the network is Llama, with it on Qwen3; only names and packing 
 import pytest
 import torch
 from lm_pass import lm_pass
-from test_model import build, differ, probabilities, random_tokens
+from test_model import build, differ, random_tokens
 
+from decoding.sampling import generate
 from formats import families
 
 transformers = pytest.importorskip("transformers")
@@ -132,29 +133,5 @@ def test_greedy_generation_is_equal(qk_norm, penalty):
             prompt[None], attention_mask=torch.ones(1, 6), do_sample=False, max_new_tokens=30,
             repetition_penalty=penalty, pad_token_id=0,
         )  # fmt: skip
-        ours = list(model.generate(prompt, 30, temperature=0, repetition_penalty=penalty))
+        ours = list(generate(model, prompt, 30, temperature=0, repetition_penalty=penalty))
         assert ours == theirs[0, 6:].tolist()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "setting", [dict(temperature=0.6), dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), "all"], ids=str
-)
-def test_sampling_is_equal(setting):
-    """The probabilities of `logits_to_probs` are those of Transformers' chain of processors."""
-    if setting == "all":
-        setting = dict(temperature=1.4, top_k=12, top_p=0.8, min_p=0.1, repetition_penalty=1.25)
-    for seed in range(20):
-        logits, previous = 2 * torch.randn(1, 40), random_tokens(1, 9, seed=seed, vocab_size=40)
-        scores = logits
-        for name, process in (
-            ("repetition_penalty", transformers.RepetitionPenaltyLogitsProcessor),
-            ("temperature", transformers.TemperatureLogitsWarper),
-            ("top_k", transformers.TopKLogitsWarper),
-            ("top_p", transformers.TopPLogitsWarper),
-            ("min_p", transformers.MinPLogitsWarper),
-        ):
-            if name in setting:
-                scores = process(setting[name])(previous, scores)
-        found = probabilities(logits[0], **setting, previous=previous[0].tolist())
-        assert differ(found, scores[0].softmax(-1)) < 1e-5

@@ -59,7 +59,7 @@ def test_the_loss_of_sft_is_a_mean_over_the_words_of_answers(train):
     torch.manual_seed(1337)
     model = type(model)(model.config).double()  # as it was before the step
     path = train.root / "dataset" / "prepared" / "sft_train.bin"
-    x, y, _ = map(torch.from_numpy, TokenBatches([TokenFile(path)], 12, 12, 1337)(0))
+    x, y, _ = map(torch.from_numpy, TokenBatches([TokenFile(path)], 12, 12, 1337)(0).values())
     chances = log_softmax(model(x), -1)
     means, total, count = [], 0.0, 0
     for row, (before, after) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
@@ -433,24 +433,23 @@ def test_other_vars_land_in_the_log_the_chart_and_tensorboard(train, monkeypatch
     """One mean over the passes of a step, each curve under its own name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from common.log_reader import Log
     from model import GPT
-    from plot_loss import Log
 
-    original, passes = GPT.forward, itertools.count(1)
+    passes = itertools.count(1)
 
-    def forward(self, *args, **options):
-        logits, loss, other_vars = original(self, *args, **options)
-        assert other_vars == {}
-        load = torch.tensor(float(next(passes))) if self.training else torch.tensor(math.nan)
-        return logits, loss, {"expert_load/2": load, "mtp_loss": load.exp()}
+    def auxiliary_loss(self, x, targets, mask):
+        load = torch.tensor(float(next(passes)))
+        return None, {"expert_load/2": load, "mtp_loss": load.exp()}
 
-    monkeypatch.setattr(GPT, "forward", forward)
+    monkeypatch.setattr(GPT, "auxiliary_loss", auxiliary_loss)
     assert train("pretrain", max_steps=3, gradient_accumulation_steps=2, tensorboard=True).returncode == 0
     assert train.logged("Train", "expert_load/2") == [(1, "1.5"), (2, "3.5"), (3, "5.5")]
     [path] = train.root.glob("train_*.log")
     (log := Log(path)).read()
-    assert log.watched["expert_load"] == {2: [(1, 1.5), (2, 3.5), (3, 5.5)]}
-    assert log.watched["mtp_loss"][None][0] == (1, pytest.approx((math.e + math.e**2) / 2, rel=1e-3))
+    watched = log.run.model_metrics
+    assert watched["expert_load"] == {2: [(1, 1.5), (2, 3.5), (3, 5.5)]}
+    assert watched["mtp_loss"][None][0] == (1, pytest.approx((math.e + math.e**2) / 2, rel=1e-3))
 
     events = EventAccumulator(str(train.root / "runs" / path.stem)).Reload()
     logged = dict(train.logged("Train", "Loss"))
@@ -506,7 +505,7 @@ def test_every_validation_file_counts_by_its_size(train, tiny_data):
         batches, total, weight = TokenBatches([file], 32, 2, 1337), 0.0, 0
         n = min(max(1, round(12 * count / sum(counts))), -(-count // 2))
         for first in range(0, 2 * n, 2):
-            x, y, mask = map(torch.from_numpy, batches(first))
+            x, y, mask = map(torch.from_numpy, batches(first).values())
             total += float(lm_pass(model, x, y, mask, divisor=1)[1])
             weight += float(mask.sum())
         assert loss == pytest.approx(total / weight, abs=1e-5) and n > 1

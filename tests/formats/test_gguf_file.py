@@ -17,6 +17,7 @@ from test_huggingface import FOREIGN, LLAMA3, MIXTURE, SMALL, YARN, random_check
 from test_tokenizer import BPE, CHAR, SAMPLE, any_text, awkward
 
 from common.errors import UserError
+from decoding.sampling import generate
 from engine.checkpoint import build
 from formats import gguf_file
 from formats.huggingface import CHAT_TEMPLATE
@@ -486,7 +487,7 @@ def test_llama_cpp_computes_and_says_the_same(case, kind, written, opened):
     said = 0
     for text in ("The fox", " 狐狸 é\n", "🦊 1 + 1 ="):
         ids = text_generator.completion_prompt(text)[0]
-        expected = list(model.generate(ids, 40, temperature=0, stop_tokens=text_generator.stop_tokens))
+        expected = list(generate(model, ids, 40, temperature=0, stop_tokens=text_generator.stop_tokens))
         # A prompt of a model that has learned to answer is what it is: here, a completion's.
         theirs = llama.tokenize(b"<|bos|>" + text.encode(), add_bos=False, special=True)
         assert known(theirs, n_rows) == ids
@@ -502,7 +503,7 @@ def test_llama_cpp_computes_and_says_the_same(case, kind, written, opened):
     assert stops == sorted(text_generator.stop_tokens)
 
     ids = text_generator.chat_prompt([dict(message) for message in CHAT])[0]
-    answer = list(model.generate(ids, 30, temperature=0, stop_tokens=text_generator.stop_tokens))
+    answer = list(generate(model, ids, 30, temperature=0, stop_tokens=text_generator.stop_tokens))
     # What is not text is not printed there: <|unknown|>, and rows without a token.
     whole = [i for i in answer if i != tokenizer.unknown_id and i < tokenizer.vocab_size]
     expected = tokenizer.decode_bytes(whole).decode("utf-8", "ignore")
@@ -521,7 +522,7 @@ def test_a_pretrained_model_continues_in_llama_cpp(written, opened):
     for text in ("The fox", " 狐狸 "):
         ids = text_generator.completion_prompt(text)[0]
         assert llama.tokenize(text.encode()) == ids  # <|bos|> comes by itself
-        answer = list(model.generate(ids, 30, temperature=0, stop_tokens=text_generator.stop_tokens))
+        answer = list(generate(model, ids, 30, temperature=0, stop_tokens=text_generator.stop_tokens))
         expected = tokenizer.decode([i for i in answer if i != tokenizer.unknown_id])
         done = llama.create_completion(text, temperature=0, repeat_penalty=1.0, max_tokens=30)
         assert done["choices"][0]["text"] == expected and done["usage"]["prompt_tokens"] == len(ids)

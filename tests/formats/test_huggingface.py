@@ -22,7 +22,6 @@ from tokenizers import models as library_models
 import engine.checkpoint
 import inference
 import models
-from common.config import check_model
 from engine.checkpoint import Checkpoint, build, load
 from formats import huggingface, load_tokenizer, tokenizer_and_rows
 from inference import TextGenerator
@@ -61,7 +60,7 @@ CASES = {
 def random_checkpoint(fields, tokenizer, task="sft"):
     """Of a model whose weights are so large that what is wrong shows."""
     torch.manual_seed(0)
-    model = models.build(check_model(fields, "the test").resolved(tokenizer.vocab_size))
+    model = models.build(models.check_config(fields, "the test").resolved(tokenizer.vocab_size))
     for name, tensor in model.state_dict().items():
         tensor.normal_(float("norm" in name), 0.2)
     return Checkpoint(
@@ -491,9 +490,12 @@ def test_conversations_have_the_same_ids(ours, turns, system):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (dict(use_rope=False), "use_rope is false in this model, and a Qwen3ForCausalLM has only true"),
-        (dict(is_causal=False), "is_causal is false in this model, and a Qwen3ForCausalLM has only true"),
-        (dict(bias=True), "bias is true in this model, and a Qwen3ForCausalLM has only false"),
+        (dict(use_rope=False), "use_rope is false in this model, but a Qwen3ForCausalLM supports only true"),
+        (
+            dict(is_causal=False),
+            "is_causal is false in this model, but a Qwen3ForCausalLM supports only true",
+        ),
+        (dict(bias=True), "bias is true in this model, but a Qwen3ForCausalLM supports only false"),
         (dict(qk_norm=False, is_causal=False), "is_causal is false in this model, and a LlamaForCausalLM"),
         (
             dict(qk_norm=False, n_embd=26, head_dim=6),

@@ -308,18 +308,30 @@ def test_most_bpe_prompts_are_ours():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (SMALL, "qk_norm is true in this model, and llama2.c has only false: train with --set qk_norm=false"),
-        (PLAIN | dict(bias=True), "bias is true in this model, and llama2.c has only false"),
-        (PLAIN | dict(use_rope=False), "use_rope is false in this model, and llama2.c has only true"),
-        (PLAIN | dict(is_causal=False), "is_causal is false in this model, and llama2.c has only true: "),
-        (PLAIN | dict(rope_theta=5e5), "rope_theta is 500000.0 in this model, and llama2.c has only 10000.0"),
+        (
+            SMALL,
+            "qk_norm is true in this model, but llama2.c supports only false: train with --set qk_norm=false",
+        ),
+        (PLAIN | dict(bias=True), "bias is true in this model, but llama2.c supports only false"),
+        (PLAIN | dict(use_rope=False), "use_rope is false in this model, but llama2.c supports only true"),
+        (
+            PLAIN | dict(is_causal=False),
+            "is_causal is false in this model, but llama2.c supports only true: ",
+        ),
+        (
+            PLAIN | dict(rope_theta=5e5),
+            "rope_theta is 500000.0 in this model, but llama2.c supports only 10000.0",
+        ),
         (
             PLAIN | dict(rope_scaling=LLAMA3),
-            'rope_scaling is "llama3" in this model, and llama2.c has only n',
+            'rope_scaling is "llama3" in this model, but llama2.c supports only n',
         ),
-        (PLAIN | dict(norm_eps=1e-6), "norm_eps is 1e-06 in this model, and llama2.c has only 1e-05"),
+        (PLAIN | dict(norm_eps=1e-6), "norm_eps is 1e-06 in this model, but llama2.c supports only 1e-05"),
         (PLAIN | dict(head_dim=8), "only heads of n_embd / n_head numbers; --format huggingface writes this"),
-        (MIXTURE, 'architecture is "deepseek_v3" in this model, and llama2.c has only "nano": train with'),
+        (
+            MIXTURE,
+            'architecture is "deepseek_v3" in this model, but llama2.c supports only "nano": train with',
+        ),
         (SMALL | dict(architecture="nanochat"), ': train with --set architecture="nano"; --format huggingfa'),
     ],
 )
