@@ -228,17 +228,17 @@ Question = tuple[list[dict[str, str]], str]  # (messages, which end with the rig
 
 def read_questions(path: Path) -> list[Question]:
     """Read a file in any format that `python data.py` accepts for SFT. A record may also have a "kind"."""
-    from data import conversation_of
-    from sources import Found, Source
+    from preparation.corpus import conversation_of
+    from sources import ReadReport, Source
 
     def question_of(record):
         messages, notes = conversation_of(record)
         kind = record.get("kind", "question") if isinstance(record, dict) else "question"
         return (messages, str(kind)), [note for note in notes if note != ("not read", "kind")]
 
-    source, found = Source(path, question_of, needs_records=True), Found()
-    questions = [question for questions, _ in source.documents(found) for question in questions]
-    for sentence in found.told(path):
+    source, report = Source(path, question_of, needs_records=True), ReadReport()
+    questions = [question for questions, _ in source.documents(report) for question in questions]
+    for sentence in report.summary(path):
         print_notice(sentence)
     return questions
 
