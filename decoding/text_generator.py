@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.errors import UserError
-from config.stages import STAGES, Stage
 
 if TYPE_CHECKING:
     from common.hardware import ComputeConfig
@@ -150,7 +149,7 @@ class TextGenerator:
         # A quarter is left for the answer. Once turns must go, make the conversation much shorter than
         # necessary, so that the next turns fit without dropping again.
         limit, shorter = self.max_prompt - self.max_prompt // 4, self.max_prompt // 2
-        # Drop what cannot fit before encoding it: a message has at least its mark and `fewest` tokens.
+        # Drop what cannot fit before encoding it: a message has at least its mark and `min_tokens` tokens.
         sizes = [1 + self.tokenizer.min_tokens(message["content"]) for message in messages]
         if sum(sizes) > limit:
             limit = shorter
