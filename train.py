@@ -205,7 +205,7 @@ def check_finite(when: str, numbers: dict[str, float], step: int, setup: "TrainS
 
 
 def read_results(results: list[StepResult], state: TrainState, setup: "TrainSetup", parallel: Any,
-                 run_name: str) -> list[dict[str, float]]:  # fmt: skip
+                 run_name: str) -> list[dict[str, Any]]:  # fmt: skip
     """The numbers of the last steps over all processes, checked. Here the host waits for the device."""
     import torch
 
@@ -221,7 +221,7 @@ def read_results(results: list[StepResult], state: TrainState, setup: "TrainSetu
         # With loss scaling, an infinite gradient only means that the step was skipped.
         checked = {"loss": values["loss"], "gradient norm": 0.0 if setup.compute.grad_scaling else norm}
         check_finite(f"step {step}", checked, step - 1, setup, run_name)
-        numbers.append({"loss": values.pop("loss"), "grad_norm": norm, **values})
+        numbers.append({"loss": values.pop("loss"), "grad_norm": norm, "metrics": values})
     return numbers
 
 
@@ -349,11 +349,12 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
             if logs:
                 rates = speed.read()
                 remaining = {"remaining_seconds": speed.seconds_per_step * (config.max_steps - step)}
-                log.write("train", epoch, step, {
-                    "curriculum": (file, sequence), "loss": numbers[-1].pop("loss"),
-                    "lr": learning_rate_at(step - 1, config), **numbers[-1], **rates,
-                    **(remaining if config.max_steps else {}),
-                })  # fmt: skip
+                own = {
+                    "curriculum": (file, sequence), "loss": numbers[-1]["loss"],
+                    "lr": learning_rate_at(step - 1, config), "grad_norm": numbers[-1]["grad_norm"],
+                }  # fmt: skip
+                rates |= remaining if config.max_steps else {}
+                log.write("train", epoch, step, {**own, **numbers[-1]["metrics"], **own, **rates})
             if evaluates:
                 loss, losses, metrics = evaluate(state, setup, parallel)
                 check_finite(f"after step {step}", {"validation loss": loss}, step, setup, run_name)

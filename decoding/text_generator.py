@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.errors import UserError
+from config.stages import STAGES, Stage
 
 if TYPE_CHECKING:
     from common.hardware import ComputeConfig

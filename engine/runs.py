@@ -113,7 +113,8 @@ def _holder(name):
 def _names():
     """Of all runs that have left a log or a checkpoint."""
     folder = checkpoints.FOLDER
-    found = [re.fullmatch(rf"train_({TIME})\.log", path.name) for path in folder.parent.glob("train_*.log")]
+    logs = rf"train_({TIME})\.(?:log|metrics\.jsonl)"
+    found = [re.fullmatch(logs, path.name) for path in folder.parent.glob("train_*")]
     return {match[1] for match in found if match} | {entry.run for entry in saved()}
 
 

@@ -18,8 +18,8 @@ from common.errors import UserError
 from decoding.engine import Request
 from decoding.sampling import check_prompt
 from decoding.text import StopStrings, TextStream, word_of
-from engine.checkpoint import Checkpoint
 from decoding.text_generator import TextGenerator
+from engine.checkpoint import Checkpoint
 from server.metrics import ServerMetrics
 from server.openai_api import (
     ApiError,
@@ -104,7 +104,7 @@ class Service:
         self.readers, self.n_reading = ThreadPoolExecutor(2, "reader"), 0
         self.tokenizer: Tokenizer = text_generator.tokenizer
         self.context: int = text_generator.context
-        self.can_chat, loss = checkpoint.stage == "sft", checkpoint.validation["loss"]
+        self.can_chat, loss = checkpoint.chat_template is not None, checkpoint.validation["loss"]
         self.model_card = {
             "id": self.name,
             "object": "model",
