@@ -277,7 +277,7 @@ def main() -> None:
     n_bytes = {"float32": 4 * n_weights, "int8": n_weights * (1 + 4 / 64)}
     with tempfile.TemporaryDirectory() as place, console.status("preparing") as status:
         place = Path(place)
-        from formats import gguf_file, huggingface
+        from formats import gguf, huggingface
         from formats import llama2c as llama2c_files
 
         with contextlib.redirect_stdout(sys.stderr):
@@ -289,7 +289,7 @@ def main() -> None:
         }
         for kind, size, program in (("float32", "float32", "run"), ("q8_0", "int8", "runq")):
             if importlib.util.find_spec("llama_cpp"):
-                gguf_file.write(checkpoint, "the benchmark", place / f"{kind}.gguf", kind)
+                gguf.write(checkpoint, "the benchmark", place / f"{kind}.gguf", kind)
                 runs[f"llama.cpp, {kind}"] = size, 1, llama_cpp(place / f"{kind}.gguf", n, args.threads)
             if args.llama2c and (args.llama2c / program).is_file():
                 llama2c_files.write_folder(checkpoint, "the benchmark", place / program, kind)

@@ -151,7 +151,7 @@ class TextGenerator:
         # necessary, so that the next turns fit without dropping again.
         limit, shorter = self.max_prompt - self.max_prompt // 4, self.max_prompt // 2
         # Drop what cannot fit before encoding it: a message has at least its mark and `fewest` tokens.
-        sizes = [1 + self.tokenizer.fewest(message["content"]) for message in messages]
+        sizes = [1 + self.tokenizer.min_tokens(message["content"]) for message in messages]
         if sum(sizes) > limit:
             limit = shorter
             drop_oldest_turns(messages, sizes, limit)

@@ -35,9 +35,10 @@ import server.connections as connections
 import server.middleware as middleware
 import server.openai_api as openai_api
 from config.schema import ModelConfig
-from decoding.engine import Decoder, Request, TextStream
+from decoding.engine import BatchedDecoder, Request
 from decoding.packed import quantize as to_int8
 from decoding.sampling import generate
+from decoding.text import TextStream
 from inference import TextGenerator
 from model import GPT
 from server.app import make_app
@@ -1455,7 +1456,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
     model, tokenizer = engine.checkpoint.build(engine.checkpoint.load(path), path.name)
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     stops, cases = TextGenerator(model, tokenizer).stop_tokens, []
-    alone = Decoder(to_int8(model)) if quantize else None
+    alone = BatchedDecoder(to_int8(model)) if quantize else None
     if alone:
         alone.compile(wait=True)
     for i in range(60):
