@@ -19,7 +19,7 @@ Number = TypeVar("Number", int, float)
 def number(value: Number | Auto) -> Number:
     """The value of a key that may be "auto", once engine/scaling_laws.py has resolved it."""
     assert value != "auto"
-    return value  # type: ignore[return-value]  # mypy does not narrow a union by ==
+    return value
 
 
 class Schema(BaseModel):
