@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from common.errors import UserError
 from decoding.engine import Request, StopStrings, TextStream, word_of
@@ -32,7 +32,6 @@ from tokenizer import BLOCK, Message, Tokenizer, merge_turns
 
 MAX_PIECE = 4 * BLOCK  # characters encoded at once
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -119,7 +118,7 @@ class Service:
             "slots": engine.n_slots,
         }
 
-    async def read(self, deadline: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def read(self, deadline: float, function: Callable[..., T], *args: object) -> T:
         """Run function(*args) in a reader thread, because parsing or encoding a long text takes a while.
 
         Not begun if the client has left by then. Raises the ApiError that the function raises, one with
@@ -129,7 +128,7 @@ class Service:
         if not self.engine.has_room(self.n_reading + 1):
             raise overloaded()
         self.n_reading += 1
-        job = self.readers.submit(catch_api_error, function, *args, **kwargs)
+        job = self.readers.submit(catch_api_error, function, *args)
         work = asyncio.wrap_future(job)
         try:
             await asyncio.wait({work}, timeout=max(0, deadline - time.monotonic()))
@@ -328,7 +327,7 @@ def overloaded() -> ApiError:
 
 
 def catch_api_error(
-    function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    function: Callable[..., T], *args: object
 ) -> tuple[T | None, tuple[int, str, str | None, str | None] | None]:
     """Returns (the function's result, None), or (None, the arguments of the ApiError it raised).
 
@@ -336,7 +335,7 @@ def catch_api_error(
     to the exception: this cycle would keep the request's body until the garbage collector runs.
     """
     try:
-        return function(*args, **kwargs), None
+        return function(*args), None
     except ApiError as error:
         return None, (error.status, error.message, error.code, error.param)
 
