@@ -316,7 +316,7 @@ def main() -> None:
         from common.config import resolve_path
         from formats import load_tokenizer
 
-        tokenizer = load_tokenizer(find(args.tokenizer))
+        tokenizer = load_tokenizer(resolve_path(args.tokenizer))
     from preparation.display import prepare_and_show
 
     prepare_and_show(

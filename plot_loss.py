@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, describe_os_error
 from common.errors import run as run_script
-from common.files import whole
+from common.files import atomic_write
 from common.log_reader import Log, Points, Run, is_finite, label_of, merge_runs
 from common.metrics import METRICS_SUFFIX
 

@@ -76,26 +76,27 @@ def load_service(args: argparse.Namespace) -> "tuple[Service, str]":
     """Load the model. Returns (the Service, a description of the model in two lines)."""
     from common.config import resolve_path
     from common.hardware import attention_context
-    from inference import TextGenerator, facts, load_model
+    from decoding.text_generator import TextGenerator, describe_model, load_model
     from server.scheduler import InferenceEngine
     from server.service import Service
 
-    checkpoint, name, model, tokenizer, compute = load_model(args.model, True, args.device, args.quantize)
-    text_generator = TextGenerator(model, tokenizer)
+    loaded = load_model(args.model, True, args.device, args.quantize)
+    text_generator = TextGenerator(loaded.model, loaded.tokenizer)
     try:
-        attention = attention_context(compute)
-        engine = InferenceEngine(model, args.slots, args.max_queue, args.timeout, attention)
+        attention = attention_context(loaded.compute)
+        engine = InferenceEngine(loaded.model, args.slots, args.max_queue, args.timeout, attention)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise UserError(f"not enough memory for {args.slots} slots; lower --slots") from None
         raise
-    service = Service(checkpoint, resolve_path(name), text_generator, engine, compute.device)
-    return service, facts(checkpoint, name, text_generator, compute.device, args.model)
+    path = resolve_path(loaded.name)
+    service = Service(loaded.checkpoint, path, text_generator, engine, loaded.compute.device)
+    return service, describe_model(loaded, args.model)
 
 
 def main() -> None:
     args = parse_arguments()
-    from inference import check_model_file
+    from decoding.text_generator import check_model_file
 
     check_model_file(args.model)
     try:

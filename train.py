@@ -27,10 +27,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.config import find, load_run, parse_overrides, shown
+from common.config import display_path, parse_overrides, resolve_path
 from common.errors import UserError, run
 from config.schema import LAST_STEP
 from config.stages import STAGES
+from engine.run_config import load_run
 
 if TYPE_CHECKING:  # torch is imported when the arguments are known to be good, inside the functions
     from pathlib import Path
@@ -196,7 +197,7 @@ def check_finite(when: str, numbers: dict[str, float], step: int, setup: "TrainS
     if not all(map(math.isfinite, numbers.values())):
         what = ", ".join(f"{name} {number}" for name, number in numbers.items())
         good = [entry.path for entry in runs.saved(setup.stage.name, run_name) if entry.step < step]
-        last = f" The last good checkpoint is {shown(good[-1])}: --resume it," if good else " Begin again"
+        last = f" The last good checkpoint is {display_path(good[-1])}: --resume it," if good else " Begin again"
         raise UserError(
             f"{when}: {what}; training stopped and nothing was saved over.{last} with a lower learning_rate, "
             "or look for odd texts in the data."
@@ -204,7 +205,7 @@ def check_finite(when: str, numbers: dict[str, float], step: int, setup: "TrainS
 
 
 def read_results(results: list[StepResult], state: TrainState, setup: "TrainSetup", parallel: Any,
-                 run_name: str) -> list[dict[str, float]]:  # fmt: skip
+                 run_name: str) -> list[dict[str, Any]]:  # fmt: skip
     """The numbers of the last steps over all processes, checked. Here the host waits for the device."""
     import torch
 
@@ -220,7 +221,7 @@ def read_results(results: list[StepResult], state: TrainState, setup: "TrainSetu
         # With loss scaling, an infinite gradient only means that the step was skipped.
         checked = {"loss": values["loss"], "gradient norm": 0.0 if setup.compute.grad_scaling else norm}
         check_finite(f"step {step}", checked, step - 1, setup, run_name)
-        numbers.append({"loss": values.pop("loss"), "grad_norm": norm, **values})
+        numbers.append({"loss": values.pop("loss"), "grad_norm": norm, "metrics": values})
     return numbers
 
 
@@ -285,7 +286,7 @@ def save_checkpoint(
         validation=state.validation,
     )  # fmt: skip
     path = saved.save()
-    log.write("save", epoch, state.step, {"path": shown(path)})
+    log.write("save", epoch, state.step, {"path": display_path(path)})
     runs.prune(saved, setup.config.keep_checkpoints)
     return path
 
@@ -348,11 +349,12 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
             if logs:
                 rates = speed.read()
                 remaining = {"remaining_seconds": speed.seconds_per_step * (config.max_steps - step)}
-                log.write("train", epoch, step, {
-                    "curriculum": (file, sequence), "loss": numbers[-1].pop("loss"),
-                    "lr": learning_rate_at(step - 1, config), **numbers[-1], **rates,
-                    **(remaining if config.max_steps else {}),
-                })  # fmt: skip
+                own = {
+                    "curriculum": (file, sequence), "loss": numbers[-1]["loss"],
+                    "lr": learning_rate_at(step - 1, config), "grad_norm": numbers[-1]["grad_norm"],
+                }  # fmt: skip
+                rates |= remaining if config.max_steps else {}
+                log.write("train", epoch, step, {**own, **numbers[-1]["metrics"], **own, **rates})
             if evaluates:
                 loss, losses, metrics = evaluate(state, setup, parallel)
                 check_finite(f"after step {step}", {"validation loss": loss}, step, setup, run_name)
@@ -376,7 +378,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
             log.say(f"Stopped after step {state.step}. Go on with: {command}")
             return None
         log.say(f"Done: step {state.step}, {state.step - first_step} of them now.")
-        log.say(f"Loss chart: python plot_loss.py -n {shown(log.path)}")
+        log.say(f"Loss chart: python plot_loss.py -n {display_path(log.path)}")
         return log.path, path
 
 
@@ -429,7 +431,7 @@ def train_launched(args: argparse.Namespace, strategy: Callable[..., Any], place
     from common import hardware
     from engine.setup import stage_setup
 
-    compute = hardware.prepare(config, place, loss_scaling)
+    compute = hardware.set_up_compute(config, place, loss_scaling)
     with strategy(config, compute) as parallel:
         setup = stage_setup(STAGES[args.task], config, shape, compute, parallel, args.resume)
         train(setup, parallel, launcher)
@@ -448,7 +450,7 @@ def main() -> None:
     from engine.parallel import SingleProcess
     from engine.setup import stage_setup
 
-    compute, parallel = hardware.prepare(config), SingleProcess()
+    compute, parallel = hardware.set_up_compute(config), SingleProcess()
     setup = stage_setup(STAGES[args.task], config, shape, compute, parallel, args.resume)
     if not args.plan:
         train(setup, parallel)

@@ -18,7 +18,9 @@ import train
 from common.config import display_path, load, resolve_path
 from common.errors import UserError, run_launched
 from config.schema import DeepSpeedConfig
+from config.stages import STAGES
 from engine.launch import launched_place
+from engine.run_config import load_run
 
 EXAMPLE = "deepspeed --num_gpus 2 train_deepspeed.py -t pretrain"
 
@@ -82,7 +84,7 @@ def convert(args):
 
     tokenizer = load_tokenizer(resolve_path(config.tokenizer_path))
     shape = model_config.resolved(tokenizer.vocab_size)
-    path = zero.convert(resolve_path(args.convert), args.task, config, shape, tokenizer)
+    path = zero.convert(resolve_path(args.convert), STAGES[args.task], config, shape, tokenizer)
     print(f"Written: {display_path(path)}")
     print(f"Try it: python inference.py -m {display_path(path)}")
 

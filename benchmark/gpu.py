@@ -333,7 +333,7 @@ def write_texts(setting, tell, shape):
     import models
     from common import hardware
     from common.errors import is_out_of_memory
-    from decoding.engine import Decoder, Request
+    from decoding.engine import BatchedDecoder, Request
 
     shape = shape | SMALL.shape | {"n_kv_head": 1} if setting.dry_run else shape
     compute = hardware.resolve_compute(
@@ -347,7 +347,7 @@ def write_texts(setting, tell, shape):
         record = dict(texts=n, parameters=model.n_params, limit=n * speed / n_bytes)
         try:
             with hardware.attention_context(compute):
-                decoder, n_steps = Decoder(model, n), 0
+                decoder, n_steps = BatchedDecoder(model, n), 0
                 for i in range(n):
                     prompt = range(1, 9 + i % 8)
                     decoder.add(Request(prompt, shape["block_size"] - len(prompt), temperature=0))

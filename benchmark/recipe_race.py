@@ -57,7 +57,7 @@ def prepare(text, folder):
     import numpy as np
     import torch
 
-    from common.files import Together
+    from common.files import AtomicFiles
     from preparation.corpus import encode_texts
     from preparation.token_file import TokenWriter
     from tokenizer import N_SPECIAL, CharTokenizer

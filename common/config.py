@@ -77,18 +77,8 @@ def load(schema: type[S], path: str | os.PathLike[str], overrides: Mapping[str, 
     return check(schema, {**values, **overrides}, display_path(path), overrides)
 
 
-def load_run(args):
-    """(TrainConfig, the configuration of the model) of a command line: its --config, --model and --set."""
-    config = load(TrainConfig, args.config, args.set)
-    others = {k: v for k, v in args.set.items() if k not in TrainConfig.model_fields}
-    shape = read_json(args.model)
-    # It used to be a key of the model's configuration, too.
-    if shape.pop("dropout", config.dropout) != config.dropout:
-        raise UserError(
-            f'{shown(args.model)}: key "dropout" belongs to the run: remove it here, and set it in '
-            f"{shown(args.config)}, where it is {config.dropout}"
-        )
-    return config, check_model({**shape, **others}, shown(args.model), others)
+def check(schema: type[S], values: Mapping[str, Any], source: str, overrides: Collection[str] = ()) -> S:
+    """Validate `values` as a `schema`. Raises UserError naming `source` and the first wrong key.
 
     overrides: keys that came from --set; a mistake in one of them is reported as one of --set.
     """

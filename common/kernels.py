@@ -27,11 +27,16 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return _CausalAttention.apply(*(t.flatten(0, 1) for t in (q, k, v))).view(q.shape)
 
 
-def linear_cross_entropy(x, weight, targets, softcap=None):
-    """The output head and its loss in one: x [N, C], weight [V, C], targets [N] -> cross-entropy in nats [N].
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The output head and its loss in one step. x [N, C], weight [V, C], targets [N].
 
     softcap: replaces the logits by softcap * tanh(logits / softcap) (Gemma Team 2024, section 2).
-    Returns (logits [N, V], sum over positions of weight * cross-entropy in nats).
+    Returns the cross-entropies in nats [N].
 
     Matrix products whose rows have an odd length are a third slower, and a vocabulary can have any size. So
     the rows are padded with -inf to the next multiple of 64.
@@ -94,7 +99,13 @@ class _CausalAttention(torch.autograd.Function):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        softcap: float | None,
+    ) -> torch.Tensor:
         size = weight.shape[0]
         rows = x.new_empty(x.shape[0], -(-size // ALIGNMENT) * ALIGNMENT)
         rows[:, size:] = -math.inf
@@ -110,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return log_sums - logits.gather(1, targets[:, None])[:, 0]
 
     @staticmethod
-    def backward(ctx, grad_losses):
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> Any:
         x, weight, targets, p, rows = ctx.saved_tensors
         grad_losses = grad_losses[:, None]
         grad = p.mul_(grad_losses).scatter_add_(1, targets[:, None], -grad_losses)[:, : weight.shape[0]]

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common import errors
 from common.config import ROOT
 from common.errors import UserError
-from common.files import Lines
+from common.files import LineFile
 from common.metrics import METRICS_SUFFIX, Metric, field, readable, to_json
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ class RunLog:
             )  # fmt: skip
             self.bar = self.progress.add_task("", total=total_steps or None, completed=first_step, facts="")
 
-    def _open(self, path: Path) -> Lines | TextIO:
-        return open(os.devnull, "w", encoding="utf-8") if muted else Lines(path)
+    def _open(self, path: Path) -> LineFile | TextIO:
+        return open(os.devnull, "w", encoding="utf-8") if muted else LineFile(path)
 
     def _summary_writer(self, first_step: int) -> SummaryWriter:
         try:

@@ -154,7 +154,7 @@ class TrainConfig(Schema):
         'model; "": random weights'
     )
     dataset_path: list[tuple[str, str]] = Field(
-        description="[[train, validation], ...] token files: a curriculum, trained in order",
+        description="[[train, validation], ...] pairs of token files; several form a curriculum, in order",
     )
     tokenizer_path: str = Field(
         "dataset/prepared/tokenizer.json",
@@ -172,7 +172,7 @@ class TrainConfig(Schema):
     max_steps: Annotated[int, Field(ge=0, le=LAST_STEP)] | Auto = Field(
         0, description='total optimizer steps; 0: until stopped; "auto": enough for 20 tokens per parameter'
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability in training")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="adamw; muon: Muon for the weight matrices of the blocks, AdamW for the rest"
     )

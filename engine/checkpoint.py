@@ -256,7 +256,7 @@ def build(checkpoint, source):
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     shape = {key: value for key, value in checkpoint.model_config.items() if key != "dropout"}
-    config = check_model(shape, f"{source}: model_config")
+    config = models.check_config(shape, f"{source}: model_config")
     config = config.resolved(tokenizer.vocab_size)
     if tokenizer.vocab_size > config.vocab_size or not _belong_to(checkpoint.model, config):
         raise UserError(f"{source}: its weights do not fit its own configuration")

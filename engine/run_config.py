@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from common.config import display_path, load, read_json
+from common.errors import UserError
 from config.schema import ArchitectureConfig, TrainConfig
 from models import check_config
 
@@ -15,5 +16,12 @@ def load_run(args: argparse.Namespace) -> tuple[TrainConfig, ArchitectureConfig]
     A key of --set that is not one of the training configuration belongs to the model. Raises UserError.
     """
     config = load(TrainConfig, args.config, args.set)
-    others = {k: v for k, v in args.set.items() if k not in TrainConfig.model_fields or k == "dropout"}
-    return config, check_config({**read_json(args.model), **others}, display_path(args.model), others)
+    others = {k: v for k, v in args.set.items() if k not in TrainConfig.model_fields}
+    shape = read_json(args.model)
+    # The model's configuration used to have this key, too.
+    if shape.pop("dropout", config.dropout) != config.dropout:
+        raise UserError(
+            f'{display_path(args.model)}: key "dropout" belongs to the run: remove it here, and set it in '
+            f"{display_path(args.config)}, where it is {config.dropout}"
+        )
+    return config, check_config({**shape, **others}, display_path(args.model), others)

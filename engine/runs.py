@@ -113,7 +113,8 @@ def _holder(name):
 def _names():
     """Of all runs that have left a log or a checkpoint."""
     folder = checkpoints.FOLDER
-    found = [re.fullmatch(rf"train_({TIME})\.log", path.name) for path in folder.parent.glob("train_*.log")]
+    logs = rf"train_({TIME})\.(?:log|metrics\.jsonl)"
+    found = [re.fullmatch(logs, path.name) for path in folder.parent.glob("train_*")]
     return {match[1] for match in found if match} | {entry.run for entry in saved()}
 
 
@@ -252,7 +253,7 @@ def _new(stage, config):
         checkpoint = load(path)
     else:
         return Start()
-    notices.append(f"starting from the weights of {shown(path)}")
+    notices.append(f"starting from the weights of {display_path(path)}")
     if checkpoint.stage == stage and checkpoint.can_resume:
         notices.append(f"this is a new run; that one goes on with --resume {checkpoint.run}")
     return Start(checkpoint, display_path(path), notices=notices)
@@ -260,7 +261,7 @@ def _new(stage, config):
 
 def _resume(stage, wanted, config):
     """The Start for --resume with a run's name or a checkpoint's file."""
-    path, name = find(wanted), re.fullmatch(rf"(?:{stage}_)?({TIME})", wanted)
+    path, name = resolve_path(wanted), re.fullmatch(rf"(?:{stage}_)?({TIME})", wanted)
     if name and not path.is_file():
         if not saved(stage, name[1]):
             raise UserError(f"--resume {wanted}: there is no checkpoint of this run{_others(stage, name[1])}")
@@ -269,7 +270,7 @@ def _resume(stage, wanted, config):
     else:
         checkpoint, run, notices = load(path), None, []
     if checkpoint.stage != stage:
-        raise UserError(f"--resume {shown(path)} is a checkpoint of {checkpoint.stage}, not of {stage}")
+        raise UserError(f"--resume {display_path(path)} is a checkpoint of {checkpoint.stage}, not of {stage}")
     if not checkpoint.can_resume:
         raise UserError(
             f"--resume {display_path(path)} is a model that no run has left; to start a run from it: "

@@ -20,6 +20,7 @@ from engine.plan import RunEstimate
 
 if TYPE_CHECKING:
     from common.hardware import ComputeConfig
+    from config.stages import Stage
     from engine.runs import Start
     from model import GPT
 
@@ -29,8 +30,10 @@ MAX_LEARNING_RATE = 0.01
 FROM_MODEL = ("batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate")
 
 
-def resolved(config, model, compute, stage, start):
-    """The configuration with numbers for all its `automatic` keys; says which, and why.
+def resolved(
+    config: TrainConfig, model: GPT, compute: ComputeConfig, stage: Stage, start: Start
+) -> TrainConfig:
+    """Replace every "auto" of `config.automatic` by a number. Prints the numbers and their reasons.
 
     start: where the run begins; a run that is resumed keeps its numbers.
     Raises UserError if the numbers do not fit what was set by hand, and for fine-tuning, for which these laws

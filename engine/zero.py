@@ -299,7 +299,7 @@ def read_folder(folder):
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
-def convert(folder, task, config, shape, tokenizer):
+def convert(folder, stage, config, shape, tokenizer):
     """Write the model of such a folder as an ordinary checkpoint; returns its path. No moments are taken."""
     weights, step = read_folder(folder)
     with torch.device("meta"):
@@ -313,6 +313,6 @@ def convert(folder, task, config, shape, tokenizer):
             )
     with runs.Run() as run:
         return checkpoints.Checkpoint(
-            task, run.name, step, shape.model_dump(), config.model_dump(mode="json"), tokenizer.to_dict(),
-            weights, optimizer={},
+            stage.name, run.name, step, shape.model_dump(), config.model_dump(mode="json"), tokenizer.to_dict(),
+            weights, optimizer={}, chat_template=stage.chat_template,
         ).save()  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import Together
+from common.files import AtomicFiles
 from config.stages import STAGES, Stage
 from preparation.split import Split, cut_in_two
 from preparation.token_file import TokenWriter
@@ -203,7 +203,7 @@ def prepare(
         tokenizer = BPETokenizer.train(texts, vocab_size)
 
     start_pass("encoding")
-    with Together() as files:  # so that new files never lie beside old ones
+    with AtomicFiles() as files:  # so that new files never lie beside old ones
         writers: dict[str, TokenWriter] = {}
         for corpus in corpora:
             name = corpus.stage.name

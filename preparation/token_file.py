@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from common.errors import UserError
-from common.files import Together
+from common.files import AtomicFiles
 from config.stages import STAGES
 from preparation import stages_with_files
 from sources.reading import CHUNK
@@ -55,7 +55,7 @@ class TokenWriter:
         kind: the name of the training stage it is for.
     """
 
-    def __init__(self, files: Together, stem: Path, kind: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, files: AtomicFiles, stem: Path, kind: str, tokenizer: Tokenizer) -> None:
         self.stem, self.kind, self.tokenizer = stem, kind, tokenizer
         parts = ("bin", "starts", "mask") if STAGES[kind].documents == "chats" else ("bin", "starts")
         self.crc32 = dict.fromkeys(parts, 0)

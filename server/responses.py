@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from decoding.engine import word_of
+from decoding.text import word_of
 from server.openai_api import ApiError, CompletionParams
 from server.scheduler import Logprobs
 from server.service import Delta, Prompt, Service, token_name

@@ -1,6 +1,6 @@
 """The thread that runs the model: requests come in from asyncio, tokens go back as they are sampled.
 
-A `Decoder` belongs to one thread and is always busy, while the event loop must never wait for it. So orders
+A `BatchedDecoder` belongs to one thread and is always busy, while the event loop must never wait for it. So orders
 reach the engine's thread through a queue, and the tokens of each step go back in one
 `loop.call_soon_threadsafe`.
 
@@ -24,7 +24,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from decoding.engine import Decoder, Request
+from decoding.engine import BatchedDecoder, Request
 from model import GPT
 
 # A token's log-probability, and the most likely tokens with theirs.
@@ -42,7 +42,7 @@ class EngineFailed(Exception):
 class RequestOutput(NamedTuple):
     """New tokens of one request.
 
-    finish_reason: None while it runs, then the Decoder's ("stop", "length", "cancelled"), or "timeout".
+    finish_reason: None while it runs, then the BatchedDecoder's ("stop", "length", "cancelled"), or "timeout".
     """
 
     request_index: int
@@ -84,7 +84,7 @@ class InferenceEngine(threading.Thread):
         super().__init__(name="engine", daemon=True)
         self.model, self.n_slots, self.max_queue, self.timeout = model, n_slots, max_queue, timeout
         self.attention = attention or contextlib.nullcontext()
-        self.decoder = Decoder(model, n_slots)
+        self.decoder = BatchedDecoder(model, n_slots)
         # Wait if it takes half a second only, so that a seed means the same from the first request on.
         self.decoder.compile(wait=self.decoder.is_prepared)
         self.error: str | None = None

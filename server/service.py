@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from common.errors import UserError
-from decoding.engine import Request, StopStrings, TextStream, word_of
+from decoding.engine import Request
+from decoding.sampling import check_prompt
+from decoding.text import StopStrings, TextStream, word_of
+from decoding.text_generator import TextGenerator
 from engine.checkpoint import Checkpoint
-from inference import TextGenerator
 from server.metrics import ServerMetrics
 from server.openai_api import (
     ApiError,
@@ -101,7 +103,7 @@ class Service:
         self.readers, self.n_reading = ThreadPoolExecutor(2, "reader"), 0
         self.tokenizer: Tokenizer = text_generator.tokenizer
         self.context: int = text_generator.context
-        self.can_chat, loss = checkpoint.stage == "sft", checkpoint.validation["loss"]
+        self.can_chat, loss = checkpoint.chat_template is not None, checkpoint.validation["loss"]
         self.model_card = {
             "id": self.name,
             "object": "model",
@@ -206,13 +208,13 @@ class Service:
         if may_drop:
             ids, n_cut = self.text_generator.chat_prompt(messages)  # removes turns from `messages`
         else:
-            ids = self.text_generator.rendered(messages)
+            ids = self.text_generator.encode_chat(messages)
         self.check_length(len(ids) + n_cut, 1, "messages")
         warnings: list[str] = []
         if n_merged:
             subject = "message was" if n_merged == 1 else "messages were"
             warnings.append(f"{n_merged:,} {subject} joined to the one before, from the same role")
-        warnings += filter(None, [self.text_generator.unknown(ids)])
+        warnings += filter(None, [self.text_generator.unknown_characters(ids)])
         return ids, warnings, n_messages - len(messages)
 
     def completion_prompt(self, params: CompletionRequest) -> Prompt:
@@ -221,7 +223,7 @@ class Service:
         ids = [self.prompt_ids(prompt, room) for prompt in params.prompts]
         warnings: list[str] = []
         if isinstance(params.prompts[0], str):
-            warnings += filter(None, [self.text_generator.unknown([token for row in ids for token in row])])
+            warnings += filter(None, [self.text_generator.unknown_characters([token for row in ids for token in row])])
         bos = self.tokenizer.bos_id  # not a part of the text
         texts = [self.decode(row[row[0] == bos :]) for row in ids] if params.echo else []
         return Prompt(ids, texts, StopStrings(params.stop_strings), warnings)
@@ -233,7 +235,7 @@ class Service:
             prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
         self.check_length(len(prompt), room, "prompt")
         try:
-            return self.text_generator.model.prompt(prompt)
+            return check_prompt(self.text_generator.model, prompt)
         except ValueError as error:
             raise ApiError(400, str(error), "invalid_prompt", "prompt") from None
 
@@ -261,7 +263,7 @@ class Service:
     def decode(self, ids: list[int]) -> str:
         """The text of any ids; U+FFFD replaces what is not UTF-8."""
         try:
-            ids = self.text_generator.model.prompt(ids) if ids else ids
+            ids = check_prompt(self.text_generator.model, ids) if ids else ids
         except ValueError as error:
             raise ApiError(400, str(error), "invalid_value", "tokens") from None
         return b"".join(word_of(self.tokenizer, token) for token in ids).decode("utf-8", "replace")

@@ -24,7 +24,8 @@ from lm_pass import lm_pass
 import models
 from common import hardware, kernels
 from common.errors import UserError
-from decoding.engine import Decoder, Request
+from decoding.engine import BatchedDecoder, Request
+from decoding.sampling import generate
 from engine.checkpoint import load
 from inference import TextGenerator
 
@@ -250,9 +251,9 @@ def test_many_texts_at_once_are_those_of_one_at_a_time(name):
     texts = [list(range(1, 2 + 2 * i)) for i in range(12)]
     requests = [Request(text, 40 - len(text), temperature=0, n_logprobs=len(text) % 3) for text in texts]
     with hardware.attention_context(compute):
-        Decoder(model, 5).run(requests)
+        BatchedDecoder(model, 5).run(requests)
         for text, request in zip(texts, requests, strict=True):
-            assert request.tokens == list(model.generate(text, request.max_tokens, temperature=0))
+            assert request.tokens == list(generate(model, text, request.max_tokens, temperature=0))
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])

@@ -384,7 +384,7 @@ def curves(*paths):
     return [{name: points for name, points in run.curves.items() if points} for run in runs]
 
 
-def whole(tmp_path, last=30):
+def atomic_write(tmp_path, last=30):
     path = tmp_path / "whole.log"
     path.write_text(header(run=NAME) + steps(1, last), "utf-8")
     [run] = curves(path)
@@ -417,7 +417,7 @@ def test_a_resumed_run_is_one_curve_however_it_was_cut(tmp_path, pieces, data):
             text += data.draw(st.sampled_from(["", "\n", "\0\0"]))
     path = tmp_path / "train_x.log"
     path.write_text(text, "utf-8")
-    assert curves(path) == [whole(tmp_path)]
+    assert curves(path) == [atomic_write(tmp_path)]
     (log := Log(path)).read()
     assert f"{len(pieces)} starts" in log.run.summary or len(pieces) == 1
 
@@ -430,7 +430,7 @@ def test_a_resumed_run_is_one_curve_however_it_was_cut(tmp_path, pieces, data):
             file.write(rest[:size])
         log.read()
         rest = rest[size:]
-    assert {name: points for name, points in log.run.curves.items() if points} == whole(tmp_path)
+    assert {name: points for name, points in log.run.curves.items() if points} == atomic_write(tmp_path)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -444,7 +444,7 @@ def test_logs_of_before_one_for_each_start_are_joined(tmp_path, pieces, random):
         path.write_text(text.replace("03:04:05", f"03:04:{number:02d}"), "utf-8")
         paths.append(path)
     random.shuffle(paths)
-    assert curves(*paths) == [whole(tmp_path)]
+    assert curves(*paths) == [atomic_write(tmp_path)]
 
 
 def test_what_is_not_known_to_be_one_run_is_not_joined(tmp_path):
@@ -471,7 +471,7 @@ def test_a_run_that_began_anew_has_nothing_of_before(tmp_path):
     path = tmp_path / "x.log"
     path.write_text(header(run=NAME) + steps(1, 20) + header(run=NAME) + steps(1, 3), "utf-8")
     [run] = curves(path)
-    assert run == whole(tmp_path, last=3)
+    assert run == atomic_write(tmp_path, last=3)
 
 
 def test_logs_put_together_in_one_file_stay_several_runs(tmp_path):
@@ -528,7 +528,7 @@ def test_the_numbers_are_those_of_the_metrics_file_as_far_as_it_has_them(tmp_pat
     log.write_text("".join(texts), "utf-8")
     lines = [metrics_of(text) for text in texts]
     metrics.write_text("".join(line for one in lines for line in one), "utf-8")
-    everything = exactly(whole(tmp_path), *range(31))
+    everything = exactly(atomic_write(tmp_path), *range(31))
     assert curves(log) == curves(metrics) == curves(metrics, log) == [everything]
 
     kept = lines[data.draw(st.integers(0, len(lines) - 1)) :]
@@ -541,7 +541,7 @@ def test_the_numbers_are_those_of_the_metrics_file_as_far_as_it_has_them(tmp_pat
         "".join([*kept, *damaged, '{"event": "train", "step": "5", "loss": 1}\n', "{}\n"]), "utf-8"
     )
     (file := LogFile(metrics)).read()
-    assert curves(log) == [exactly(whole(tmp_path), *dict(file.runs[0].train))]
+    assert curves(log) == [exactly(atomic_write(tmp_path), *dict(file.runs[0].train))]
     assert file.n_damaged == len(damaged)
 
 
@@ -580,18 +580,18 @@ def test_a_metrics_file_that_does_not_match_its_log_is_named(tmp_path):
     log.write_text(header(run=NAME) + steps(1, 20) + header(9, run=NAME) + steps(10, 30))
     for other in (header(run="another") + steps(1, 5), header(3, run=NAME) + steps(4, 5), steps(1, 5)):
         metrics.write_text("".join(metrics_of(other)))
-        assert curves(log) == [whole(tmp_path)]
+        assert curves(log) == [atomic_write(tmp_path)]
         (one := Log(log)).read()
         assert list(one.notices()) == [f"{metrics} does not match {log}; the numbers of the latter are drawn"]
     log.write_text(header(9, run=NAME) + steps(10, 30))  # the first part of the readable log is lost
     metrics.write_text(
         "".join(metrics_of(header(run=NAME) + steps(1, 20) + header(9, run=NAME) + steps(10, 30)))
     )
-    assert curves(log) == [exactly(whole(tmp_path), *range(31))]
+    assert curves(log) == [exactly(atomic_write(tmp_path), *range(31))]
     log.write_text(header(run=NAME) + steps(1, 30))
     for other in (b"", bytes(range(256)) * 50, b"1" * 3_000_000 + b"\n"):
         metrics.write_bytes(other)
-        assert curves(log) == [whole(tmp_path)]
+        assert curves(log) == [atomic_write(tmp_path)]
         (one := Log(log)).read()
         assert all(notice.startswith(f"{metrics}: ") for notice in one.notices())
 

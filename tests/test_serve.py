@@ -37,6 +37,7 @@ import server.openai_api as openai_api
 from config.schema import ModelConfig
 from decoding.engine import Decoder, Request, TextStream
 from decoding.packed import quantize as to_int8
+from decoding.sampling import generate
 from inference import TextGenerator
 from model import GPT
 from server.app import make_app
@@ -149,7 +150,7 @@ def random(tmp_path_factory):
 def expected(server, ids, max_tokens, **options):
     """Returns (text, number of tokens), from the reference: GPT.generate."""
     stream, stops = TextStream(server.tokenizer), server.service.text_generator.stop_tokens
-    tokens = list(server.model.generate(ids, max_tokens, stop_tokens=stops, **options))
+    tokens = list(generate(server.model, ids, max_tokens, stop_tokens=stops, **options))
     return "".join(map(stream.feed, tokens)) + stream.end(), len(tokens)
 
 
@@ -323,7 +324,7 @@ def test_a_prompt_is_repeated_with_its_logprobs(random, max_tokens, is_stream):
     asked = dict(max_tokens=max_tokens, echo=True, logprobs=2, temperature=0, stream=is_stream, n=2)
     replies = random.complete(text, **asked) if is_stream else [random.complete(text, **asked)]
     parts = [choice for reply in replies for choice in reply.choices if choice.index == 1]
-    drawn = list(random.model.generate(ids, max_tokens, temperature=0))
+    drawn = list(generate(random.model, ids, max_tokens, temperature=0))
     told = {
         name: sum((getattr(part.logprobs, name) for part in parts if part.logprobs), [])
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -451,7 +452,7 @@ def test_logprobs_are_the_models(random, is_stream):
     ids, _ = render_chat(random.tokenizer, HI, add_generation_prompt=True)
     ids = ids.tolist()
     tokens = list(
-        random.model.generate(ids, 9, seed=3, stop_tokens=random.service.text_generator.stop_tokens)
+        generate(random.model, ids, 9, seed=3, stop_tokens=random.service.text_generator.stop_tokens)
     )
     with torch.inference_mode():
         hidden = random.model.hidden(torch.tensor([ids + tokens]))
@@ -1464,7 +1465,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
         options |= {"seed": seed, "stop_tokens": stops}
         if alone:
             alone.run([request := Request(ids, count, **options)])
-        tokens = request.tokens if alone else list(model.generate(ids, count, **options))
+        tokens = request.tokens if alone else list(generate(model, ids, count, **options))
         text = "".join(map(stream.feed, tokens)) + stream.end()
         del options["stop_tokens"]
         cases.append((dict(prompt=TEXT[: i % 15], max_tokens=count, **options), text))

@@ -15,6 +15,7 @@ import inference
 import models
 from common.config import ROOT, read_json
 from common.errors import UserError
+from decoding.sampling import generate
 from engine.checkpoint import build as open_checkpoint
 from engine.checkpoint import load
 from models.nanochat import Config, Model
@@ -106,7 +107,7 @@ def test_greedy_generation_is_equal():
     theirs = in_transformers(model).generate(
         prompt[None], attention_mask=torch.ones(1, 6), do_sample=False, max_new_tokens=30, pad_token_id=0
     )
-    assert list(model.generate(prompt, 30, temperature=0)) == theirs[0, 6:].tolist()
+    assert list(generate(model, prompt, 30, temperature=0)) == theirs[0, 6:].tolist()
 
 
 @pytest.mark.parametrize("fields", [{}, dict(block_size=257, n_layer=1, head_dim=10)])
@@ -312,5 +313,5 @@ def test_from_pretraining_to_answers(train, capsys, monkeypatch):
     model, tokenizer = open_checkpoint(load(path), "a test's")
     tokens = [tokenizer.bos_id, *tokenizer.encode("3 + 4")]
     stop = (tokenizer.eos_id, tokenizer.padding_id)
-    answer = model.generate(tokens, 32, temperature=0, repetition_penalty=1.2, stop_tokens=stop)
+    answer = generate(model, tokens, 32, temperature=0, repetition_penalty=1.2, stop_tokens=stop)
     assert tokenizer.decode(list(answer)).strip() in said

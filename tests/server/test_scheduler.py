@@ -7,6 +7,7 @@ import time
 import pytest
 from handmade import break_down, handmade_service, request_of, slow_down
 
+from decoding.sampling import generate
 from server.scheduler import EngineFailed, Overloaded
 
 
@@ -40,7 +41,7 @@ def becomes_idle(engine):
 def test_tokens_are_those_of_generate(service):
     requests = [request_of(service, "1", 5), request_of(service, "1+", 3), request_of(service, "1", 0)]
     texts = [
-        list(service.engine.model.generate(one.context, one.max_tokens, temperature=0))
+        list(generate(service.engine.model, one.context, one.max_tokens, temperature=0))
         for one in requests[:2]
     ]
     tokens, reasons = collect(service.engine, requests)
