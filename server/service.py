@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from common.errors import UserError
-from decoding.engine import Request
+from decoding.engine import Logprob, Request
 from decoding.sampling import check_prompt
 from decoding.text import StopStrings, TextStream, word_of
 from decoding.text_generator import TextGenerator
@@ -29,7 +29,7 @@ from server.openai_api import (
     RequestMessage,
     TokenizeRequest,
 )
-from server.scheduler import EngineFailed, InferenceEngine, Logprobs, Overloaded
+from server.scheduler import EngineFailed, InferenceEngine, Overloaded
 from tokenizer import BLOCK, Message, Tokenizer, merge_turns
 
 MAX_PIECE = 4 * BLOCK  # characters encoded at once
@@ -83,7 +83,7 @@ class Delta:
     choice: Choice
     text: str
     tokens: list[int]
-    logprobs: list[Logprobs]
+    logprobs: list[Logprob]
     is_first: bool
 
 
@@ -223,7 +223,8 @@ class Service:
         ids = [self.prompt_ids(prompt, room) for prompt in params.prompts]
         warnings: list[str] = []
         if isinstance(params.prompts[0], str):
-            warnings += filter(None, [self.text_generator.unknown_characters([token for row in ids for token in row])])
+            all_ids = [token for row in ids for token in row]
+            warnings += filter(None, [self.text_generator.unknown_characters(all_ids)])
         bos = self.tokenizer.bos_id  # not a part of the text
         texts = [self.decode(row[row[0] == bos :]) for row in ids] if params.echo else []
         return Prompt(ids, texts, StopStrings(params.stop_strings), warnings)
@@ -280,7 +281,7 @@ class Service:
                 stop_tokens=self.text_generator.stop_tokens,
                 seed=None if params.seed is None else params.seed + i,
                 n_logprobs=params.n_logprobs,
-                scores_prompt=params.echo,
+                scores_prompt=bool(params.echo),
                 **params.sampling_options,
             )
             for ids in prompt.ids
