@@ -2,7 +2,7 @@
 
 Two models are served by a real uvicorn in a thread. One is made by hand (`chain` in test_inference.py): in a
 chat it answers 你好吗, and it continues texts with 1+1+1+… until the context is full. The other has random
-weights and a tokenizer of bytes, so that few tokens are whole characters; it says what GPT.generate samples.
+weights and a tokenizer of bytes, so that few tokens are whole characters; it says what `generate` samples.
 """
 
 import argparse
@@ -35,13 +35,14 @@ import server.connections as connections
 import server.middleware as middleware
 import server.openai_api as openai_api
 from config.schema import ModelConfig
-from decoding.engine import Decoder, Request, TextStream
+from decoding.engine import BatchedDecoder, Request
 from decoding.packed import quantize as to_int8
 from decoding.sampling import generate
-from inference import TextGenerator
+from decoding.text import TextStream
+from decoding.text_generator import TextGenerator
 from model import GPT
 from server.app import make_app
-from tokenizer import BPETokenizer, CharTokenizer, render_chat
+from tokenizer import CHAT_TEMPLATE, BPETokenizer, CharTokenizer, render_chat
 
 openai = pytest.importorskip("openai")
 
@@ -49,11 +50,13 @@ TEXT = "你好吗？Hello? 1+2=3\n"
 HI = [{"role": "user", "content": "Hello?"}]
 
 
-def handmade(task="sft", block_size=600):
+def handmade(stage="sft", block_size=600):
     tokenizer = CharTokenizer.train([TEXT])
     ni, hao, ma, one, plus = tokenizer.encode("你好吗1+").tolist()
     after = {tokenizer.response_id: ni, ni: hao, hao: ma, tokenizer.bos_id: one, one: plus, plus: one}
-    return checkpoint(tokenizer, *chain(tokenizer, after, block_size), stage=task)
+    template = CHAT_TEMPLATE if stage == "sft" else None
+    config, model = chain(tokenizer, after, block_size)
+    return checkpoint(tokenizer, config, model, stage=stage, chat_template=template)
 
 
 def at_random():
@@ -148,7 +151,7 @@ def random(tmp_path_factory):
 
 
 def expected(server, ids, max_tokens, **options):
-    """Returns (text, number of tokens), from the reference: GPT.generate."""
+    """Returns (text, number of tokens), from the reference: `generate`."""
     stream, stops = TextStream(server.tokenizer), server.service.text_generator.stop_tokens
     tokens = list(generate(server.model, ids, max_tokens, stop_tokens=stops, **options))
     return "".join(map(stream.feed, tokens)) + stream.end(), len(tokens)
@@ -261,7 +264,7 @@ PENALTIES = [
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_penalties_and_biases(random, penalty, temperature):
-    """The text is what GPT.generate samples; tests/test_model.py compares that with the definitions."""
+    """The text is what `generate` samples; tests/test_model.py compares that with the definitions."""
     options = {"temperature": temperature, **penalty, "seed": 5}
     bias = {int(token): value for token, value in penalty.get("logit_bias", {}).items()}
     ids = [random.tokenizer.bos_id, *random.tokenizer.encode("1+").tolist()]
@@ -1435,7 +1438,7 @@ def test_an_answer_is_stopped_on_the_page(browser, tmp_path):
 def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, quantize):
     """Every answer is the same as for a request that is alone, and memory does not grow.
 
-    The reference is GPT.generate, or with int8, where activations are rounded, a Decoder with one slot.
+    The reference is `generate`, or with int8, where activations are rounded, a BatchedDecoder with one slot.
     """
     import random as chance
 
@@ -1445,7 +1448,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
     path = at_random().save()
     env = shared_project.environment | {"NUMBA_DISABLE_JIT": "0"}
     # Now, or the memory that Numba takes would look like a leak.
-    module = [sys.executable, "-m", "decoding.compiled_steps"]
+    module = [sys.executable, "-m", "decoding.compiled_backend"]
     subprocess.run(module, cwd=shared_project.root, env=env, check=True)
     process = subprocess.Popen(
         shared_project.command("serve.py", "-m", path, "--port", "0", "--slots", "16", *quantize),
@@ -1455,7 +1458,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
     model, tokenizer = engine.checkpoint.build(engine.checkpoint.load(path), path.name)
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     stops, cases = TextGenerator(model, tokenizer).stop_tokens, []
-    alone = Decoder(to_int8(model)) if quantize else None
+    alone = BatchedDecoder(to_int8(model)) if quantize else None
     if alone:
         alone.compile(wait=True)
     for i in range(60):
