@@ -41,4 +41,4 @@ dataset/prepared/sft_val.json: | dataset/pretrain.txt
 	$(BIN)/python data.py
 
 clean:
-	rm -rf .venv dataset/prepared dataset/*.txt dataset/*.jsonl checkpoint train_*.log
+	rm -rf .venv dataset/prepared dataset/*.txt dataset/*.jsonl checkpoint train_*.log train_*.metrics.jsonl

@@ -38,11 +38,13 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.errors import UserError, run
 from common.files import Together
+from config.stages import STAGES
 from sources import BadLine, Found, Source
 from sources.reading import CHUNK
 from sources.records import messages_of, text_of
@@ -375,6 +377,10 @@ class TokenFile:
             )
 
     @property
+    def documents(self):
+        return STAGES[self.kind].documents
+
+    @property
     def fingerprint(self):
         """It tells files by what they hold, not by their place: a digest of all counts and checksums."""
         return hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode()).hexdigest()[:16]
@@ -455,6 +461,8 @@ class TokenFile:
             self._fail("starts", "does not fit its .bin")
 
 
+BatchSource = Any
+
 # ---- batches ---------------------------------------------------------------------------------------
 
 
@@ -487,7 +495,7 @@ def shuffled(places, n, keys):
     return x.astype(np.int64)
 
 
-class Batches:
+class TokenBatches:
     """Batches of token files, by number: batches(first) depends on (files, sizes, seed, first) alone.
 
     files       list of TokenFile, trained in this order, one pass each; together they are one
@@ -528,11 +536,20 @@ class Batches:
         self.sequences_per_epoch = int(self._bounds[-1])
 
     @property
-    def described(self):
+    def notes(self):
+        notes = []
+        if self.n_truncated:
+            notes.append(f"{self.n_truncated:,} conversations are longer than block_size and lose their end")
+        if self.n_left_out:
+            notes.append(f"{self.n_left_out:,} conversations are left out: block_size ends before their answer")
+        return notes
+
+    @property
+    def description(self):
         return f"{self.tokens_per_epoch:,} tokens an epoch"
 
     @property
-    def data(self):
+    def fingerprints(self):
         """What it reads, for a checkpoint to remember: [{"fingerprint", "size" (in words)}], one a file."""
         counts = [(file.meta["n_documents"], file.meta["n_tokens"]) for file in self.files]
         sizes = [f"{documents:,} documents, {tokens:,} tokens" for documents, tokens in counts]
@@ -540,7 +557,7 @@ class Batches:
         return [dict(fingerprint=f, size=size) for f, size in zip(fingerprints, sizes, strict=True)]
 
     @property
-    def n_counting(self):
+    def n_loss_tokens(self):
         """How many tokens count in an epoch, or about as many: what is cut off counts here."""
         return sum(file.meta["n_loss_tokens"] for file in self.files)
 
@@ -570,7 +587,7 @@ class Batches:
         for row, (row_ids, row_mask) in enumerate(rows):
             ids[row, : len(row_ids)] = row_ids
             mask[row, : len(row_ids) - 1] = row_mask
-        return ids[:, :-1].copy(), ids[:, 1:].copy(), mask
+        return {"x": ids[:, :-1].copy(), "y": ids[:, 1:].copy(), "mask": mask}
 
     def _sequences(self, epoch, stage, places):
         """(ids [n + 1], mask [n] or 1) of the sequences at `places` of a file's shuffled order."""

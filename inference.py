@@ -329,9 +329,9 @@ def load_text_generator(
     from common import hardware
 
     loaded = load_model(args.model, instruct, args.device, args.quantize)
-    if instruct and loaded.checkpoint.task != "sft":
+    if instruct and not loaded.checkpoint.chat_template:
         print_notice(f"{loaded.name} was not fine-tuned: it continues texts, and never learned to answer")
-    if not instruct and loaded.checkpoint.task == "sft":
+    if not instruct and loaded.checkpoint.chat_template:
         print_notice(f"{loaded.name} was fine-tuned to answer: use -i to ask it")
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     options = {name: getattr(args, name) for name in names}

@@ -1,77 +1,84 @@
 """The Nano transformer, from its building blocks up.
 
-A decoder in the manner of Llama and Qwen3: each block adds attention, then an MLP, to the
-stream of token vectors, and each of the two reads the stream through an RMSNorm.
+A decoder-only transformer in the style of Llama and Qwen3. Each block adds attention and then an MLP to the
+stream of token vectors, and each of the two reads the stream through an RMSNorm:
 
     tokens [B, T] -> embedding [B, T, C] -> n_layer x Block -> RMSNorm -> logits [B, T, V]
 
-Worth knowing before reading:
-- Positions are rotary (RoPE) unless `use_rope` is false, then they are learned.
-- `n_kv_head` < `n_head` is grouped-query attention: heads share keys and values, and the KV
-  cache holds only `n_kv_head` of them.
-- One matrix makes queries, keys and values, and one makes both halves of the gated MLP:
-  a few large products are faster than many small ones.
-- Attention and loss have a faster version for training on a CPU in `common/kernels.py`:
-  `use_custom_kernels`. Everything else here is PyTorch's operations.
-- Other architectures are subclasses of `GPT` in `models/`, which change some of its parts.
+Good to know before you read on:
+- Positions are rotary (RoPE), or learned if `use_rope` is false.
+- With `n_kv_head` < `n_head`, groups of query heads share keys and values (grouped-query attention), and the KV
+  cache holds only `n_kv_head` heads.
+- Queries, keys and values come from one matrix, and so do both halves of the gated MLP: a few large matrix
+  products are faster than many small ones.
+- The model computes vectors and logits. What to do with them is up to an objective (objectives/).
+- Attention and the output loss have faster versions for training on a CPU: common/kernels.py, switched on by
+  `use_custom_kernels`. Everything else is plain PyTorch.
+- Other architectures are subclasses of `GPT` in models/ that replace some of its parts.
 
 Shapes: B rows, T tokens, C = n_embd, H = n_head, G = n_kv_head, D = head_dim, V = vocab_size.
 """
 
-import copy
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from common import kernels
-from config.schema import ModelConfig
+from config.schema import Llama3Rope, YarnRope
+
+# ---- norm and positions ----------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019)."""
 
-    def __init__(self, size, eps):
+    def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotary_table(head_dim, length, theta, scaling=None):
+def rotary_table(
+    head_dim: int, length: int, theta: float, scaling: Llama3Rope | YarnRope | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, each [length, head_dim / 2], float32.
 
-    Su et al. 2021, "RoFormer", section 3.4.2: pair i turns by position * theta^(-2i / D).
+    Pair i rotates by position * theta^(-2i / D) (Su et al. 2021, "RoFormer", section 3.4.2).
     scaling: the configuration's rope_scaling.
     """
-    # On the CPU, whatever the device of the model: so they are the same on all.
+    # Computed on the CPU for every device, so that the tables are the same everywhere.
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = theta ** -(pairs / head_dim)
     if scaling:
-        frequencies = stretched(frequencies, theta, scaling)
+        frequencies = scale_frequencies(frequencies, theta, scaling)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), frequencies)
     return angles.cos(), angles.sin()
 
 
-def stretched(frequencies, theta, scaling):
-    """Frequencies [D / 2] for a context `factor` times longer than that of the pretraining.
+def scale_frequencies(frequencies: Tensor, theta: float, scaling: Llama3Rope | YarnRope) -> Tensor:
+    """Rotary frequencies [D / 2] for a context `factor` times longer than the one used in pretraining.
 
-    Pairs that turn often in the original context are kept, those that hardly turn are slowed down by
-    `factor`, and between the two lies a ramp: linear in the number of turns for Llama 3.1, in the
-    number of the pair for YaRN (Peng et al. 2023, "YaRN", section 3.2).
+    Pairs that rotate often within the original context keep their frequency, pairs that hardly rotate are
+    slowed down by `factor`, and a ramp connects the two: linear in the number of rotations for Llama 3.1,
+    linear in the index of the pair for YaRN (Peng et al. 2023, "YaRN", section 3.2).
     """
     context = scaling.original_max_position_embeddings
-    if scaling.rope_type == "llama3":
+    if isinstance(scaling, Llama3Rope):
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = (context * frequencies / (2 * math.pi) - low) / (high - low)
     else:
 
-        def pair_with(turns):
-            return len(frequencies) * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
+        def pair_with(rotations: float) -> float:
+            return len(frequencies) * math.log(context / (rotations * 2 * math.pi)) / math.log(theta)
 
         first = max(math.floor(pair_with(scaling.beta_fast)), 0)
         last = min(math.ceil(pair_with(scaling.beta_slow)), 2 * len(frequencies) - 1)
@@ -80,70 +87,158 @@ def stretched(frequencies, theta, scaling):
     return frequencies * keep + frequencies / scaling.factor * (1 - keep)
 
 
-def attention_factor(scaling):
-    """What queries and keys are multiplied with for a longer context (YaRN, section 3.4, equation 22)."""
-    return 0.1 * math.log(scaling.factor) + 1 if scaling and scaling.rope_type == "yarn" else 1.0
+def attention_factor(scaling: Llama3Rope | YarnRope | None) -> float:
+    """YaRN's factor on queries and keys for a longer context (YaRN, section 3.4, equation 22)."""
+    return 0.1 * math.log(scaling.factor) + 1 if isinstance(scaling, YarnRope) else 1.0
 
 
-def apply_rotary_emb(x, cos, sin):
-    """Turn the pairs (i, i + D/2) of x [B, T, heads, D] by angles [..., T, 1, D/2]."""
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of x [B, T, heads, D] by the angles [..., T, 1, D/2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-class KVCache:
-    """Keys and values of the tokens already seen, so that a new token costs one position.
+@dataclass(frozen=True)
+class PositionInfo:
+    """Where the tokens of a forward pass stand. Every layer gets it.
 
-    `keys[l]`, `values[l]`: [B, heads, capacity, size of a key or a value] of layer l. `lengths` [B], on the
-    host, counts the tokens each row holds: rows of a batch may differ, and what lies behind a row's length is
-    never looked at.
+    positions  [1 or B, T]
+    mask       [1 or B, 1, 1 or T, S], true where a token may look; None: the usual causal (or full) attention
+    rotary     cos and sin at these positions, [1 or B, T, 1, D/2] each; None without RoPE
+    past       how many tokens every row of the cache already holds; None where the rows differ
+    lengths    [B]: how many of the T tokens of each row are real, the rest being padding; None: all
+    shared     what a layer leaves for later layers of the same pass, such as keys that they share
     """
 
-    def __init__(self, n_layer, batch_size, heads, capacity, key_size, value_size, device=None, dtype=None):
-        shape = (n_layer, batch_size, heads, capacity)
-        self.keys = torch.zeros(*shape, key_size, device=device, dtype=dtype)
-        self.values = torch.zeros(*shape, value_size, device=device, dtype=dtype)
+    positions: Tensor
+    mask: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    past: int | None = 0
+    lengths: Tensor | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+
+# ---- the cache -------------------------------------------------------------------------------------
+
+
+class LayerCache(Protocol):
+    """What one layer remembers of the tokens it has seen. A block makes its own: `Block.new_cache`."""
+
+    def rows(self, first: int, last: int, capacity: int | None) -> "LayerCache":
+        """Rows first .. last - 1, and at most `capacity` tokens of each; shares memory with this one."""
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Overwrite a row with another one, which holds `length` tokens."""
+
+    def clear_row(self, row: int) -> None:
+        """The row will be filled from its beginning."""
+
+
+class KVCache:
+    """Keys and values of one attention layer: [B, heads, capacity, size of a key or a value] each."""
+
+    def __init__(
+        self, batch_size: int, heads: int, capacity: int, key_size: int, value_size: int,
+        device: Any = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        self.keys = torch.zeros(batch_size, heads, capacity, key_size, device=device, dtype=dtype)
+        self.values = torch.zeros(batch_size, heads, capacity, value_size, device=device, dtype=dtype)
+
+    def update(self, k: Tensor, v: Tensor, info: PositionInfo) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, heads, T, size]; returns all keys and values up to the last one stored."""
+        if info.past is not None:
+            end = info.past + k.shape[2]
+            self.keys[:, :, info.past : end] = k
+            self.values[:, :, info.past : end] = v
+            return self.keys[:, :, :end], self.values[:, :, :end]
+        index = info.positions[:, None, :, None]
+        self.keys.scatter_(2, index.expand_as(k), k.to(self.keys.dtype))
+        self.values.scatter_(2, index.expand_as(v), v.to(self.values.dtype))
+        return self.keys, self.values
+
+    def rows(self, first: int, last: int, capacity: int | None) -> "KVCache":
+        part = object.__new__(KVCache)
+        part.keys = self.keys[first:last, :, :capacity]
+        part.values = self.values[first:last, :, :capacity]
+        return part
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        for tensor in (self.keys, self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def clear_row(self, row: int) -> None:
+        pass  # what lies behind a row's length is never looked at
+
+
+class Cache:
+    """What a model remembers of the texts it has read, so that a new token costs a single position.
+
+    layers    one entry a layer, made by its block; None where a layer needs none
+    capacity  tokens that fit into a row
+    lengths   [B], on the host: how many tokens each row holds; rows may differ
+    """
+
+    def __init__(self, layers: list[LayerCache | None], batch_size: int, capacity: int):
+        self.layers, self.capacity = layers, capacity
         self.lengths = np.zeros(batch_size, np.int64)
 
     @property
-    def capacity(self):
-        return self.keys.shape[3]
-
-    @property
-    def uniform_length(self):
+    def uniform_length(self) -> int | None:
         """The length of all rows; None where they differ."""
         first, *others = self.lengths.tolist()
         return first if others.count(first) == len(others) else None
 
-    def rows(self, first, last, capacity=None):
-        """Rows first .. last - 1, and at most `capacity` places of them: a cache that shares their memory."""
-        part = copy.copy(self)
-        part.keys = self.keys[:, first:last, :, :capacity]
-        part.values = self.values[:, first:last, :, :capacity]
+    def rows(self, first: int, last: int, capacity: int | None = None) -> "Cache":
+        """Rows first .. last - 1, and at most `capacity` tokens of each: a cache that shares their memory."""
+        layers = [layer and layer.rows(first, last, capacity) for layer in self.layers]
+        part = Cache(layers, 0, self.capacity if capacity is None else min(capacity, self.capacity))
         part.lengths = self.lengths[first:last]
         return part
 
-    def copy_row(self, source, target):
-        length = self.lengths[target] = self.lengths[source]
-        for tensor in (self.keys, self.values):
-            tensor[:, target, :, :length] = tensor[:, source, :, :length]
+    def copy_row(self, source: int, target: int) -> None:
+        self.lengths[target] = self.lengths[source]
+        for layer in filter(None, self.layers):
+            layer.copy_row(source, target, int(self.lengths[source]))
 
-    def update(self, layer, positions, k, v):
-        """Store k, v [B, heads, T, size] at positions [B, T]; returns all of this layer up to the last."""
-        keys, values, length = self.keys[layer], self.values[layer], self.uniform_length
-        if length is not None:
-            end = length + k.shape[2]
-            keys[:, :, length:end] = k
-            values[:, :, length:end] = v
-            return keys[:, :, :end], values[:, :, :end]
-        index = positions[:, None, :, None]
-        keys.scatter_(2, index.expand_as(k), k.to(keys.dtype))
-        values.scatter_(2, index.expand_as(v), v.to(values.dtype))
-        return keys, values
+    def clear_row(self, row: int) -> None:
+        self.lengths[row] = 0
+        for layer in filter(None, self.layers):
+            layer.clear_row(row)
 
-    def advance(self, counts):
+    def advance(self, counts: int | Tensor) -> None:
         """The rows have grown by `counts`, or shrunk: an int, or a tensor [B] where they differ."""
         self.lengths += counts if isinstance(counts, int) else counts.cpu().numpy()
+
+
+# ---- what a token costs ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one token costs in a part of the network, counted from the shapes; costs can be added.
+
+    weights          weights of the matrices it is multiplied with, 2 FLOPs each in the forward pass
+    attention_flops  FLOPs of queries times keys, and of attention weights times values
+    activations      numbers kept for the backward pass (an estimate: kernels keep copies of their own)
+    attention_scores numbers kept besides, where the attention weights themselves are kept
+    """
+
+    weights: int = 0
+    attention_flops: int = 0
+    activations: int = 0
+    attention_scores: int = 0
+
+    def __add__(self, other: "Costs") -> "Costs":
+        return Costs(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Costs)))
+
+
+def linear_weights(module: nn.Module) -> int:
+    """How many weights all linear layers of a module hold, packed ones (decoding/packed.py) included."""
+    layers = (m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features"))
+    return sum(m.in_features * m.out_features for m in layers)
+
+
+# ---- the network -----------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -151,54 +246,67 @@ class Attention(nn.Module):
 
     custom_kernels = False  # see GPT.use_custom_kernels
 
-    def __init__(self, config, layer):
+    def __init__(self, config: Any):
         super().__init__()
-        self.layer, self.n_head = layer, config.n_head
-        self.is_causal, self.dropout = config.is_causal, config.dropout
+        self.n_head, self.is_causal = config.n_head, config.is_causal
+        self.dropout = nn.Dropout(0.0)  # of the attention weights; see GPT.set_dropout
         self.make_projections(config)
 
-    def make_projections(self, config):
-        """From x to queries, keys and values, and from the heads back; another attention has others."""
+    def make_projections(self, config: Any) -> None:
+        """The layers from x to queries, keys and values, and from the heads back."""
         self.n_kv_head, self.head_dim = config.n_kv_head, config.head_dim
-        n_query = config.n_head * config.head_dim
-        n_qkv = n_query + 2 * config.n_kv_head * config.head_dim
-        self.qkv = nn.Linear(config.n_embd, n_qkv, bias=config.bias)
-        self.proj = nn.Linear(n_query, config.n_embd, bias=config.bias)
+        self.n_query = config.n_head * config.head_dim
+        self.n_qkv = self.n_query + 2 * config.n_kv_head * config.head_dim
+        self.qkv = nn.Linear(config.n_embd, self.n_qkv, bias=config.bias)
+        self.proj = nn.Linear(self.n_query, config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.cache_sizes = config.n_kv_head, config.head_dim, config.head_dim  # see GPT.new_cache
-        self.flops_per_key, self.activations = 4 * n_query, 3 * n_qkv + n_query  # see GPT.flops_per_token
 
-    def forward(self, x, rotary, cache, positions, mask):
+    def new_cache(self, batch_size: int, capacity: int, **options: Any) -> LayerCache | None:
+        """options: device and dtype."""
+        return KVCache(batch_size, self.n_kv_head, capacity, self.head_dim, self.head_dim, **options)
+
+    def costs(self, length: int) -> Costs:
+        return Costs(
+            weights=linear_weights(self),
+            attention_flops=4 * self.n_query * length,
+            activations=3 * self.n_qkv + self.n_query,
+            attention_scores=self.n_head * length,
+        )
+
+    def forward(self, x: Tensor, info: PositionInfo, cache: Any = None) -> Tensor:
+        """x [B, T, C] -> [B, T, C]; cache: this layer's, or None"""
         B, T, _ = x.shape
         H, G, D = self.n_head, self.n_kv_head, self.head_dim
         q, k, v = self.qkv(x).view(B, T, H + 2 * G, D).split((H, G, G), dim=2)  # [B, T, heads, D]
         q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = apply_rotary_emb(q, *rotary).to(v.dtype), apply_rotary_emb(k, *rotary).to(v.dtype)
+        if info.rotary is not None:
+            q, k = (apply_rotary_emb(t, *info.rotary).to(v.dtype) for t in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, D]
         if cache is not None:
-            k, v = cache.update(self.layer, positions, k, v)
-        y = self.attend(q, k, v, mask)
+            k, v = cache.update(k, v, info)
+        y = self.attend(q, k, v, info.mask)
         return self.proj(y.transpose(1, 2).reshape(B, T, H * D))
 
-    def attend(self, q, k, v, mask, scale=None):
-        """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]; mask: [B or 1, 1, T or 1, S] or None.
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
+    ) -> Tensor:
+        """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]; mask: see PositionInfo.
 
-        scale: of the products of q and k, 1 / sqrt(D) if None.
+        scale: factor on the products of q and k; default: 1 / sqrt(D).
         """
         B, H, T, D = q.shape
         group = H // k.shape[1]
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         causal = self.is_causal and mask is None and T > 1
         if group > 1 and causal:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         elif group > 1:
-            # The heads of a group become rows of one query: keys and values are not copied.
+            # The heads of a group become rows of one query, so that keys and values need not be copied.
             q = q.reshape(B, H // group, group * T, D)
             if mask is not None:
                 mask = mask.expand(-1, group, T, -1).flatten(1, 2).unsqueeze(1)
-        # A short text pays only where the compiler fuses what lies between the products.
+        # On short texts our kernel only pays off when the compiler fuses the steps between its products.
         pays = T >= 256 or torch.compiler.is_compiling()
         if self.custom_kernels and causal and not dropout and self.training and pays and scale is None:
             return kernels.causal_attention(q, k, v)
@@ -210,36 +318,47 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, "GLU Variants Improve Transformer")."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.gate_up = nn.Linear(config.n_embd, 2 * config.n_hidden, bias=config.bias)
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
-        self.activations = 4 * config.n_hidden  # see GPT.flops_per_token
 
-    def forward(self, x):
+    def costs(self) -> Costs:
+        return Costs(weights=linear_weights(self), activations=4 * self.down.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """attn, mlp: what another architecture has in their places."""
+    """Attention, then an MLP. Another architecture may pass modules of its own for either."""
 
-    def __init__(self, config, layer, attn=None, mlp=None):
+    def __init__(self, config: Any, attn: nn.Module | None = None, mlp: nn.Module | None = None):
         super().__init__()
-        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = attn or Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = mlp or MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.activations = 6 * config.n_embd  # see GPT.flops_per_token
+        self.attn_norm: nn.Module = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn: Any = attn or Attention(config)
+        self.mlp_norm: nn.Module = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp: Any = mlp or MLP(config)
+        self.dropout = nn.Dropout(0.0)  # see GPT.set_dropout
+        self.n_embd = config.n_embd
 
-    def forward(self, x, rotary, cache, positions, mask):
-        x = x + self.dropout(self.attn(self.attn_norm(x), rotary, cache, positions, mask))
+    def new_cache(self, batch_size: int, capacity: int, **options: Any) -> LayerCache | None:
+        """What this layer remembers of so many texts of at most `capacity` tokens; None: nothing."""
+        return self.attn.new_cache(batch_size, capacity, **options)
+
+    def costs(self, length: int) -> Costs:
+        """Of one token in a text of `length` tokens. The norms and sums keep 6 C numbers."""
+        return self.attn.costs(length) + self.mlp.costs() + Costs(activations=6 * self.n_embd)
+
+    def forward(self, x: Tensor, info: PositionInfo, cache: Any = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), info, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-def embedding(number, size):
-    """nn.Embedding, but without memory (device "meta") it draws no numbers: to do so loads a compiler."""
+def embedding(number: int, size: int) -> nn.Embedding:
+    """An nn.Embedding. On the "meta" device, where it has no memory, it skips the random initialization, which
+    would load torch's compiler."""
     weight = torch.empty(number, size)
     return (
         nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(number, size)
@@ -247,186 +366,173 @@ def embedding(number, size):
 
 
 class GPT(nn.Module):
-    """The whole network. `config`: a `ModelConfig` whose vocab_size is set.
+    """The whole network. `config`: a `ModelConfig` whose vocab_size is set; ValueError if it is not.
 
-    Another architecture is a subclass that has other `make_block` and `make_norm`, or changes `embed`,
-    `logits`, or more; everything else (loss, cache, decoding, training) is here.
+    Another architecture is a subclass that overrides some of the methods of the first section below.
     """
 
     custom_kernels = False  # see use_custom_kernels
+    logit_softcap: float | None = None  # logits become cap * tanh(logits / cap) (Gemma Team 2024, section 2)
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: Any):
         super().__init__()
         if not config.vocab_size:
             raise ValueError("vocab_size is not set: config.resolved(tokenizer.vocab_size) does it")
-        self.config = config = config.resolved(config.vocab_size)
-        self.wte = embedding(config.vocab_size, config.n_embd)
-        self.wpe = None if config.use_rope else embedding(config.block_size, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(config.n_layer))
-        self.norm = self.make_norm()
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.wte.weight
-        if config.use_rope:
+        self.config: Any = config.resolved(config.vocab_size)
+        self.make_modules()
+        if self.config.use_rope:
             cos, sin = self.rotary_tables()
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
-        self.make_rest()
         if not self.wte.weight.is_meta:
             self.init_weights()
-        # Trainable numbers; a tied matrix counts once. Counted now: ZeRO-3 takes the weights away.
+        # Trainable numbers; a tied matrix counts once. Counted now, since ZeRO-3 takes the weights away.
         self.n_params = sum(p.numel() for p in self.parameters())
         self.n_matrix_params = sum(p.numel() for p in self.matrices())
 
-    # -- parts that an architecture may have otherwise ---------------------------------------------------
+    # -- what an architecture may override ---------------------------------------------------------------
 
-    def make_block(self, layer):
-        return Block(self.config, layer)
+    def make_modules(self) -> None:
+        """Create all layers."""
+        c = self.config
+        self.wte = embedding(c.vocab_size, c.n_embd)
+        self.wpe = None if c.use_rope else embedding(c.block_size, c.n_embd)
+        self.dropout = nn.Dropout(0.0)
+        self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(c.n_layer))
+        self.norm: nn.Module = RMSNorm(c.n_embd, c.norm_eps)
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tie_embeddings:
+            self.lm_head.weight = self.wte.weight
 
-    def make_rest(self):
-        """Further modules, beside the blocks."""
+    def make_block(self, layer: int) -> nn.Module:
+        """The block of this layer; blocks may differ. It has `new_cache`, `costs` and `forward` as Block."""
+        return Block(self.config)
 
-    def make_norm(self):
-        return RMSNorm(self.config.n_embd, self.config.norm_eps)
-
-    @property
-    def rotary_size(self):
-        """How many numbers of a head are turned."""
-        return self.config.head_dim
-
-    @property
-    def rotary_factor(self):
-        """What they are multiplied with as they are turned."""
-        return attention_factor(self.config.rope_scaling)
-
-    def rotary_tables(self):
-        """See `rotary_table`. A model without memory (device "meta") has tables without memory."""
-        c, weight = self.config, self.wte.weight
-        if weight.is_meta:
-            return torch.empty(2, c.block_size, self.rotary_size // 2, device="meta")
-        table = rotary_table(self.rotary_size, c.block_size, c.rope_theta, c.rope_scaling)
-        return [(values * self.rotary_factor).to(weight.device) for values in table]
-
-    def init_weights(self):
+    def init_weights(self) -> None:
+        """Set the initial weights."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
-            # 2 n_layer sublayers add to the stream; keep its variance at the start near that of one
-            # (Radford et al. 2019, GPT-2, section 2.3).
+            # 2 n_layer sublayers add to the stream: scale them down so that its variance at the start does not
+            # grow with the depth (Radford et al. 2019, GPT-2, section 2.3).
             for linear in (block.attn.proj, block.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def matrices(self):
-        """The blocks' matrices [outputs, inputs] and stacks of them [E, inputs, outputs], for Muon."""
-        return [p for p in self.blocks.parameters() if p.dim() >= 2]
+    def rotary_tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin for all positions, [block_size, D / 2] each."""
+        c = self.config
+        return self.make_rotary_tables(c.head_dim, attention_factor(c.rope_scaling))
 
-    def parts(self, training):
-        """The modules that a token passes through, each as often as it does; in training maybe more."""
-        return [*self.children()]
-
-    def embed(self, tokens, positions):
-        """tokens [B, T], positions [1 or B, T] -> the vectors [B, T, C] with which the first block begins."""
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens [B, T], positions [1 or B, T] -> the input of the first block [B, T, C]"""
         x = self.wte(tokens)
         return x if self.wpe is None else x + self.wpe(positions)
 
-    def logits(self, x):
+    def logits(self, x: Tensor) -> Tensor:
         """final vectors [..., C] -> scores of the next token [..., V]"""
-        return self.lm_head(x)
+        logits = self.lm_head(x)
+        if self.logit_softcap:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits
 
-    def total_loss(self, x, targets, weights):
-        """x [N, C], targets, weights [N] -> (logits [N, V], weighted sum of the cross-entropies in nats)."""
-        if self.has_kernel(GPT.logits):
-            return kernels.linear_cross_entropy(x, self.lm_head.weight, targets, weights)
-        logits = self.logits(x)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        return logits, (losses * weights).sum()
+    def auxiliary_loss(self, x: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
+        """Further losses of this architecture: (their sum over the batch, or None; other_vars).
 
-    def new_cache(self, batch_size=1, capacity=None, n_layer=None):
-        """n_layer: how many layers it is for; default: all blocks."""
-        c = self.config
-        heads, *sizes = self.blocks[0].attn.cache_sizes  # and the sizes of a key and a value
-        shape = n_layer or c.n_layer, batch_size, heads, capacity or c.block_size, *sizes
-        return KVCache(*shape, device=self.device, dtype=self.dtype)
-
-    def drafter(self):
-        """None, or a function that guesses how a text goes on, for `generate`, called after each pass:
-        (final vectors [1, T, C] of the tokens read, the tokens that follow them [1, T]) -> list of ids."""
-
-    def training_loss(self, loss, x, targets, loss_mask, loss_divisor):
-        """(the same number, its gradient being that of all that is to become small; other_vars)
-
-        Only in training; loss_mask and loss_divisor as in `forward`, x [B, T, C]: the final vectors.
+        An objective adds it to its own loss in training. x [B, T, C] are the final vectors, targets and mask
+        [B, T]. other_vars: {name: scalar tensor} of what is worth watching; training logs each one's mean over
+        the forward passes of a step. A name such as "expert_load/2" is a curve of layer 2.
         """
-        return loss, {}
+        return None, {}
 
-    def after_step(self, sum_over_processes):
-        """Called after each step of the optimizer. sum_over_processes(*numbers) -> list of floats."""
+    def after_step(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Called after each step of the optimizer. all_reduce(tensor) sums it over all processes."""
 
-    # -- what all architectures do alike -------------------------------------------------------------------
+    def drafter(self) -> Callable[[Tensor, Tensor], list[int]] | None:
+        """None, or a function that guesses how a text goes on, for speculative decoding. It is called after
+        each pass with the final vectors [1, T, C] of the tokens just read and the tokens that follow them
+        [1, T], and returns a list of ids."""
+        return None
+
+    def costs(self, length: int, training: bool) -> Costs:
+        """Of one token in a text of `length` tokens: all blocks, and the output head."""
+        blocks = (block.costs(length) for block in self.blocks)
+        return sum(blocks, Costs(weights=linear_weights(self.lm_head)))
+
+    # -- the same for all architectures ------------------------------------------------------------------
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return next(self.parameters()).device
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def forward(self, tokens, targets=None, loss_mask=None, loss_divisor=None, cache=None, lengths=None):
-        """tokens [B, T] -> (logits [B, T, V], loss, other_vars).
+    def make_rotary_tables(self, size: int, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`rotary_table` for heads of which `size` numbers are rotated, times `factor`."""
+        c, weight = self.config, self.wte.weight
+        if weight.is_meta:
+            return tuple(torch.empty(2, c.block_size, size // 2, device="meta"))  # type: ignore[return-value]
+        cos, sin = rotary_table(size, c.block_size, c.rope_theta, c.rope_scaling)
+        return (cos * factor).to(weight.device), (sin * factor).to(weight.device)
 
-        targets [B, T] gives the loss: the cross-entropy in nats of each position, weighted by
-        loss_mask [B, T] (default: all ones), summed, and divided by loss_divisor (default: the
-        sum of loss_mask). A step that is cut into several passes gives each of them the divisor
-        of the whole, so that their losses, and gradients, add up to those of the whole batch.
+    def matrices(self) -> list[nn.Parameter]:
+        """The matrices [outputs, inputs] of the blocks, and stacks of them [E, inputs, outputs]: Muon's part."""
+        return [p for p in self.blocks.parameters() if p.dim() >= 2]
 
-        other_vars: {name: scalar tensor} of what is worth watching; training logs each one's mean over the
-        passes of a step. Names of one curve a layer end in "/" and the layer's number.
+    def forward(self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """tokens [B, T] -> logits [B, T, V]; see `hidden`"""
+        return self.logits(self.hidden(tokens, cache, lengths))
 
-        cache, lengths: see `hidden`.
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """tokens [B, T] -> the final vectors [B, T, C], which the output head reads
+
+        With a cache, the tokens continue what the cache holds. lengths [B]: how many of the T tokens of each
+        row are real, where that differs (padding on the right is ignored).
+        Raises ValueError if the tokens do not fit into block_size or the cache, and for a cache with
+        is_causal = false, where a later token would change all earlier ones.
         """
-        x = self.hidden(tokens, cache, lengths)
-        if targets is None:
-            return self.logits(x), None, {}
-        if loss_mask is None:
-            loss_mask = torch.ones_like(targets, dtype=torch.float32)
-        if loss_divisor is None:
-            loss_divisor = loss_mask.sum()
-        logits, total = self.total_loss(x.flatten(0, 1), targets.flatten(), loss_mask.flatten())
-        loss, other_vars = total / loss_divisor, {}
-        if self.training:
-            loss, other_vars = self.training_loss(loss, x, targets, loss_mask, loss_divisor)
-        return logits.unflatten(0, tokens.shape), loss, other_vars
-
-    def hidden(self, tokens, cache=None, lengths=None, through=None):
-        """tokens [B, T] -> the final vectors [B, T, C], before the output head.
-
-        through: what the embedded tokens pass through, in place of `through_blocks`.
-
-        With a cache the tokens continue what the cache holds. lengths [B] says how many of the T
-        tokens of each row are real, where that differs (padding on the right is ignored).
-        Raises ValueError when more than block_size tokens, or than the cache holds, would be needed,
-        and for a cache with is_causal = false: there, a later token changes all earlier ones.
-        """
-        positions, mask = self.positions_and_mask(tokens, cache, lengths)
-        x = self.dropout(self.embed(tokens, positions))
-        x = (through or self.through_blocks)(x, self.rotary_at(positions), cache, positions, mask)
+        info = self.position_info(tokens, cache, lengths)
+        x = self.dropout(self.embed(tokens, info.positions))
+        for number, block in enumerate(self.blocks):
+            x = block(x, info, cache and cache.layers[number])
         if cache is not None:
             cache.advance(tokens.shape[1] if lengths is None else lengths)
-        return x
-
-    def through_blocks(self, x, *place):
-        """place: what `Block.forward` takes beside the vectors x [B, T, C]."""
-        for block in self.blocks:
-            x = block(x, *place)
         return self.norm(x)
 
-    def positions_and_mask(self, tokens, cache, lengths):
-        """Positions [1 or B, T] of the tokens, and who sees whom, [1 or B, 1, 1 or T, S]; None: as usual."""
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Final vectors x [N, C] and the tokens that followed [N] -> their negative log-likelihoods in nats [N]"""
+        # The kernel computes the usual head: no other class, no bias, no `logits` of an architecture's own.
+        is_usual = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
+        if self.custom_kernels and is_usual and type(self).logits is GPT.logits:
+            return kernels.linear_cross_entropy(x, self.lm_head.weight, targets, self.logit_softcap)
+        return F.cross_entropy(self.logits(x).float(), targets, reduction="none")
+
+    def new_cache(self, batch_size: int = 1, capacity: int | None = None) -> Cache:
+        """An empty cache for so many texts of at most `capacity` (default: block_size) tokens."""
+        capacity = capacity or self.config.block_size
+        options = {"device": self.device, "dtype": self.dtype}
+        layers = [block.new_cache(batch_size, capacity, **options) for block in self.blocks]
+        return Cache(layers, batch_size, capacity)
+
+    def position_info(
+        self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None
+    ) -> PositionInfo:
+        positions, mask = self.positions_and_mask(tokens, cache, lengths)
+        rotary = None
+        if self.config.use_rope:
+            rotary = self.rotary_cos[positions].unsqueeze(2), self.rotary_sin[positions].unsqueeze(2)
+        past = 0 if cache is None else cache.uniform_length
+        return PositionInfo(positions, mask, rotary, past, lengths)
+
+    def positions_and_mask(
+        self, tokens: Tensor, cache: Cache | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See PositionInfo."""
         T, config = tokens.shape[1], self.config
         if cache is not None and not config.is_causal:
             raise ValueError("only a causal model can continue from a cache, and is_causal is false")
@@ -446,58 +552,30 @@ class GPT(nn.Module):
         slots = torch.arange(cache.capacity, device=tokens.device)
         return positions, (positions[:, :, None] >= slots)[:, None]  # [B, 1, T, S]
 
-    def rotary_at(self, positions):
-        """cos and sin at positions [1 or B, T], each [1 or B, T, 1, rotary_size / 2]; None without RoPE."""
-        if not self.config.use_rope:
-            return None
-        return self.rotary_cos[positions].unsqueeze(2), self.rotary_sin[positions].unsqueeze(2)
+    def set_dropout(self, p: float) -> "GPT":
+        """Dropout probability in training: of the embeddings, the attention weights, and what a block adds."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+        return self
 
-    def use_custom_kernels(self, on):
-        """Train with attention and loss of `common.kernels` (float32 on a CPU only), or with PyTorch's."""
+    def use_custom_kernels(self, on: bool) -> None:
+        """Train with the attention and loss of common/kernels.py (float32 on a CPU only), or with PyTorch's."""
         for module in self.modules():
             if hasattr(module, "custom_kernels"):
                 module.custom_kernels = on
 
-    def has_kernel(self, logits):
-        """Whether `kernels.linear_cross_entropy` is to be used, and right: for these logits of a class."""
-        is_plain = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
-        return self.custom_kernels and is_plain and type(self).logits is logits
-
-    def flops_per_token(self, length=None, training=True):
+    def flops_per_token(self, length: int | None = None, training: bool = True) -> int:
         """Floating-point operations per token, counted from the shapes.
 
-        2 per weight of each matrix product and, for attention over `length` tokens (default:
-        block_size), 4 * length per query dimension: the full square, as PaLM (Chowdhery et al.
-        2022, appendix B) and nanoGPT count it, though a causal kernel may skip half of it.
-        The backward pass costs twice the forward pass.
-
-        Linear layers are counted as they are. Other modules say themselves what a token meets in them:
-        `active_weights` of further matrices, `flops_per_key` of attention, `activations` that are kept.
+        2 per weight of each matrix product and, for attention over `length` tokens (default: block_size),
+        4 * length per query dimension. That is the full square, as PaLM (Chowdhery et al. 2022, appendix B) and
+        nanoGPT count it, although a causal kernel may skip half of it. The backward pass costs twice the
+        forward pass.
         """
-        weights = self.counted("active_weights", training)
-        forward = 2 * weights + (length or self.config.block_size) * self.counted("flops_per_key", training)
+        costs = self.costs(length or self.config.block_size, training)
+        forward = 2 * costs.weights + costs.attention_flops
         return 3 * forward if training else forward
-
-    @property
-    def active_weights(self):
-        """How many weights of matrices a token is multiplied with when text is written."""
-        return self.counted("active_weights", training=False)
-
-    def activations_per_token(self, keeps_attention):
-        """About how many numbers the blocks keep of a token for the backward pass, counted from the shapes.
-
-        keeps_attention: whether the attention weights are among them.
-        """
-        rows = self.counted("n_head", training=True) if keeps_attention else 0
-        return self.counted("activations", training=True) + rows * self.config.block_size
-
-    def counted(self, name, training):
-        """The sum of all numbers of this name in modules that a token passes through."""
-        modules = [module for part in self.parts(training) for module in part.modules()]
-        counted = sum(getattr(module, name, 0) for module in modules)
-        if name == "active_weights":
-            counted += sum(m.in_features * m.out_features for m in modules if isinstance(m, nn.Linear))
-        return counted
 
     @torch.inference_mode()
     def transduce(self, tokens):

@@ -26,6 +26,7 @@ from common.config import ROOT, check, find, shown
 from common.errors import UserError, run
 from common.files import append
 from config.schema import ModelConfig, Schema, TrainConfig
+from config.stages import Stage
 
 RESULTS = ROOT / "checkpoint" / "results.jsonl"
 N_TEST, N_TEST_MEANWHILE = 10_000, 2_000  # questions at the end, and while it trains
@@ -77,8 +78,7 @@ def learn(args):
     here = f"tasks/{problem.name}.py"
     values = {
         "log_interval": 10, "eval_interval": 100, "keep_checkpoints": 1, "min_lr": 0.0, **problem.training(),
-        "random_seed": args.seed, "device": args.device, "tokenizer_path": here,
-        "dataset_path": [(here, json.dumps(problem.sizes))],
+        "random_seed": args.seed, "device": args.device, "tokenizer_path": here, "dataset_path": [],
     }  # fmt: skip
     values["max_steps"] = values["max_steps"] if args.steps is None else args.steps
     values["warmup_iters"] = max(0, min(100, values["max_steps"] // 10))
@@ -86,11 +86,13 @@ def learn(args):
     config = check(TrainConfig, values, "problem.py")
     shape = {"block_size": problem.block_size, "is_causal": problem.is_causal, **problem.model()}
     shape = check(ModelConfig, shape, here)
-    # Only now, when the arguments are known to be good, is it worth to wait for torch.
+    # Only now, when the arguments are known to be good, is it worth waiting for torch.
     from common import hardware
     from engine import runs
     from engine.parallel import SingleProcess
-    from train import Job, initial_model, train
+    from engine.setup import TrainSetup, on_device, starting_model
+    from objectives.answers import Objective
+    from train import train
 
     compute = hardware.prepare(config)
     start = runs.starting_point(problem.name, config, args.resume)
@@ -98,23 +100,27 @@ def learn(args):
         learned = problem_of(start.checkpoint, args, start.name, problem.tokenizer())
         if learned != problem:
             raise UserError(
-                f"{start.name} has learned {learned.described}: ask for that, name another run behind "
+                f"{start.name} has learned {learned.description}: ask for that, name another run behind "
                 "--resume, or leave it out"
             )
-    model, tokenizer = initial_model(start, config, shape, compute, problem.tokenizer)
-    batches = tasks.Examples(problem, tokenizer, config.batch_size, args.seed)
-    test = tasks.Test(problem, tokenizer, config.batch_size, args.seed, N_TEST)
+    model, tokenizer = starting_model(start, config, shape, compute, problem.tokenizer)
+    questions = tasks.TrainingQuestions(problem, tokenizer, config.batch_size, args.seed)
+    test = tasks.HeldOutQuestions(problem, tokenizer, config.batch_size, args.seed, N_TEST)
+    stage, parallel = Stage(problem.name, "a toy problem", "answers", "questions"), SingleProcess()
+    setup = TrainSetup(
+        stage, config, compute, start, model, tokenizer, Objective(), questions, [test], problem.sizes
+    )
     began = time.perf_counter()
-    job = Job(problem.name, config, compute, start, model, tokenizer, batches, [test], exact=True)
-    trained = train(job, SingleProcess())
+    trained = train(on_device(setup, parallel), parallel)
     if trained is None:  # stopped before its end
         return
+    log, path = trained
     seconds = time.perf_counter() - began
     seconds = None if start.resumes else round(seconds, 1)  # of a run gone on with, only a part is known
     facts = {"steps": config.max_steps, "seconds": seconds, "seed": args.seed,
-             "device": compute.name, "checkpoint": trained.checkpoint.name}  # fmt: skip
+             "device": compute.name, "checkpoint": path.name}  # fmt: skip
     report(problem, model, tokenizer, test.questions, facts)
-    draw_chart(trained.log, trained.checkpoint.with_suffix(".png"))
+    draw_chart(log, path.with_suffix(".png"))
     if args.play:
         play(problem, model, tokenizer)
 
@@ -129,7 +135,7 @@ def try_again(args):
     problem = problem_of(state, args, shown(path), tokenizer)
     compute = hardware.choose(hardware.detect(args.device), args.device, dtype="float32")
     model = model.to(compute.device)
-    test = tasks.Test(problem, tokenizer, 1, args.seed, N_TEST)
+    test = tasks.HeldOutQuestions(problem, tokenizer, 1, args.seed, N_TEST)
     report(problem, model, tokenizer, test.questions, {"steps": state.step, "seed": args.seed})
     if args.play:
         play(problem, model, tokenizer)
@@ -137,14 +143,11 @@ def try_again(args):
 
 def problem_of(state, args, name, tokenizer):
     """The problem, in its sizes, that a checkpoint has learned."""
-    if state.task != args.problem:
-        raise UserError(f"{name} has learned {state.task}, not {args.problem}")
-    try:
-        ((_, sizes),) = state.train_config["dataset_path"]
-        sizes = dict(json.loads(sizes))
-    except (KeyError, ValueError, TypeError, RecursionError):
-        raise UserError(f"{name} does not say which size of {args.problem} it has learned") from None
-    problem = tasks.make(args.problem, sizes)
+    if state.stage != args.problem:
+        raise UserError(f"{name} has learned {state.stage}, not {args.problem}")
+    if not state.problem:
+        raise UserError(f"{name} does not say which size of {args.problem} it has learned")
+    problem = tasks.make(args.problem, state.problem)
     for size, value in problem.sizes.items():
         if vars(args)[size] not in (None, value):
             raise UserError(f"{name} has learned --{size} {value}, not {vars(args)[size]}")

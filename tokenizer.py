@@ -52,6 +52,7 @@ SPECIAL_TOKENS = (
 )
 N_SPECIAL = len(SPECIAL_TOKENS)
 FORMAT = {"format": "nano-tokenizer", "version": 1}
+CHAT_TEMPLATE = "nano"  # the name of the template below, for checkpoints
 LARGEST = 1 << 25  # characters of its JSON; 200,000 merges have 10 million
 
 

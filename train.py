@@ -3,46 +3,395 @@
     python train.py -t pretrain                         from config/config_pretrain.json
     python train.py -t sft                              from config/config_sft.json
     python train.py -t pretrain --resume                go on where the newest run ended
-    python train.py -t pretrain --resume 20260102_030405      ... or a certain one, by its name or checkpoint
+    python train.py -t pretrain --resume 20260102_030405      ... or a certain run, by its name or a checkpoint
     python train.py -t pretrain --plan                  no training: size, memory, speed, time to finish
     python train.py -t pretrain --plan --world 2 --link 1     the same for two machines, 1 Gbit/s between them
     python train.py -t pretrain --set batch_size=8 --set device=cpu
 
-A step takes one global batch of batch_size x gradient_accumulation_steps sequences. What it computes
-follows from the configuration, its number and how many sequences the run has consumed, so a run that was
-killed continues, bit for bit, from any of its checkpoints. Pretraining and SFT differ in their data only:
-SFT's loss mask is one on the words of the answers and zero elsewhere.
+A step takes one global batch of batch_size x gradient_accumulation_steps sequences. What it computes follows from
+the configuration, the number of the step and how many sequences the run has consumed. So a run that was killed
+continues, bit for bit, from any of its checkpoints.
+
+The file reads from top to bottom: what changes in training (TrainState), one step, a validation, a checkpoint,
+then the loop. What a step passes through outside this file: the batch comes from data.py, the loss from
+objectives/, and engine/parallel.py spreads it over processes.
 """
 
 import argparse
 import contextlib
 import functools
 import math
-import os
-import re
-import shlex
 import shutil
-import sys
-import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.config import find, load_run, parse_overrides, shown
-from common.errors import UserError, is_out_of_memory, run
-from config.schema import TrainConfig
-from engine.stop import Launcher, StopRequest
+from common.errors import UserError, run
+from config.schema import LAST_STEP
+from config.stages import STAGES
+
+if TYPE_CHECKING:  # torch is imported when the arguments are known to be good, inside the functions
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from engine.setup import TrainSetup
 
 
-def parse_arguments(doc, extend=None):
-    """doc: the script's, its first line and then its examples. extend(parser) may add arguments."""
+@dataclass
+class TrainState:
+    """Everything that changes in the course of training.
+
+    model        the network; `module` computes its loss, wrapped for the devices the run is spread over
+    optimizer    steps once for each global batch; `scaler` scales the loss up where float16 would underflow
+    step         optimizer steps done
+    consumed     sequences of the present data, and tokens whose loss counted (None: unknown)
+    best         the lowest validation loss, {"loss", "step"}
+    validation   the last one
+    """
+
+    model: Any
+    module: Any
+    optimizer: Any
+    scaler: Any
+    step: int
+    consumed: dict[str, Any]
+    best: dict[str, Any]
+    validation: dict[str, Any]
+
+
+def initial_state(setup: "TrainSetup", parallel: Any) -> TrainState:
+    """The state before the first step, or that of the checkpoint to resume."""
+    import torch
+
+    from common.log import notice
+    from engine import checkpoint, runs
+    from engine.optimizer import make_optimizer, state_shapes
+    from engine.setup import compiling, forget_counts, to_device
+    from objectives import LossModule
+
+    config, compute, start, model = setup.config, setup.compute, setup.start, setup.model
+    optimizer = make_optimizer(model, config, compute.dtype, parallel.muon)
+    shapes = [state_shapes(group, p.shape) for group in optimizer.param_groups for p in group["params"]]
+    module, optimizer = parallel.wrap(LossModule(model, setup.objective), optimizer, config, compute)
+    scaler = torch.amp.GradScaler(compute.device_type, enabled=compute.grad_scaling)
+    progress, notices = runs.progress(start, config, setup.data, setup.train.position)
+    if start.resumes:
+        checkpoint.restore(start, shapes, functools.partial(parallel.load_optimizer, optimizer), scaler)
+        notices += runs.jump_of_the_rate(start, config)
+    for line in notices:
+        notice(line)
+    start.checkpoint = None  # frees its copy of the weights
+    model.train()
+    state = TrainState(model, module, optimizer, scaler, **vars(progress))
+    if config.compile:  # let torch.compile work now, before the clock starts
+        with compiling(True):
+            batch = to_device(setup.train(state.consumed["sequences"]), parallel.rows(config), compute.device)
+            micro_batch = {key: tensor[: parallel.rows(config).step] for key, tensor in batch.items()}
+            forward_backward(state, setup, parallel, micro_batch, 1.0, is_last=True)
+        optimizer.zero_grad(set_to_none=True)
+        forget_counts(model)
+    return state
+
+
+def forward_backward(
+    state: TrainState, setup: "TrainSetup", parallel: Any, batch: dict[str, "Tensor"], weight: float,
+    is_last: bool,
+) -> tuple["Tensor", dict[str, "Tensor"]]:  # fmt: skip
+    """Add the gradient of a micro-batch. Returns its part of the loss, and the metrics.
+
+    The loss is summed over the micro-batch and divided by the weight of the whole global batch: a mean over
+    all tokens that count, wherever they are, never a mean of means.
+    """
+    from common import hardware
+
+    with parallel.micro_batch(is_last):
+        with hardware.forward_context(setup.compute):
+            loss, metrics = state.module(batch)
+        parallel.backward(state.scaler.scale(loss / weight))
+    return loss.detach() / weight, metrics
+
+
+class StepResult(NamedTuple):
+    """What a step has computed in this process, still on the device: nobody has waited for it."""
+
+    loss: "Tensor"
+    grad_norm: "Tensor"
+    metrics: dict[str, "Tensor"]
+
+
+def train_step(state: TrainState, setup: "TrainSetup", parallel: Any, batch: "DeviceBatch") -> StepResult:
+    """One step of the optimizer on one global batch, of which `batch` has this process's rows."""
+    import torch
+
+    from engine.optimizer import rate_multiplier
+
+    config, rows = setup.config, parallel.rows(setup.config)
+    parallel.begin_step(state.step + 1)
+    seed = config.random_seed * 1_000_003 + state.step + (parallel.rank << 40)
+    torch.manual_seed(seed % (1 << 63))  # dropout
+    loss, metrics = 0.0, {}
+    for first in range(0, len(rows) * rows.step, rows.step):
+        micro_batch = {key: tensor[first : first + rows.step] for key, tensor in batch.tensors.items()}
+        is_last = first + rows.step == len(rows) * rows.step
+        part, values = forward_backward(state, setup, parallel, micro_batch, batch.weight, is_last)
+        loss = loss + part
+        for name, value in values.items():
+            metrics[name] = metrics.get(name, 0.0) + value.detach() / (len(rows) * parallel.world_size)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * rate_multiplier(state.step, config)
+    state.scaler.unscale_(state.optimizer)
+    grad_norm = parallel.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+    state.scaler.step(state.optimizer)  # skips the step if float16 gradients have overflowed
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.model.after_step(parallel.all_reduce)
+    state.step += 1
+    for key, count in batch.counts.items():
+        if state.consumed[key] is not None:
+            state.consumed[key] += count
+    return StepResult(loss, grad_norm, metrics)
+
+
+class DeviceBatch(NamedTuple):
+    """This process's rows of a global batch, on the device, and of the whole batch its shape and weight."""
+
+    tensors: dict[str, "Tensor"]
+    shape: tuple[int, ...]
+    weight: float
+    counts: dict[str, int]
+
+
+def device_batches(setup: "TrainSetup", parallel: Any, state: TrainState) -> Iterator[DeviceBatch]:
+    """The global batches from this state to the last step, each prepared while the step before it computes."""
+    from engine.setup import to_device
+
+    rows = parallel.rows(setup.config)
+
+    def load(first: int) -> DeviceBatch:
+        batch = setup.train(first)
+        shape, weight = batch["x"].shape, setup.objective.weight(batch)
+        tensors = to_device(batch, rows, setup.compute.device)
+        return DeviceBatch(tensors, shape, weight, {"sequences": shape[0], "tokens": int(weight)})
+
+    first, last = state.step, setup.config.max_steps or LAST_STEP
+    with ThreadPoolExecutor(1) as background:
+        pending = background.submit(load, sequence := state.consumed["sequences"])
+        for step in range(first + 1, last + 1):
+            batch = pending.result()
+            if step < last:
+                pending = background.submit(load, sequence := sequence + batch.shape[0])
+            yield batch
+
+
+def read_results(results: list[StepResult], parallel: Any) -> list[dict[str, float]]:
+    """The numbers of these steps over all processes. Here the host waits for the device."""
+    import torch
+
+    names = [*results[0].metrics]
+    local = torch.stack([torch.stack([r.loss, *r.metrics.values()]).double() for r in results])
+    reduced = parallel.all_reduce_sum(*local.flatten().tolist())
+    rows = [reduced[i : i + len(names) + 1] for i in range(0, len(reduced), len(names) + 1)]
+    return [
+        {"loss": loss, "grad_norm": float(result.grad_norm), **dict(zip(names, values, strict=True))}
+        for result, (loss, *values) in zip(results, rows, strict=True)
+    ]
+
+
+def evaluate(state: TrainState, setup: "TrainSetup", parallel: Any) -> tuple[float, list[float], dict[str, float]]:
+    """Validate. Returns (loss over all files, loss of each file, metrics), the losses per token in nats.
+
+    Each time the same sequences of every file are taken, more of them from a longer file.
+    """
+    import torch
+
+    from common import hardware
+    from engine.setup import to_device
+
+    config, sources = setup.config, setup.val
+    sizes = [int(source.sequences_per_epoch) for source in sources]
+    shares = [config.eval_iters * size / sum(sizes) for size in sizes]
+    places = [
+        (number, i * config.batch_size)
+        for number, (size, share) in enumerate(zip(sizes, shares, strict=True))
+        for i in range(min(max(1, round(share)), -(-size // config.batch_size)))
+    ]
+    totals, weights, metrics = [0.0] * len(sizes), [0.0] * len(sizes), {"rows": 0.0}
+    state.model.eval()
+    for first_place in range(0, len(places), parallel.world_size):
+        # A rank without a batch of its own repeats the last one, so that all ranks make the same calls.
+        place = first_place + parallel.rank
+        number, first = places[min(place, len(places) - 1)]
+        arrays = sources[number](first)
+        batch = to_device(arrays, range(len(arrays["x"])), setup.compute.device)
+        with torch.no_grad(), hardware.forward_context(setup.compute):
+            loss, values = setup.objective.loss(state.model, batch)
+        counts = place < len(places)
+        totals[number] += loss.item() * counts
+        weights[number] += setup.objective.weight(batch) * counts
+        metrics["rows"] += len(batch["x"]) * counts
+        for name, value in values.items():
+            metrics[name] = metrics.get(name, 0.0) + value.item() * len(batch["x"]) * counts
+    state.model.train()
+    sums = parallel.all_reduce_sum(*totals, *weights, *metrics.values())
+    losses = [sums[i] / sums[i + len(sizes)] for i in range(len(sizes))]
+    parts = [source.n_loss_tokens for source in sources]
+    whole = sum(loss * (part / sum(parts)) for loss, part in zip(losses, parts, strict=True))
+    n_rows, *values = sums[2 * len(sizes) :]
+    return whole, losses, dict(zip([*metrics][1:], (value / n_rows for value in values), strict=True))
+
+
+def save_checkpoint(
+    state: TrainState, setup: "TrainSetup", parallel: Any, run_name: str, log: Any, epoch: int
+) -> "Path | None":
+    """Write the checkpoint of this step and delete those no longer kept. Returns its path, on rank 0."""
+    from engine import runs
+    from engine.checkpoint import Checkpoint
+
+    model, optimizer = parallel.state_dicts(state.model, state.optimizer)
+    if parallel.rank:
+        return None
+    saved = Checkpoint(
+        setup.stage.name, run_name, model_config=setup.model.config.model_dump(),
+        train_config=setup.config.model_dump(mode="json"), tokenizer=setup.tokenizer.to_dict(), data=setup.data,
+        chat_template=setup.stage.chat_template, problem=setup.problem, model=model, optimizer=optimizer,
+        scaler=state.scaler.state_dict(), step=state.step, consumed=state.consumed, best=state.best,
+        validation=state.validation,
+    )  # fmt: skip
+    path = saved.save()
+    log.write("save", epoch, state.step, {"path": shown(path)})
+    runs.prune(saved, setup.config.keep_checkpoints)
+    return path
+
+
+def check_finite(results: list[dict[str, float]], state: TrainState, setup: "TrainSetup", run_name: str) -> None:
+    """Raises UserError if one of the last steps, or a validation, gave NaN or infinity.
+
+    Nothing has been saved since the last step that was checked, so every checkpoint is sound.
+    """
+    from engine import runs
+
+    names = {"loss": "loss", "grad_norm": "gradient norm", "validation_loss": "validation loss"}
+    if setup.compute.grad_scaling:
+        del names["grad_norm"]  # with loss scaling, an infinite gradient only means that the step was skipped
+    for step, result in enumerate(results, state.step - len(results) + 1):
+        numbers = {name: result[key] for key, name in names.items() if key in result}
+        if not all(map(math.isfinite, numbers.values())):
+            what = ", ".join(f"{name} {number}" for name, number in numbers.items())
+            good = [entry.path for entry in runs.saved(setup.stage.name, run_name) if entry.step < step]
+            last = f" The last good checkpoint is {shown(good[-1])}: --resume it," if good else " Begin again"
+            raise UserError(
+                f"step {step}: {what}; training stopped and nothing was saved over.{last} with a lower "
+                "learning_rate, or look for odd texts in the data."
+            )
+
+
+def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Path, Path] | None":
+    """The training loop. Returns the paths of the log and of the last checkpoint; None if it was stopped.
+
+    parallel: how the run is spread over processes (engine/parallel.py); launcher: see engine/stop.py.
+    """
+    from common.log import RunLog, notice
+    from engine import checkpoint, plan, runs
+    from engine.optimizer import learning_rate_at
+    from engine.speed import Speedometer
+    from engine.stop import StopRequest
+
+    config, start = setup.config, setup.start
+    if start.resumes and 0 < config.max_steps <= start.checkpoint.step:
+        print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
+        return None
+    estimate = plan.RunEstimate.of(setup)
+    with estimate.advice_when_out_of_memory():
+        state = initial_state(setup, parallel)
+    print(estimate.summary())
+    if estimate.too_large:
+        notice(estimate.too_large)
+    run, stop = contextlib.nullcontext(), StopRequest(launcher)
+    if not parallel.rank:
+        run = start.run or runs.Run()
+        runs.sweep(run)
+        parallel.tell_launcher(run.name)
+        if (free := shutil.disk_usage(checkpoint.FOLDER).free) < estimate.checkpoint_bytes:
+            size, free = plan.gib(estimate.checkpoint_bytes), plan.gib(free)
+            notice(f"a checkpoint takes about {size}, and {free} are free in checkpoint/")
+    run_name = parallel.broadcast_from_rank0(lambda: run.name)
+    header = {**estimate.header(), "run": run_name, "resumed_from_step": state.step}
+    if start.branched_from:
+        header["branched_from"] = start.branched_from
+    batches = device_batches(setup, parallel, state)
+    results, speed, on_cpu = [], Speedometer(setup.model), setup.compute.device_type == "cpu"
+    first_step = last_saved = state.step
+    stopping, path = False, None
+    log = RunLog(run_name, header, config.max_steps, state.step)
+
+    with run, log, contextlib.closing(batches), estimate.advice_when_out_of_memory():
+        while state.step < config.max_steps or not config.max_steps:
+            if stopping := any(parallel.all_reduce_sum(stop.asked)):
+                break
+            epoch, file, sequence = setup.train.position(state.consumed["sequences"])
+            batch = next(batches)
+            speed.add(batch.shape)
+            results.append(train_step(state, setup, parallel, batch))
+
+            step, is_last = state.step, state.step == config.max_steps
+            logs, evaluates, saves = (
+                step % interval == 0 or is_last
+                for interval in (config.log_interval, config.eval_interval, config.save_interval)
+            )
+            if logs or evaluates or saves or on_cpu:  # elsewhere the host does not wait for the device
+                numbers, results = read_results(results, parallel), []
+                check_finite(numbers, state, setup, run_name)
+            if logs:
+                rates = speed.read()
+                remaining = {"remaining_seconds": speed.seconds_per_step * (config.max_steps - step)}
+                log.write("train", epoch, step, {
+                    "curriculum": (file, sequence), "loss": numbers[-1].pop("loss"),
+                    "lr": learning_rate_at(step - 1, config), **numbers[-1], **rates,
+                    **(remaining if config.max_steps else {}),
+                })  # fmt: skip
+            if evaluates:
+                loss, losses, metrics = evaluate(state, setup, parallel)
+                check_finite([{"validation_loss": loss}], state, setup, run_name)
+                state.validation = {"loss": loss, "step": step}
+                if state.best["loss"] is None or loss < state.best["loss"]:
+                    state.best, saves = state.validation, True
+                each = {f"loss/{i}": value for i, value in enumerate(losses)} if len(losses) > 1 else {}
+                bpb = {"bpb": estimate.bits_per_byte(loss)} if setup.stage.documents == "text" else {}
+                log.write("val", epoch, step, {"loss": loss, "best": state.best["loss"], **each, **metrics, **bpb})
+            if saves:
+                path, last_saved = save_checkpoint(state, setup, parallel, run_name, log, epoch), step
+            if saves or evaluates:
+                speed.restart()  # leave out time that was not training
+
+        stop.heard()
+        if stopping and last_saved < state.step:
+            check_finite(read_results(results, parallel) if results else [], state, setup, run_name)
+            save_checkpoint(state, setup, parallel, run_name, log, epoch)
+        if stopping:
+            command = runs.resume_command(run_name, bool(launcher))
+            log.say(f"Stopped after step {state.step}. Go on with: {command}")
+            return None
+        log.say(f"Done: step {state.step}, {state.step - first_step} of them now.")
+        log.say(f"Loss chart: python plot_loss.py -n {shown(log.path)}")
+        return log.path, path
+
+
+# ---- the command line ------------------------------------------------------------------------------
+
+
+def parse_arguments(doc: str, extend: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
+    """doc: the script's, a first line and then examples. extend(parser) may add arguments."""
     description, _, examples = doc.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description,
-        epilog=examples.rpartition("\n\n")[0],
+        epilog=examples.partition("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # fmt: off
-    parser.add_argument("-t", "--task", choices=("pretrain", "sft"), required=True, help="what to train")
+    parser.add_argument("-t", "--task", choices=[*STAGES], required=True, help="the stage to train")
     parser.add_argument("-c", "--config", help="the run (default: config/config_<task>.json)")
     parser.add_argument("-m", "--model", default="config/model_config.json",
                         help="the model (default: %(default)s)")
@@ -60,498 +409,60 @@ def parse_arguments(doc, extend=None):
     return args
 
 
-@dataclass
-class Job:
-    """A model and what it learns from: `text_job` makes one of token files, problem.py of a toy problem.
-
-    batches(first) -> x, y [global batch, T] and the loss mask, numpy arrays, of the sequences from this
-    number on. validation: a list of such, one for each file, whose batches are micro-batches. All know how
-    many `sequences_per_epoch` they have, and what `data` they read. With `exact`, a validation also tells in
-    how many sequences all tokens of the mask are right.
-    """
-
-    task: str
-    config: TrainConfig
-    compute: Any
-    start: Any
-    model: Any
-    tokenizer: Any
-    batches: Any
-    validation: list
-    exact: bool = False
-
-    @property
-    def data(self):
-        """As a checkpoint has it."""
-        return {"train": self.batches.data, "validation": [one for v in self.validation for one in v.data]}
-
-
-def plan_arguments(parser):
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
-    parser.add_argument("--plan", action="store_true", help="train nothing; say what training would take")
+    parser.add_argument("--plan", action="store_true", help="do not train; show what training would take")
     parser.add_argument("--world", type=int, default=1, metavar="N", help="plan for N such machines")
     parser.add_argument("--link", type=float, default=1.0, metavar="GBIT",
                         help="... joined by a link of so many Gbit/s (default: %(default)s)")
     # fmt: on
 
 
-def main():
-    args = parse_arguments(__doc__, plan_arguments)
+def train_launched(args: argparse.Namespace, strategy: Callable[..., Any], place: tuple[int, int],
+                   loss_scaling: bool = True) -> None:  # fmt: skip
+    """Train in one of several processes. strategy(config, compute): how the run is spread (engine/parallel.py)."""
+    from engine.stop import Launcher
+
+    launcher = Launcher()
+    config, shape = load_run(args)
+    from common import hardware
+    from engine.setup import stage_setup
+
+    compute = hardware.prepare(config, place, loss_scaling)
+    with strategy(config, compute) as parallel:
+        setup = stage_setup(STAGES[args.task], config, shape, compute, parallel, args.resume)
+        train(setup, parallel, launcher)
+
+
+def main() -> None:
+    args = parse_arguments(__doc__, add_plan_arguments)
     if args.world < 1 or not 0 < args.link < math.inf:
         raise UserError("--world is a number of machines, 1 or more, and --link a speed in Gbit/s, above 0")
     if args.world > 1 and not args.plan:
         raise UserError("--world is for --plan; train_ddp.py trains on several devices")
-    config, model_config = load_run(args)
-    # Only now, when the arguments are known to be good, is it worth to wait for torch.
+    config, shape = load_run(args)
+    # Only now, when the arguments are known to be good, is it worth waiting for torch.
     from common import hardware
     from engine import plan
     from engine.parallel import SingleProcess
+    from engine.setup import stage_setup
 
     compute, parallel = hardware.prepare(config), SingleProcess()
-    instead = functools.partial(plan.show, world=args.world, link=args.link) if args.plan else None
-    train(text_job(args, config, model_config, compute, parallel), parallel, instead)
+    setup = stage_setup(STAGES[args.task], config, shape, compute, parallel, args.resume)
+    if not args.plan:
+        train(setup, parallel)
+        return
+    estimate = plan.RunEstimate.of(setup)
+    with estimate.advice_when_out_of_memory():
+        state = initial_state(setup, parallel)
+        batches = device_batches(setup, parallel, state)
 
+        def one_step() -> tuple[int, ...]:
+            batch = next(batches)
+            float(train_step(state, setup, parallel, batch).loss)  # waits for the device
+            return batch.shape
 
-def enter_launch(example):
-    """For a script that a launcher starts once for every device: only the first process is to talk.
-
-    Returns (its number, number of processes) on this machine. UserError if there is no launcher, or the
-    environment is not one's; `example` is a command with one.
-    """
-    if "RANK" not in os.environ:
-        raise UserError(f"this needs a launcher, here for two processes: {example}")
-
-    def told(name, lowest=None, highest=None):
-        text = os.environ.get(name, "")
-        number = int(text) if re.fullmatch("[0-9]{1,5}", text) else -1
-        if not text or lowest is not None and not lowest <= number <= highest:
-            raise UserError(f"the environment has {name}={text[:20]!r}, which comes from no launcher; "
-                            f"here is one for two processes: {example}")  # fmt: skip
-        return number
-
-    world = told("WORLD_SIZE", 1, 99_999)
-    rank = told("RANK", 0, world - 1)
-    # PyTorch's launcher and DeepSpeed's have different names for it.
-    local_world = told("LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", 1, world)
-    place = told("LOCAL_RANK", 0, local_world - 1), local_world
-    told("MASTER_ADDR")
-    told("MASTER_PORT", 0, 65535)
-    if rank:
-        from common.log import mute
-
-        mute()
-    return place
-
-
-def main_launched(args, strategy, place, loss_scaling=True):
-    """The rest of such a script. strategy(config, compute): how the run is spread (engine/parallel.py)."""
-    launcher = Launcher()
-    config, model_config = load_run(args)
-    from common import hardware
-
-    compute = hardware.prepare(config, place, loss_scaling)
-    with strategy(config, compute) as parallel:
-        train(text_job(args, config, model_config, compute, parallel), parallel, launcher=launcher)
-
-
-def text_job(args, config, model_config, compute, parallel):
-    """What -t, --resume and the two configurations ask for."""
-    from data import Batches, TokenFile
-    from engine import runs, scaling_laws
-    from formats import load_tokenizer
-
-    start = parallel.first(
-        lambda: runs.starting_point(args.task, config, args.resume, parallel.run_of_this_launch())
-    )
-    model, tokenizer = initial_model(
-        start, config, model_config, compute, lambda: load_tokenizer(find(config.tokenizer_path))
-    )
-    written = config.model_dump(mode="json")
-    config = parallel.first(lambda: scaling_laws.resolved(config, model, compute, args.task, start))
-    files = [[TokenFile(find(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
-    for file in (file for pair in files for file in pair):
-        if file.meta["kind"] != args.task:
-            raise UserError(f"{shown(file.path)} was prepared for {file.meta['kind']}, not for {args.task}")
-    parallel.agree(
-        {**written, **model.config.model_dump()}
-        | {shown(file.path): file.meta for pair in files for file in pair}
-    )
-    block_size, batch_size = model.config.block_size, config.batch_size
-    global_batch = batch_size * config.gradient_accumulation_steps
-    batches = Batches([pair[0] for pair in files], block_size, global_batch, config.random_seed)
-    validation = [Batches([pair[1]], block_size, batch_size, config.random_seed) for pair in files]
-    return Job(args.task, config, compute, start, model, tokenizer, batches, validation)
-
-
-def initial_model(start, config, model_config, compute, make_tokenizer):
-    """(model, tokenizer): those of the checkpoint to start from, or new ones."""
-    import torch
-
-    import models
-    from common.log import notice
-    from engine import checkpoint, plan, runs
-
-    for line in start.notices:
-        notice(line)
-    if start.checkpoint:
-        for line in runs.extend_context(start, model_config):
-            notice(line)
-        model, tokenizer = checkpoint.build(start.checkpoint, start.name, dropout=config.dropout)
-        for line in runs.differences(model.config, model_config.resolved(tokenizer.vocab_size)):
-            notice(line)
-        return model, tokenizer
-    tokenizer = make_tokenizer()
-    shape = model_config.resolved(tokenizer.vocab_size).model_copy(update={"dropout": config.dropout})
-    if shape.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; "
-            "set it to null"
-        )
-    plan.refuse_too_large(shape, compute, config.optimizer)
-    torch.manual_seed(config.random_seed)
-    return models.build(shape), tokenizer
-
-
-def settled(job, rows, parallel):
-    """The job's ComputeConfig with a dtype that is the same in all processes.
-
-    Where only measuring can tell, a run that goes on keeps the dtype it had; for a new one, the first process
-    measures its first micro-batch. Its model is on the device, with weights in float32.
-    """
-    import torch
-
-    from common import hardware
-
-    config, compute, model = job.config, job.compute, job.model
-    before = job.start.checkpoint.train_config.get("dtype") if job.start.resumes else None
-
-    def measured():
-        batch = [torch.from_numpy(array[rows.start : rows.start + rows.step]) for array in job.batches(0)]
-        batch = [tensor.to(compute.device) for tensor in batch]
-        forward = torch.compile(model) if config.compile else model
-        model.train()
-
-        def one_pass(compute):
-            model.use_custom_kernels(compute.custom_kernels)
-            with hardware.forward_context(compute):
-                forward(*batch, loss_divisor=1)[1].backward()
-            model.zero_grad(set_to_none=True)
-            hardware.synchronize(compute.device)
-
-        trials = [hardware.with_dtype(compute, config, dtype, "") for dtype in ("float32", "bfloat16")]
-        with compiling(config.compile):
-            found = hardware.measured_dtype({c.dtype: functools.partial(one_pass, c) for c in trials})
-        model.zero_grad(set_to_none=True)  # of a pass for which memory did not suffice
-        model.after_step(lambda *numbers: [0.0] * len(numbers))  # what it has counted does not count
-        return found
-
-    found = parallel.gather((compute.dtype, compute.undecided))
-    if any(other != found[0] for other in found):
-        dtype, why = "float32", "the machines of this run would choose differently, and all of them have it"
-    elif not compute.undecided:
-        return compute
-    elif before in ("float32", "bfloat16"):
-        dtype, why = before, "as this run has had it so far"
-    else:
-        dtype, why = parallel.first(measured)
-    compute = hardware.with_dtype(compute, config, dtype, why)
-    print(compute.reasons[1])
-    return compute
-
-
-@contextlib.contextmanager
-def compiling(on):
-    """For first passes of what went through torch.compile, if it is `on`: that takes time, and may fail."""
-    if on:
-        print("Compiling the training step: about a minute, this once.", flush=True)
-    try:
-        yield
-    except RuntimeError as error:
-        if not on or is_out_of_memory(error):
-            raise
-        why = str(error).strip().partition("\n")[0]
-        raise UserError(f"torch.compile failed: {why}; set compile to false") from None
-
-
-@dataclass
-class Trained:
-    """What a run has left: the paths of its log and of its last checkpoint."""
-
-    log: Any
-    checkpoint: Any
-
-
-def train(job, parallel, instead=None, launcher=None):
-    """The training loop. Returns what it has `Trained`; None if it was stopped, or had nothing to do.
-
-    parallel: how the run is spread over processes (engine/parallel.py). instead: what to call, instead of
-    training, with the run's RunEstimate, its Speedometer and a function that does one step. launcher: of a
-    launched run (engine/stop.py).
-    """
-    import torch
-
-    from common import hardware
-    from common.log import RunLog, duration, notice
-    from engine import checkpoint as checkpoints
-    from engine import plan, runs
-    from engine.optimizer import learning_rate_at, rate_multiplier
-
-    config, compute, start = job.config, job.compute, job.start
-    batches, validation = job.batches, job.validation
-    rows = parallel.rows(config)
-
-    # -- model and optimizer ----------------------------------------------------------------------
-
-    model = job.model.to(compute.device, torch.float32 if compute.autocast else getattr(torch, compute.dtype))
-    compute = settled(job, rows, parallel)
-    model.use_custom_kernels(compute.custom_kernels)
-    parallel.prepare(model, config, compute)
-    if start.resumes:
-        parallel.restore(start)
-    state, notices = runs.progress(start, config, job.data, batches.position)
-    if start.resumes and (jump := runs.jump_of_the_rate(start, config)):
-        notices.append(jump)
-    for line in notices:
-        notice(line)
-    start.checkpoint = None  # frees its copy of the weights
-
-    # -- data -------------------------------------------------------------------------------------
-
-    def tensors(arrays):
-        return [torch.from_numpy(array).to(compute.device, non_blocking=True) for array in arrays]
-
-    # Of every file the same sequences each time, of a longer one more of them.
-    n_sequences = [v.sequences_per_epoch for v in validation]
-    shares = [config.eval_iters * n / sum(n_sequences) for n in n_sequences]
-    places = [
-        (number, i * config.batch_size)
-        for number, (n, share) in enumerate(zip(n_sequences, shares, strict=True))
-        for i in range(min(max(1, round(share)), -(-n // config.batch_size)))
-    ]
-
-    @torch.no_grad()
-    def evaluate():
-        """(loss in nats per token of all validation files, of each, share of exact answers)."""
-        model.eval()
-        totals, weights, n_exact, n_asked = [0.0] * len(validation), [0.0] * len(validation), 0, 0
-        for first in range(0, len(places), parallel.world):
-            at = first + parallel.rank
-            number, place = places[min(at, len(places) - 1)]
-            x, y, mask = tensors(validation[number](place))
-            with hardware.forward_context(compute):
-                logits, loss, _ = model(x, y, mask, loss_divisor=1)
-            if at >= len(places):  # a surplus process only keeps the others company
-                continue
-            totals[number] += loss.item()
-            weights[number] += mask.sum().item()
-            if job.exact:
-                n_exact += int(((logits.argmax(-1) == y) | (mask == 0)).all(-1).sum())
-                n_asked += len(x)
-        model.train()
-        *sums, n_exact, n_asked = parallel.sum(*totals, *weights, n_exact, n_asked)
-        losses = [sums[i] / sums[i + len(validation)] for i in range(len(validation))]
-        parts = [v.n_counting for v in validation]
-        whole = sum(loss * (part / sum(parts)) for loss, part in zip(losses, parts, strict=True))
-        return whole, losses, n_exact / n_asked if job.exact else None
-
-    def forward(batch, first):
-        """Of the micro-batch that begins with this row: the sum of its tokens' losses, and what to watch."""
-        x, y, mask = tensors(array[first : first + rows.step] for array in batch)
-        with hardware.forward_context(compute):
-            return parallel.forward(x, y, mask, loss_divisor=1)[1:]
-
-    def compile_step():
-        """Has torch.compile do now, before the clock starts, what it puts off until the first pass."""
-        with compiling(True):
-            forward(batches(state.consumed["sequences"]), rows.start)[0].backward()
-        parallel.clear()
-        model.after_step(lambda *numbers: [0.0] * len(numbers))  # what it has counted does not count
-
-    def one_step():
-        """Train on the next batch -> (its loss, the norm of its gradient, {name: what is watched}, how many
-        sequences and tokens it has consumed)."""
-        parallel.reached(state.step + 1)
-        seed = config.random_seed * 1_000_003 + state.step + (parallel.rank << 40)
-        torch.manual_seed(seed % (1 << 63))  # dropout
-        batch = batches(state.consumed["sequences"])
-        speed.add(batch[0].shape)
-        divisor = float(batch[2].sum())
-        step_loss, watched = 0.0, {}
-        for first in rows:
-            with parallel.micro_batch(last=first == rows[-1]):
-                loss, other_vars = forward(batch, first)
-                parallel.backward(loss / divisor)
-            step_loss += loss.detach() / divisor
-            for name, value in other_vars.items():
-                watched[name] = watched.get(name, 0.0) + value.detach() / (len(rows) * parallel.world)
-        step_loss, *means = parallel.sum(step_loss, *watched.values())
-        norm = parallel.step(rate_multiplier(state.step, config), math.isfinite(step_loss))
-        model.after_step(parallel.sum)
-        consumed = {"sequences": len(batch[2]), "tokens": int(divisor)}
-        return step_loss, norm, dict(zip(watched, means, strict=True)), consumed
-
-    # -- the loop ---------------------------------------------------------------------------------
-
-    if config.max_steps and state.step >= config.max_steps and not instead:
-        print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
-        return None
-    facts = plan.RunEstimate(job.task, model, compute, batches, validation, config)
-    if config.compile:
-        with facts.advice_when_out_of_memory():
-            compile_step()
-    speed = Speedometer(model)
-    if instead:
-        instead(facts, speed, one_step)
-        return None
-    print(facts.summary())
-    if facts.too_large:
-        notice(facts.too_large)
-
-    run, stop, stopping = contextlib.nullcontext(), StopRequest(launcher), False
-    if not parallel.rank:
-        run = start.run or runs.Run()
-        runs.sweep(run)
-        parallel.hand_on(run.name)
-        free = shutil.disk_usage(checkpoints.FOLDER).free
-        if free < facts.checkpoint_bytes:
-            size = plan.gib(facts.checkpoint_bytes)
-            notice(f"a checkpoint takes about {size}, and {plan.gib(free)} are free in checkpoint/")
-    run_name = parallel.first(lambda: run.name)
-
-    def save():
-        states = parallel.states()
-        if parallel.rank:
-            return None
-        # The dtype is that of `settled`, so that the run keeps it.
-        saved = checkpoints.Checkpoint(
-            job.task, run_name, model_config=model.config.model_dump(),
-            train_config=config.model_dump(mode="json") | {"dtype": compute.dtype},
-            tokenizer=job.tokenizer.to_dict(), data=job.data, **vars(state), **states,
-        )  # fmt: skip
-        path = saved.save()
-        log.event("Save", (epoch, state.step), {"": shown(path)})
-        runs.prune(saved, config.keep_checkpoints)
-        return path
-
-    def diverged(what):
-        # The weights of all checkpoints before this step have given finite losses.
-        good = [entry.path for entry in runs.saved(job.task, run_name) if entry.step < state.step]
-        last = f" The last good checkpoint is {shown(good[-1])}: --resume it," if good else " Begin again"
-        return UserError(
-            f"{what}; training stopped and nothing was saved over.{last} with a lower learning_rate, "
-            "or look for odd texts in the data."
-        )
-
-    header = {**facts.header(), "run": run_name, "resumed_from_step": state.step}
-    if start.branched_from:
-        header["branched_from"] = start.branched_from
-    advice = facts.advice_when_out_of_memory()
-    with run, RunLog(run_name, header, config.max_steps, state.step) as log, advice:
-        model.train()
-        last_saved = first_step = state.step
-        while state.step < config.max_steps or not config.max_steps:
-            if stopping := any(parallel.sum(stop.asked)):
-                break
-            epoch, stage, sequence = batches.position(state.consumed["sequences"])
-            loss, norm, watched, consumed = one_step()
-            if not math.isfinite(loss) or not (compute.grad_scaling or math.isfinite(norm)):
-                raise diverged(f"step {state.step + 1}: loss {loss}, gradient norm {norm}")
-            state.step += 1
-            for what, count in consumed.items():
-                if state.consumed[what] is not None:  # a run of an earlier version has not counted tokens
-                    state.consumed[what] += count
-            step, last = state.step, state.step == config.max_steps
-
-            if step % config.log_interval == 0 or last:
-                fields = {
-                    "Curriculum": f"{stage}-{sequence}",
-                    "Loss": f"{loss:.6f}",
-                    "LR": f"{learning_rate_at(step - 1, config):.2e}",
-                    "Grad-Norm": f"{norm:.3f}",
-                    **{name: f"{value:.4g}" for name, value in watched.items()},
-                    **speed.read(),
-                }
-                if config.max_steps:
-                    fields["Remaining"] = duration(speed.seconds_per_step * (config.max_steps - step))
-                log.event("Train", (epoch, step), fields)
-
-            improved = False
-            if step % config.eval_interval == 0 or last:
-                value, values, exact = evaluate()
-                if not math.isfinite(value):
-                    raise diverged(f"after step {step}: validation loss {value}")
-                state.validation = {"loss": value, "step": step}
-                improved = state.best["loss"] is None or value < state.best["loss"]
-                if improved:
-                    state.best = state.validation
-                fields = {"Loss": f"{value:.6f}", "Best": f"{state.best['loss']:.6f}"}
-                if len(values) > 1:
-                    fields |= {f"Loss/{i}": f"{value:.6f}" for i, value in enumerate(values)}
-                if job.exact:
-                    fields["Accuracy"] = f"{exact:.2%}"
-                if job.task == "pretrain":
-                    fields["BPB"] = f"{facts.bits_per_byte(value):.4f}"
-                log.event("Val", (epoch, step), fields)
-            if step % config.save_interval == 0 or improved or last:
-                path = save()
-                last_saved = step
-            if last_saved == step or step % config.eval_interval == 0:
-                speed.restart()
-
-        stop.heard()
-        if stopping and last_saved < state.step:
-            save()
-        if stopping:
-            command = resume_command(run_name, launcher)
-            log.say(f"Stopped after step {state.step}. Go on with: {command}")
-        else:
-            log.say(f"Done: step {state.step}, {state.step - first_step} of them now.")
-            log.say(f"Loss chart: python plot_loss.py -n {shown(log.path)}")
-    return None if stopping else Trained(log.path, path)
-
-
-class Speedometer:
-    """Counts tokens and their FLOPs between two readings; `restart` leaves out what was not training."""
-
-    def __init__(self, model):
-        self.model, self.seconds_per_step = model, 0.0
-        self.restart()
-
-    def restart(self):
-        self.since, self.steps, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
-
-    def add(self, shape):
-        """A batch of this shape [B, T] is about to be trained on."""
-        rows, length = shape
-        self.steps, self.tokens = self.steps + 1, self.tokens + rows * length
-        self.flops += rows * length * self.model.flops_per_token(length)
-
-    def read(self):
-        """Since the last reading: {"Time": per step, "Speed": ..., "Tokens/s": ...}, as text."""
-        seconds = max(time.perf_counter() - self.since, 1e-9)
-        now = seconds / max(self.steps, 1)
-        # The time that remains should not jump with every single step.
-        self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * now if self.seconds_per_step else now
-        fields = {
-            "Time": f"{1000 * now:.0f} ms",
-            "Speed": f"{self.flops / seconds / 1e9:.2f} GFLOP/s",
-            "Tokens/s": f"{self.tokens / seconds:.0f}",
-        }
-        self.restart()
-        return fields
-
-
-def resume_command(run_name, launched):
-    """What was typed, with --resume and the run's name, for a shell; a launcher does not tell what it was."""
-    if launched:
-        return f"the same command and --resume {run_name}"
-    typed = sys.argv[:]
-    if "--resume" in typed:
-        at = typed.index("--resume")
-        has_value = at + 1 < len(typed) and not typed[at + 1].startswith("-")
-        del typed[at : at + 1 + has_value]
-    typed = [word for word in typed if not word.startswith("--resume=")]
-    return shlex.join(["python", *typed, "--resume", run_name])
+        plan.show(estimate, one_step, args.world, args.link)
 
 
 if __name__ == "__main__":

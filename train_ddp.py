@@ -9,14 +9,14 @@ number of devices. The global batch, batch_size x gradient_accumulation_steps, i
 
 import train
 from common.errors import run_launched
+from engine.launch import launched_place
 
 EXAMPLE = "python -m torch.distributed.run --nproc_per_node 2 train_ddp.py -t pretrain"
 
 
 def main():
     args = train.parse_arguments(__doc__)
-    place = train.enter_launch(EXAMPLE)
-    train.main_launched(args, strategy, place)
+    train.train_launched(args, strategy, launched_place(EXAMPLE))
 
 
 def strategy(config, compute):

@@ -18,6 +18,7 @@ import train
 from common.config import find, load, load_run, shown
 from common.errors import UserError, run_launched
 from config.schema import DeepSpeedConfig
+from engine.launch import launched_place
 
 EXAMPLE = "deepspeed --num_gpus 2 train_deepspeed.py -t pretrain"
 
@@ -26,7 +27,7 @@ def main():
     args = train.parse_arguments(__doc__, more_arguments)
     if args.convert:
         return convert(args)
-    place = train.enter_launch(EXAMPLE)
+    place = launched_place(EXAMPLE)
     if args.hostfile:
         check_hosts(find(args.hostfile))
     path = find(args.deepspeed_config)
@@ -38,7 +39,7 @@ def main():
 
         return Zero(settings, shown(path), config.backend, compute)
 
-    train.main_launched(args, strategy, place, loss_scaling=False)
+    train.train_launched(args, strategy, place, loss_scaling=False)
 
 
 def more_arguments(parser):

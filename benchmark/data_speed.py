@@ -124,14 +124,14 @@ def prepare_table(folder, n_bytes, repeat):
 def loader_table(folder, repeat):
     from rich.table import Table
 
-    from data import Batches, TokenFile
+    from data import TokenBatches, TokenFile
 
     file = TokenFile(folder / "out" / "pretrain_train.bin")
     table = Table(title=f"Batches: {len(file.tokens):,} tokens")
     for name in ("batch", "milliseconds per batch", "million tokens/s"):
         table.add_column(name, justify="right")
     for batch_size, block_size in ((16, 256), (32, 256), (64, 512), (256, 1024)):
-        batches = Batches([file], block_size, batch_size)
+        batches = TokenBatches([file], block_size, batch_size)
         seconds = best(lambda: [batches(step) for step in range(100)], repeat) / 100  # noqa: B023
         speed = batch_size * block_size / seconds / 1e6
         table.add_row(f"{batch_size} x {block_size}", f"{seconds * 1e3:.3f}", f"{speed:,.0f}")

@@ -309,9 +309,7 @@ def main() -> None:
         for number in range(1, args.rounds + 1):
             status.update(f"round {number} of {args.rounds}")
             for name, (_, _, measure) in runs.items():
-                speeds[name].append(
-                    max(measure(), measure())
-                )  # a pause slows the processor
+                speeds[name].append(max(measure(), measure()))  # a pause slows the processor
             for kind, size in n_bytes.items():
                 steps[kind].append(bandwidth(size) / size)
             steps["multiplying"].append(multiplications() / n_weights)

@@ -83,8 +83,15 @@ def load(schema, path, overrides=None):
 def load_run(args):
     """(TrainConfig, the configuration of the model) of a command line: its --config, --model and --set."""
     config = load(TrainConfig, args.config, args.set)
-    others = {k: v for k, v in args.set.items() if k not in TrainConfig.model_fields or k == "dropout"}
-    return config, check_model({**read_json(args.model), **others}, shown(args.model), others)
+    others = {k: v for k, v in args.set.items() if k not in TrainConfig.model_fields}
+    shape = read_json(args.model)
+    # It used to be a key of the model's configuration, too.
+    if shape.pop("dropout", config.dropout) != config.dropout:
+        raise UserError(
+            f'{shown(args.model)}: key "dropout" belongs to the run: remove it here, and set it in '
+            f"{shown(args.config)}, where it is {config.dropout}"
+        )
+    return config, check_model({**shape, **others}, shown(args.model), others)
 
 
 def check_model(values, source, overrides=()):

@@ -24,16 +24,15 @@ def causal_attention(q, k, v):
     return _CausalAttention.apply(*(t.flatten(0, 1) for t in (q, k, v))).view(q.shape)
 
 
-def linear_cross_entropy(x, weight, targets, weights, softcap=None):
-    """The output head and its loss in one: x [N, C], weight [V, C], targets and weights [N] ->
-    (logits [N, V], the sum of each position's weight * cross-entropy in nats).
+def linear_cross_entropy(x, weight, targets, softcap=None):
+    """The output head and its loss in one: x [N, C], weight [V, C], targets [N] -> cross-entropy in nats [N].
 
     softcap: of the logits, which become softcap * tanh(logits / softcap) (Gemma Team 2024, section 2).
 
     A vocabulary is rarely a multiple of anything, and a product that writes rows of an odd length is
     a third slower; here rows are as long as the next multiple of 64, and the rest of them is -inf.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets, weights, softcap)
+    return _LinearCrossEntropy.apply(x, weight, targets, softcap)
 
 
 def grouped_product(x, weight, sizes):
@@ -90,7 +89,7 @@ class _CausalAttention(torch.autograd.Function):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, weights, softcap):
+    def forward(ctx, x, weight, targets, softcap):
         size = weight.shape[0]
         rows = x.new_empty(x.shape[0], -(-size // ALIGNMENT) * ALIGNMENT)
         rows[:, size:] = -math.inf
@@ -101,21 +100,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         p = rows.softmax(-1)
         # log sum exp(logits), by way of each row's largest, whose p cannot underflow
         log_sums = rows.amax(-1) - p.amax(-1).log()
-        losses = log_sums - logits.gather(1, targets[:, None])[:, 0]
-        ctx.save_for_backward(x, weight, targets, weights, p, rows if softcap else None)
+        ctx.save_for_backward(x, weight, targets, p, rows if softcap else None)
         ctx.softcap = softcap
-        ctx.set_materialize_grads(False)
-        return logits, (losses * weights).sum()
+        return log_sums - logits.gather(1, targets[:, None])[:, 0]
 
     @staticmethod
-    def backward(ctx, grad_logits, grad_loss):
-        x, weight, targets, weights, p, rows = ctx.saved_tensors
-        weights = (weights * (0 if grad_loss is None else grad_loss))[:, None]
-        grad = p.mul_(weights).scatter_add_(1, targets[:, None], -weights)[:, : weight.shape[0]]
-        if grad_logits is not None:
-            grad += grad_logits
+    def backward(ctx, grad_losses):
+        x, weight, targets, p, rows = ctx.saved_tensors
+        grad_losses = grad_losses[:, None]
+        grad = p.mul_(grad_losses).scatter_add_(1, targets[:, None], -grad_losses)[:, : weight.shape[0]]
         if ctx.softcap:
             # d tanh = 1 - tanh²
             slope = (rows[:, : weight.shape[0]] / ctx.softcap).square_().neg_().add_(1)
             grad.mul_(slope)
-        return grad @ weight, grad.mT @ x, None, None, None
+        return grad @ weight, grad.mT @ x, None, None

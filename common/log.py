@@ -1,19 +1,25 @@
-"""The run's log file, and what the person in front of it sees.
+"""The log files of a run, and what the user sees while it trains.
 
-The file train_<run>.log begins with one line that a program can read, "# " and a JSON object;
-then comes one line an event, of fields joined by " | ". A run that is resumed goes on in its log, with
-another such first line. In a terminal a single progress line moves instead of the Train lines; elsewhere
-(a pipe, nohup, systemd) the same lines are printed plainly. With the key "tensorboard" all numbers go to
-runs/train_<run> as well.
+A run writes two files, one line per event in each. train_<run>.log is for people: its first line is "# "
+and a JSON object (the configuration and the machine), all others are fields joined by " | ".
+train_<run>.metrics.jsonl holds the same events as JSON objects, with the exact numbers (common/metrics.py).
+A run that is resumed appends to both, beginning with the configuration again.
+
+In a terminal a progress bar replaces the Train lines; anywhere else (a pipe, nohup, systemd) they are
+printed. With the key "tensorboard" the numbers also go to runs/train_<run>.
 """
+
+from __future__ import annotations
 
 import errno
 import json
 import os
-import re
 import signal
 import sys
-import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -22,67 +28,70 @@ from common import errors
 from common.config import ROOT
 from common.errors import UserError
 from common.files import Lines
+from common.metrics import METRICS_SUFFIX, Metric, field, readable, to_json
 
-NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|-?inf|nan)(?:%| \S+)?")  # and its unit
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 muted = False  # see `mute`
 
 
-def duration(seconds):
-    """Seconds in words: '52 s', '3 min 20 s', '2 h 05 min', '3 d 4 h'."""
-    seconds = round(seconds)
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if minutes < 1:
-        return f"{seconds} s"
-    if hours < 1:
-        return f"{minutes} min {seconds % 60:02d} s"
-    return f"{hours} h {minutes % 60:02d} min" if days < 1 else f"{days} d {hours % 24} h"
+class ResilientStream:
+    """Standard output or standard error of a run, which survives the loss of its reader.
 
-
-class Outlet:
-    """Standard output or standard errors of a run, which does not break off when nobody reads them any more.
-
-    A terminal may have been closed: the log file has all. A program that is piped to and leaves (`| head`)
-    is a wish to end after the step, as SIGHUP is; what is still to be said then goes to standard errors.
+    If a terminal was closed, output is dropped: the log file has everything. If a program that read from a
+    pipe has left (`| head`), the run ends after this step, as it does on SIGHUP, and what is still to be
+    said goes to standard error.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.others = [sys.stderr.fileno, lambda: os.open(os.devnull, os.O_WRONLY)][stream is sys.stderr :]
+        self.fallbacks: list[Callable[[], int]] = [lambda: os.open(os.devnull, os.O_WRONLY)]
+        if stream is not sys.stderr:
+            self.fallbacks.insert(0, sys.stderr.fileno)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def write(self, text):
+    def write(self, text: str) -> int | None:
         return self._try(self.stream.write, text)
 
-    def flush(self):
+    def flush(self) -> None:
         self._try(self.stream.flush)
 
-    def _try(self, do, *args):
+    def _try(self, function: Callable[..., int | None], *args: str) -> int | None:
         try:
-            return do(*args)
+            return function(*args)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO) or not self.others:
+            if error.errno not in (errno.EPIPE, errno.EIO) or not self.fallbacks:
                 raise
-            os.dup2(self.others.pop(0)(), self.stream.fileno())
+            os.dup2(self.fallbacks.pop(0)(), self.stream.fileno())
             if error.errno == errno.EPIPE:
                 signal.raise_signal(getattr(signal, "SIGHUP", signal.SIGTERM))
-            self.flush()  # what could not be written is still there
+            self.flush()  # the text that could not be written is still in the buffer
+            return None
 
 
 class RunLog:
-    """Writes events to the log file and shows them. A context manager, for the sake of what it shows."""
+    """Writes the events of a run to its log files and shows them. Use it as a context manager.
 
-    def __init__(self, run, header, total_steps, first_step):
+    header: the configuration and the machine, for the first line. total_steps: 0 if the run has no end.
+    first_step: the step that the run starts or resumes from.
+    """
+
+    def __init__(self, run: str, header: Mapping[str, Any], total_steps: int, first_step: int) -> None:
         self.path = ROOT / f"train_{run}.log"
-        self.file = self._open()
         header = {"format": "nano-log", "version": 1, **header}
+        self.file = self._open(self.path)
         self.file.write("# " + json.dumps(header, ensure_ascii=False) + "\n")
-        self.tensorboard = None
+        self.metrics_file = self._open(self.path.with_suffix(METRICS_SUFFIX))
+        time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self.metrics_file.write(to_json({"event": "start", "time": time, **header}) + "\n")
+        self.tensorboard: SummaryWriter | None = None
         if header.get("train_config", {}).get("tensorboard") and not muted:
-            self.tensorboard = self._tensorboard(first_step)
+            self.tensorboard = self._summary_writer(first_step)
         self.console = Console(highlight=False)
-        self.progress = None
+        self.progress: Progress | None = None
         if self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20),
@@ -90,66 +99,79 @@ class RunLog:
             )  # fmt: skip
             self.bar = self.progress.add_task("", total=total_steps or None, completed=first_step, facts="")
 
-    def _open(self):
-        return open(os.devnull, "w", encoding="utf-8") if muted else Lines(self.path)
+    def _open(self, path: Path) -> Lines | TextIO:
+        return open(os.devnull, "w", encoding="utf-8") if muted else Lines(path)
 
-    def _tensorboard(self, first_step):
+    def _summary_writer(self, first_step: int) -> SummaryWriter:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
                 "tensorboard is true, but the package is missing: pip install tensorboard, or set it to false"
             ) from None
-        # What a killed process has noted of later steps is noted again.
+        # Drop what a killed process wrote about later steps: they are trained again.
         return SummaryWriter(ROOT / "runs" / self.path.stem, purge_step=first_step + 1)
 
-    def __enter__(self):
+    def __enter__(self) -> RunLog:
         self.streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = map(Outlet, self.streams)
+        sys.stdout, sys.stderr = ResilientStream(sys.stdout), ResilientStream(sys.stderr)
         if self.progress:
             self.progress.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.progress:
             self.progress.stop()
         sys.stdout, sys.stderr = self.streams
         self.file.close()
+        self.metrics_file.close()
         if self.tensorboard:
             self.tensorboard.close()
 
-    def event(self, kind, position, fields):
-        """One line: kind 'Train', 'Val', 'Save', ...; position (epoch, step); fields name -> text."""
-        parts = [time.strftime("%Y-%m-%d %H:%M:%S"), kind, f"Epoch-Step: {position[0]}-{position[1]}"]
-        line = " | ".join(parts + [f"{name}: {text}" if name else text for name, text in fields.items()])
+    def write(self, event: str, epoch: int, step: int, metrics: Mapping[str, Metric]) -> None:
+        """Log one event: "train", "val" or "save".
+
+        metrics: {name: value} in the order in which the readable log shows them, with numbers in SI units.
+        The names in common.metrics.FIELDS are shown as it says there, others under their own names.
+        """
+        now = datetime.now(timezone.utc)
+        head = {"event": event, "time": now.isoformat(timespec="milliseconds"), "epoch": epoch, "step": step}
+        fields = readable(event, metrics)
+        parts = [f"{now.astimezone():%Y-%m-%d %H:%M:%S}", event.capitalize(), f"Epoch-Step: {epoch}-{step}"]
+        line = " | ".join(parts + [f"{title}: {text}" if title else text for title, text in fields.items()])
         self.file.write(line + "\n")
+        self.metrics_file.write(to_json({**head, **metrics, **head}) + "\n")  # no metric replaces the head
         if self.tensorboard:
-            for name, text in fields.items():
-                if name != "Remaining" and (number := NUMBER.fullmatch(text)):
-                    self.tensorboard.add_scalar(f"{kind}/{name}", float(number[1]), position[1])
-        if kind == "Train" and self.progress:
-            names = ("Loss", "LR", "Speed", "Tokens/s", "Remaining")
-            facts = "  ".join(f"{name.lower()} {fields[name]}" for name in names if name in fields)
-            self.progress.update(self.bar, completed=position[1], facts=facts)
+            for name, value in metrics.items():
+                if isinstance(value, int | float) and name != "remaining_seconds":
+                    title, _, scale = field(event, name)
+                    self.tensorboard.add_scalar(f"{event.capitalize()}/{title}", scale * value, step)
+        if event == "train" and self.progress:
+            titles = ("Loss", "LR", "Speed", "Tokens/s", "Remaining")
+            facts = "  ".join(f"{title.lower()} {fields[title]}" for title in titles if title in fields)
+            self.progress.update(self.bar, completed=step, facts=facts)
         else:
             self.say(line)
 
-    def say(self, line):
-        """A line for the person only."""
+    def say(self, line: str) -> None:
+        """Show a line to the user without logging it."""
         if self.progress:
             self.progress.console.print(line, markup=False)
         else:
             print(line, flush=True)
 
 
-def notice(line):
-    """Something the user should know that is no error; not part of a program's output."""
+def notice(line: str) -> None:
+    """Tell the user something that is no error. It goes to standard error, as it is not output."""
     if not muted:
         print(line, file=sys.stderr)
 
 
-def mute():
-    """Of several processes only one should talk and write: not this one. Errors are told, if it does not."""
+def mute() -> None:
+    """Silence this process, one of several that train together, so that only the first one talks and writes.
+
+    Errors are still reported, after a pause that gives the first process the chance to report them alone.
+    """
     global muted
     muted, errors.patience = True, 5.0
     sys.stdout = open(os.devnull, "w", encoding="utf-8")

@@ -70,7 +70,6 @@ class ArchitectureConfig(Schema):
     n_hidden: int | None = Field(
         None, ge=1, le=1 << 18, description="width inside the MLP; null: 8/3 n_embd, rounded up to 32"
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
     rope_theta: float = Field(10000.0, ge=1, le=1e15, description="base of the rotary wavelengths")
     rope_scaling: Annotated[Llama3Rope | YarnRope, Field(discriminator="rope_type")] | None = Field(
         None, description="for a context longer than that of the pretraining; null: none"
@@ -137,7 +136,6 @@ class TrainConfig(Schema):
         'one; "": from nothing'
     )
     dataset_path: list[tuple[str, str]] = Field(
-        min_length=1,
         description="[[train, validation], ...] token files: a curriculum, trained in order",
     )
     tokenizer_path: str = Field(
@@ -156,7 +154,7 @@ class TrainConfig(Schema):
     max_steps: Annotated[int, Field(ge=0, le=LAST_STEP)] | Auto = Field(
         0, description='optimizer steps in all; 0: until stopped; "auto": 20 tokens per parameter'
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="overrides the model's dropout")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="how gradients become steps; muon: those of the blocks' matrices, adamw the rest"
     )

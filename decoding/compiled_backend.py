@@ -103,6 +103,9 @@ class CompiledBackend(DecodeBackend):
         cache, n_blocks = self.buffers.cache, -(-self.lengths[source] // ROWS)
         cache[:, target, :, :n_blocks] = cache[:, source, :, :n_blocks]
 
+    def clear_row(self, row: int) -> None:
+        self.lengths[row] = 0  # what lies behind a row's length is never read
+
 
 # ---- threads ---------------------------------------------------------------------------------------
 

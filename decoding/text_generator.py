@@ -271,11 +271,11 @@ def load_checkpoint(path: str, instruct: bool) -> tuple[Checkpoint, str]:
     if path not in NAMED_MODELS:
         file = find(path)
         return checkpoints.load(file), shown(file)
-    choose, tasks = {"newest": runs.newest, "best": runs.best}[path], ["sft", "pretrain"]
+    choose, stages = {"newest": runs.newest, "best": runs.best}[path], ["sft", "pretrain"]
     if not instruct:
-        tasks.sort(key=lambda task: [entry.run for entry in runs.saved(task)[-1:]], reverse=True)
-    for task in tasks:
-        if found := choose(task):
+        stages.sort(key=lambda stage: [entry.run for entry in runs.saved(stage)[-1:]], reverse=True)
+    for stage in stages:
+        if found := choose(stage):
             checkpoint, file, notices = found
             for text in notices:
                 print_notice(text)
@@ -310,7 +310,7 @@ def describe_model(loaded: LoadedModel, asked: str) -> str:
     parts = [
         f"{model.n_params / 1e6:.2f} M parameters",
         f"context {model.config.block_size:,}",
-        f"{checkpoint.task} step {checkpoint.step:,}",
+        f"{checkpoint.stage} step {checkpoint.step:,}",
         describe_validation(checkpoint),
         loaded.compute.device,
     ]

@@ -2,17 +2,22 @@
 
 A checkpoint is a dictionary of tensors and plain JSON values, in PyTorch's zip container:
 
-    format, version   "nano-checkpoint", 2
-    task, run         "pretrain" or "sft", and the name of the run (engine/runs.py)
+    format, version   "nano-checkpoint", 3
+    stage             the stage of training (config/stages.py), or the toy problem (tasks/)
+    chat_template     the template the model answers in; None: it only continues text
+    problem           the sizes of a toy problem; empty for a stage
+    run               the name of the run (engine/runs.py)
     step              optimizer steps done
-    consumed          {"sequences": of the present data, from its beginning; "tokens": that counted in all}
+    consumed          {"sequences": of the present data, "tokens": whose loss counted, in all}
     data              {"train": [{"fingerprint", "size"} of each file], "validation": the same}
     validation        {"loss": the last validation loss or None, "step": where it was measured}
-    best              the same of the lowest one, on the present data
-    model_config, train_config    plain JSON; of a dtype that was "auto", what was chosen
+    best              the same for the lowest one, on the present data
+    model_config, train_config    plain JSON, every "auto" replaced by what was chosen
     tokenizer         JSON as text: PyTorch takes 0.3 s to read 32,000 merges one by one
-    model, optimizer, scaler                  state dictionaries (scaler: float16's loss scaling);
-                      optimizer is empty in a model that no run of ours has trained (export.py --read)
+    model, optimizer, scaler      state dictionaries (scaler: float16's loss scaling); optimizer is empty in a
+                      model that was not trained by a run here (export.py --read)
+
+Files of versions 1 and 2 are read, too.
 
 The random state needs no tensors: the data's order follows from random_seed and the sequences consumed,
 dropout from random_seed and the step.
@@ -38,9 +43,10 @@ from common.config import ROOT, check_model, shown
 from common.errors import UserError
 from common.files import whole
 from config.schema import LAST_STEP
+from config.stages import STAGES
 from engine import archive
 
-FORMAT, VERSION = "nano-checkpoint", 2
+FORMAT, VERSION = "nano-checkpoint", 3
 TIME = r"[0-9]{8}_[0-9]{6}"  # a run's name
 FOLDER = ROOT / "checkpoint"
 
@@ -51,7 +57,7 @@ def unmeasured():
 
 @dataclass
 class Checkpoint:
-    task: str
+    stage: str
     run: str
     step: int
     model_config: dict
@@ -64,10 +70,12 @@ class Checkpoint:
     validation: dict = field(default_factory=unmeasured)
     consumed: dict = field(default_factory=lambda: {"sequences": 0, "tokens": 0})
     data: dict = field(default_factory=dict)
+    chat_template: str | None = None
+    problem: dict = field(default_factory=dict)
 
     @property
     def path(self):
-        return FOLDER / f"{self.task}_{self.run}_step_{self.step}.pt"
+        return FOLDER / f"{self.stage}_{self.run}_step_{self.step}.pt"
 
     @property
     def can_resume(self):
@@ -90,8 +98,8 @@ class Checkpoint:
         ]
         consumed, files = self.consumed, [*self.data.values()]
         return bool(
-            # Task and run become part of a file's name.
-            re.fullmatch("[a-z]+", self.task)
+            # Stage and run become part of a file's name.
+            re.fullmatch("[a-z]+", self.stage)
             and re.fullmatch(TIME, self.run)
             and type(self.step) is int
             and 0 <= self.step <= LAST_STEP
@@ -101,6 +109,7 @@ class Checkpoint:
             and (consumed["tokens"] is None or _is_count(consumed["tokens"]))
             and self.data.keys() in ({"train", "validation"}, set())
             and all(isinstance(kind, list) and all(map(_is_data, kind)) for kind in files)
+            and all(re.fullmatch("[a-z_]{1,40}", str(name)) and type(n) is int for name, n in self.problem.items())
         )
 
     def save(self):
@@ -123,16 +132,16 @@ class Saved:
 
     run: str
     step: int
-    task: str
+    stage: str
     path: Path
 
 
-def saved(task=None, run=None):
-    """All checkpoints that are here [of a task] [of a run], oldest first."""
+def saved(stage=None, run=None):
+    """All checkpoints that are here [of a stage] [of a run], oldest first."""
     pattern = re.compile(rf"([a-z]+)_({TIME})_step_([0-9]{{1,15}})\.pt")
     found = [(pattern.fullmatch(path.name), path) for path in FOLDER.glob("*_step_*.pt")]
     entries = [Saved(match[2], int(match[3]), match[1], path) for match, path in found if match]
-    return sorted(entry for entry in entries if task in (None, entry.task) and run in (None, entry.run))
+    return sorted(entry for entry in entries if stage in (None, entry.stage) and run in (None, entry.run))
 
 
 def load(path):
@@ -152,8 +161,8 @@ def load(path):
     if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
         raise UserError(f"{name} is a PyTorch file, but not a checkpoint of Nano")
     version = state.pop("version", None)
-    if type(version) is int and version == 1:
-        state |= _not_in_version_1(state)
+    if type(version) is int and version in (1, 2):
+        state = _updated(state, version)
     elif type(version) is not int or version != VERSION:
         raise UserError(f"{name} was written by another version of Nano")
     text = state.get("tokenizer")  # in older files it is the dictionary
@@ -164,6 +173,10 @@ def load(path):
     typed = state.keys() == types.keys() and all(isinstance(state[k], t) for k, t in types.items())
     if not typed or not (checkpoint := Checkpoint(**state)).is_sound:
         raise UserError(f"{name} lacks parts of a checkpoint of Nano")
+    if checkpoint.chat_template not in (None, tokenizers.CHAT_TEMPLATE):
+        raise UserError(
+            f"{name} answers in the chat template {checkpoint.chat_template!r}, which this version of Nano lacks"
+        )
     if shared := _shared(checkpoint):
         raise UserError(f"{name} is not a checkpoint of Nano: {shared} shares numbers with another tensor")
     return checkpoint
@@ -179,6 +192,21 @@ def _is_data(value):
         and value.keys() == {"fingerprint", "size"}
         and all(isinstance(text, str) for text in value.values())
     )
+
+
+def _updated(state, version):
+    """The state of a file of an earlier version with the fields that it lacks, as far as they follow from others."""
+    stage, config = state.pop("task", None), state.get("train_config")
+    state["stage"] = stage
+    if version == 1:
+        state |= _not_in_version_1(state)
+    stage = STAGES.get(stage) if isinstance(stage, str) else None
+    # A toy problem used to keep its sizes in dataset_path, as JSON.
+    sizes = {}
+    with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
+        ((_, text),) = config["dataset_path"]
+        sizes = json.loads(text) if stage is None else {}
+    return state | {"chat_template": stage and stage.chat_template, "problem": sizes}
 
 
 def _not_in_version_1(state):
@@ -221,13 +249,14 @@ def _tensors(value, name):
             yield from _tensors(item, f"{name} {key}")
 
 
-def build(checkpoint, source, dropout=0.0):
+def build(checkpoint, source):
     """(model, tokenizer) of a checkpoint, on the CPU, in eval mode. `source`: its name, for errors."""
     try:
         tokenizer = tokenizers.from_dict(checkpoint.tokenizer)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    config = check_model({**checkpoint.model_config, "dropout": dropout}, f"{source}: model_config")
+    shape = {key: value for key, value in checkpoint.model_config.items() if key != "dropout"}
+    config = check_model(shape, f"{source}: model_config")
     config = config.resolved(tokenizer.vocab_size)
     if tokenizer.vocab_size > config.vocab_size or not _belong_to(checkpoint.model, config):
         raise UserError(f"{source}: its weights do not fit its own configuration")
@@ -304,6 +333,19 @@ def moments(start, shapes):
     if not fits:
         raise unfit(start)
     return state
+
+
+def restore(start, shapes, load_optimizer, scaler):
+    """Put back the state of the optimizer, load_optimizer(state), and of the loss scaling.
+
+    shapes: see `moments`. Raises UserError if they do not fit.
+    """
+    state = moments(start, shapes)
+    try:
+        load_optimizer(state)
+        scaler.load_state_dict(start.checkpoint.scaler or scaler.state_dict())
+    except (ValueError, KeyError, RuntimeError, TypeError):
+        raise unfit(start) from None
 
 
 def unfit(start):

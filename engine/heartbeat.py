@@ -20,7 +20,7 @@ import time
 
 import torch.distributed as dist
 
-from common.log import duration
+from common.metrics import duration
 
 MINUTE = 60.0  # seconds; there are twelve beats in it
 SHOWN = 8  # names at once

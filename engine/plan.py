@@ -11,22 +11,31 @@ from rich.table import Table
 import models
 from common import hardware
 from common.errors import UserError, is_out_of_memory
-from common.log import duration
+from common.metrics import duration
+from engine.speed import Speedometer
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class RunEstimate:
-    """The numbers of a run that follow from its configuration, its data and its machine."""
+    """The numbers of a run that follow from its configuration, its data and its machine.
 
-    def __init__(self, task, model, compute, batches, validation, config):
-        self.task, self.model, self.compute, self.config = task, model, compute, config
-        self.batches, self.validation = batches, validation
+    train, val: the sources of its batches, where they are known already.
+    """
+
+    def __init__(self, stage, config, compute, model, train=None, val=()):
+        self.stage, self.config, self.compute, self.model = stage, config, compute, model
+        self.train, self.val = train, val
         self.flops_per_token = model.flops_per_token()
+
+    @classmethod
+    def of(cls, setup):
+        """The estimate of a TrainSetup (engine/setup.py)."""
+        return cls(setup.stage, setup.config, setup.compute, setup.model, setup.train, setup.val)
 
     @property
     def steps_per_epoch(self):
-        return self.batches.sequences_per_epoch / self.batches.batch_size
+        return self.train.sequences_per_epoch / self.train.batch_size
 
     def header(self):
         """The log's first line: the configuration and the machine."""
@@ -34,7 +43,7 @@ class RunEstimate:
         machine = {"name": compute.name, "torch": compute.machine.torch, "device": compute.device,
                    "dtype": compute.dtype, "sdp_kernel": compute.sdp_kernel}  # fmt: skip
         return {
-            "task": self.task,
+            "task": self.stage.name,
             "model_config": self.model.config.model_dump(),
             "train_config": self.config.model_dump(mode="json"),
             "machine": machine,
@@ -49,19 +58,16 @@ class RunEstimate:
             steps += f" = {self.config.max_steps / self.steps_per_epoch:.1f} epochs"
         size, flops = self.model.n_params / 1e6, self.flops_per_token / 1e6
         lines = [
-            f"{self.task} {size:.2f} M parameters, {flops:.1f} MFLOP a token",
-            f"data {self.batches.described}; {steps}",
+            f"{self.stage.name} {size:.2f} M parameters, {flops:.1f} MFLOP a token",
+            f"data {self.train.description}; {steps}",
         ]
-        for what, sources in (("data", [self.batches]), ("validation", self.validation)):
-            if cut := sum(source.n_truncated for source in sources):
-                lines.append(f"{what} {cut:,} conversations are longer than block_size and lose their end")
-            if n := sum(source.n_left_out for source in sources):
-                lines.append(f"{what} {n:,} conversations are left out: block_size ends before their answer")
+        lines += [f"data {note}" for note in self.train.notes]
+        lines += [f"validation {note}" for source in self.val for note in source.notes]
         return "\n".join(lines)
 
     def bits_per_byte(self, nats_per_token):
         """Loss in a unit that does not depend on the tokenizer."""
-        metas = [file.meta for source in self.validation for file in source.files]
+        metas = [file.meta for source in self.val for file in source.files]
         tokens_per_byte = sum(m["n_tokens"] for m in metas) / sum(m["n_bytes"] for m in metas)
         return nats_per_token / math.log(2) * tokens_per_byte
 
@@ -75,8 +81,9 @@ class RunEstimate:
         parameters = self.model.n_params
         weight = 4 if self.compute.autocast else BYTES[self.compute.dtype]
         tokens = (batch_size or self.config.batch_size) * c.block_size
-        blocked = getattr(self.model.blocks[0].attn, "custom_kernels", False) and c.block_size >= 256
-        numbers = self.model.activations_per_token(blocked or self.compute.sdp_kernel == "math")
+        costs = self.model.costs(c.block_size, training=True)
+        keeps_scores = self.compute.sdp_kernel == "math" or (self.model.custom_kernels and c.block_size >= 256)
+        numbers = costs.activations + costs.attention_scores * keeps_scores
         per_token = numbers * BYTES[self.compute.dtype] + 3 * 4 * c.vocab_size + 2 * 4 * c.n_embd
         return {
             "weights": parameters * weight,
@@ -178,47 +185,47 @@ def refuse_too_large(shape, compute, optimizer="adamw"):
         )
 
 
-def show(facts, speed, one_step, world, link):
+def show(estimate, one_step, world, link):
     """Print the plan: everything above, and this machine's speed, measured on a few real steps.
 
-    world, link: how many such machines, and the Gbit/s between them.
+    one_step(): does a step, waits for it, and returns the shape of its batch. world, link: how many such
+    machines, and the Gbit/s between them.
     """
-    config, model, compute = facts.config, facts.model, facts.compute
+    config, model, compute = estimate.config, estimate.model, estimate.compute
     console = Console(highlight=False)
-    with console.status("measuring ..."), facts.advice_when_out_of_memory():
+    with console.status("measuring ..."), estimate.advice_when_out_of_memory():
         peak = hardware.measure_matmul_flops(compute.device, compute.dtype)
-        model.train()
         one_step()  # the first step also loads libraries
-        speed.restart()
+        speed = Speedometer(model)
         began = time.perf_counter()
         while speed.steps < 3 or (speed.steps < 50 and time.perf_counter() - began < 3):
-            one_step()
+            speed.add(one_step())
         seconds = (time.perf_counter() - began) / speed.steps
         flops, tokens = speed.flops / speed.steps / seconds, speed.tokens / speed.steps / seconds
-    c, memory = model.config, facts.memory()
+    c, memory = model.config, estimate.memory()
     needed = [f"{gib(size)} {part}" for part, size in {**memory, "in all": sum(memory.values())}.items()]
     if compute.memory:
-        needed[-1] += f" of {gib(compute.memory)}; batch_size up to {facts.largest_batch()} fits"
+        needed[-1] += f" of {gib(compute.memory)}; batch_size up to {estimate.largest_batch()} fits"
     rows = [
         ("model", f"{c.architecture}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads"
                   f"{f' ({c.n_kv_head} key/value)' if hasattr(c, 'n_kv_head') else ''}, "
                   f"context {c.block_size}, vocabulary {c.vocab_size}"),
         ("parameters", f"{model.n_params:,}"),
-        ("FLOPs per token", f"{facts.flops_per_token:,} (training)"),
+        ("FLOPs per token", f"{estimate.flops_per_token:,} (training)"),
         ("chosen", "\n".join(compute.reasons)),
         ("memory, estimated", "\n".join(needed)),
-        ("data", f"{facts.batches.described} = {facts.steps_per_epoch:,.1f} steps"),
+        ("data", f"{estimate.train.description} = {estimate.steps_per_epoch:,.1f} steps"),
         ("speed, measured", f"{1000 * seconds:.0f} ms a step, {tokens:,.0f} tokens/s\n"
                             f"{flops / 1e9:,.1f} GFLOP/s = {flops / peak:.0%} of a matrix product here "
                             f"({peak / 1e9:,.0f} GFLOP/s in {compute.dtype})"),
-        ("time for an epoch", duration(facts.steps_per_epoch * seconds)),
+        ("time for an epoch", duration(estimate.steps_per_epoch * seconds)),
     ]  # fmt: skip
     if config.max_steps:
         rows.append((f"time for {config.max_steps} steps", duration(config.max_steps * seconds)))
     if world > 1:
-        exchange, computing = facts.exchange_seconds(world, link), seconds / world
-        least, most = facts.speed_up(world, link, seconds)
-        spread = facts.memory_spread(world).items()
+        exchange, computing = estimate.exchange_seconds(world, link), seconds / world
+        least, most = estimate.speed_up(world, link, seconds)
+        spread = estimate.memory_spread(world).items()
         rows += [
             (f"{world} of them, {link:g} Gbit/s",
              f"{computing * 1000:.0f} ms of computing a step, {exchange * 1000:.0f} ms to exchange "
@@ -226,7 +233,7 @@ def show(facts, speed, one_step, world, link):
              f"{least:.2f} to {most:.2f} times as fast as one"),
             ("memory in each, without\nactivations", "\n".join(f"{gib(size)} {way}" for way, size in spread)),
         ]  # fmt: skip
-    table = Table(title=f"plan: {facts.task}", show_header=False)
+    table = Table(title=f"plan: {estimate.stage.name}", show_header=False)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -3,7 +3,7 @@
 A run is known by its name, the time (UTC) at which it was started, as in pretrain_20260102_030405_step_60.pt
 and train_20260102_030405.log. Names are given in the order in which runs are started, whatever the clock
 says: a new one is later than all that are here already. While a process trains a run it holds the lock
-checkpoint/<name>.lock, which the system lifts when the process ends, however it ends. So runs of one task
+checkpoint/<name>.lock, which the system lifts when the process ends, however it ends. So runs of one stage
 can train beside each other in one folder, each prunes and continues only its own files, and no run is
 trained twice at once.
 
@@ -15,7 +15,9 @@ import contextlib
 import itertools
 import os
 import re
+import shlex
 import socket
+import sys
 import weakref
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -25,6 +27,7 @@ from filelock import FileLock, Timeout
 from common.config import check, find, shown
 from common.errors import UserError
 from config.schema import TrainConfig
+from config.stages import STAGES
 from engine import checkpoint as checkpoints
 from engine.checkpoint import TIME, Checkpoint, load, saved, unmeasured
 from engine.optimizer import learning_rate_at
@@ -125,12 +128,12 @@ def _next_name():
 # ---- which checkpoint -----------------------------------------------------------------------
 
 
-def newest(task, run=None):
-    """The last good checkpoint of the newest run of a task, or of this run: (checkpoint, path, notices).
+def newest(stage, run=None):
+    """The last good checkpoint of the newest run of a stage, or of this run: (checkpoint, path, notices).
 
     None if there is none; UserError if all of that run are damaged.
     """
-    notices, entries = [], saved(task, run)
+    notices, entries = [], saved(stage, run)
     for entry in reversed([entry for entry in entries if entry.run == entries[-1].run]):
         try:
             return load(entry.path), entry.path, notices
@@ -141,12 +144,12 @@ def newest(task, run=None):
     return None
 
 
-def best(task):
+def best(stage):
     """The checkpoint of that run with the lowest validation loss, in the form of `newest`.
 
     UserError if nothing was validated, or the file is gone.
     """
-    if not (found := newest(task)):
+    if not (found := newest(stage)):
         return None
     checkpoint, path, notices = found
     step = checkpoint.best["step"]
@@ -154,13 +157,13 @@ def best(task):
         raise UserError(f"nothing was validated up to {shown(path)}, so none is best; take it with -m newest")
     if step == checkpoint.step:
         return found
-    path = path.with_name(f"{checkpoint.task}_{checkpoint.run}_step_{step}.pt")
+    path = path.with_name(f"{checkpoint.stage}_{checkpoint.run}_step_{step}.pt")
     return load(path), path, notices
 
 
 def prune(checkpoint, keep):
     """Delete all but the `keep` newest checkpoints of this run and its best one; 0 keeps all."""
-    entries = saved(checkpoint.task, checkpoint.run)
+    entries = saved(checkpoint.stage, checkpoint.run)
     for entry in entries[:-keep] if keep else []:
         if entry.step != checkpoint.best["step"]:
             entry.path.unlink(missing_ok=True)
@@ -201,10 +204,10 @@ class Start:
     notices: list = field(default_factory=list)
 
 
-def starting_point(task, config, resume=None, launched=None):
+def starting_point(stage, config, resume=None, launched=None):
     """What a run starts from.
 
-    resume: None: a new run; True: the newest run of the task goes on; else a run's name, or the file of a
+    resume: None: a new run; True: the newest run of the stage goes on; else a run's name, or the file of a
     checkpoint to go on from. launched: the name of the run that the launcher has started before and brings
     back; it goes on, whatever else is asked for.
 
@@ -212,33 +215,34 @@ def starting_point(task, config, resume=None, launched=None):
     """
     if launched:
         run = Run(launched)
-        if saved(task, launched):
-            return _resumed(*newest(task, launched), run, config)
+        if saved(stage, launched):
+            return _resumed(*newest(stage, launched), run, config)
         # It was new, and has left nothing yet: once more, under the same name.
-        start = starting_point(task, config, None if resume is True else resume)
+        start = starting_point(stage, config, None if resume is True else resume)
         start.run = run
         return start
     if resume is True:
-        for name in sorted({entry.run for entry in saved(task)}, reverse=True):
-            run = _available(task, name)
-            found = newest(task, name)
+        for name in sorted({entry.run for entry in saved(stage)}, reverse=True):
+            run = _available(stage, name)
+            found = newest(stage, name)
             if found and found[0].can_resume:  # no model that was only read in or converted
                 return _resumed(*found, run, config)
             run.release()
-        start = _new(task, config)
-        start.notices.insert(0, f"there is no {task} run to resume: starting a new one")
+        start = _new(stage, config)
+        start.notices.insert(0, f"there is no {stage} run to resume: starting a new one")
         return start
-    return _resume(task, resume, config) if resume else _new(task, config)
+    return _resume(stage, resume, config) if resume else _new(stage, config)
 
 
-def _new(task, config):
+def _new(stage, config):
     """The Start of a run that has not done a step."""
     notices, path = [], config.from_checkpoint
     if path == "auto":
-        if not (found := newest("pretrain")):
+        before = stage in STAGES and STAGES[stage].follows or stage
+        if not (found := newest(before)):
             raise UserError(
-                'from_checkpoint is "auto", but checkpoint/ holds no pretrained model; run '
-                '`python train.py -t pretrain` first, or set from_checkpoint to "" to start from nothing'
+                f'from_checkpoint is "auto", but checkpoint/ holds no model of stage {before}; run '
+                f'`python train.py -t {before}` first, or set from_checkpoint to "" to start from nothing'
             )
         checkpoint, path, notices = found
     elif path:
@@ -247,30 +251,30 @@ def _new(task, config):
     else:
         return Start()
     notices.append(f"starting from the weights of {shown(path)}")
-    if checkpoint.task == task and checkpoint.can_resume:
+    if checkpoint.stage == stage and checkpoint.can_resume:
         notices.append(f"this is a new run; that one goes on with --resume {checkpoint.run}")
     return Start(checkpoint, shown(path), notices=notices)
 
 
-def _resume(task, wanted, config):
+def _resume(stage, wanted, config):
     """The Start for --resume with a run's name or a checkpoint's file."""
-    path, name = find(wanted), re.fullmatch(rf"(?:{task}_)?({TIME})", wanted)
+    path, name = find(wanted), re.fullmatch(rf"(?:{stage}_)?({TIME})", wanted)
     if name and not path.is_file():
-        if not saved(task, name[1]):
-            raise UserError(f"--resume {wanted}: there is no checkpoint of this run{_others(task, name[1])}")
+        if not saved(stage, name[1]):
+            raise UserError(f"--resume {wanted}: there is no checkpoint of this run{_others(stage, name[1])}")
         run = Run(name[1])
-        checkpoint, path, notices = newest(task, run.name)
+        checkpoint, path, notices = newest(stage, run.name)
     else:
         checkpoint, run, notices = load(path), None, []
-    if checkpoint.task != task:
-        raise UserError(f"--resume {shown(path)} is a checkpoint of {checkpoint.task}, not of {task}")
+    if checkpoint.stage != stage:
+        raise UserError(f"--resume {shown(path)} is a checkpoint of {checkpoint.stage}, not of {stage}")
     if not checkpoint.can_resume:
         raise UserError(
             f"--resume {shown(path)} is a model that no run has left; to start a run from it: "
             f"--set from_checkpoint={shown(path)}"
         )
     if not run:
-        later = [entry for entry in saved(task, checkpoint.run) if entry.step > checkpoint.step]
+        later = [entry for entry in saved(stage, checkpoint.run) if entry.step > checkpoint.step]
         if later or path.resolve() != checkpoint.path.resolve():
             notices = [f"{shown(path)} is not where its run ended: this is a new run that branches off there"]
         else:
@@ -278,17 +282,17 @@ def _resume(task, wanted, config):
     return _resumed(checkpoint, path, notices, run, config)
 
 
-def _available(task, name):
+def _available(stage, name):
     """The Run of this name; UserError, with what else could be resumed, if another process has it."""
     try:
         return Run(name)
     except UserError as error:
-        raise UserError(f"{error}{_others(task, name)}") from None
+        raise UserError(f"{error}{_others(stage, name)}") from None
 
 
-def _others(task, name):
-    others = sorted({entry.run for entry in saved(task)} - {name})[-5:]
-    return f"; other runs of {task} go on with --resume {' or --resume '.join(others)}" if others else ""
+def _others(stage, name):
+    others = sorted({entry.run for entry in saved(stage)} - {name})[-5:]
+    return f"; other runs of {stage} go on with --resume {' or --resume '.join(others)}" if others else ""
 
 
 def _resumed(checkpoint, path, notices, run, config):
@@ -333,7 +337,7 @@ def progress(start, config, data, position):
     if not saved.data:
         notices.append(f"{start.name} does not say what its data held: they are taken to be the same")
         saved.data = data
-    paths = dict(zip(("train", "validation"), zip(*config.dataset_path, strict=True), strict=True))
+    paths = {kind: [pair[i] for pair in config.dataset_path] for i, kind in enumerate(("train", "validation"))}
     for kind, files in paths.items():
         notices += _changed(files, saved.data[kind], data[kind])
     # A curriculum that only grows, or changes further on, has been consumed so far as it is now.
@@ -365,16 +369,16 @@ def _changed(paths, before, now):
 
 
 def jump_of_the_rate(start, config):
-    """A sentence if the learning rate of the next step is another one than the configuration had before."""
+    """One sentence if the learning rate of the next step is not the one the configuration had before, else none."""
     try:
         before = check(TrainConfig, start.checkpoint.train_config, start.name)
     except UserError:  # of a version that had other keys
-        return None
+        return []
     step = start.checkpoint.step
     old, new = learning_rate_at(step, before), learning_rate_at(step, config)
     if abs(new - old) <= 0.01 * old:
-        return None
-    return f"the learning rate jumps, at step {step}, from {old:.2e} to {new:.2e}"
+        return []
+    return [f"the learning rate jumps, at step {step}, from {old:.2e} to {new:.2e}"]
 
 
 # ---- the model it starts with --------------------------------------------------------------------------
@@ -385,7 +389,7 @@ def differences(found, wanted):
     if found.architecture != wanted.architecture:
         return [f"the model stays {found.architecture}, as in the checkpoint, not {wanted.architecture}"]
     differ = [f"{key} {value} (configured: {getattr(wanted, key)})" for key, value in found
-              if key != "dropout" and value != getattr(wanted, key)]  # fmt: skip
+              if value != getattr(wanted, key)]  # fmt: skip
     return [f"the model keeps the shape it has in the checkpoint: {', '.join(differ)}"] if differ else []
 
 
@@ -411,3 +415,16 @@ def extend_context(start, wanted):
     )
     shape.update(block_size=wanted.block_size, rope_scaling=scaling)
     return [told]
+
+
+def resume_command(run_name: str, is_launched: bool) -> str:
+    """What was typed, with --resume and the run's name, for a shell; a launcher does not say what was typed."""
+    if is_launched:
+        return f"the same command and --resume {run_name}"
+    typed = sys.argv[:]
+    if "--resume" in typed:
+        at = typed.index("--resume")
+        has_value = at + 1 < len(typed) and not typed[at + 1].startswith("-")
+        del typed[at : at + 1 + has_value]
+    typed = [word for word in typed if not word.startswith("--resume=")]
+    return shlex.join(["python", *typed, "--resume", run_name])

@@ -21,7 +21,7 @@ LARGEST_RATE = 0.01
 OF_THE_MODEL = ("batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate")
 
 
-def resolved(config, model, compute, task, start):
+def resolved(config, model, compute, stage, start):
     """The configuration with numbers for all its `automatic` keys; says which, and why.
 
     compute: the machine. start: where the run begins; one that is resumed keeps its numbers.
@@ -30,7 +30,7 @@ def resolved(config, model, compute, task, start):
     """
     if not config.automatic:
         return config
-    if task != "pretrain":
+    if stage.follows:
         raise UserError(f'{config.automatic[0]} is "auto", which is for pretraining; give it a number')
     values = config.model_dump(mode="json")
     before = start.checkpoint.train_config if start.resumes else {}
@@ -39,7 +39,7 @@ def resolved(config, model, compute, task, start):
             values[key] = before[key]
             print(f"{key} {before[key]}: as the run began")
     config = check(TrainConfig, values, start.name)
-    numbers = chosen(config, model, RunEstimate(task, model, compute, None, None, config).largest_batch())
+    numbers = chosen(config, model, RunEstimate(stage, config, compute, model).largest_batch())
     for key in config.automatic:
         values[key], why = numbers[key]
         print(f"{key} {values[key]}: {why}")

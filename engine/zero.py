@@ -7,10 +7,10 @@ each one's share and one whole parameter.
 
 import contextlib
 import functools
-import math
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -32,10 +32,11 @@ from pydantic import ValidationError
 import models
 from common.config import shown
 from common.errors import UserError
-from config.schema import LAST_STEP
+from common.hardware import ComputeConfig
+from config.schema import LAST_STEP, DeepSpeedConfig, TrainConfig
 from engine import archive, runs
 from engine import checkpoint as checkpoints
-from engine.optimizer import Muon, make_optimizer, orthogonal, state_shapes
+from engine.optimizer import Muon, orthogonal, state_shapes
 from engine.parallel import DataParallel
 
 # A shared-memory helper for CPUs, which takes a compiler and a minute to build; gloo does without.
@@ -44,19 +45,21 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # wh
 
 
 class Zero(DataParallel):
-    """settings: a `DeepSpeedConfig`; name: of its file. UserError where it does not fit the run."""
+    """settings: a `DeepSpeedConfig`; name: of its file. Raises UserError where it does not fit the run."""
 
-    def __init__(self, settings, name, backend, compute):
-        self.settings, self.name = settings.model_dump(), name
+    def __init__(self, settings: DeepSpeedConfig, name: str, backend: str, compute: ComputeConfig):
+        self.settings: dict[str, Any] = settings.model_dump()
+        self.name = name
         try:
             self.stage = int(DeepSpeedZeroConfig(**settings.zero_optimization).stage)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise UserError(f"{name}: zero_optimization: {key}: {first['msg'].lower()}") from None
+        self.muon = functools.partial(SpreadMuon, zero=self) if self.stage else None
         super().__init__(backend, compute)
 
-    def rows(self, config):
+    def rows(self, config: TrainConfig) -> range:
         rows = super().rows(config)
         given = {key: value for key, value in self.settings.items() if type(value) is int}
         accumulation = given.get("gradient_accumulation_steps")
@@ -64,13 +67,13 @@ class Zero(DataParallel):
             len(rows) * rows.step // accumulation if accumulation else rows.step
         )
         accumulation = accumulation or len(rows) * rows.step // micro_batch
-        product = micro_batch * accumulation * self.world
+        product = micro_batch * accumulation * self.world_size
         global_batch = config.batch_size * config.gradient_accumulation_steps
         batch = given.get("train_batch_size", global_batch)
         if not batch == product == global_batch:
             raise UserError(
                 f"{self.name}: train_batch_size {batch} must be train_micro_batch_size_per_gpu "
-                f"{micro_batch} x gradient_accumulation_steps {accumulation} x {self.world} processes = "
+                f"{micro_batch} x gradient_accumulation_steps {accumulation} x {self.world_size} processes = "
                 f'{product}, and the global batch of the run, {global_batch}; "auto" is always right'
             )
         self.settings |= {
@@ -80,124 +83,137 @@ class Zero(DataParallel):
         }
         return range(rows.start, rows.stop, micro_batch)
 
-    def prepare(self, model, config, compute):
+    def wrap(self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig) -> tuple[Any, Any]:
         if config.compile:
             raise UserError("compile is for train.py and train_ddp.py; set it to false")
         if compute.dtype != "float32" and not compute.autocast:
-            raise UserError("DeepSpeed is given float32 weights here: set use_amp to true")
+            raise UserError("with DeepSpeed the weights stay in float32: set use_amp to true")
         if self.settings["gradient_clipping"] not in ("auto", config.grad_clip):
             raise UserError(
                 f"{self.name}: gradient_clipping is {self.settings['gradient_clipping']}, "
-                f'but grad_clip of the run is {config.grad_clip}; "auto" is always right'
+                f"but grad_clip of the run is {config.grad_clip}; \"auto\" is always right"
             )
         offloads = self.settings["zero_optimization"].get("offload_optimizer") or {}
         if config.optimizer == "muon" and offloads.get("device", "none") != "none":
             raise UserError(
-                f'{self.name}: optimizer "muon" makes its steps of whole matrices, on the device: remove '
-                'offload_optimizer, or set optimizer to "adamw"'
+                f'{self.name}: optimizer "muon" needs whole matrices on the device: remove offload_optimizer, '
+                'or set optimizer to "adamw"'
             )
         if self.stage == 3:
-            model.use_custom_kernels(False)  # they take the head's weights, which are there in its layer only
-        self.model = model
-        muon = functools.partial(SpreadMuon, zero=self) if self.stage else None
-        optimizer = make_optimizer(model, config, compute.dtype, muon)
+            # The kernel reads the output head's weights, which exist only while its layer runs.
+            module.model.use_custom_kernels(False)
         self.groups = optimizer.state_dict()["param_groups"]
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.shapes = [state_shapes(g, p.shape) for g in optimizer.param_groups for p in g["params"]]
         set_log_level_from_string("error")
         self.engine, *_ = deepspeed.initialize(
-            model=model,
+            model=module,
             optimizer=optimizer,
             config={
                 **self.settings,
                 "gradient_clipping": config.grad_clip,
-                # Gradients are summed up in float32, as in all other ways to train.
+                # Gradients are summed in float32, as in every other way to train.
                 "torch_autocast": {
                     "enabled": compute.autocast,
                     "dtype": compute.dtype,
                     "lower_precision_safe_modules": [],
                 },
-                "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW does it; DeepSpeed's needs a compiler
+                "zero_force_ds_cpu_optimizer": False,  # use PyTorch's AdamW; DeepSpeed's needs a compiler
                 "zero_allow_untested_optimizer": True,  # our Muon
             },
         )
-        self.optimizer, self.forward = self.engine.optimizer, self.engine
-        self.clip = config.grad_clip or math.inf
-        self.scaler = torch.amp.GradScaler(compute.device_type, enabled=False)
+        self.optimizer = self.engine.optimizer
+        return self.engine, EngineOptimizer(self)
 
-    def micro_batch(self, last):
-        self.engine.set_gradient_accumulation_boundary(last)
-        return super().micro_batch(True)
+    def micro_batch(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        return contextlib.nullcontext()
 
-    def backward(self, loss):
-        self.engine.backward(loss * self.world, scale_wrt_gas=False)  # it takes the mean, too
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)  # it takes the mean, too
 
-    def step(self, multiplier, sound):
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
-        norm = None
-        if not self.stage:  # DeepSpeed clips here, too, but does not tell the norm
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> torch.Tensor:
+        if not self.stage:  # DeepSpeed clips here, too, but does not report the norm
+            self.grad_norm = super().clip_grad_norm_(self.parameters, max_norm)
+        else:
+            self.grad_norm = torch.zeros(())  # DeepSpeed clips in its step, which fills this in
+        return self.grad_norm
 
-    def restore(self, start):
-        moments = checkpoints.moments(start, self.shapes)
+    def load_optimizer(self, optimizer: Any, state: dict[int, dict[str, torch.Tensor]]) -> None:
         if not self.stage:
-            return super().restore(start)
-        if not moments:
-            return
-        # DeepSpeed makes the moments in its first step. One of rate 0 without gradient changes no weight.
+            return super().load_optimizer(self.optimizer, state)
+        if not state:
+            return None
+        # DeepSpeed allocates the state in its first step. A step without gradients at rate 0 changes no weight.
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self.micro_batch(last=True)
-        self.backward(0 * self.engine(token, token)[1])
-        self.step(0.0, True)
-        self._link_moments()
+        self.micro_batch(is_last=True)
+        mask = torch.zeros(1, 1, device=self.device)
+        self.backward(0 * self.engine({"x": token, "y": token, "mask": mask})[0])
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.engine.step()
+        self._link_state()
         for counter in self._step_counters():
-            counter.fill_(next(float(state["step"]) for state in moments.values() if "step" in state))
+            counter.fill_(next(float(kept["step"]) for kept in state.values() if "step" in kept))
         for number, parameter in enumerate(self.parameters):
-            for key in sorted(moments[number].keys() - {"step"}):
-                self._set_moment(parameter, moments[number][key].to(self.device), key)
+            for key in sorted(state[number].keys() - {"step"}):
+                self._set_state(parameter, state[number][key].to(self.device), key)
 
     def _step_counters(self):
         return [state["step"] for state in self.optimizer.optimizer.state.values() if "step" in state]
 
-    def _set_moment(self, parameter, value, key):
+    def _set_state(self, parameter, value, key):
         if self.stage < 3:
             return safe_set_full_optimizer_state(parameter, value, key)
         # Not safe_set_full_...: it fails where the numbers do not divide by the processes.
         share = parameter.ds_tensor.numel()
-        padded = torch.nn.functional.pad(value.flatten(), (0, share * self.world - value.numel()))
+        padded = torch.nn.functional.pad(value.flatten(), (0, share * self.world_size - value.numel()))
         safe_set_local_optimizer_state(parameter, padded[self.rank * share :][:share], key)
 
-    def _link_moments(self):
+    def _link_state(self):
         """DeepSpeed's own link, made in its first step, misses all groups of parameters but the first."""
         if self.stage < 3:
             zero = self.optimizer
             for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
                 lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
 
-    def states(self):
+    def state_dicts(self, model: Any, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if not self.stage:
-            return super().states()
-        self._link_moments()
+            return super().state_dicts(model, self.optimizer)
+        self._link_state()
         step = self._step_counters()[0]
-        weights, moments = {}, {}
+        weights, states = {}, {}
         for number, (parameter, kept) in enumerate(zip(self.parameters, self.shapes, strict=True)):
             weight, state = safe_get_full_fp32_param(parameter), {}
             for key in kept:
                 full = step.clone() if key == "step" else safe_get_full_optimizer_state(parameter, key)
                 state[key] = full.cpu()
             if not self.rank:
-                weights[parameter], moments[number] = weight.cpu(), state
-        names = self.model.named_parameters(remove_duplicate=False) if not self.rank else ()
-        buffers = {name: buffer.cpu().clone() for name, buffer in self.model.named_buffers()
-                   if name in self.model.state_dict().keys()}  # fmt: skip
-        return {
-            "model": {name: weights[parameter] for name, parameter in names} | buffers,
-            "optimizer": {"state": moments, "param_groups": self.groups},
-            "scaler": {},
-        }
+                weights[parameter], states[number] = weight.cpu(), state
+        names = model.named_parameters(remove_duplicate=False) if not self.rank else ()
+        persistent = model.state_dict().keys()
+        buffers = {n: buffer.cpu().clone() for n, buffer in model.named_buffers() if n in persistent}
+        weights_by_name = {name: weights[parameter] for name, parameter in names}
+        return weights_by_name | buffers, {"state": states, "param_groups": self.groups}
+
+
+class EngineOptimizer:
+    """The optimizer as the training loop steps it: DeepSpeed's engine clips, steps and clears the gradients."""
+
+    def __init__(self, zero: Zero):
+        self.zero = zero
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.zero.optimizer.param_groups
+
+    def step(self) -> None:
+        self.zero.engine.step()
+        if self.zero.stage:
+            self.zero.grad_norm.fill_(float(self.zero.engine.get_global_grad_norm()))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        pass  # the engine has done it
 
 
 class SpreadMuon(Muon):
@@ -215,7 +231,7 @@ class SpreadMuon(Muon):
         """update: this process's share, flat. Needs the others' for the matrices of which it has a part."""
         zero, size = self.zero, update.numel()
         engine, first = zero.optimizer, zero.rank * size
-        shares = update.new_empty(zero.world, size)
+        shares = update.new_empty(zero.world_size, size)
         dist.all_gather_into_tensor(shares.view(-1), update)
         if zero.stage == 3:  # each matrix is spread over all processes
             at = _place(engine.fp32_partitioned_groups_flat, parameter)

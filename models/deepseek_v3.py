@@ -27,7 +27,19 @@ from torch import nn
 
 from common import kernels
 from config.schema import ArchitectureConfig
-from model import GPT, MLP, Attention, Block, RMSNorm, apply_rotary_emb, attention_factor
+from model import (
+    GPT,
+    MLP,
+    Attention,
+    Block,
+    Cache,
+    Costs,
+    KVCache,
+    RMSNorm,
+    apply_rotary_emb,
+    attention_factor,
+    linear_weights,
+)
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever norm_eps is
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -107,28 +119,36 @@ class LatentAttention(Attention):
         self.kv_norm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
         self.kv_b = nn.Linear(c.kv_lora_rank, c.n_head * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
         self.proj = nn.Linear(c.n_head * c.v_head_dim, c.n_embd, bias=False)
-        self.cache_sizes = 1, c.kv_lora_rank + c.qk_rope_head_dim, 0
-        self.flops_per_key = 2 * (n_query + c.n_head * c.v_head_dim)
-        head = 6 * c.qk_nope_head_dim + 5 * c.qk_rope_head_dim + c.v_head_dim
-        self.activations = c.n_head * head + 2 * (c.q_lora_rank or 0) + 3 * c.kv_lora_rank
+    def new_cache(self, batch_size, capacity, **options):
+        return KVCache(batch_size, 1, capacity, self.config.kv_lora_rank + self.sizes[1], 0, **options)
 
-    def forward(self, x, rotary, cache, positions, mask):
+    def costs(self, length):
+        c = self.config
+        per_head = 6 * c.qk_nope_head_dim + 5 * c.qk_rope_head_dim + c.v_head_dim
+        return Costs(
+            weights=linear_weights(self),
+            attention_flops=2 * c.n_head * (sum(self.sizes) + c.v_head_dim) * length,
+            activations=c.n_head * per_head + 2 * (c.q_lora_rank or 0) + 3 * c.kv_lora_rank,
+            attention_scores=c.n_head * length,
+        )
+
+    def forward(self, x, info, cache=None):
         B, T, _ = x.shape
         c = self.config
         q = self.q_b(self.q_norm(self.q_a(x))) if c.q_lora_rank else self.q(x)
         q = q if self.gain == 1 else q * self.gain
         q_nope, q_rope = q.view(B, T, c.n_head, -1).split(self.sizes, dim=-1)
-        q_rope = apply_rotary_emb(q_rope, *rotary).to(q.dtype)
+        q_rope = apply_rotary_emb(q_rope, *info.rotary).to(q.dtype)
         latent, k_rope = self.kv_a(x).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        latent, k_rope = self.kv_norm(latent), apply_rotary_emb(k_rope.unsqueeze(2), *rotary).to(q.dtype)
+        latent, k_rope = self.kv_norm(latent), apply_rotary_emb(k_rope.unsqueeze(2), *info.rotary).to(q.dtype)
         kept = None
         if cache is not None:
             new = torch.cat((latent, k_rope.squeeze(2)), dim=-1).unsqueeze(1)
-            kept, _ = cache.update(self.layer, positions, new, new[..., :0])  # [B, 1, S, R + rope]
+            kept, _ = cache.update(new, new[..., :0], info)  # [B, 1, S, R + rope]
         if kept is None or kept.shape[2] == T:
-            y = self.attend_expanded(q_nope, q_rope, latent, k_rope, mask)
+            y = self.attend_expanded(q_nope, q_rope, latent, k_rope, info.mask)
         else:
-            y = self.attend_latents(q_nope, q_rope, kept, mask)
+            y = self.attend_latents(q_nope, q_rope, kept, info.mask)
         return self.proj(y.reshape(B, T, -1))
 
     def attend_expanded(self, q_nope, q_rope, latent, k_rope, mask):
@@ -192,8 +212,11 @@ class Experts(nn.Module):
         E, C, M = config.n_routed_experts, config.n_embd, config.moe_intermediate_size
         self.gate_up = nn.Parameter(torch.empty(E, C, 2 * M))
         self.down = nn.Parameter(torch.empty(E, M, C))
-        self.active_weights = config.num_experts_per_tok * 3 * C * M
-        self.activations = config.num_experts_per_tok * (4 * M + 3 * C) + 6 * E
+        self.n_chosen = config.num_experts_per_tok
+
+    def costs(self):
+        E, C, M = self.down.shape[0], self.down.shape[2], self.down.shape[1]
+        return Costs(weights=self.n_chosen * 3 * C * M, activations=self.n_chosen * (4 * M + 3 * C) + 6 * E)
 
     @torch.compiler.disable  # how many tokens an expert gets is not known before
     def forward(self, x, chosen, weights):
@@ -219,6 +242,10 @@ class MoE(nn.Module):
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared = MLP(config.model_copy(update={"n_hidden": shared})) if shared else None
 
+    def costs(self):
+        costs = Costs(weights=linear_weights(self.gate)) + self.experts.costs()
+        return costs + self.shared.costs() if self.shared else costs
+
     def forward(self, x):
         scores, chosen = self.gate(x)
         weights = scores.gather(-1, chosen)
@@ -239,14 +266,18 @@ class Prediction(nn.Module):
         self.hnorm = RMSNorm(config.n_embd, config.norm_eps)
         self.eh_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
         self.block = block
-        self.block.attn.layer = 0  # of a cache of its own
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.activations = 5 * config.n_embd + 3 * config.vocab_size
+        self.vocab_size = config.vocab_size
 
-    def forward(self, x, embedded, *place):
-        """x, embedded [B, T, C]: final vectors, and the tokens that follow; place: what a block needs."""
+    def costs(self, length):
+        width = self.eh_proj.out_features
+        own = Costs(weights=linear_weights(self.eh_proj), activations=5 * width + 3 * self.vocab_size)
+        return self.block.costs(length) + own
+
+    def forward(self, x, embedded, info, cache=None):
+        """x, embedded [B, T, C]: the final vectors, and the embeddings of the tokens that follow them"""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(x)), dim=-1))
-        return self.norm(self.block(x, *place))
+        return self.norm(self.block(x, info, cache))
 
 
 class Model(GPT):
@@ -255,16 +286,19 @@ class Model(GPT):
     def make_block(self, layer):
         c = self.config
         mlp = MLP(c) if layer < c.first_k_dense_replace else MoE(c)
-        return Block(c, layer, LatentAttention(c, layer), mlp)
+        return Block(c, LatentAttention(c), mlp)
 
-    def make_rest(self):
+    def make_modules(self):
+        super().make_modules()
         c = self.config
         self.mtp = Prediction(c, self.make_block(c.n_layer)) if c.num_nextn_predict_layers else None
 
-    def parts(self, training):
-        """See GPT: the prediction module is for training, and needs the output head once more."""
-        parts = [part for part in super().parts(training) if part is not self.mtp]
-        return [*parts, self.mtp, self.lm_head] if self.mtp and training else parts
+    def costs(self, length, training):
+        """The prediction module is only used in training, and needs the output head once more."""
+        costs = super().costs(length, training)
+        if not (self.mtp and training):
+            return costs
+        return costs + self.mtp.costs(length) + Costs(weights=linear_weights(self.lm_head))
 
     def matrices(self):
         """See GPT; also those of the prediction module, but no router, whose rows are chosen one by one."""
@@ -272,11 +306,9 @@ class Model(GPT):
         routers = {moe.gate.weight for _, moe in self.mixtures()}
         return [p for part in parts for p in part.parameters() if p.dim() >= 2 and p not in routers]
 
-    @property
-    def rotary_size(self):
-        return self.config.qk_rope_head_dim
-
-    rotary_factor = 1.0  # YaRN's is in LatentAttention, for all of the key: most of it is not turned
+    def rotary_tables(self):
+        # Without YaRN's factor: LatentAttention applies it to the whole key, most of which is not rotated.
+        return self.make_rotary_tables(self.config.qk_rope_head_dim)
 
     def init_weights(self):
         for name, weight in self.named_parameters():
@@ -286,13 +318,20 @@ class Model(GPT):
 
     def predict(self, x, following, cache=None):
         """Final vectors x [B, T, C] and the tokens that follow [B, T] -> vectors of the ones after these."""
-        return self.hidden(following, cache, through=lambda *place: self.mtp(x, *place))
+        info = self.position_info(following, cache)
+        embedded = self.dropout(self.embed(following, info.positions))
+        y = self.mtp(x, embedded, info, cache and cache.layers[0])
+        if cache is not None:
+            cache.advance(following.shape[1])
+        return y
 
     def drafter(self):
         """See GPT: the prediction module guesses one token, and has a cache of its own."""
         if not self.mtp:
             return None
-        cache = self.new_cache(n_layer=1)
+        capacity = self.config.block_size
+        layer = self.mtp.block.new_cache(1, capacity, device=self.device, dtype=self.dtype)
+        cache = Cache([layer], 1, capacity)
         return lambda x, following: [int(self.logits(self.predict(x, following, cache)[0, -1]).argmax())]
 
     # -- training ------------------------------------------------------------------------------------------
@@ -302,27 +341,28 @@ class Model(GPT):
         blocks = [*self.blocks, self.mtp.block] if self.mtp else self.blocks
         return [(n, block.mlp) for n, block in enumerate(blocks) if isinstance(block.mlp, MoE)]
 
-    def training_loss(self, loss, x, targets, loss_mask, loss_divisor):
-        """See GPT. other_vars: mtp_loss in nats per token; balance_loss, of all layers the mean, before its
-        weight (1: every expert is as busy as any other); expert_load/<layer>, largest over mean."""
-        extra, other_vars = torch.zeros_like(loss), {}
+    def auxiliary_loss(self, x, targets, mask):
+        """See GPT. other_vars: mtp_loss in nats per token; balance_loss, the mean over all layers, before its
+        weight (1: all experts are equally busy); expert_load/<layer>, the largest over the mean."""
+        loss, other_vars = x.new_zeros((), dtype=torch.float32), {}
         if self.mtp:
-            # Where the target is the next token, it is the input here, and the one after it the target.
+            # The target of the usual loss is the input here, and the token after it the target.
             y = self.predict(x, targets)
-            weights = F.pad(loss_mask[:, 1:], (0, 1))
-            total = self.total_loss(y.flatten(0, 1), targets.roll(-1, 1).flatten(), weights.flatten())[1]
-            extra = extra + self.config.mtp_loss_weight * total / loss_divisor
+            weights = F.pad(mask[:, 1:], (0, 1))
+            losses = self.token_losses(y.flatten(0, 1), targets.roll(-1, 1).flatten())
+            total = (losses * weights.flatten()).sum()
+            loss = loss + self.config.mtp_loss_weight * total
             other_vars["mtp_loss"] = total.detach() / weights.sum().clamp(min=1)
         if mixtures := self.mixtures():
             # A sequence weighs what its tokens weigh in the loss, so passes add up as they do there.
-            balance, counts = self.balance(mixtures, loss_mask)
-            by_sequence = balance.sum(0) * loss_mask.sum(1)
-            extra = extra + self.config.aux_loss_alpha * by_sequence.sum() / loss_divisor
+            balance, counts = self.balance(mixtures, mask)
+            by_sequence = balance.sum(0) * mask.sum(1)
+            loss = loss + self.config.aux_loss_alpha * by_sequence.sum()
             other_vars["balance_loss"] = balance.detach().mean()
             self.counts = counts if self.counts is None else self.counts + counts
             for (layer, _), count in zip(mixtures, counts, strict=True):
                 other_vars[f"expert_load/{layer}"] = count.max() / count.mean().clamp(min=1e-9)
-        return loss + (extra - extra.detach()), other_vars
+        return loss, other_vars
 
     def balance(self, mixtures, loss_mask):
         """Equations 17 to 20 without alpha [layers, B], and the tokens of every expert [layers, E]."""
@@ -339,12 +379,10 @@ class Model(GPT):
         return (frequency * share).sum(-1), picked.sum((1, 2))
 
     @torch.no_grad()
-    def after_step(self, sum_over_processes):
+    def after_step(self, all_reduce):
         """Balance without a loss (section 2.1.2): a busy expert becomes less likely, an idle one more."""
         counts, self.counts = self.counts, None
         if counts is None or not self.config.bias_update_speed:
             return
-        counts = torch.tensor(sum_over_processes(*counts.flatten().tolist())).view(counts.shape)
-        for (_, moe), count in zip(self.mixtures(), counts, strict=True):
-            step = self.config.bias_update_speed * (count.mean() - count).sign()
-            moe.gate.e_score_correction_bias += step.to(moe.gate.e_score_correction_bias.device)
+        for (_, moe), count in zip(self.mixtures(), all_reduce(counts), strict=True):
+            moe.gate.e_score_correction_bias += self.config.bias_update_speed * (count.mean() - count).sign()

@@ -8,12 +8,10 @@ stay within 15. Rotary positions turn the other way round: published weights the
 import math
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 import model
-from common import kernels
 from config.schema import ArchitectureConfig
 
 LOGIT_SOFTCAP = 15.0
@@ -77,19 +75,24 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.n_hidden, bias=False)
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
-        self.activations = 2 * config.n_hidden  # there is no gate, of which two products are needed again
+
+    def costs(self):
+        return model.Costs(weights=model.linear_weights(self), activations=2 * self.down.in_features)
 
     def forward(self, x):
         return self.down(self.up(x).relu().square())
 
 
 class Block(model.Block):
-    def __init__(self, config, layer):
-        super().__init__(config, layer)
+    def __init__(self, config):
+        super().__init__(config)
         self.attn_norm = self.mlp_norm = norm(config, config.n_embd)
         self.attn.q_norm = self.attn.k_norm = norm(config, config.head_dim)
         self.mlp = MLP(config)
-        self.activations = 4 * config.n_embd  # there is no gain, of which the input is needed again
+
+    def costs(self, length):
+        # The norms have no gain, so their input is not kept for its gradient.
+        return super().costs(length) + model.Costs(activations=-2 * self.n_embd)
 
 
 def norm(config, size):
@@ -97,11 +100,14 @@ def norm(config, size):
 
 
 class Model(model.GPT):
-    def make_block(self, layer):
-        return Block(self.config, layer)
+    logit_softcap = LOGIT_SOFTCAP
 
-    def make_norm(self):
-        return norm(self.config, self.config.n_embd)
+    def make_modules(self):
+        super().make_modules()
+        self.norm = norm(self.config, self.config.n_embd)
+
+    def make_block(self, layer):
+        return Block(self.config)
 
     def init_weights(self):
         for module in self.modules():
@@ -114,21 +120,11 @@ class Model(model.GPT):
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.down.weight)
 
-    rotary_factor = 1.0  # the norms of queries and keys would undo it where nanochat has them
+    def rotary_tables(self):
+        # nanochat rotates the other way round. No YaRN factor: the norms of queries and keys would undo it.
+        cos, sin = self.make_rotary_tables(self.config.head_dim)
+        return cos, -sin
 
     def embed(self, tokens, positions):
         return self.norm(super().embed(tokens, positions))
 
-    def rotary_at(self, positions):
-        cos, sin = super().rotary_at(positions)
-        return cos, -sin
-
-    def logits(self, x):
-        logits = super().logits(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
-
-    def total_loss(self, x, targets, weights):
-        if self.has_kernel(Model.logits):
-            return kernels.linear_cross_entropy(x, self.lm_head.weight, targets, weights, LOGIT_SOFTCAP)
-        return super().total_loss(x, targets, weights)

@@ -251,7 +251,7 @@ def test_a_full_disk_under_the_output(tiny_project):
 
 
 def test_a_full_disk_under_the_log(train, monkeypatch):
-    monkeypatch.setattr("common.log.RunLog._open", lambda _: open("/dev/full", "w", 1))
+    monkeypatch.setattr("common.log.RunLog._open", lambda *_: open("/dev/full", "w", 1))
     assert told(train("pretrain")) == "the disk is full; free some space and run the same command again"
     assert not train.checkpoints()
 

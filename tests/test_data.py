@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import data
 import tokenizer as tokenizer_module
 from common.errors import UserError
-from data import Batches, Split, TokenFile, conversation_of, cut_in_two, keys, prepare, shuffled
+from data import Split, TokenBatches, TokenFile, conversation_of, cut_in_two, keys, prepare, shuffled
 from tokenizer import ROOT, load
 
 QA = [{"question": f"问{i}?", "answer": f"答{i}。" * (1 + i % 3)} for i in range(40)]
@@ -502,7 +502,7 @@ def test_an_epoch_predicts_every_token_once(files, block_size):
     file = files["pretrain_train"]
     ring = file.tokens.tolist() + file.tokens[:1].tolist()
     everything = list(zip(ring, ring[1:], strict=False))
-    batches = Batches([file], block_size, 1, seed=3)
+    batches = TokenBatches([file], block_size, 1, seed=3)
     n = batches.sequences_per_epoch
     assert batches.tokens_per_epoch == len(file.tokens) - 1
     for epoch in (0, 1):
@@ -516,7 +516,7 @@ def test_an_epoch_predicts_every_token_once(files, block_size):
 
 def test_an_epoch_shows_every_block_once_and_the_next_in_another_order(files):
     file = files["pretrain_train"]
-    batches = Batches([file], 16, 4, seed=5)
+    batches = TokenBatches([file], 16, 4, seed=5)
     n = batches.sequences_per_epoch
     rows = np.concatenate([batches(first)[0] for first in range(0, 2 * n, 4)])[: 2 * n]
     stream = np.concatenate([file.tokens, file.tokens[:17]])
@@ -531,7 +531,7 @@ def test_an_epoch_shows_every_block_once_and_the_next_in_another_order(files):
 
 def test_conversations_once_an_epoch_masked_and_padded(files):
     file = files["sft_train"]
-    batches = Batches([file], 512, 3, seed=1)
+    batches = TokenBatches([file], 512, 3, seed=1)
     n = batches.sequences_per_epoch
     assert n == file.meta["n_documents"] and batches.n_truncated == 0
     seen = []
@@ -555,7 +555,7 @@ def test_conversations_once_an_epoch_masked_and_padded(files):
 def test_long_conversations_are_cut(files):
     file = files["sft_train"]
     lengths = np.diff(file.starts)
-    batches = Batches([file], 9, 4)
+    batches = TokenBatches([file], 9, 4)
     assert batches.n_truncated == (lengths > 10).sum() > 0
     assert batches.tokens_per_epoch == np.minimum(lengths - 1, 9).sum()
     assert all(batches(step)[0].shape == (4, 9) for step in range(20))
@@ -567,7 +567,7 @@ def test_a_conversation_counts_if_a_token_of_its_answer_is_in_the_block(files):
     needs = [next(i for i in range(1, end - start) if file.mask[start + i]) for start, end in documents]
     assert file.needs.tolist() == needs
     for block_size in range(min(needs), max(needs) + 2):
-        batches = Batches([file], block_size, 1)
+        batches = TokenBatches([file], block_size, 1)
         assert batches.sequences_per_epoch == sum(need <= block_size for need in needs)
         assert batches.n_left_out == len(needs) - batches.sequences_per_epoch
         rows = [batches(first) for first in range(batches.sequences_per_epoch)]
@@ -575,7 +575,7 @@ def test_a_conversation_counts_if_a_token_of_its_answer_is_in_the_block(files):
         kept = [file.tokens[start : start + x.shape[1]] for start, _ in documents for x, *_ in rows[:1]]
         assert any(np.array_equal(rows[0][0][0, :3], ids[:3]) for ids in kept)
     with pytest.raises(UserError, match=f"the first answer needs a model whose block_size is {min(needs)} "):
-        Batches([file], min(needs) - 1, 1)
+        TokenBatches([file], min(needs) - 1, 1)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
@@ -587,15 +587,15 @@ def test_where_answers_begin_does_not_depend_on_chunks(files, chunk, monkeypatch
 
 def test_a_curriculum_in_order(files):
     first, second = files["pretrain_val"], files["sft_train"]
-    batches = Batches([first, second], 16, 1)
-    n, m = (Batches([file], 16, 1).sequences_per_epoch for file in (first, second))
+    batches = TokenBatches([first, second], 16, 1)
+    n, m = (TokenBatches([file], 16, 1).sequences_per_epoch for file in (first, second))
     assert batches.sequences_per_epoch == n + m
     assert batches.position(0) == (0, 0, 0) and batches.position(n) == (0, 1, 0)
     assert batches.position(n + m - 1) == (0, 1, m - 1) and batches.position(n + m) == (1, 0, 0)
     stage = [int(batches(step)[0][0, 0] == 4) for step in range(2 * (n + m))]
     assert stage[n : n + m] == [1] * m and sum(stage[:n]) == 0
     # A batch may reach over stages and epochs, and its rows are those of smaller batches.
-    whole = Batches([first, second], 16, 3 * (n + m))(0)
+    whole = TokenBatches([first, second], 16, 3 * (n + m))(0)
     singles = [batches(step) for step in range(3 * (n + m))]
     for row, (x, y, mask) in enumerate(singles):
         width = x.shape[1]
@@ -606,16 +606,16 @@ def test_a_curriculum_in_order(files):
 def test_a_file_shorter_than_a_block(tmp_path):
     (tmp_path / "x.txt").write_text("ab")
     prepare([tmp_path / "x.txt"], [], tmp_path)
-    x, y, mask = Batches([TokenFile(tmp_path / "pretrain_val.bin")], 256, 4)(7)
+    x, y, mask = TokenBatches([TokenFile(tmp_path / "pretrain_val.bin")], 256, 4)(7)
     assert x.shape == y.shape == (4, 8) and mask.sum(1).tolist() == [2] * 4
 
 
 CODE = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[2])
-from data import Batches, TokenFile
+from data import TokenBatches, TokenFile
 files = [TokenFile(f"{sys.argv[1]}/{name}.bin") for name in ("pretrain_train", "sft_train")]
-print(hashlib.sha256(b"".join(a.tobytes() for a in Batches(files, 32, 8, seed=9)(12345))).hexdigest())
+print(hashlib.sha256(b"".join(a.tobytes() for a in TokenBatches(files, 32, 8, seed=9)(12345))).hexdigest())
 """
 
 
@@ -623,7 +623,7 @@ def test_a_batch_is_a_pure_function_of_data_seed_and_step(prepared, files):
     folder, _ = prepared
     arguments = [sys.executable, "-c", CODE, str(folder), str(ROOT)]
     fresh = subprocess.run(arguments, capture_output=True, text=True).stdout.strip()
-    make = lambda seed: Batches([files["pretrain_train"], files["sft_train"]], 32, 8, seed)  # noqa: E731
+    make = lambda seed: TokenBatches([files["pretrain_train"], files["sft_train"]], 32, 8, seed)  # noqa: E731
     batches = make(9)
     for step in (3, 10**9, 12344, 0):
         batches(step)
@@ -633,7 +633,7 @@ def test_a_batch_is_a_pure_function_of_data_seed_and_step(prepared, files):
 
 
 def test_nothing_grows_over_an_epoch(files):
-    batches = Batches([files["pretrain_train"], files["sft_train"]], 16, 2)
+    batches = TokenBatches([files["pretrain_train"], files["sft_train"]], 16, 2)
     for step in range(20):
         batches(step)
     tracemalloc.start()

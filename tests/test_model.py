@@ -52,7 +52,7 @@ def greedy_without_cache(model, tokens, max_tokens):
         if len(window) > model.config.block_size:
             window = window[-max(1, model.config.block_size // 2) :]
         with torch.no_grad():
-            answer.append(model(torch.tensor([window]))[0][0, -1].argmax().item())
+            answer.append(model(torch.tensor([window]))[0, -1].argmax().item())
         window.append(answer[-1])
     return answer
 

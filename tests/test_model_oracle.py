@@ -5,6 +5,7 @@ With qk_norm off the network is Llama, with it on Qwen3; only names and packing 
 
 import pytest
 import torch
+from lm_pass import lm_pass
 from test_model import build, differ, random_tokens
 
 from decoding.sampling import generate
@@ -78,7 +79,7 @@ def both(qk_norm, seed=0, **fields):
 def test_logits_are_equal(qk_norm, fields):
     model, other = both(qk_norm, **fields)
     tokens = random_tokens(3, model.config.block_size)
-    ours, theirs = model(tokens)[0], other(tokens).logits
+    ours, theirs = model(tokens), other(tokens).logits
     assert theirs.std() > 0.5  # not equal for being small
     assert differ(ours, theirs) < 1e-4
 
@@ -92,7 +93,7 @@ def test_cached_logits_are_equal(qk_norm):
     cache = model.new_cache(2)
     model(tokens[:, :9], cache=cache, lengths=lengths)
     following = torch.stack([tokens[0, 5:9], tokens[1, 9:13]])
-    logits = model(following, cache=cache)[0]
+    logits = model(following, cache=cache)
     for row, n in enumerate(lengths.tolist()):
         assert differ(logits[row], other(tokens[row : row + 1, : n + 4]).logits[0, n:]) < 1e-4
 
@@ -105,7 +106,7 @@ def test_loss_and_gradients_are_equal(qk_norm):
     targets = tokens.roll(-1, dims=1)
     mask[:, -1] = 0  # Transformers shifts the labels by itself
     labels = torch.where(mask.roll(1, dims=1) == 1, tokens, -100)
-    loss, reference = model(tokens, targets, mask.float())[1], other(tokens, labels=labels).loss
+    loss, reference = lm_pass(model, tokens, targets, mask.float())[1], other(tokens, labels=labels).loss
     assert loss.item() == pytest.approx(reference.item(), abs=1e-5)
     loss.backward()
     reference.backward()

@@ -34,12 +34,13 @@ import engine.checkpoint
 import serve
 import server.middleware as middleware
 import server.openai_api as openai_api
+from config.schema import ModelConfig
 from decoding.engine import BatchedDecoder, Request
 from decoding.packed import quantize as to_int8
 from decoding.sampling import generate
 from decoding.text import TextStream
 from inference import TextGenerator
-from model import GPT, ModelConfig
+from model import GPT
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
 
 openai = pytest.importorskip("openai")

@@ -17,10 +17,11 @@ import time
 import pexpect
 import pytest
 import torch
+from lm_pass import lm_pass
 from torch.nn.functional import log_softmax
 
 import tokenizer as tokenizers
-from data import Batches, TokenFile, prepare
+from data import TokenBatches, TokenFile, prepare
 from engine.checkpoint import build, load
 
 LINE = re.compile(
@@ -57,8 +58,8 @@ def test_the_loss_of_sft_is_a_mean_over_the_words_of_answers(train):
     torch.manual_seed(1337)
     model = type(model)(model.config).double()  # as it was before the step
     path = train.root / "dataset" / "prepared" / "sft_train.bin"
-    x, y, _ = map(torch.from_numpy, Batches([TokenFile(path)], 12, 12, 1337)(0))
-    chances = log_softmax(model(x)[0], -1)
+    x, y, _ = map(torch.from_numpy, TokenBatches([TokenFile(path)], 12, 12, 1337)(0))
+    chances = log_softmax(model(x), -1)
     means, total, count = [], 0.0, 0
     for row, (before, after) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
         begin = before.index(tokenizer.response_id) if tokenizer.response_id in before else len(before)
@@ -135,7 +136,7 @@ def test_a_curriculum_is_trained_in_order(train, tiny_data):
     pairs = [[f"dataset/{name}/pretrain_{split}.bin" for split in ("train", "val")]
              for name in ("second", "prepared")]  # fmt: skip
     files = [TokenFile(train.root / pair[0]) for pair in pairs]
-    counts = [Batches([file], 32, 16).sequences_per_epoch for file in files]
+    counts = [TokenBatches([file], 32, 16).sequences_per_epoch for file in files]
     steps = sum(counts) // 16 + 2
     assert train("pretrain", dataset_path=pairs, batch_size=16, max_steps=steps).returncode == 0
     logged = [tuple(map(int, text.split("-"))) for _, text in train.logged("Train", "Curriculum")]
@@ -490,13 +491,13 @@ def test_every_validation_file_counts_by_its_size(train, tiny_data):
     assert checkpoint.validation["loss"] == pytest.approx(whole, abs=1e-6) and best <= whole
     # An outside account of it: of each file its first sequences, at least one batch, the larger file more.
     model, _ = build(checkpoint, "a test's")
-    counts = [Batches([file], 32, 2).sequences_per_epoch for file in files]
+    counts = [TokenBatches([file], 32, 2).sequences_per_epoch for file in files]
     for file, loss, count in zip(files, (easy, hard), counts, strict=True):
-        batches, total, weight = Batches([file], 32, 2, 1337), 0.0, 0
+        batches, total, weight = TokenBatches([file], 32, 2, 1337), 0.0, 0
         n = min(max(1, round(12 * count / sum(counts))), -(-count // 2))
         for first in range(0, 2 * n, 2):
             x, y, mask = map(torch.from_numpy, batches(first))
-            total += float(model(x, y, mask, loss_divisor=1)[1])
+            total += float(lm_pass(model, x, y, mask, divisor=1)[1])
             weight += float(mask.sum())
         assert loss == pytest.approx(total / weight, abs=1e-5) and n > 1
 

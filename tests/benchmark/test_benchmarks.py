@@ -104,7 +104,7 @@ def test_the_validation_loss_is_over_every_token_once():
     with torch.no_grad():
         for start in range(0, len(ids) - 1, recipe_race.BLOCK):
             x = ids[start : start + recipe_race.BLOCK + 1]
-            losses = model(x[None, :-1])[0].log_softmax(-1)[0].gather(-1, x[1:, None])
+            losses = model(x[None, :-1]).log_softmax(-1)[0].gather(-1, x[1:, None])
             total -= losses.sum().item()
     assert recipe_race.validation_loss(model, ids) == pytest.approx(total / (len(ids) - 1), rel=1e-5)
     assert recipe_race.validation_loss(model, ids[: recipe_race.BLOCK * 2 + 1]) < 2 * math.log(50)

@@ -324,7 +324,7 @@ def test_damaged_configurations_are_refused_or_mean_what_they_say(train, seed):
             outcomes["trained" if done.returncode == 0 else "refused"] += 1
         else:
             outcomes["too large for a test"] += 1
-        for path in [*train.root.glob("train_*.log"), *train.checkpoints().values()]:
+        for path in [*train.root.glob("train_*"), *train.checkpoints().values()]:
             path.unlink()
     assert outcomes["refused"] > 80 and outcomes["trained"] > 15, outcomes
 

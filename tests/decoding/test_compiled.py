@@ -52,10 +52,10 @@ def test_logits_are_those_of_the_model(shape, int8, n_threads):
     model, tokens = network(**SHAPES[shape]), random_tokens(9, 24, vocab_size=29)
     if int8:
         quantize(model)
-    expected = model(tokens)[0]
+    expected = model(tokens)
     assert expected.std() > 0.5
     backend = compiled.CompiledBackend(model, 10, n_threads)
-    assert torch.equal(model(tokens)[0], expected)  # the weights were moved and are the same
+    assert torch.equal(model(tokens), expected)  # the weights were moved and are the same
     for batch in (1, 2, 9):
         rows = torch.arange(batch)
         for row in rows.tolist():  # rows of different lengths
@@ -169,7 +169,7 @@ def test_threads_end_with_the_model():
 def test_ctrl_c_may_come_at_any_time():
     """The other threads never wait for one that was interrupted; the next step is correct."""
     model, n_interrupted = network(), 0
-    expected = model(torch.tensor([[1, 2]]))[0][0]
+    expected = model(torch.tensor([[1, 2]]))[0]
     backend = compiled.CompiledBackend(model, 1, 3)
 
     def interrupt(number, frame):
@@ -264,11 +264,11 @@ def test_a_quantized_model_is_smaller_and_nearly_the_same():
     model, tokens = network(n_embd=256, tie_embeddings=False), random_tokens(2, 24, vocab_size=29)
     for parameter in model.blocks.parameters():
         parameter.mul_(0.2)
-    expected, n_bytes = model(tokens)[0], sum(t.nbytes for t in model.state_dict().values())
+    expected, n_bytes = model(tokens), sum(t.nbytes for t in model.state_dict().values())
     assert quantize(model) is model
     assert not any(type(module) is nn.Linear for module in model.modules())
     assert sum(t.nbytes for t in model.state_dict().values()) < 0.3 * n_bytes
-    assert differ(model(tokens)[0], expected) < 0.05 * expected.std()
+    assert differ(model(tokens), expected) < 0.05 * expected.std()
 
 
 def test_code_compiled_from_other_source_is_not_used(tmp_path, monkeypatch):

@@ -165,7 +165,7 @@ def test_logprobs_are_the_models_own():
     for request in requests:
         for i, (logprob, likeliest) in enumerate(request.logprobs):
             before = request.context[: request.n_prompt + i][-24:]
-            expected = model(torch.tensor([before]))[0][0, -1].log_softmax(-1)
+            expected = model(torch.tensor([before]))[0, -1].log_softmax(-1)
             assert logprob == pytest.approx(expected[request.tokens[i]].item(), abs=1e-4)
             found = sorted(expected.tolist(), reverse=True)[: request.n_logprobs]
             assert [value for _, value in likeliest] == pytest.approx(found, abs=1e-4)
@@ -196,7 +196,7 @@ def test_logprobs_of_prompts_are_those_of_one_pass(compiled, monkeypatch):
         if i % 2 and i % 3:
             assert request.prompt_logprobs == []
             continue
-        expected = model(torch.tensor([prompt]))[0][0].log_softmax(-1)
+        expected = model(torch.tensor([prompt]))[0].log_softmax(-1)
         assert len(request.prompt_logprobs) == len(prompt) - 1
         told = zip(expected, prompt[1:], request.prompt_logprobs, strict=False)
         for row, token, (logprob, likeliest) in told:

@@ -304,7 +304,7 @@ def test_generation_draws_from_the_models_distribution():
     prompt = [3, 1, 4]
     setting = dict(temperature=0.8, top_k=8, top_p=0.9, repetition_penalty=1.3)
     with torch.no_grad():
-        expected = distribution(model(torch.tensor([prompt]))[0][0, -1], previous=prompt, **setting)
+        expected = distribution(model(torch.tensor([prompt]))[0, -1], previous=prompt, **setting)
     n = 400
     counts = Counter(next(generate(model, prompt, 1, seed=seed, **setting)) for seed in range(n))
     distance = sum(abs(counts[token] / n - p) for token, p in enumerate(expected)) / 2
@@ -326,7 +326,7 @@ def test_greedy_text_under_penalties_follows_their_definition(setting):
     model, prompt = build(), [3, 1, 4, 1]
     drawn = list(generate(model, prompt, 12, temperature=0, **setting))
     for i, token in enumerate(drawn):
-        logits = model(torch.tensor([prompt + drawn[:i]]))[0][0, -1]
+        logits = model(torch.tensor([prompt + drawn[:i]]))[0, -1]
         expected = distribution(logits, temperature=0, previous=prompt, drawn=drawn[:i], **setting)
         assert expected[token] == 1
     assert drawn != list(generate(model, prompt, 12, temperature=0))

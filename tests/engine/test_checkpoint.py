@@ -12,12 +12,14 @@ import signal
 
 import pytest
 import torch
+from lm_pass import lm_pass
 
 from common.errors import UserError
-from data import Batches, TokenFile
+from config.schema import ModelConfig
+from data import TokenBatches, TokenFile
 from engine.checkpoint import load
 from engine.runs import Run
-from model import GPT, ModelConfig
+from model import GPT
 
 # ---- policies --------------------------------------------------------------------------------------------
 
@@ -33,7 +35,7 @@ def test_when_checkpoints_are_written_and_which_are_kept(train):
     best = min(validated, key=lambda entry: entry[1])
     assert list(train.checkpoints()) == sorted({*saved[-2:], best[0]})
     last = load(train.checkpoints()[11])
-    assert (last.task, last.step, last.best["step"]) == ("pretrain", 11, best[0])
+    assert (last.stage, last.step, last.best["step"]) == ("pretrain", 11, best[0])
     assert last.best["loss"] == pytest.approx(best[1], abs=1e-6)
 
 
@@ -187,7 +189,7 @@ def test_a_new_run_stretches_the_context_of_the_weights_it_starts_from(train):
     model = GPT(shape)
     model.load_state_dict(load(before).model)
     data = TokenFile(train.root / "dataset" / "prepared" / "sft_train.bin")
-    loss = model(*map(torch.from_numpy, Batches([data], 64, 4, 1337)(0)))[1]
+    loss = lm_pass(model, *map(torch.from_numpy, TokenBatches([data], 64, 4, 1337)(0).values()))[1]
     assert float(train.logged("Train", "Loss")[3][1]) == pytest.approx(loss.item(), abs=2e-6)
 
     # Its own checkpoints stay as they are: resumed with the same settings or others, and started from.
@@ -376,13 +378,15 @@ def without(key):
 TENSOR = torch.zeros(2)
 CHANGES = [
     ("format", instead("nano-log")),
-    *(("version", instead(value)) for value in (0, 3, None, "2", TENSOR)),
+    *(("version", instead(value)) for value in (0, 4, None, "2", TENSOR)),
     ("format", instead(TENSOR)),
     ("", without("best")),
     ("", lambda state: {**state, "more": 1}),
     ("", instead([])),
     ("", instead(TENSOR)),
-    *(("task", instead(value)) for value in ("", "../sft", None, 3)),
+    *(("stage", instead(value)) for value in ("", "../sft", None, 3)),
+    *(("chat_template", instead(value)) for value in ("other", "", 3, TENSOR)),
+    *(("problem", instead(value)) for value in (None, [], {"digits": "6"}, {"../x": 1}, {1: 1})),
     *(("run", instead(value)) for value in ("../../evil", "20260102_030405/x", "", 20260102)),
     *(("step", instead(value)) for value in (-1, 2.0, "2", True, 1 << 70, None)),
     *(("best", instead(value)) for value in ({}, None, {"loss": 1.0}, {"loss": "1", "step": 1})),

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from lm_pass import lm_pass
 from torch import nn
 
 from common.errors import UserError
@@ -27,7 +28,7 @@ def config_of(**settings):
 
 def train_a_step(model, optimizer, seed):
     tokens = torch.randint(20, (4, 16), generator=torch.Generator().manual_seed(seed))
-    model(tokens, tokens.roll(-1, 1))[1].backward()
+    lm_pass(model, tokens, tokens.roll(-1, 1))[1].backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -142,7 +143,7 @@ def test_the_two_in_one_are_muon_and_adamw():
             one.load_state_dict(state)
         train_a_step(joined, one, seed=step)
         tokens = torch.randint(20, (4, 16), generator=torch.Generator().manual_seed(step))
-        apart(tokens, tokens.roll(-1, 1))[1].backward()
+        lm_pass(apart, tokens, tokens.roll(-1, 1))[1].backward()
         two.muon.step(), two.adamw.step(), apart.zero_grad()
     for p, q in zip(joined.parameters(), apart.parameters(), strict=True):
         assert torch.equal(p, q)

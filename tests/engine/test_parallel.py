@@ -13,7 +13,7 @@ SIZES = st.integers(1, 48)
 
 def rows_of(rank, world, batch_size, accumulation):
     process = SingleProcess()
-    process.rank, process.world = rank, world
+    process.rank, process.world_size = rank, world
     return process.rows(
         TrainConfig(dataset_path=[("a", "b")], batch_size=batch_size, max_steps=9, warmup_iters=1,
                     gradient_accumulation_steps=accumulation)

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lm_pass import lm_pass
 
 from common.errors import UserError
 from common.hardware import Gpu, Machine, attention_context, choose
 from config.schema import ModelConfig, TrainConfig
-from data import Batches, TokenFile
+from config.stages import STAGES
+from data import TokenBatches, TokenFile
 from engine.plan import RunEstimate, refuse_too_large
 from model import GPT
 
@@ -25,7 +27,7 @@ def choice_of(memory=8 * GIB, **settings):
 def facts_of(compute, **settings):
     config = TrainConfig(dataset_path=[("a", "b")], decay_lr=False, **settings)
     batches = SimpleNamespace(sequences_per_epoch=100, batch_size=config.batch_size)
-    return RunEstimate("pretrain", GPT(SHAPE), compute, batches, None, config)
+    return RunEstimate(STAGES["pretrain"], config, compute, GPT(SHAPE), batches)
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------
@@ -47,7 +49,7 @@ def test_the_plan(train, monkeypatch):
     assert rows["parameters"] == f"{model.n_params:,}"
     assert rows["FLOPs per token"] == f"{model.flops_per_token():,} (training)"
     files = [TokenFile(train.root / "dataset" / "prepared" / "pretrain_train.bin")]
-    batches = Batches(files, 32, 12)
+    batches = TokenBatches(files, 32, 12)
     steps = batches.sequences_per_epoch / 12
     assert rows["data"] == f"{batches.tokens_per_epoch:,} tokens an epoch = {steps:.1f} steps"
     assert rows["chosen"] == "device cpu: set by hand" and rows["memory, estimated"].endswith(" GiB weights")
@@ -138,7 +140,7 @@ def test_activations_are_near_what_autograd_keeps(kernel):
     tokens = torch.randint(100, (8, 64))
     own = {p.untyped_storage().data_ptr() for p in facts.model.parameters()}
     with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _, loss, _ = facts.model.train()(tokens, tokens)
+        _, loss, _ = lm_pass(facts.model.train(), tokens, tokens)
     measured = sum(size for pointer, size in kept.items() if pointer not in own)
     assert facts.memory()["activations"] == pytest.approx(measured, rel=0.25)
     assert math.isfinite(loss.item())

@@ -16,7 +16,7 @@ import torch
 import engine.checkpoint
 import tokenizer as tokenizers
 from common.errors import UserError
-from data import Batches, TokenFile, prepare
+from data import TokenBatches, TokenFile, prepare
 from engine.checkpoint import load
 from engine.runs import Run, newest, saved
 
@@ -182,16 +182,36 @@ def test_a_model_without_a_run_is_passed_over(train):
     assert newest("pretrain")[0].step == 2
 
 
+def as_version(version, state):
+    """The state as a file of this version has it."""
+    later = {1: ("consumed", "validation", "data"), 2: ()}[version]
+    state = {key: value for key, value in state.items() if key not in ("chat_template", "problem", *later)}
+    state["model_config"] = {**state["model_config"], "dropout": 0.1}  # was a key of the model's, too
+    task = state.pop("stage")
+    return {**state, "task": task, "version": version}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_checkpoint_of_version_2_goes_on(train, stage):
+    settings = dict(from_checkpoint="", lr_decay_iters=6, dropout=0.1)
+    assert train(stage, max_steps=6, **settings).returncode == 0
+    whole = load(train.checkpoints(stage)[6])
+    shutil.rmtree(train.root / "checkpoint")
+    assert train(stage, max_steps=3, **settings).returncode == 0
+    [path] = train.checkpoints(stage).values()
+    torch.save(as_version(2, torch.load(path, weights_only=True)), path)
+    done = train(stage, "--resume", max_steps=6, **settings)
+    assert done.returncode == 0 and "keeps the shape" not in done.stderr
+    assert train.same(load(train.checkpoints(stage)[6]), whole)
+
+
 def test_a_checkpoint_of_version_1_goes_on(train):
     assert train("pretrain", max_steps=6, lr_decay_iters=6, dropout=0.1).returncode == 0
     whole = load(train.checkpoints()[6])
     shutil.rmtree(train.root / "checkpoint")
     assert train("pretrain", max_steps=3, lr_decay_iters=6, dropout=0.1, eval_interval=3).returncode == 0
     [path] = train.checkpoints().values()
-    state = torch.load(path, weights_only=True)
-    for key in ("consumed", "validation", "data"):
-        del state[key]
-    torch.save({**state, "version": 1}, path)
+    torch.save(as_version(1, torch.load(path, weights_only=True)), path)
     old = load(path)
     assert old.consumed == {"sequences": 12, "tokens": None} and old.validation == old.best
     done = train("pretrain", "--resume", max_steps=6, lr_decay_iters=6, dropout=0.1)
@@ -269,17 +289,17 @@ def test_a_curriculum_that_only_grows_goes_on(train):
 @pytest.mark.parametrize("task", ["pretrain", "sft"])
 def test_an_epoch_is_seen_once_whatever_the_batch_size(train, task, monkeypatch):
     """The sequences of all steps, in order: as of one run with one batch size, to the last of the epoch."""
-    seen, original = [], Batches.__call__
+    seen, original = [], TokenBatches.__call__
 
     def spied(self, first):
         if self.files[0].path.stem.endswith("_train"):
             seen.append((first, self.batch_size))
         return original(self, first)
 
-    monkeypatch.setattr(Batches, "__call__", spied)
+    monkeypatch.setattr(TokenBatches, "__call__", spied)
     settings = dict(from_checkpoint="", decay_lr=False, eval_interval=1000)
     file = TokenFile(train.root / "dataset" / "prepared" / f"{task}_train.bin")
-    n = Batches([file], 32, 1).sequences_per_epoch
+    n = TokenBatches([file], 32, 1).sequences_per_epoch
     consumed, done = 0, 0
     for sizes in (dict(batch_size=4), dict(batch_size=8), dict(batch_size=3, gradient_accumulation_steps=5),
                   dict(batch_size=4)):  # fmt: skip
@@ -295,8 +315,8 @@ def test_an_epoch_is_seen_once_whatever_the_batch_size(train, task, monkeypatch)
 
 def test_tokens_are_counted(train):
     assert train("sft", from_checkpoint="", max_steps=3).returncode == 0
-    batches = Batches([TokenFile(train.root / "dataset" / "prepared" / "sft_train.bin")], 32, 4, 1337)
-    counted = sum(int(batches(first)[2].sum()) for first in (0, 4, 8))
+    batches = TokenBatches([TokenFile(train.root / "dataset" / "prepared" / "sft_train.bin")], 32, 4, 1337)
+    counted = sum(int(batches(first)["mask"].sum()) for first in (0, 4, 8))
     assert load(train.checkpoints("sft")[3]).consumed == {"sequences": 12, "tokens": counted}
 
 

@@ -15,7 +15,7 @@ from engine.zero import Zero
 def zero_of(**settings):
     """The first of two processes, without a connection to the other."""
     zero = object.__new__(Zero)
-    zero.rank, zero.world, zero.stage, zero.name = 0, 2, 2, "config/mine.json"
+    zero.rank, zero.world_size, zero.stage, zero.name = 0, 2, 2, "config/mine.json"
     zero.settings = DeepSpeedConfig(**{"zero_optimization": {"stage": 2}, **settings}).model_dump()
     return zero
 
@@ -81,7 +81,7 @@ def test_batch_keys_that_cannot_be(settings, sentence):
 def test_what_is_refused(settings, run, compute, sentence):
     compute = SimpleNamespace(**{"dtype": "float32", "autocast": False, **compute})
     with pytest.raises(UserError, match=sentence):
-        zero_of(**settings).prepare(None, run_of(**run), compute)
+        zero_of(**settings).wrap(None, None, run_of(**run), compute)
 
 
 @pytest.mark.parametrize(

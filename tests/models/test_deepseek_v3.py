@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launching import RUN, TORCHRUN, largest_difference, launched, losses, settings_of
+from lm_pass import lm_pass
 from test_model import differ, greedy_without_cache, random_tokens
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -139,7 +140,7 @@ def test_logits_are_those_of_transformers(fields, interleave):
     model = build(**fields)
     other = in_transformers(model, interleave)
     tokens = random_tokens(3, model.config.block_size)
-    ours, theirs = model(tokens)[0], other(tokens).logits
+    ours, theirs = model(tokens), other(tokens).logits
     assert theirs.std() > 0.5  # not equal for being small
     assert differ(ours, theirs) < 1e-4
 
@@ -153,19 +154,19 @@ def test_cached_logits_are_those_of_transformers(fields):
     tokens, lengths = random_tokens(2, 16), torch.tensor([5, 9])
     expected = other(tokens).logits
     cache = model.new_cache(2)
-    first = model(tokens[:, :9], cache=cache, lengths=lengths)[0]
+    first = model(tokens[:, :9], cache=cache, lengths=lengths)
     for row, n in enumerate(lengths.tolist()):
         assert differ(first[row, :n], expected[row, :n]) < 1e-4
     for done, count in ((0, 3), (3, 1), (4, 3)):
         following = torch.stack([tokens[row, n + done :][:count] for row, n in enumerate(lengths.tolist())])
-        logits = model(following, cache=cache)[0]
+        logits = model(following, cache=cache)
         for row, n in enumerate(lengths.tolist()):
             assert differ(logits[row], expected[row, n + done :][:count]) < 1e-4
     cache = model.new_cache(2)  # and all rows in step
-    steps = [model(part, cache=cache)[0] for part in tokens.split((6, 3, 1, 1, 5), dim=1)]
+    steps = [model(part, cache=cache) for part in tokens.split((6, 3, 1, 1, 5), dim=1)]
     assert differ(torch.cat(steps, 1), expected) < 1e-4
     cache.advance(-4)
-    assert differ(model(tokens[:, 12:], cache=cache)[0], expected[:, 12:]) < 1e-4
+    assert differ(model(tokens[:, 12:], cache=cache), expected[:, 12:]) < 1e-4
 
 
 @pytest.mark.parametrize("fields", [{}, dict(q_lora_rank=20, rope_scaling=YARN)], ids=["plain", "yarn"])
@@ -185,7 +186,7 @@ def test_gradients_are_those_of_transformers():
     targets = tokens.roll(-1, 1)
     mask = torch.ones(3, 16)
     mask[:, -1] = 0
-    loss, reference = model(tokens, targets, mask)[1], other(tokens, labels=tokens).loss
+    loss, reference = lm_pass(model, tokens, targets, mask)[1], other(tokens, labels=tokens).loss
     assert loss.item() == pytest.approx(reference.item(), abs=1e-5)
     loss.backward()
     reference.backward()
@@ -307,7 +308,7 @@ def test_the_bias_moves_loads_together():
         model = build(bias_update_speed=speed).train()
         with torch.no_grad():
             for _ in range(80):
-                _, _, watched = model(tokens, tokens)
+                _, _, watched = lm_pass(model, tokens, tokens)
                 model.after_step(alone)
         loads[speed] = [float(watched[f"expert_load/{layer}"]) for layer in (1, 2, 3)]
     assert min(loads[0.0]) > 1.4 and max(loads[0.01]) < 1.2
@@ -319,7 +320,7 @@ def test_the_bias_moves_by_the_counts_of_all_passes_and_processes():
     seen = routing(model.blocks[1].mlp)
     for seed in range(3):
         tokens = random_tokens(2, 16, seed=seed)
-        model(tokens, tokens)
+        lm_pass(model, tokens, tokens)
     counts = sum(chosen.flatten().bincount(minlength=8) for _, chosen in seen)
     assert counts.sum() == 3 * 2 * 16 * 3
     elsewhere, asked = torch.tensor([500.0, 0, 0, 0, 0, 0, 0, 0]), []
@@ -335,7 +336,7 @@ def test_the_bias_moves_by_the_counts_of_all_passes_and_processes():
     assert torch.allclose(moved, 0.01 * (total.mean() - total).sign(), atol=1e-7) and moved[0] < 0 < moved[1]
     model.after_step(with_another)  # nothing was seen since
     assert len(asked) == 1
-    model.eval()(tokens, tokens)
+    lm_pass(model.eval(), tokens, tokens)
     model.after_step(with_another)  # a validation does not count
     assert len(asked) == 1
 
@@ -395,7 +396,7 @@ def test_multi_token_prediction_against_float64():
     model = build(seed=2).train()
     tokens, mask = random_tokens(2, 16), (random_tokens(2, 16, seed=5) % 3 > 0).float()
     targets = random_tokens(2, 16, seed=6)
-    _, loss, watched = model(tokens, targets, mask)
+    _, loss, watched = lm_pass(model, tokens, targets, mask)
     h = model.hidden(tokens)
     ours = model.logits(model.predict(h, targets)).log_softmax(-1)
     total = 0.0
@@ -404,7 +405,7 @@ def test_multi_token_prediction_against_float64():
         assert theirs.exp().std() > 0.01 and differ(ours[row].double(), theirs) < 1e-4
         total -= sum(mask[row, t + 1] * theirs[t, targets[row, t + 1]] for t in range(15))
     assert float(watched["mtp_loss"]) == pytest.approx(float(total / mask[:, 1:].sum()), abs=1e-4)
-    assert loss.item() == pytest.approx(model.eval()(tokens, targets, mask)[1].item(), abs=1e-5)
+    assert loss.item() == pytest.approx(lm_pass(model.eval(), tokens, targets, mask)[1].item(), abs=1e-5)
 
 
 def test_the_balance_loss_is_its_formula():
@@ -412,7 +413,7 @@ def test_the_balance_loss_is_its_formula():
     tokens, mask = random_tokens(3, 16), torch.ones(3, 16)
     mask[1, 10:] = 0  # padding
     seen = routing(model.blocks[1].mlp)
-    _, _, watched = model(tokens, tokens, mask)
+    _, _, watched = lm_pass(model, tokens, tokens, mask)
     [(scores, chosen)] = seen
     values, counts = [], torch.zeros(8)
     for row, T in enumerate((16, 10, 16)):
@@ -427,7 +428,7 @@ def test_the_balance_loss_is_its_formula():
 def gradients(model, *passes):
     """All gradients, by name, of losses that add up."""
     model.zero_grad()
-    sum(model(*each)[1] for each in passes).backward()
+    sum(lm_pass(model, *each)[1] for each in passes).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -481,7 +482,7 @@ def test_gradients_against_float64():
 def test_a_batch_without_a_word_that_counts():
     model = build().train()
     tokens = random_tokens(2, 16)
-    _, loss, watched = model(tokens, tokens, torch.zeros(2, 16), 1)
+    _, loss, watched = lm_pass(model, tokens, tokens, torch.zeros(2, 16), 1)
     loss.backward()
     assert loss == 0 and all(value.isfinite() for value in watched.values())
     model.after_step(alone)
@@ -490,11 +491,11 @@ def test_a_batch_without_a_word_that_counts():
 
 def test_what_is_watched_has_a_curve_a_layer_and_only_in_training():
     model, tokens = build(), random_tokens(2, 16)
-    assert model(tokens, tokens)[2] == {}
-    _, _, watched = model.train()(tokens, tokens)
+    assert lm_pass(model, tokens, tokens)[2] == {}
+    _, _, watched = lm_pass(model.train(), tokens, tokens)
     assert set(watched) == {"mtp_loss", "balance_loss", "expert_load/1", "expert_load/2", "expert_load/3"}
     plain = build(first_k_dense_replace=3, num_nextn_predict_layers=0).train()
-    assert plain(tokens, tokens)[2] == {}
+    assert lm_pass(plain, tokens, tokens)[2] == {}
 
 
 @pytest.mark.filterwarnings("error")
@@ -505,11 +506,11 @@ def test_bfloat16_autocast_is_close():
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logits, loss, _ = model(tokens, targets)
+            logits, loss, _ = lm_pass(model, tokens, targets)
             with torch.no_grad():
                 cache = model.new_cache(2)
                 model(tokens[:, :6], cache=cache, lengths=torch.tensor([3, 6]))
-                steps = [model(tokens[:, n : n + t], cache=cache)[0] for n, t in ((6, 1), (7, 3), (10, 1))]
+                steps = [model(tokens[:, n : n + t], cache=cache) for n, t in ((6, 1), (7, 3), (10, 1))]
         loss.backward()
         assert logits.dtype == (torch.bfloat16 if enabled else torch.float32)
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -522,7 +523,7 @@ def test_bfloat16_autocast_is_close():
 def test_weights_in_bfloat16():
     model, exact = build(std=0.05).bfloat16(), build(std=0.05)
     tokens = random_tokens(2, 16)
-    assert (model(tokens)[0].float() - exact(tokens)[0]).norm() < 0.05 * exact(tokens)[0].norm()
+    assert (model(tokens).float() - exact(tokens)).norm() < 0.05 * exact(tokens).norm()
     assert model.mixtures()[0][1].gate.e_score_correction_bias.dtype == torch.float32
     assert len(list(generate(model, [1, 2], 30, temperature=0))) == 30
 
@@ -540,7 +541,7 @@ def trained():
     for step in range(80):
         starts, strides = random_tokens(8, 1, seed=step), 1 + random_tokens(8, 1, seed=step + 1000) % 4
         tokens = (starts + strides * torch.arange(25)) % 23
-        _, loss, watched = model(tokens[:, :-1], tokens[:, 1:])
+        _, loss, watched = lm_pass(model, tokens[:, :-1], tokens[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -623,7 +624,7 @@ def test_a_fresh_model_knows_nothing():
     torch.manual_seed(0)
     model = Model(Config(architecture="deepseek_v3", vocab_size=500, n_embd=64, n_layer=8))
     tokens, targets = (random_tokens(4, 50, seed=seed, vocab_size=500) for seed in (1, 2))
-    _, loss, watched = model(tokens, targets)
+    _, loss, watched = lm_pass(model, tokens, targets)
     assert loss.item() == pytest.approx(math.log(500), abs=0.1)
     assert float(watched["mtp_loss"]) == pytest.approx(math.log(500), abs=0.1)
     for block in (model.blocks[1], model.mtp.block):
@@ -645,7 +646,7 @@ def test_operations_agree_with_a_counted_trace(fields, share, monkeypatch):
     for training in (False, True):
         model.train(training)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            loss = model(tokens, tokens)[1]
+            loss = lm_pass(model, tokens, tokens)[1]
             if training:
                 loss.backward()
         counted = counter.get_total_flops() / (3 * length)
@@ -673,7 +674,7 @@ def test_activations_are_near_what_autograd_keeps():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), sdpa_kernel(SDPBackend.MATH):
-            loss = model(tokens, tokens)[1]
+            loss = lm_pass(model, tokens, tokens)[1]
         counted = sum(kept.values()) / (4 * 64) - 2 * 50
         assert loss and model.activations_per_token(True) == pytest.approx(counted, rel=0.25)
 
@@ -711,7 +712,7 @@ CHANGES = {
 
 def after_a_step(model):
     """All gradients of a training pass of fixed tokens, and the state after it."""
-    model.train()(random_tokens(4, 16), random_tokens(4, 16, seed=2))[1].backward()
+    lm_pass(model.train(), random_tokens(4, 16), random_tokens(4, 16, seed=2))[1].backward()
     model.after_step(alone)
     return [p.grad for p in model.parameters()] + list(model.state_dict().values())
 

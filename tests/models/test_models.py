@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_pass import lm_pass
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -72,7 +73,7 @@ def test_gradients_of_each_are_the_same_each_time_with_several_threads(name):
         x, y = torch.randint(99, (2, 8, 256))
         gradients = []
         for _ in range(5):
-            model(x, y)[1].backward()
+            lm_pass(model, x, y)[1].backward()
             gradients.append([parameter.grad for parameter in model.parameters()])
             model.zero_grad(set_to_none=True)
         for others in gradients[1:]:
@@ -132,9 +133,9 @@ SQUARED = {
          '    activation: Literal["swiglu", "relu2"] = Field("swiglu", description="inside the MLP")\n'),
     ],
     "model.py": [
-        ("        self.activations = 4 * config.n_hidden",
-         "        self.is_squared = config.activation == 'relu2'\n"
-         "        self.activations = 4 * config.n_hidden"),
+        ("self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)\n",
+         "self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)\n"
+         "        self.is_squared = config.activation == 'relu2'\n"),
         ("self.down(F.silu(gate) * up)",
          "self.down((gate.relu().square() if self.is_squared else F.silu(gate)) * up)"),
     ],

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from lm_pass import lm_pass
 from test_model import differ, graph_of, random_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -77,7 +78,7 @@ def test_logits_are_equal(fields):
     model = build(**fields)
     other = in_transformers(model)
     tokens = random_tokens(3, model.config.block_size)
-    ours, theirs = model(tokens)[0], other(tokens).logits
+    ours, theirs = model(tokens), other(tokens).logits
     assert theirs.std() > 2 and theirs.abs().max() > 10  # the soft-cap is at work
     assert differ(ours, theirs) < 1e-4
 
@@ -93,7 +94,7 @@ def test_cached_logits_are_equal(fields):
     cache = model.new_cache(2)
     model(tokens[:, :9], cache=cache, lengths=lengths)
     following = torch.stack([tokens[0, 5:9], tokens[1, 9:13]])
-    ours = [model(following[:, :1], cache=cache)[0], model(following[:, 1:], cache=cache)[0]]
+    ours = [model(following[:, :1], cache=cache), model(following[:, 1:], cache=cache)]
     for row, n in enumerate(lengths.tolist()):
         before = other(tokens[row : row + 1, :n], use_cache=True).past_key_values
         theirs = other(tokens[row : row + 1, n : n + 4], past_key_values=before).logits
@@ -117,11 +118,11 @@ def test_gradients_equal_those_in_float64(fields):
     mask = (random_tokens(2, length, seed=3) % 2).float()
     model, exact = build(**fields).train(), build(**fields).train().double()
     model.use_custom_kernels(True)
-    loss = model(tokens, targets, mask)[1]
+    loss = lm_pass(model, tokens, targets, mask)[1]
     names = graph_of(loss)
     assert "_LinearCrossEntropy" in names and ("_CausalAttention" in names) == (length > 256)
     loss.backward()
-    losses = F.cross_entropy(exact(tokens)[0].transpose(1, 2), targets, reduction="none")
+    losses = F.cross_entropy(exact(tokens).transpose(1, 2), targets, reduction="none")
     reference = (losses * mask).sum() / mask.sum()
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
@@ -132,7 +133,7 @@ def test_gradients_equal_those_in_float64(fields):
         p.by_hand = p.grad.clone()
     model.use_custom_kernels(False)
     model.zero_grad()
-    model(tokens, targets, mask)[1].backward()
+    lm_pass(model, tokens, targets, mask)[1].backward()
     for name, p in model.named_parameters():
         assert differ(p.grad, p.by_hand) < 1e-4 * p.by_hand.abs().max(), name
 
@@ -142,7 +143,7 @@ def test_operations_agree_with_a_counted_trace(fields):
     model = build(**fields).train()
     tokens = random_tokens(3, model.config.block_size)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens, tokens)[1].backward()
+        lm_pass(model, tokens, tokens)[1].backward()
     assert model.flops_per_token() == pytest.approx(counter.get_total_flops() / tokens.numel(), rel=0.02)
 
 
@@ -150,7 +151,7 @@ def test_a_fresh_model_knows_nothing_and_its_blocks_are_the_identity():
     torch.manual_seed(0)
     model = Model(Config(vocab_size=500, n_layer=3))
     tokens = random_tokens(4, 50, vocab_size=500)
-    _, loss, _ = model(tokens, random_tokens(4, 50, seed=2, vocab_size=500))
+    _, loss, _ = lm_pass(model, tokens, random_tokens(4, 50, seed=2, vocab_size=500))
     assert loss.item() == pytest.approx(math.log(500), abs=0.01)
     expected = F.rms_norm(model.wte(tokens), (192,), eps=1e-6)
     assert differ(model.hidden(tokens), F.rms_norm(expected, (192,), eps=1e-6)) < 1e-6
@@ -167,7 +168,7 @@ def test_activations_are_near_what_autograd_keeps():
     tokens = random_tokens(8, 64, vocab_size=2)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(tokens, tokens)[1]
+        loss = lm_pass(model, tokens, tokens)[1]
     measured = sum(size for pointer, size in kept.items() if pointer not in own) / (4 * tokens.numel())
     assert model.activations_per_token(keeps_attention=False) == pytest.approx(measured, rel=0.2)
     assert math.isfinite(loss.item())
@@ -199,7 +200,7 @@ def test_every_key_changes_something(field):
     elif field in ("dropout", "rope_theta", "rope_scaling", "norm_eps"):
         after.load_state_dict(before.state_dict())
         assert torch.equal(before(tokens)[0], after(tokens)[0]) == (field == "dropout")
-        assert not torch.equal(before.train()(tokens)[0], after.train()(tokens)[0])
+        assert not torch.equal(before.train()(tokens), after.train()(tokens))
     else:
         shapes = [[p.shape for p in model.parameters()] for model in (before, after)]
         assert shapes[0] != shapes[1]
@@ -215,7 +216,7 @@ def test_bfloat16_autocast_is_close():
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logits, loss, _ = model(tokens, random_tokens(2, 16, seed=2))
+            logits, loss, _ = lm_pass(model, tokens, random_tokens(2, 16, seed=2))
         loss.backward()
         assert logits.dtype == loss.dtype == torch.float32  # the soft-cap, too
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))

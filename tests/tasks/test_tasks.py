@@ -99,7 +99,7 @@ def test_impossible_sizes(sizes):
 def test_tokens_and_mask(name):
     problem = tasks.make(name, SMALL[name])
     tokenizer, questions = problem.tokenizer(), drawn(problem, 50)
-    x, y, mask = problem.encode(tokenizer, questions)
+    x, y, mask = problem.encode(tokenizer, questions).values()
     assert x.shape == y.shape == mask.shape and x.shape[1] <= problem.block_size
     for row, question in enumerate(questions):
         answer = problem.answer(question)
@@ -123,7 +123,7 @@ def asked_on_the_way(problem, questions, mask):
 def test_the_calculator_is_asked_for_every_operation_while_training():
     problem = tasks.make("calculator", {})
     tokenizer, questions = problem.tokenizer(), drawn(problem, 200)
-    x, y, mask = problem.encode(tokenizer, questions, subproblems=True)
+    x, y, mask = problem.encode(tokenizer, questions, subproblems=True).values()
     parts = set(asked_on_the_way(problem, questions, mask))
     assert "(+01)" in parts and all(problem.read(part) == part for part in parts)
     held_out = 0
@@ -138,7 +138,7 @@ def test_the_calculator_is_asked_for_every_operation_while_training():
             problem.answer(question) + "<|eos|>"
         )
     assert 0 < held_out < 0.2 * sum(question.count(")") for question in questions)
-    assert (x == problem.encode(tokenizer, questions)[0]).all()
+    assert (x == problem.encode(tokenizer, questions)["x"]).all()
 
 
 def opening(question, closing):
@@ -155,36 +155,36 @@ def test_no_test_question_is_ever_trained_on(name):
     tokenizer = problem.tokenizer()
     trained = set()
     for seed in (1, 2):
-        examples = tasks.Examples(problem, tokenizer, 64, seed)
+        examples = tasks.TrainingQuestions(problem, tokenizer, 64, seed)
         for step in range(100):
             trained.update(examples.questions(step))
-            trained.update(asked_on_the_way(problem, examples.questions(step), examples(64 * step)[2]))
+            trained.update(asked_on_the_way(problem, examples.questions(step), examples(64 * step)["mask"]))
     for seed in (1, 2, 3):
-        test = tasks.Test(problem, tokenizer, 16, seed, 2000)
+        test = tasks.HeldOutQuestions(problem, tokenizer, 16, seed, 2000)
         assert len(set(test.questions)) == len(test.questions) >= 5
         assert trained.isdisjoint(test.questions)
-        assert sum(len(test(first)[0]) for first in range(0, len(test.questions), 16)) == len(test.questions)
+        assert sum(len(test(first)["x"]) for first in range(0, len(test.questions), 16)) == len(test.questions)
 
 
 def test_at_the_default_sizes_there_are_enough_unseen_questions():
     for name in tasks.names():
         problem = tasks.make(name, {})
-        assert len(tasks.Test(problem, problem.tokenizer(), 100, 1, 2000).questions) == 2000
+        assert len(tasks.HeldOutQuestions(problem, problem.tokenizer(), 100, 1, 2000).questions) == 2000
 
 
 def test_the_batch_of_a_step_follows_from_problem_seed_and_step():
     problem = tasks.make("sort", {})
-    one, other = (tasks.Examples(problem, problem.tokenizer(), 8, 5) for _ in range(2))
+    one, other = (tasks.TrainingQuestions(problem, problem.tokenizer(), 8, 5) for _ in range(2))
     one(0), one(1)
-    assert all((a == b).all() for a, b in zip(one(7), other(7), strict=True))
-    assert one.questions(7) != one.questions(8) != tasks.Examples(problem, None, 8, 6).questions(8)
+    assert all((a == b).all() for a, b in zip(one(7).values(), other(7).values(), strict=True))
+    assert one.questions(7) != one.questions(8) != tasks.TrainingQuestions(problem, None, 8, 6).questions(8)
 
 
 def test_questions_of_a_step_are_of_like_length():
     problem = tasks.make("calculator", {})
     tokenizer = problem.tokenizer()
-    examples = tasks.Examples(problem, tokenizer, 64, 5)
-    batches = [examples(64 * step)[0] for step in range(64)]
+    examples = tasks.TrainingQuestions(problem, tokenizer, 64, 5)
+    batches = [examples(64 * step)["x"] for step in range(64)]
     assert max(x.shape[1] for x in batches) > 0.9 * problem.block_size
     assert sum((x == tokenizer.padding_id).sum() for x in batches) < 0.1 * sum(x.size for x in batches)
 
@@ -193,10 +193,10 @@ def test_too_few_questions_to_keep_some():
     problem = tasks.make("sort", {"digits": 1})
     kept = [question for question in "0123456789" if tasks.is_held_out(question)]
     if kept:
-        assert set(tasks.Test(problem, problem.tokenizer(), 8, 1, 100).questions) == set(kept)
+        assert set(tasks.HeldOutQuestions(problem, problem.tokenizer(), 8, 1, 100).questions) == set(kept)
     else:
         with pytest.raises(UserError, match="too few questions"):
-            tasks.Test(problem, problem.tokenizer(), 8, 1, 100)
+            tasks.HeldOutQuestions(problem, problem.tokenizer(), 8, 1, 100)
 
 
 def test_the_guides_example_is_a_problem(small_problems):

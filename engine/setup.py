@@ -1,0 +1,208 @@
+"""From a command line to everything that a training run needs, with nothing left to decide.
+
+Configuration is resolved once, here: loaded and checked, every "auto" replaced by a number or a choice, and
+frozen in a `TrainSetup`.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import models
+import objectives
+from common import hardware
+from common.config import find, shown
+from common.errors import UserError, is_out_of_memory
+from common.hardware import ComputeConfig
+from common.log import notice
+from config.schema import ArchitectureConfig, TrainConfig
+from config.stages import Stage
+from data import BatchSource, TokenFile
+from engine import checkpoint as checkpoints
+from engine import plan, runs, scaling_laws
+from engine.runs import Start
+from formats import load_tokenizer
+from objectives import LossModule, Objective
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TrainSetup:
+    """A training run before its first step.
+
+    config      the run's configuration without any "auto"
+    compute     device, precision and attention kernel
+    start       where it begins: from nothing, from a checkpoint's weights, or where a run ended
+    model       on the device
+    train, val  where the batches come from; val has one source for each validation file, in micro-batches
+    problem     the sizes of a toy problem
+    """
+
+    stage: Stage
+    config: TrainConfig
+    compute: ComputeConfig
+    start: Start
+    model: Any
+    tokenizer: Tokenizer
+    objective: Objective
+    train: BatchSource
+    val: list[BatchSource]
+    problem: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def data(self) -> dict[str, list[dict[str, str]]]:
+        """What it trains on, as a checkpoint remembers it."""
+        val = [fingerprint for source in self.val for fingerprint in source.fingerprints]
+        return {"train": self.train.fingerprints, "validation": val}
+
+
+def stage_setup(
+    stage: Stage, config: TrainConfig, shape: ArchitectureConfig, compute: ComputeConfig, parallel: Any,
+    resume: str | bool | None = None,
+) -> TrainSetup:  # fmt: skip
+    """The setup of a stage that trains on token files.
+
+    shape: the model's configuration. resume: --resume. Raises UserError if something is missing or does not fit.
+    """
+    start = parallel.broadcast_from_rank0(
+        lambda: runs.starting_point(stage.name, config, resume, parallel.restarted_run())
+    )
+    path = find(config.tokenizer_path)
+    model, tokenizer = starting_model(start, config, shape, compute, lambda: load_tokenizer(path))
+    written = config.model_dump(mode="json")
+    config = parallel.broadcast_from_rank0(
+        lambda: scaling_laws.resolved(config, model, compute, stage, start)
+    )
+    pairs = [[TokenFile(find(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
+    if not pairs:
+        raise UserError("dataset_path is empty: give at least one [train, validation] pair of token files")
+    for file in (file for pair in pairs for file in pair):
+        if file.documents != stage.documents:
+            raise UserError(
+                f"{shown(file.path)} was prepared for {file.kind}: it holds {file.documents}, "
+                f"and {stage.name} trains on {stage.documents}"
+            )
+    parallel.assert_same_on_all_ranks(
+        {**written, **model.config.model_dump()}
+        | {shown(file.path): file.meta for pair in pairs for file in pair}
+    )
+    objective, block_size, seed = objectives.find(stage.objective), model.config.block_size, config.random_seed
+    global_batch = config.batch_size * config.gradient_accumulation_steps
+    train = objective.source([pair[0] for pair in pairs], block_size, global_batch, seed)
+    val = [objective.source([pair[1]], block_size, config.batch_size, seed) for pair in pairs]
+    setup = TrainSetup(stage, config, compute, start, model, tokenizer, objective, train, val)
+    return on_device(setup, parallel)
+
+
+def starting_model(
+    start: Start, config: TrainConfig, shape: ArchitectureConfig, compute: ComputeConfig,
+    make_tokenizer: Callable[[], Tokenizer],
+) -> tuple[Any, Tokenizer]:  # fmt: skip
+    """(model, tokenizer): those of the checkpoint to start from, or new ones."""
+    for line in start.notices:
+        notice(line)
+    if start.checkpoint:
+        for line in runs.extend_context(start, shape):
+            notice(line)
+        model, tokenizer = checkpoints.build(start.checkpoint, start.name)
+        for line in runs.differences(model.config, shape.resolved(tokenizer.vocab_size)):
+            notice(line)
+        return model.set_dropout(config.dropout), tokenizer
+    tokenizer = make_tokenizer()
+    shape = shape.resolved(tokenizer.vocab_size)
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; "
+            "set it to null"
+        )
+    plan.refuse_too_large(shape, compute, config.optimizer)
+    torch.manual_seed(config.random_seed)
+    return models.build(shape).set_dropout(config.dropout), tokenizer
+
+
+def on_device(setup: TrainSetup, parallel: Any) -> TrainSetup:
+    """The setup with its model on the device, and with a dtype that is measured where only that can tell."""
+    compute = setup.compute
+    dtype = torch.float32 if compute.autocast else getattr(torch, compute.dtype)
+    setup.model.to(compute.device, dtype)
+    compute = same_dtype_on_all_ranks(setup, parallel)
+    setup.model.use_custom_kernels(compute.custom_kernels)
+    config = setup.config.model_copy(update={"dtype": compute.dtype})
+    return TrainSetup(**{**vars(setup), "compute": compute, "config": config})
+
+
+def same_dtype_on_all_ranks(setup: TrainSetup, parallel: Any) -> ComputeConfig:
+    """The ComputeConfig with a dtype that is the same in all processes.
+
+    Where only measuring can tell, a resumed run keeps the dtype it had. For a new run, rank 0 measures its first
+    micro-batch.
+    """
+    config, compute, start = setup.config, setup.compute, setup.start
+    before = start.checkpoint.train_config.get("dtype") if start.checkpoint and start.resumes else None
+    found = parallel.all_gather((compute.dtype, compute.undecided))
+    if any(other != found[0] for other in found):
+        dtype, why = "float32", "the machines of this run would choose differently, and all of them have it"
+    elif not compute.undecided:
+        return compute
+    elif before in ("float32", "bfloat16"):
+        dtype, why = before, "as this run has had it so far"
+    else:
+        rows = parallel.rows(config)
+        dtype, why = parallel.broadcast_from_rank0(lambda: measured_dtype(setup, rows))
+    compute = hardware.with_dtype(compute, config, dtype, why)
+    print(compute.reasons[1])
+    return compute
+
+
+def measured_dtype(setup: TrainSetup, rows: range) -> tuple[str, str]:
+    """(dtype, why): which is faster for forward and backward passes of the run's first micro-batch."""
+    config, model = setup.config, setup.model
+    batch = to_device(setup.train(0), range(rows.start, rows.start + rows.step), setup.compute.device)
+    module = LossModule(model, setup.objective)
+    module = torch.compile(module) if config.compile else module
+    model.train()
+
+    def one_pass(compute: ComputeConfig) -> None:
+        model.use_custom_kernels(compute.custom_kernels)
+        with hardware.forward_context(compute):
+            module(batch)[0].backward()
+        model.zero_grad(set_to_none=True)
+        hardware.synchronize(compute.device)
+
+    trials = [hardware.with_dtype(setup.compute, config, dtype, "") for dtype in ("float32", "bfloat16")]
+    with compiling(config.compile):
+        found = hardware.measured_dtype({c.dtype: functools.partial(one_pass, c) for c in trials})
+    model.zero_grad(set_to_none=True)  # of a pass that ran out of memory
+    forget_counts(model)
+    return found
+
+
+def to_device(batch: dict[str, Any], rows: range, device: str) -> dict[str, torch.Tensor]:
+    """These rows of a batch of numpy arrays, on the device; to a GPU they go from pinned memory, without waiting."""
+    tensors = {key: torch.from_numpy(array[rows.start : rows.stop]) for key, array in batch.items()}
+    if device.startswith("cuda"):
+        tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
+    return {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
+
+
+def forget_counts(model: Any) -> None:
+    """Have the model forget what it counted (such as tokens per expert) in passes that are not training."""
+    model.after_step(torch.zeros_like)
+
+
+@contextlib.contextmanager
+def compiling(on: bool) -> Iterator[None]:
+    """For the first passes through torch.compile, if it is `on`: they take time, and may fail."""
+    if on:
+        print("Compiling the training step: about a minute, this once.", flush=True)
+    try:
+        yield
+    except RuntimeError as error:
+        if not on or is_out_of_memory(error):
+            raise
+        why = str(error).strip().partition("\n")[0]
+        raise UserError(f"torch.compile failed: {why}; set compile to false") from None

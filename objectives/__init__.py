@@ -1,0 +1,51 @@
+"""What a model is trained for: one file an objective, found by its name.
+
+An objective says what a batch is, what the loss is and what is worth watching. A stage (config/stages.py) names
+its objective; doc/extending.md adds one.
+"""
+
+import importlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from data import BatchSource, TokenBatches, TokenFile
+
+
+class Objective:
+    """What a file of this folder derives its class `Objective` from.
+
+    A batch is a dictionary of tensors whose first dimension are the rows. The gradient of a step is that of one
+    number: `loss` summed over all micro-batches and processes, divided by the sum of `weight`.
+    """
+
+    def source(self, files: list[TokenFile], block_size: int, batch_size: int, seed: int) -> BatchSource:
+        """Where the batches come from, in a stage that trains on token files."""
+        return TokenBatches(files, block_size, batch_size, seed)
+
+    def weight(self, batch: dict[str, Any]) -> float:
+        """How much a batch counts: usually the number of tokens that its loss is summed over."""
+        return float(batch["mask"].sum())
+
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, summed over the batch, and metrics: {name: scalar tensor, a mean over the rows}.
+
+        In training, the gradient may include further losses. In eval mode the metrics are those of a validation.
+        """
+        raise NotImplementedError
+
+
+class LossModule(nn.Module):
+    """A model and its objective as one module, which DDP, DeepSpeed and torch.compile can wrap."""
+
+    def __init__(self, model: nn.Module, objective: Objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective.loss(self.model, batch)
+
+
+def find(name: str) -> Objective:
+    """The objective in objectives/<name>.py."""
+    return importlib.import_module(f"objectives.{name}").Objective()
