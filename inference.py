@@ -24,6 +24,7 @@ In Python:
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import re
 import sys
@@ -231,7 +232,7 @@ def read_questions(path: Path) -> list[Question]:
     from data import conversation_of
     from sources import Found, Source
 
-    def question_of(record):
+    def question_of(record: object) -> tuple[Question, list[tuple[str, str]]]:
         messages, notes = conversation_of(record)
         kind = record.get("kind", "question") if isinstance(record, dict) else "question"
         return (messages, str(kind)), [note for note in notes if note != ("not read", "kind")]
@@ -319,9 +320,6 @@ def print_scores(console: Console, kinds: list[str], is_right: list[bool]) -> No
     console.print(table)
 
 
-# ---- the script ------------------------------------------------------------------------------------
-
-
 def load_text_generator(
     args: argparse.Namespace, instruct: bool
 ) -> tuple[TextGenerator, str, AbstractContextManager]:
@@ -348,6 +346,7 @@ def main() -> None:
         raise UserError("standard input is closed, so nothing can be asked; use --prompt")
     questions = read_questions(find(args.eval)) if args.eval is not None else None
     for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
         # Pipes get UTF-8; a terminal that cannot show a character gets a question mark.
         stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
@@ -363,6 +362,7 @@ def main() -> None:
         elif args.prompt is not None:
             answer_once(text_generator, args.prompt, instruct, args.profile)
         elif is_talk:
+            assert isinstance(sys.stdin, io.TextIOWrapper)
             sys.stdin.reconfigure(errors="replace")
             print(about)
             print(
