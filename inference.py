@@ -229,17 +229,18 @@ Question = tuple[list[dict[str, str]], str]  # (messages, which end with the rig
 
 def read_questions(path: Path) -> list[Question]:
     """Read a file in any format that `python data.py` accepts for SFT. A record may also have a "kind"."""
-    from data import conversation_of
-    from sources import Found, Source
+    from preparation.corpus import conversation_of
+    from sources import Source
+    from sources.reading import ReadReport
 
     def question_of(record: object) -> tuple[Question, list[tuple[str, str]]]:
         messages, notes = conversation_of(record)
         kind = record.get("kind", "question") if isinstance(record, dict) else "question"
         return (messages, str(kind)), [note for note in notes if note != ("not read", "kind")]
 
-    source, found = Source(path, question_of, needs_records=True), Found()
-    questions = [question for questions, _ in source.documents(found) for question in questions]
-    for sentence in found.told(path):
+    source, report = Source(path, question_of, needs_records=True), ReadReport()
+    questions = [question for questions, _ in source.documents(report) for question in questions]
+    for sentence in report.summary(str(path)):
         print_notice(sentence)
     return questions
 
@@ -327,9 +328,9 @@ def load_text_generator(
     from common import hardware
 
     loaded = load_model(args.model, instruct, args.device, args.quantize)
-    if instruct and not loaded.checkpoint.chat_template:
+    if instruct and loaded.checkpoint.chat_template is None:
         print_notice(f"{loaded.name} was not fine-tuned: it continues texts, and never learned to answer")
-    if not instruct and loaded.checkpoint.chat_template:
+    if not instruct and loaded.checkpoint.chat_template is not None:
         print_notice(f"{loaded.name} was fine-tuned to answer: use -i to ask it")
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     options = {name: getattr(args, name) for name in names}
@@ -340,11 +341,11 @@ def load_text_generator(
 def main() -> None:
     args = parse_arguments()
     check_model_file(args.model)
-    from common.config import find
+    from common.config import resolve_path
 
     if sys.stdin is None and args.prompt is None and args.eval is None:
         raise UserError("standard input is closed, so nothing can be asked; use --prompt")
-    questions = read_questions(find(args.eval)) if args.eval is not None else None
+    questions = read_questions(resolve_path(args.eval)) if args.eval is not None else None
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, io.TextIOWrapper)
         # Pipes get UTF-8; a terminal that cannot show a character gets a question mark.

@@ -77,12 +77,11 @@ def random_checkpoint() -> Checkpoint:
     import torch
 
     import models
-    from common.config import check_model
     from engine.checkpoint import Checkpoint
     from tokenizer import CharTokenizer
 
     torch.manual_seed(0)
-    model = models.build(check_model(SHAPE, "the benchmark")).eval()
+    model = models.build(models.check_config(SHAPE, "the benchmark")).eval()
     tokenizer = CharTokenizer.train(["abcdefgh "])
     with torch.no_grad():
         model.wte.weight[:7] *= 0.01  # so special tokens are never the likeliest, and no program stops early
@@ -279,11 +278,11 @@ def main() -> None:
     n_bytes = {"float32": 4 * n_weights, "int8": n_weights * (1 + 4 / 64)}
     with tempfile.TemporaryDirectory() as name, console.status("preparing") as status:
         place = Path(name)
-        from formats import gguf_file, huggingface
-        from formats import llama2c as llama2c_files
+        from formats import gguf, huggingface
+        from formats import llama2c as llama2c_format
 
         with contextlib.redirect_stdout(sys.stderr):
-            huggingface.write_folder(checkpoint, "the benchmark", place / "hf")
+            huggingface.write(checkpoint, "the benchmark", place / "hf")
         # Neighbours in this list are measured within the same second, so compare those.
         runs: dict[str, tuple[str, int | None, Measure]] = {
             "Transformers": ("float32", 1, transformers(place / "hf", n)),
@@ -291,10 +290,10 @@ def main() -> None:
         }
         for kind, size, program in (("float32", "float32", "run"), ("q8_0", "int8", "runq")):
             if importlib.util.find_spec("llama_cpp"):
-                gguf_file.write(checkpoint, "the benchmark", place / f"{kind}.gguf", kind)
+                gguf.write(checkpoint, "the benchmark", place / f"{kind}.gguf", kind)
                 runs[f"llama.cpp, {kind}"] = size, 1, llama_cpp(place / f"{kind}.gguf", n, args.threads)
             if args.llama2c and (args.llama2c / program).is_file():
-                llama2c_files.write_folder(checkpoint, "the benchmark", place / program, kind)
+                llama2c_format.write(checkpoint, "the benchmark", place / program, kind)
                 measure = llama2c(args.llama2c / program, place / program, n, args.threads)
                 runs[f"llama2.c, {program}"] = size, 1, measure
             name, is_int8 = "Nano int8" if size == "int8" else "Nano", size == "int8"

@@ -78,16 +78,16 @@ def main() -> None:
         raise UserError("--limit must be 2 or more")
     import torch
 
-    from common.config import find, shown
-    from data import TokenFile
+    from common.config import display_path, resolve_path
     from decoding.backend import supports
     from decoding.packed import quantize
     from engine import checkpoint
+    from preparation.token_file import TokenFile
 
-    loaded = checkpoint.load(find(args.model))
-    model, tokenizer = checkpoint.build(loaded, shown(find(args.model)))
-    tokens = TokenFile(find(args.data), tokenizer.fingerprint).tokens[: args.limit]
-    tokens = torch.from_numpy(tokens.astype("int64"))
+    loaded = checkpoint.load(resolve_path(args.model))
+    model, tokenizer = checkpoint.build(loaded, display_path(resolve_path(args.model)))
+    file = TokenFile(resolve_path(args.data), tokenizer.fingerprint)
+    tokens = torch.from_numpy(file.tokens[: args.limit].astype("int64"))
     exact = loss_of(model, tokens)
     losses = {"int8": loss_of(quantize(model), tokens)}
     if supports(model):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.config import find, shown  # noqa: E402
+from common.config import display_path, resolve_path  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
 
 if TYPE_CHECKING:
@@ -37,12 +37,11 @@ def train(text: str, steps: int) -> tuple[GPT, CharTokenizer]:
 
     import models
     import objectives
-    from common.config import check_model
     from tokenizer import CharTokenizer
 
     tokenizer = CharTokenizer.train([text])
     torch.manual_seed(0)
-    model = models.build(check_model(SHAPE, "SHAPE").resolved(tokenizer.vocab_size))
+    model = models.build(models.check_config(SHAPE, "SHAPE").resolved(tokenizer.vocab_size))
     ids, size = torch.from_numpy(tokenizer.encode(text).astype("int64")), model.config.block_size
     objective = objectives.find("lm")
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99))
@@ -101,15 +100,15 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tokenizer import texts_of
+    from sources import texts_of
 
-    text = "".join(texts_of([find(args.text)]))
+    text = "".join(texts_of([resolve_path(args.text)]))
 
     console, cut = Console(highlight=False), len(text) * 9 // 10
     if args.model:
         from engine.checkpoint import build, load
 
-        model, tokenizer = build(load(find(args.model)), shown(find(args.model)))
+        model, tokenizer = build(load(resolve_path(args.model)), display_path(resolve_path(args.model)))
     else:
         with console.status("training ..."):
             model, tokenizer = train(text[:cut], args.steps)

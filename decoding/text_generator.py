@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.errors import UserError
+from config.stages import STAGES, Stage
 
 if TYPE_CHECKING:
     from common.hardware import ComputeConfig
@@ -149,8 +150,8 @@ class TextGenerator:
         # A quarter is left for the answer. Once turns must go, make the conversation much shorter than
         # necessary, so that the next turns fit without dropping again.
         limit, shorter = self.max_prompt - self.max_prompt // 4, self.max_prompt // 2
-        # Drop what cannot fit before encoding it: a message has at least its mark and `fewest` tokens.
-        sizes = [1 + self.tokenizer.fewest(message["content"]) for message in messages]
+        # Drop what cannot fit before encoding it: a message has at least its mark and `min_tokens`.
+        sizes = [1 + self.tokenizer.min_tokens(message["content"]) for message in messages]
         if sum(sizes) > limit:
             limit = shorter
             drop_oldest_turns(messages, sizes, limit)
@@ -253,10 +254,10 @@ class LoadedModel(NamedTuple):
 
 def check_model_file(path: str) -> None:
     """Raise UserError unless `path` is a file or one of NAMED_MODELS. Does not import torch."""
-    from common.config import find, shown
+    from common.config import display_path, resolve_path
 
-    if path not in NAMED_MODELS and not find(path).is_file():
-        raise UserError(f"there is no file {shown(find(path))}; without -m the newest model is taken")
+    if path not in NAMED_MODELS and not resolve_path(path).is_file():
+        raise UserError(f"there is no file {display_path(resolve_path(path))}; without -m the newest model is taken")
 
 
 def load_checkpoint(path: str, instruct: bool) -> tuple[Checkpoint, str]:
@@ -264,22 +265,24 @@ def load_checkpoint(path: str, instruct: bool) -> tuple[Checkpoint, str]:
 
     instruct: prefer a fine-tuned model to a pretrained one, even an older one.
     """
-    from common.config import find, shown
+    from common.config import display_path, resolve_path
     from engine import checkpoint as checkpoints
     from engine import runs
 
     if path not in NAMED_MODELS:
-        file = find(path)
-        return checkpoints.load(file), shown(file)
-    choose, stages = {"newest": runs.newest, "best": runs.best}[path], ["sft", "pretrain"]
-    if not instruct:
-        stages.sort(key=lambda stage: [entry.run for entry in runs.saved(stage)[-1:]], reverse=True)
-    for stage in stages:
-        if found := choose(stage):
+        file = resolve_path(path)
+        return checkpoints.load(file), display_path(file)
+    choose = {"newest": runs.newest, "best": runs.best}[path]
+
+    def rank(stage: Stage) -> tuple[bool, list[str]]:
+        return instruct and stage.chat_template is not None, [one.run for one in runs.saved(stage.name)[-1:]]
+
+    for stage in sorted(STAGES.values(), key=rank, reverse=True):
+        if found := choose(stage.name):
             checkpoint, file, notices = found
             for text in notices:
                 print_notice(text)
-            return checkpoint, shown(file)
+            return checkpoint, display_path(file)
     raise UserError("there is no model in checkpoint/ yet; `python train.py -t pretrain` makes one")
 
 
@@ -294,7 +297,7 @@ def load_model(path: str, instruct: bool, device: str = "auto", quantize: str | 
 
     checkpoint, name = load_checkpoint(path, instruct)
     # Half precision does not make a small model faster when it writes one token at a time.
-    compute = hardware.choose(hardware.detect(device), device, dtype="float32")
+    compute = hardware.resolve_compute(hardware.detect_machine(device), device, dtype="float32")
     model, tokenizer = build(checkpoint, name)
     if not model.config.is_causal:
         raise UserError(f"{name} sees all tokens at once (is_causal is false): it cannot continue a text")

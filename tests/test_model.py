@@ -8,15 +8,16 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from lm_pass import lm_pass
 from pydantic import ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from config.schema import ModelConfig
 from decoding.sampling import generate
 from model import (
     GPT,
     KVCache,
-    ModelConfig,
     RMSNorm,
     apply_rotary_emb,
     rotary_table,
@@ -99,13 +100,13 @@ def test_state_dict_is_the_parameters_and_nothing_else():
         again = build(seed=5, **fields)
         again.load_state_dict(state)
         tokens = random_tokens(2, 9)
-        assert torch.equal(model(tokens)[0], again(tokens)[0])
+        assert torch.equal(model(tokens), again(tokens))
 
 
 def test_a_fresh_model_knows_nothing():
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=500, n_embd=64, n_layer=8, bias=True))
-    _, loss, _ = model(random_tokens(4, 50, vocab_size=500), random_tokens(4, 50, seed=2, vocab_size=500))
+    _, loss, _ = lm_pass(model, random_tokens(4, 50, vocab_size=500), random_tokens(4, 50, seed=2, vocab_size=500))
     assert loss.item() == pytest.approx(math.log(500), abs=0.1)
     assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.03)
     for block in model.blocks:
@@ -159,7 +160,7 @@ def test_every_key_changes_something(field):
         after.load_state_dict(before.state_dict())
         same = torch.equal(before(tokens)[0], after(tokens)[0])
         assert same == (where == "training")
-        assert not torch.equal(before.train()(tokens)[0], after.train()(tokens)[0])
+        assert not torch.equal(before.train()(tokens), after.train()(tokens))
 
 
 # ---- building blocks -----------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def test_grouped_heads_share_keys_and_values():
             state[name] = torch.cat(copied).reshape(12 * 6, 24)
     full.load_state_dict(state)
     tokens = random_tokens(2, 11)
-    assert differ(grouped(tokens)[0], full(tokens)[0]) < 1e-5
+    assert differ(grouped(tokens)[0], full(tokens)) < 1e-5
 
 
 @POSITIONS
@@ -219,7 +220,7 @@ def test_a_causal_model_does_not_see_ahead_and_the_other_does(use_rope):
     difference = (causal(tokens)[0] - causal(changed)[0]).abs().amax(-1)[0]
     assert difference[:7].max() == 0 and difference[7:].min() > 1e-3
     full = build(use_rope=use_rope, is_causal=False)
-    assert (full(tokens)[0] - full(changed)[0]).abs().amax(-1).min() > 1e-3
+    assert (full(tokens) - full(changed)).abs().amax(-1).min() > 1e-3
 
 
 # ---- kernels for a CPU ---------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def test_a_model_trains_alike_with_the_kernels_for_a_cpu(fields):
     for on in (False, True):
         model.use_custom_kernels(on)
         model.zero_grad()
-        y, loss, _ = model(tokens, targets, mask)
+        y, loss, _ = lm_pass(model, tokens, targets, mask)
         names = graph_of(loss)
         assert ("_LinearCrossEntropy" in names) == on
         assert ("_CausalAttention" in names) == (on and length >= 256)
@@ -290,8 +291,8 @@ def test_token_by_token_equals_all_at_once(use_rope, n_kv_head):
     model = build(use_rope=use_rope, n_kv_head=n_kv_head)
     tokens = random_tokens(3, 16)
     cache = model.new_cache(3)
-    steps = [model(tokens[:, t : t + 1], cache=cache)[0] for t in range(16)]
-    assert differ(torch.cat(steps, 1), model(tokens)[0]) < 1e-5
+    steps = [model(tokens[:, t : t + 1], cache=cache) for t in range(16)]
+    assert differ(torch.cat(steps, 1), model(tokens)) < 1e-5
     assert cache.lengths.tolist() == [16] * 3
 
 
@@ -303,8 +304,8 @@ def test_any_chunking_equals_all_at_once(use_rope, n_kv_head, chunks):
     model = build(use_rope=use_rope, n_kv_head=n_kv_head)
     tokens = random_tokens(2, 16)
     cache = model.new_cache(2)
-    parts = [model(chunk, cache=cache)[0] for chunk in tokens.split(chunks, dim=1)]
-    assert differ(torch.cat(parts, 1), model(tokens)[0]) < 1e-5
+    parts = [model(chunk, cache=cache) for chunk in tokens.split(chunks, dim=1)]
+    assert differ(torch.cat(parts, 1), model(tokens)) < 1e-5
 
 
 SCHEDULES = {  # for each pass, how many real tokens each of the three rows gets
@@ -326,14 +327,14 @@ def test_rows_of_different_lengths(use_rope, n_kv_head, schedule):
     cache = model.new_cache(3)
     totals = [sum(counts) for counts in zip(*schedule, strict=True)]
     rows = [random_tokens(total, seed=10 + i) for i, total in enumerate(totals)]
-    alone = [model(row[None])[0][0] for row in rows]
+    alone = [model(row[None])[0] for row in rows]
     done = [0, 0, 0]
     for step, counts in enumerate(schedule):
         tokens = random_tokens(3, max(counts), seed=100 + step)  # the padding is anything
         for i, n in enumerate(counts):
             tokens[i, :n] = rows[i][done[i] : done[i] + n]
         lengths = torch.tensor(counts) if len(set(counts)) > 1 else None
-        logits = model(tokens, cache=cache, lengths=lengths)[0]
+        logits = model(tokens, cache=cache, lengths=lengths)
         for i, n in enumerate(counts):
             if n:
                 assert differ(logits[i, :n], alone[i][done[i] : done[i] + n]) < 1e-5
@@ -349,7 +350,7 @@ def test_what_lies_behind_a_rows_end_is_never_looked_at():
         cache.keys.fill_(poison)
         cache.values.fill_(poison)
         model(random_tokens(2, 6), cache=cache, lengths=torch.tensor([2, 6]))
-        logits = model(random_tokens(2, 3, seed=4), cache=cache)[0]
+        logits = model(random_tokens(2, 3, seed=4), cache=cache)
         if poison == 0:
             clean = logits
     assert torch.equal(clean, logits)
@@ -409,14 +410,14 @@ def masked_batch():
 def test_masked_loss_by_hand():
     model = build()
     tokens, targets, mask = masked_batch()
-    logits, loss, _ = model(tokens, targets)
+    logits, loss, _ = lm_pass(model, tokens, targets)
     ones = torch.ones_like(mask)
     assert loss.item() == pytest.approx(loss_by_hand(logits, targets, ones), abs=1e-5)
-    assert loss.item() == pytest.approx(model(tokens, targets, ones)[1].item(), abs=1e-7)
+    assert loss.item() == pytest.approx(lm_pass(model, tokens, targets, ones)[1].item(), abs=1e-7)
     custom_kernels = loss_by_hand(logits, targets, mask)
     assert abs(custom_kernels - loss.item()) > 0.01  # else this test would not see the mask
-    assert model(tokens, targets, mask)[1].item() == pytest.approx(custom_kernels, abs=1e-5)
-    assert model(tokens, targets, mask, 7.5)[1].item() == pytest.approx(
+    assert lm_pass(model, tokens, targets, mask)[1].item() == pytest.approx(custom_kernels, abs=1e-5)
+    assert lm_pass(model, tokens, targets, mask, 7.5)[1].item() == pytest.approx(
         loss_by_hand(logits, targets, mask, 7.5), abs=1e-5
     )
     assert model(tokens)[1] is None
@@ -429,7 +430,7 @@ def test_masked_positions_have_no_part_in_the_loss():
     gradients = []
     for t in (targets, others):
         model.zero_grad()
-        loss = model(tokens, t, mask)[1]
+        loss = lm_pass(model, tokens, t, mask)[1]
         loss.backward()
         gradients.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -444,7 +445,7 @@ def test_micro_batches_add_up_to_the_whole(rows):
         model.zero_grad()
         total = 0.0
         for x, y, m in zip(*(t.split(size) for t in (tokens, targets, mask)), strict=True):
-            loss = model(x, y, m, loss_divisor=mask.sum())[1]
+            loss = lm_pass(model, x, y, m, divisor=mask.sum())[1]
             loss.backward()
             total += loss.item()
         return total, [p.grad.clone() for p in model.parameters()]
@@ -485,7 +486,7 @@ def test_kernels_leave_alone_what_they_do_not_compute(kind):
     losses = []
     for on in (False, True):
         model.use_custom_kernels(on)
-        losses.append(model(tokens, targets)[1].item())
+        losses.append(lm_pass(model, tokens, targets)[1].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -506,9 +507,9 @@ def test_gradients_equal_those_in_float64(fields):
     mask = (random_tokens(2, length, seed=3) % 2).float()
     model, exact = build(**fields).train(), build(**fields).train().double()
     model.use_custom_kernels(True)
-    loss = model(tokens, targets, mask)[1]
+    loss = lm_pass(model, tokens, targets, mask)[1]
     loss.backward()
-    losses = F.cross_entropy(exact(tokens)[0].transpose(1, 2), targets, reduction="none")
+    losses = F.cross_entropy(exact(tokens).transpose(1, 2), targets, reduction="none")
     reference = (losses * mask).sum() / mask.sum()
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
@@ -534,14 +535,14 @@ def test_dropout_is_for_training_only():
     model, without = build(dropout=0.4), build()
     without.load_state_dict(model.state_dict())
     tokens = random_tokens(2, 12)
-    assert torch.equal(model(tokens)[0], without(tokens)[0])
+    assert torch.equal(model(tokens), without(tokens))
     model.train()
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(model(tokens)[0])
+        drawn.append(model(tokens))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert torch.equal(model.eval()(tokens)[0], without(tokens)[0])
+    assert torch.equal(model.eval()(tokens), without(tokens))
     assert list(generate(model, [3], 8, temperature=0)) == list(generate(without, [3], 8, temperature=0))
 
 
@@ -570,7 +571,7 @@ def test_transduce_is_the_best_output_at_each_place():
     tokens = random_tokens(3, 11)
     output = model.transduce(tokens)
     assert output.shape == (3, 11) and output.dtype == torch.long
-    assert torch.equal(output, model(tokens)[0].argmax(-1))
+    assert torch.equal(output, model(tokens).argmax(-1))
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 23
     assert not torch.equal(model.transduce(changed)[:, :-1], output[:, :-1])
@@ -580,9 +581,9 @@ def test_transduce_is_the_best_output_at_each_place():
 def test_padding_is_ignored_without_causality_too(n_kv_head):
     model = build(is_causal=False, n_kv_head=n_kv_head)
     tokens, lengths = random_tokens(3, 9), torch.tensor([4, 9, 1])
-    logits = model(tokens, lengths=lengths)[0]
+    logits = model(tokens, lengths=lengths)
     for row, n in enumerate(lengths.tolist()):
-        assert differ(logits[row, :n], model(tokens[row : row + 1, :n])[0][0]) < 1e-5
+        assert differ(logits[row, :n], model(tokens[row : row + 1, :n])[0]) < 1e-5
 
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -623,7 +624,7 @@ def test_operations_agree_with_a_counted_trace(fields, share):
     counts = []
     for training in (False, True):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            loss = model(tokens, tokens)[1]
+            loss = lm_pass(model, tokens, tokens)[1]
             if training:
                 loss.backward()
         counts.append(counter.get_total_flops() / (3 * length))
@@ -647,11 +648,11 @@ def test_bfloat16_autocast_is_close(use_rope, qk_norm, length):
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logits, loss, _ = model(tokens, targets)
+            logits, loss, _ = lm_pass(model, tokens, targets)
             with torch.no_grad():
                 cache = model.new_cache(2)
                 model(tokens[:, :6], cache=cache, lengths=torch.tensor([3, 6]))
-                steps = [model(tokens[:, n : n + t], cache=cache)[0] for n, t in ((6, 1), (7, 3), (10, 1))]
+                steps = [model(tokens[:, n : n + t], cache=cache) for n, t in ((6, 1), (7, 3), (10, 1))]
         loss.backward()
         assert loss.dtype == torch.float32 and model.wte.weight.grad.dtype == torch.float32
         assert logits.dtype == (torch.bfloat16 if enabled else torch.float32)
@@ -665,8 +666,8 @@ def test_bfloat16_autocast_is_close(use_rope, qk_norm, length):
 def test_weights_in_bfloat16():
     model, exact = build(std=0.1).bfloat16(), build(std=0.1)
     tokens = random_tokens(2, 16)
-    assert (model(tokens)[0].float() - exact(tokens)[0]).norm() < 0.05 * exact(tokens)[0].norm()
-    assert model(tokens, tokens)[1].dtype == torch.float32
+    assert (model(tokens).float() - exact(tokens)).norm() < 0.05 * exact(tokens).norm()
+    assert lm_pass(model, tokens, tokens)[1].dtype == torch.float32
     assert model.new_cache().keys.dtype == torch.bfloat16
     assert len(list(generate(model, [1, 2], 20, seed=1))) == 20
 

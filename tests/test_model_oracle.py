@@ -18,13 +18,13 @@ def in_transformers(model):
     """The same network as a LlamaForCausalLM or a Qwen3ForCausalLM, and with the same weights."""
     c = model.config
     # Qwen3 has biases in attention only, so export.py refuses them; `both` has made the MLP's zero.
-    family = families.family_of(c.model_copy(update={"bias": c.bias and not c.qk_norm}))
-    fields = families.to_config(family, c) | {"attention_bias": c.bias}
+    family = families.find_family(c.model_copy(update={"bias": c.bias and not c.qk_norm}))
+    fields = families.to_hf_config(family, c) | {"attention_bias": c.bias}
     fields |= {"bos_token_id": None, "eos_token_id": None}
     config = transformers.AutoConfig.for_model(**fields)
     other = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     assert type(other).__name__ == ("Qwen3ForCausalLM" if c.qk_norm else "LlamaForCausalLM")
-    state = families.to_weights(family, c, model.state_dict())
+    state = families.to_hf_weights(family, c, model.state_dict())
     missing, unexpected = other.load_state_dict(state, strict=False)
     assert set(missing) <= ({"lm_head.weight"} if c.tie_embeddings else set())
     assert not any(state[name].any() for name in unexpected)

@@ -11,7 +11,6 @@ from test_tokenizer import BPE, CHAR, any_text, awkward
 
 import decoding.engine
 import models
-from common.config import check_model
 from decoding.backend import TorchBackend
 from decoding.engine import BatchedDecoder, Request
 from decoding.sampling import generate
@@ -34,7 +33,7 @@ ARCHITECTURES = {
 def network(name="nano", block_size=24, vocab_size=29):
     torch.manual_seed(0)
     fields = dict(architecture="nano", block_size=block_size, n_layer=3, n_head=4, n_embd=32, n_hidden=40)
-    config = check_model(fields | ARCHITECTURES[name], "the test")
+    config = models.check_config(fields | ARCHITECTURES[name], "the test")
     model = models.build(config.resolved(vocab_size)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:

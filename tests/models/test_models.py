@@ -10,7 +10,6 @@ from lm_pass import lm_pass
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from common.config import check_model
 from engine.checkpoint import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +67,7 @@ def test_gradients_of_each_are_the_same_each_time_with_several_threads(name):
     try:
         torch.manual_seed(0)
         shape = {"architecture": name, "block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64}
-        model = models.build(check_model(shape, "the test").resolved(99)).train()
+        model = models.build(models.check_config(shape, "the test").resolved(99)).train()
         model.use_custom_kernels(True)
         x, y = torch.randint(99, (2, 8, 256))
         gradients = []
@@ -241,13 +240,15 @@ def test_a_key_of_ones_own_is_never_passed_over(tiny_project, activation):
 
     names = "huggingface", "gguf", "llama2c"
     assert not decoded("compile")
-    assert all(" does not know the key: doc/extending.md has where" in refused(name) for name in names)
+    assert all(" does not know this key: see doc/extending.md" in refused(name) for name in names)
     assert [*(tiny_project.root / "checkpoint").iterdir()] == [path]
 
     rewrite(tiny_project, TOLD)
     if activation == "relu2":
         assert not decoded("compile")
-        assert all('has only "swiglu": train with --set activation="swiglu"' in refused(n) for n in names)
+        assert all(
+            'supports only "swiglu": train with --set activation="swiglu"' in refused(n) for n in names
+        )
     else:
         assert decoded()
         for name in names:

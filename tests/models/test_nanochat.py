@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import inference
 import models
-from common.config import ROOT, check_model, read_json
+from common.config import ROOT, read_json
 from common.errors import UserError
 from decoding.sampling import generate
 from engine.checkpoint import build as open_checkpoint
@@ -273,7 +273,7 @@ def test_what_is_set_by_hand_is_obeyed():
 )
 def test_a_shape_that_cannot_be_is_refused(fields, sentence):
     with pytest.raises(UserError) as refusal:
-        check_model({"architecture": "nanochat", **fields}, "a file")
+        models.check_config({"architecture": "nanochat", **fields}, "a file")
     assert str(refusal.value).startswith(f"a file: {sentence}")
 
 
@@ -282,7 +282,7 @@ def test_a_shape_that_cannot_be_is_refused(fields, sentence):
     [("_small", 49_016_832), ("_base", 161_734_656), ("_large", 776_454_144), ("", 28_745_728)],
 )
 def test_the_presets_have_these_parameters_with_a_vocabulary_of_50000(preset, n_params):
-    config = check_model(read_json(ROOT / f"config/nanochat/model_config{preset}.json"), "a preset")
+    config = models.check_config(read_json(ROOT / f"config/nanochat/model_config{preset}.json"), "a preset")
     with torch.device("meta"):
         assert models.build(config.resolved(50_000)).n_params == n_params
 
