@@ -262,7 +262,7 @@ PENALTIES = [
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_penalties_and_biases(random, penalty, temperature):
-    """The text is what `generate` draws with them; tests/decoding/test_sampling.py holds that to their definition."""
+    """The text is what `generate` draws with them; tests/decoding/test_sampling.py has their definitions."""
     options = {"temperature": temperature, **penalty, "seed": 5}
     bias = {int(token): value for token, value in penalty.get("logit_bias", {}).items()}
     ids = [random.tokenizer.bos_id, *random.tokenizer.encode("1+").tolist()]
