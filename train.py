@@ -332,7 +332,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
 
     with run, log, contextlib.closing(batches), estimate.advice_when_out_of_memory():
         while state.step < config.max_steps or not config.max_steps:
-            if stopping := any(parallel.all_reduce_sum(stop.asked)):
+            if stopping := any(parallel.all_reduce_sum(stop.requested)):
                 break
             epoch, file, sequence = setup.train.position(state.consumed["sequences"])
             batch = next(batches)
@@ -369,7 +369,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
             if saves or evaluates:
                 speed.restart()  # leave out time that was not training
 
-        stop.heard()
+        stop.loop_ended()
         if stopping and last_saved < state.step:
             read_results(results, state, setup, parallel, run_name)
             save_checkpoint(state, setup, parallel, run_name, log, epoch)

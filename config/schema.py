@@ -279,6 +279,17 @@ class TrainConfig(Schema):
         return self
 
 
+class ResolvedTrainConfig(TrainConfig):
+    """A `TrainConfig` in which no number is "auto" any more."""
+
+    batch_size: int
+    gradient_accumulation_steps: int = 1
+    max_steps: int
+    learning_rate: float
+    warmup_iters: int
+    min_lr: float
+
+
 class DeepSpeedConfig(Schema):
     """config/deepspeed_config.json: DeepSpeed's own file, without what TrainConfig already says."""
 

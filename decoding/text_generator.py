@@ -257,7 +257,9 @@ def check_model_file(path: str) -> None:
     from common.config import display_path, resolve_path
 
     if path not in NAMED_MODELS and not resolve_path(path).is_file():
-        raise UserError(f"there is no file {display_path(resolve_path(path))}; without -m the newest model is taken")
+        raise UserError(
+            f"there is no file {display_path(resolve_path(path))}; without -m the newest model is taken"
+        )
 
 
 def load_checkpoint(path: str, instruct: bool) -> tuple[Checkpoint, str]:

@@ -19,7 +19,7 @@ from common.config import display_path, resolve_path
 from common.errors import UserError, is_out_of_memory
 from common.hardware import ComputeConfig
 from common.log import notice
-from config.schema import ArchitectureConfig, TrainConfig
+from config.schema import ArchitectureConfig, ResolvedTrainConfig, TrainConfig
 from config.stages import Stage
 from data import BatchSource, TokenFile
 from engine import checkpoint as checkpoints
@@ -43,7 +43,7 @@ class TrainSetup:
     """
 
     stage: Stage
-    config: TrainConfig
+    config: ResolvedTrainConfig
     compute: ComputeConfig
     start: Start
     model: Any
@@ -74,7 +74,7 @@ def stage_setup(
     path = resolve_path(config.tokenizer_path)
     model, tokenizer = starting_model(start, config, shape, compute, lambda: load_tokenizer(path))
     written = config.model_dump(mode="json")
-    config = parallel.broadcast_from_rank0(
+    resolved = parallel.broadcast_from_rank0(
         lambda: scaling_laws.resolved(config, model, compute, stage, start)
     )
     pairs = [[TokenFile(resolve_path(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
@@ -90,11 +90,11 @@ def stage_setup(
         {**written, **model.config.model_dump()}
         | {display_path(file.path): file.meta for pair in pairs for file in pair}
     )
-    objective, block_size, seed = objectives.find(stage.objective), model.config.block_size, config.random_seed
-    global_batch = config.batch_size * config.gradient_accumulation_steps
+    objective, block_size = objectives.find(stage.objective), model.config.block_size
+    seed, global_batch = config.random_seed, resolved.batch_size * resolved.gradient_accumulation_steps
     train = objective.source([pair[0] for pair in pairs], block_size, global_batch, seed)
-    val = [objective.source([pair[1]], block_size, config.batch_size, seed) for pair in pairs]
-    setup = TrainSetup(stage, config, compute, start, model, tokenizer, objective, train, val)
+    val = [objective.source([pair[1]], block_size, resolved.batch_size, seed) for pair in pairs]
+    setup = TrainSetup(stage, resolved, compute, start, model, tokenizer, objective, train, val)
     return on_device(setup, parallel)
 
 

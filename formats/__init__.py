@@ -93,7 +93,7 @@ def load_tokenizer_and_rows(
             tokenizer = tokenizers.from_dict(content)
         except UserError as error:
             raise UserError(f"{display_path(path)}: {error}") from None
-    elif _is_hf_tokenizer(path, tokenizers.LARGEST):
+    elif _is_hf_tokenizer(path, tokenizers.MAX_JSON_LENGTH):
         from formats.huggingface import from_hf_tokenizer
 
         return from_hf_tokenizer(path, hf_config)

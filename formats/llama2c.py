@@ -94,7 +94,7 @@ def vocabulary(tokenizer: Tokenizer, n_rows: int) -> list[Token]:
     """
     t = Tokenizer
     marks = [chr(PRIVATE_USE + i).encode() for i in range(N_SPECIAL + 1)]
-    words = tokenizer.words[N_SPECIAL:]
+    words = tokenizer.token_bytes[N_SPECIAL:]
     if set(marks) & set(words):
         raise UserError(
             f"the tokenizer has characters from U+{PRIVATE_USE:X} on, which are special tokens in llama2.c"

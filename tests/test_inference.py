@@ -25,6 +25,7 @@ from config.schema import ModelConfig
 from decoding.sampling import generate
 from engine.checkpoint import Checkpoint
 from model import GPT
+from tasks.questions import Questions
 from tokenizer import CHAT_TEMPLATE, BPETokenizer, CharTokenizer, render_chat
 
 TEXT = "你好吗？Hello? 1+2=3\n"
@@ -163,7 +164,7 @@ def test_wrong_questions(content, sentence, tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_bytes(content)
     with pytest.raises(inference.UserError, match=sentence):
-        inference.read_questions(path)
+        Questions(path)
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ SQUARED = {
 # ... and who is told of it.
 TABLE = ['"architecture": ("nano",),', '"architecture": ("nano",), "activation": ("swiglu",),']
 TOLD = {
-    **dict.fromkeys(("decoding/backend.py", "formats/gguf_file.py", "formats/llama2c.py"), [TABLE]),
+    **dict.fromkeys(("decoding/backend.py", "formats/gguf.py", "formats/llama2c.py"), [TABLE]),
     "formats/families.py": [
         ('ours={"qk_norm": True,', 'ours={"activation": "swiglu", "qk_norm": True,'),
         ('ours={"qk_norm": False,', 'ours={"activation": "swiglu", "qk_norm": False,'),
