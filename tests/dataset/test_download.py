@@ -1,4 +1,4 @@
-"""The downloader through its command line, against servers on loopback that behave and misbehave."""
+"""The downloader's command line against local servers, both well-behaved and misbehaving."""
 
 import ctypes
 import hashlib
@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """A forwarding HTTP proxy for plain http addresses; nano.invalid is known to it alone."""
+    """A forwarding HTTP proxy for http addresses; only it can resolve nano.invalid."""
 
     def do_GET(self):
         self.server.seen.append(self.path)
@@ -118,7 +118,7 @@ class Proxy(BaseHTTPRequestHandler):
 
 
 class Socks5(socketserver.BaseRequestHandler):
-    """RFC 1928 (CONNECT only) with RFC 1929 passwords; nano.invalid is known to it alone."""
+    """A SOCKS5 proxy: RFC 1928 (CONNECT only) and RFC 1929 passwords; only it can resolve nano.invalid."""
 
     def handle(self):
         stream = self.request.makefile("rb")
@@ -216,7 +216,7 @@ def get(web, out, *words, name=SET, host="127.0.0.1", **options):
 
 
 def arrived(out, body=BYTES, file=FILE):
-    """Only the finished file lies there, with these bytes."""
+    """The folder contains only the finished file, with these bytes."""
     return [path.name for path in out.iterdir()] == [file] and (out / file).read_bytes() == body
 
 
@@ -332,7 +332,7 @@ def test_gives_up_and_keeps_what_is_here(web, tmp_path):
 
 
 def hugging_face(web, sha256):
-    """A redirect that states the SHA-256, then the file elsewhere: what the Hub does."""
+    """A redirect that states the SHA-256, then the file on another server, as on the Hub."""
     web.redirects[PATH] = "/cdn/7", {"X-Linked-ETag": f'"{sha256}"', "X-Linked-Size": str(len(BYTES))}
     web.files = {"/cdn/7": BYTES}
 
@@ -341,7 +341,7 @@ def test_stated_sha256(web, tmp_path):
     hugging_face(web, SHA256)
     web.drops = [18 * CHUNK]
     result = get(web, tmp_path)
-    assert result.returncode == 0 and arrived(tmp_path) and "as it should be" in result.stdout
+    assert result.returncode == 0 and arrived(tmp_path) and "as expected" in result.stdout
     assert web.seen[-1][:2] == ("/cdn/7", f"bytes={18 * CHUNK}-")
 
 
@@ -373,7 +373,7 @@ def test_names_asked_from_the_hub(web, tmp_path):
                  "/bd4sur/nano_dataset/resolve/main/nano%202024.7z": BYTES}
     result = get(web, tmp_path, name="nano")
     assert result.returncode == 0 and arrived(tmp_path, file="nano 2024.7z"), result.stderr
-    assert "as it should be" in result.stdout and "7z x -pnano" in result.stdout
+    assert "as expected" in result.stdout and "7z x -pnano" in result.stdout
     for answer in (b"<html>", json.dumps(entries[:4]).encode()):
         web.answers = [(200, {}, answer)]
         fails(get(web, tmp_path, name="nano"), "does not list")
@@ -490,7 +490,7 @@ def test_a_file_where_the_folder_should_be(web, tmp_path):
 
 
 def without_roots_right():
-    """Called before a new program starts: root may not write into folders that it has closed to itself."""
+    """Called before a new program starts: takes away root's right to write into read-only folders."""
     if os.geteuid() == 0:
         drop, write_everywhere = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
         assert ctypes.CDLL(None).prctl(drop, write_everywhere, 0, 0, 0) == 0
@@ -532,12 +532,12 @@ def test_progress_bar_in_a_terminal(web, tmp_path):
 
 
 def test_catalogue():
-    """Nothing half-typed in the table: addresses, checksums, and the mirrors people know."""
+    """Addresses, checksums and mirrors in the table are well-formed."""
     spec = importlib.util.spec_from_file_location("download", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name in module.SETS:
-        for mirror in module.SETS[name].places:
+        for mirror in module.SETS[name].mirrors:
             assert re.fullmatch(r"https://[a-z.-]+/[\w./-]+/", module.folder_url(name, mirror))
         for file in module.SETS[name].files:
             assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)

@@ -1,4 +1,4 @@
-"""The sample world: stated often, never leaked, always right, the same everywhere."""
+"""The sample world: every fact stated often, no leaks, answers right, the same bytes everywhere."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ NAMES = ("pretrain.txt", "sft.jsonl", "eval.jsonl")
 
 
 class Files:
-    """The three files of one world, and the facts that they are about."""
+    """The three files of one world, and its facts."""
 
     def __init__(self, folder, seed, size):
         self.counts = write_world(folder, seed, size)
@@ -36,7 +36,7 @@ class Files:
                     self.asking[question].add((fact, language))
 
     def understand(self, record):
-        """[(fact, language)] that a conversation's questions ask for; follows "And his job?" and the like."""
+        """[(fact, language)] that a conversation asks for; understands "And his job?" and the like."""
         meant = []
         for question, _ in turns(record):
             found = set(self.asking[question])
@@ -101,7 +101,7 @@ def test_no_held_out_fact_is_asked_for_in_fine_tuning(files):
 def test_no_fine_tuning_line_pairs_a_person_with_a_held_out_value(files):
     """The same as above, found with plain text search, without the generator's phrases."""
     held_out = defaultdict(list)
-    for fact in files.world.asked():
+    for fact in files.world.evaluated():
         for language in LANGUAGES:
             if fact.topic == "person":
                 held_out[fact.slots[language]["s"]].append(fact.value(language))
@@ -114,7 +114,7 @@ def test_no_fine_tuning_line_pairs_a_person_with_a_held_out_value(files):
 
 
 def test_the_evaluation_asks_in_words_that_the_running_text_does_not_use(files):
-    """What fine-tuning leaves out is asked for in passing, so that it can be retrieved, in other words."""
+    """pretrain.txt also asks for held-out facts, so that they can be retrieved, but in other phrasings."""
     for record in files.eval:
         *_, (question, _) = turns(record)
         if files.asking[question]:  # not "And her job?", which only its conversation makes a question
@@ -157,7 +157,7 @@ def test_numbers_and_letters_are_right(files):
 
 
 def recompute(question):
-    """("sum", 7) for "What is 3 plus 4?", worked out from the words alone; (None, None) for the rest."""
+    """("sum", 7) for "What is 3 plus 4?", computed from the words alone; (None, None) for other questions."""
     numbers = [int(number) for number in re.findall(r"\d+", question)]
     if len(numbers) == 2:
         if re.search("bigger|大", question):
@@ -177,9 +177,9 @@ def recompute(question):
 
 
 def test_the_score_means_knowledge(files):
-    """Most held-out questions are about arbitrary facts, and to guess the most frequent value is no good."""
+    """Most held-out questions are about arbitrary facts, and guessing the most frequent value fails."""
     held_out = {(fact.key, language): fact.value(language)
-                for fact in files.world.asked() for language in LANGUAGES}
+                for fact in files.world.evaluated() for language in LANGUAGES}
     arbitrary = [record for record in files.eval if record["kind"].split(".")[0] in ARBITRARY]
     assert len(arbitrary) >= 0.75 * len(files.eval)
     guesses = 0
