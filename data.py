@@ -40,9 +40,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError, run  # first: it explains an import that fails
+
+# isort: split
 import numpy as np
 
-from common.errors import UserError, run
 from common.files import Together
 from config.stages import STAGES
 from sources import BadLine, Found, Source

@@ -23,6 +23,7 @@ import secrets
 import socket
 
 from common.errors import UserError, describe_os_error, is_out_of_memory, run
+from common.packages import require
 
 USUAL = {"http": ":80", "https": ":443"}  # ports
 SPARE = 32  # files that may be opened beside connections
@@ -381,13 +382,7 @@ def main():
     from inference import check_model_file
 
     check_model_file(args.model)
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        packages = "fastapi uvicorn prometheus-client"
-        raise UserError(f"{error.name} is missing: python -m pip install {packages}") from None
+    require("fastapi", "uvicorn", "prometheus_client")
     listener = bind(args.host, args.port)
     address, port = listener.getsockname()[:2]
     if not args.api_key and not ipaddress.ip_address(address).is_loopback:

@@ -31,9 +31,11 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from reprlib import repr as shown
 
+from common.errors import UserError, run  # first: it explains an import that fails
+
+# isort: split
 import numpy as np
 
-from common.errors import UserError, run
 from common.files import write_text
 from common.patterns import trouble as trouble_with
 from sources import Found, Source

@@ -17,6 +17,7 @@ import re
 import train
 from common.config import find, load, load_run, shown
 from common.errors import UserError, run_launched
+from common.packages import require
 from config.schema import DeepSpeedConfig
 from engine.launch import launched_place
 
@@ -25,6 +26,7 @@ EXAMPLE = "deepspeed --num_gpus 2 train_deepspeed.py -t pretrain"
 
 def main():
     args = train.parse_arguments(__doc__, more_arguments)
+    require("deepspeed")
     if args.convert:
         return convert(args)
     place = launched_place(EXAMPLE)

@@ -41,6 +41,12 @@ def run(main):
         _leave(OUT_OF_MEMORY)
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        from common import packages
+
+        if not packages.is_missing(error):
+            raise
+        _leave(str(packages.not_installed(error.name)))
 
 
 def run_launched(main):

@@ -29,8 +29,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.errors import UserError, run  # noqa: E402
-from common.files import Together  # noqa: E402
+from common.errors import UserError, run
+from common.files import Together
 
 LANGUAGES = ("zh", "en")
 PEOPLE = 24  # at size 1.0
