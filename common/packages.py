@@ -15,7 +15,8 @@ from common.errors import UserError, run
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (ROOT / "requirements.txt", ROOT / "requirements-dev.txt")
-WHICH_TORCH = ' (which build this machine needs: README.md, "Hardware")'
+NEEDED_BY_ALL = {"torch", "numpy", "pydantic", "rich", "filelock"}
+SET_UP = 'python -m pip install -r requirements.txt (for a Jetson or a Raspberry Pi: README.md, "Hardware")'
 
 
 def requirements() -> dict[str, str]:
@@ -27,11 +28,15 @@ def requirements() -> dict[str, str]:
 
 def not_installed(*modules: str, otherwise: str = "") -> UserError:
     """The error that names these modules of requirements() and says what to type; `otherwise` ends it."""
-    packages = " ".join(f'"{requirements()[module]}"' for module in modules)
-    are = "is" if len(modules) == 1 else "are"
-    which = WHICH_TORCH if "torch" in modules else ""
-    names = ", ".join(modules)
-    return UserError(f"{names} {are} not installed: python -m pip install {packages}{otherwise}{which}")
+    sentence = f"{', '.join(modules)} {'is' if len(modules) == 1 else 'are'} not installed"
+    if NEEDED_BY_ALL.isdisjoint(modules):
+        packages = " ".join(f'"{requirements()[module]}"' for module in modules)
+        return UserError(f"{sentence}: python -m pip install {packages}{otherwise}")
+    if (ROOT / ".venv").exists() and not (ROOT / ".venv").samefile(sys.prefix):
+        return UserError(
+            f"{sentence} for {sys.executable}; Nano's packages are in .venv: use .venv/bin/python"
+        )
+    return UserError(f"{sentence}: {SET_UP}{otherwise}")
 
 
 def require(*modules: str, otherwise: str = "") -> None:

@@ -52,8 +52,6 @@ def test_all_that_is_missing_is_named_at_once(monkeypatch):
 @pytest.mark.parametrize(
     ("missing", "command"),
     [
-        ("numpy", ["data.py", "--help"]),
-        ("pydantic", ["train.py", "--help"]),
         ("pycurl", ["dataset/download.py", "--list"]),
         ("deepspeed", ["train_deepspeed.py", "-t", "pretrain"]),
         ("tokenizers", ["tokenizer.py", "train", "plain.txt", "--kind", "bpe"]),
@@ -71,3 +69,18 @@ def test_a_command_names_what_it_lacks(missing, command, shared_project, tmp_pat
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"error: {missing} is not installed: python -m pip install ")
     assert f' "{requirements()[missing]}"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [("numpy", "data.py"), ("numpy", "tokenizer.py"), ("pydantic", "train.py"), ("pydantic", "problem.py")],
+)
+def test_where_nothing_is_set_up_it_is_said_how_to(missing, command, project, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCK, "utf-8")
+    environment = dict(PYTHONPATH=str(tmp_path), BLOCKED=missing)
+    done = project.run(command, "--help", **environment)
+    told = f"error: {missing} is not installed: python -m pip install -r requirements.txt "
+    assert done.returncode == 2 and done.stderr.startswith(told), done.stderr
+    (project.root / ".venv").mkdir()  # it is set up, but another Python was started
+    done = project.run(command, "--help", **environment)
+    assert done.returncode == 2 and done.stderr.endswith("are in .venv: use .venv/bin/python\n"), done.stderr
