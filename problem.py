@@ -25,8 +25,8 @@ from common.errors import UserError, run  # first: it explains an import that fa
 from pydantic import ConfigDict, Field, ValidationError
 
 import tasks
-from common.config import ROOT, check, find, shown
-from common.files import append
+from common.config import ROOT, check, display_path, resolve_path
+from common.files import append_line
 from config.schema import ModelConfig, Schema, TrainConfig
 from config.stages import Stage
 
@@ -96,7 +96,7 @@ def learn(args):
     from objectives.answers import Objective
     from train import train
 
-    compute = hardware.prepare(config)
+    compute = hardware.set_up_compute(config)
     start = runs.starting_point(problem.name, config, args.resume)
     if start.checkpoint:
         learned = problem_of(start.checkpoint, args, start.name, problem.tokenizer())
@@ -131,11 +131,11 @@ def try_again(args):
     from common import hardware
     from engine import checkpoint
 
-    path = find(args.model)
+    path = resolve_path(args.model)
     state = checkpoint.load(path)
-    model, tokenizer = checkpoint.build(state, shown(path))
-    problem = problem_of(state, args, shown(path), tokenizer)
-    compute = hardware.choose(hardware.detect(args.device), args.device, dtype="float32")
+    model, tokenizer = checkpoint.build(state, display_path(path))
+    problem = problem_of(state, args, display_path(path), tokenizer)
+    compute = hardware.resolve_compute(hardware.detect_machine(args.device), args.device, dtype="float32")
     model = model.to(compute.device)
     test = tasks.HeldOutQuestions(problem, tokenizer, 1, args.seed, N_TEST)
     report(problem, model, tokenizer, test.questions, {"steps": state.step, "seed": args.seed})
@@ -228,7 +228,7 @@ def report(problem, model, tokenizer, questions, facts):
             table.add_row(f"accuracy, {kind}", f"{right_of_kind[kind] / count:.2%} of {count:,}")
     try:
         if "seconds" in facts:
-            append(RESULTS, json.dumps(result, ensure_ascii=False) + "\n")
+            append_line(RESULTS, json.dumps(result, ensure_ascii=False) + "\n")
     finally:  # on a full disk they can still be read; where nobody reads them they are kept
         Console(highlight=False).print(examples, table)
 
@@ -243,12 +243,13 @@ def shown_value(name, value):
 
 def draw_chart(log, path):
     import plot_loss
+    from common.log_reader import Log
 
     plot_loss.prepare_matplotlib()
-    log = plot_loss.Log(log)
+    log = Log(log)
     log.read()
     plot_loss.save([log], path)
-    print(f"chart: {shown(path)}")
+    print(f"chart: {display_path(path)}")
 
 
 def play(problem, model, tokenizer):
@@ -302,7 +303,8 @@ def read_results():
     except FileNotFoundError:
         pass
     if damaged:
-        text = f"{shown(RESULTS)}: no result in line {', '.join(damaged[:9])}{', ...' * (len(damaged) > 9)}"
+        lines = f"{', '.join(damaged[:9])}{', ...' * (len(damaged) > 9)}"
+        text = f"{display_path(RESULTS)}: no result in line {lines}"
         if not results:
             raise UserError(f"{text}, nor in any other; move the file away")
         print(f"{text}; the table is without", file=sys.stderr)

@@ -27,10 +27,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.config import find, load_run, parse_overrides, shown
+from common.config import display_path, parse_overrides, resolve_path
 from common.errors import UserError, run
 from config.schema import LAST_STEP
 from config.stages import STAGES
+from engine.run_config import load_run
 
 if TYPE_CHECKING:  # torch is imported when the arguments are known to be good, inside the functions
     from pathlib import Path
@@ -186,18 +187,42 @@ def device_batches(setup: "TrainSetup", parallel: Any, state: TrainState) -> Ite
             yield batch
 
 
-def read_results(results: list[StepResult], parallel: Any) -> list[dict[str, float]]:
-    """The numbers of these steps over all processes. Here the host waits for the device."""
+def check_finite(when: str, numbers: dict[str, float], step: int, setup: "TrainSetup", run_name: str) -> None:
+    """Raises UserError if one of the numbers, computed with the weights of this step, is NaN or infinite.
+
+    Nothing is saved before this check, so the weights of every earlier checkpoint have given finite losses.
+    """
+    from engine import runs
+
+    if not all(map(math.isfinite, numbers.values())):
+        what = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        good = [entry.path for entry in runs.saved(setup.stage.name, run_name) if entry.step < step]
+        last = f" The last good checkpoint is {display_path(good[-1])}: --resume it," if good else " Begin again"
+        raise UserError(
+            f"{when}: {what}; training stopped and nothing was saved over.{last} with a lower learning_rate, "
+            "or look for odd texts in the data."
+        )
+
+
+def read_results(results: list[StepResult], state: TrainState, setup: "TrainSetup", parallel: Any,
+                 run_name: str) -> list[dict[str, Any]]:  # fmt: skip
+    """The numbers of the last steps over all processes, checked. Here the host waits for the device."""
     import torch
 
-    names = [*results[0].metrics]
+    if not results:
+        return []
+    names = ["loss", *results[0].metrics]
     local = torch.stack([torch.stack([r.loss, *r.metrics.values()]).double() for r in results])
-    reduced = parallel.all_reduce_sum(*local.flatten().tolist())
-    rows = [reduced[i : i + len(names) + 1] for i in range(0, len(reduced), len(names) + 1)]
-    return [
-        {"loss": loss, "grad_norm": float(result.grad_norm), **dict(zip(names, values, strict=True))}
-        for result, (loss, *values) in zip(results, rows, strict=True)
-    ]
+    reduced = iter(parallel.all_reduce_sum(*local.flatten().tolist()))
+    numbers = []
+    for step, result in enumerate(results, state.step - len(results) + 1):
+        values = {name: next(reduced) for name in names}
+        norm = float(result.grad_norm)
+        # With loss scaling, an infinite gradient only means that the step was skipped.
+        checked = {"loss": values["loss"], "gradient norm": 0.0 if setup.compute.grad_scaling else norm}
+        check_finite(f"step {step}", checked, step - 1, setup, run_name)
+        numbers.append({"loss": values.pop("loss"), "grad_norm": norm, "metrics": values})
+    return numbers
 
 
 def evaluate(state: TrainState, setup: "TrainSetup", parallel: Any) -> tuple[float, list[float], dict[str, float]]:
@@ -261,31 +286,9 @@ def save_checkpoint(
         validation=state.validation,
     )  # fmt: skip
     path = saved.save()
-    log.write("save", epoch, state.step, {"path": shown(path)})
+    log.write("save", epoch, state.step, {"path": display_path(path)})
     runs.prune(saved, setup.config.keep_checkpoints)
     return path
-
-
-def check_finite(results: list[dict[str, float]], state: TrainState, setup: "TrainSetup", run_name: str) -> None:
-    """Raises UserError if one of the last steps, or a validation, gave NaN or infinity.
-
-    Nothing has been saved since the last step that was checked, so every checkpoint is sound.
-    """
-    from engine import runs
-
-    names = {"loss": "loss", "grad_norm": "gradient norm", "validation_loss": "validation loss"}
-    if setup.compute.grad_scaling:
-        del names["grad_norm"]  # with loss scaling, an infinite gradient only means that the step was skipped
-    for step, result in enumerate(results, state.step - len(results) + 1):
-        numbers = {name: result[key] for key, name in names.items() if key in result}
-        if not all(map(math.isfinite, numbers.values())):
-            what = ", ".join(f"{name} {number}" for name, number in numbers.items())
-            good = [entry.path for entry in runs.saved(setup.stage.name, run_name) if entry.step < step]
-            last = f" The last good checkpoint is {shown(good[-1])}: --resume it," if good else " Begin again"
-            raise UserError(
-                f"step {step}: {what}; training stopped and nothing was saved over.{last} with a lower "
-                "learning_rate, or look for odd texts in the data."
-            )
 
 
 def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Path, Path] | None":
@@ -342,19 +345,19 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
                 for interval in (config.log_interval, config.eval_interval, config.save_interval)
             )
             if logs or evaluates or saves or on_cpu:  # elsewhere the host does not wait for the device
-                numbers, results = read_results(results, parallel), []
-                check_finite(numbers, state, setup, run_name)
+                numbers, results = read_results(results, state, setup, parallel, run_name), []
             if logs:
                 rates = speed.read()
                 remaining = {"remaining_seconds": speed.seconds_per_step * (config.max_steps - step)}
-                log.write("train", epoch, step, {
-                    "curriculum": (file, sequence), "loss": numbers[-1].pop("loss"),
-                    "lr": learning_rate_at(step - 1, config), **numbers[-1], **rates,
-                    **(remaining if config.max_steps else {}),
-                })  # fmt: skip
+                own = {
+                    "curriculum": (file, sequence), "loss": numbers[-1]["loss"],
+                    "lr": learning_rate_at(step - 1, config), "grad_norm": numbers[-1]["grad_norm"],
+                }  # fmt: skip
+                rates |= remaining if config.max_steps else {}
+                log.write("train", epoch, step, {**own, **numbers[-1]["metrics"], **own, **rates})
             if evaluates:
                 loss, losses, metrics = evaluate(state, setup, parallel)
-                check_finite([{"validation_loss": loss}], state, setup, run_name)
+                check_finite(f"after step {step}", {"validation loss": loss}, step, setup, run_name)
                 state.validation = {"loss": loss, "step": step}
                 if state.best["loss"] is None or loss < state.best["loss"]:
                     state.best, saves = state.validation, True
@@ -368,14 +371,14 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
 
         stop.heard()
         if stopping and last_saved < state.step:
-            check_finite(read_results(results, parallel) if results else [], state, setup, run_name)
+            read_results(results, state, setup, parallel, run_name)
             save_checkpoint(state, setup, parallel, run_name, log, epoch)
         if stopping:
             command = runs.resume_command(run_name, bool(launcher))
             log.say(f"Stopped after step {state.step}. Go on with: {command}")
             return None
         log.say(f"Done: step {state.step}, {state.step - first_step} of them now.")
-        log.say(f"Loss chart: python plot_loss.py -n {shown(log.path)}")
+        log.say(f"Loss chart: python plot_loss.py -n {display_path(log.path)}")
         return log.path, path
 
 
@@ -404,8 +407,8 @@ def parse_arguments(doc: str, extend: Callable[[argparse.ArgumentParser], None] 
         extend(parser)
     args = parser.parse_args()
     args.set = parse_overrides(args.set)
-    args.config = find(args.config or f"config/config_{args.task}.json")
-    args.model = find(args.model)
+    args.config = resolve_path(args.config or f"config/config_{args.task}.json")
+    args.model = resolve_path(args.model)
     return args
 
 
@@ -428,7 +431,7 @@ def train_launched(args: argparse.Namespace, strategy: Callable[..., Any], place
     from common import hardware
     from engine.setup import stage_setup
 
-    compute = hardware.prepare(config, place, loss_scaling)
+    compute = hardware.set_up_compute(config, place, loss_scaling)
     with strategy(config, compute) as parallel:
         setup = stage_setup(STAGES[args.task], config, shape, compute, parallel, args.resume)
         train(setup, parallel, launcher)
@@ -447,7 +450,7 @@ def main() -> None:
     from engine.parallel import SingleProcess
     from engine.setup import stage_setup
 
-    compute, parallel = hardware.prepare(config), SingleProcess()
+    compute, parallel = hardware.set_up_compute(config), SingleProcess()
     setup = stage_setup(STAGES[args.task], config, shape, compute, parallel, args.resume)
     if not args.plan:
         train(setup, parallel)

@@ -15,11 +15,13 @@ import os
 import re
 
 import train
-from common.config import find, load, load_run, shown
+from common.config import display_path, load, resolve_path
 from common.errors import UserError, run_launched
 from common.packages import require
 from config.schema import DeepSpeedConfig
+from config.stages import STAGES
 from engine.launch import launched_place
+from engine.run_config import load_run
 
 EXAMPLE = "deepspeed --num_gpus 2 train_deepspeed.py -t pretrain"
 
@@ -31,15 +33,15 @@ def main():
         return convert(args)
     place = launched_place(EXAMPLE)
     if args.hostfile:
-        check_hosts(find(args.hostfile))
-    path = find(args.deepspeed_config)
+        check_hosts(resolve_path(args.hostfile))
+    path = resolve_path(args.deepspeed_config)
     settings = load(DeepSpeedConfig, path)
 
     def strategy(config, compute):
         os.environ.setdefault("DS_ACCELERATOR", compute.device_type)
         from engine.zero import Zero
 
-        return Zero(settings, shown(path), config.backend, compute)
+        return Zero(settings, display_path(path), config.backend, compute)
 
     train.train_launched(args, strategy, place, loss_scaling=False)
 
@@ -61,17 +63,18 @@ def check_hosts(path):
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"{shown(path)} cannot be read, or is no text") from None
+        raise UserError(f"{display_path(path)} cannot be read, or is no text") from None
     wanted, started = 0, int(os.environ["WORLD_SIZE"])
     for number, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):
             if not (found := re.match(r"\S+\s+slots=([0-9]{1,5})(?!\S)", line)):
-                raise UserError(f"{shown(path)}, line {number}: write it as HOST slots=N")
+                raise UserError(f"{display_path(path)}, line {number}: write it as HOST slots=N")
             wanted += int(found[1])
     if wanted != started:
         raise UserError(
-            f"{shown(path)} has {wanted} slots, but {started} processes were started: the launcher reads it "
-            f"only before the script's name: deepspeed --hostfile={shown(path)} train_deepspeed.py ..."
+            f"{display_path(path)} has {wanted} slots, but {started} processes were started: the launcher "
+            "reads it only before the script's name: "
+            f"deepspeed --hostfile={display_path(path)} train_deepspeed.py ..."
         )
 
 
@@ -81,11 +84,11 @@ def convert(args):
     from engine import zero
     from formats import load_tokenizer
 
-    tokenizer = load_tokenizer(find(config.tokenizer_path))
+    tokenizer = load_tokenizer(resolve_path(config.tokenizer_path))
     shape = model_config.resolved(tokenizer.vocab_size)
-    path = zero.convert(find(args.convert), args.task, config, shape, tokenizer)
-    print(f"Written: {shown(path)}")
-    print(f"Try it: python inference.py -m {shown(path)}")
+    path = zero.convert(resolve_path(args.convert), STAGES[args.task], config, shape, tokenizer)
+    print(f"Written: {display_path(path)}")
+    print(f"Try it: python inference.py -m {display_path(path)}")
 
 
 if __name__ == "__main__":

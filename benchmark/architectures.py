@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402
 from benchmark.copies import copy_of_project, timed  # noqa: E402
-from common.config import check_model  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
-from plot_loss import PALETTE, Log  # noqa: E402
+from common.log_reader import Log  # noqa: E402
+from plot_loss import PALETTE  # noqa: E402
 
 COMMON = {"block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128}
 # name -> (what it has otherwise, the key by which it comes to the common number of parameters)
@@ -62,7 +62,7 @@ def sized(name, vocab_size, n_params):
     shape, key = ARCHITECTURES[name]
 
     def built(width):
-        config = check_model({**COMMON, **shape, key: width}, name).resolved(vocab_size)
+        config = models.check_config({**COMMON, **shape, key: width}, name).resolved(vocab_size)
         with torch.device("meta"):
             return config, models.build(config).n_params
 
@@ -109,7 +109,7 @@ def train(config, steps, folder, changes):
         "parameters": f"{model.n_params:,}",
         "weights used a token": f"{model.active_weights:,}",
         "steps": f"{steps:,}",
-        "loss": f"{log.val[-1][1]:.4f}",
+        "loss": f"{log.run.val[-1][1]:.4f}",
         "bits per byte": re.findall(r"\| BPB: ([\d.]+)", text)[-1],
         "tokens/s": f"{tokens:,.0f}",
         "GFLOP/s": f"{tokens * model.flops_per_token() / 1e9:.0f}",
@@ -136,10 +136,10 @@ def draw(results, path):
         for i, (name, result) in enumerate(runs.items()):
             scale = result.seconds_per_step if title == "equal time" else 1
             thin, dots = {"alpha": 0.35, "linewidth": 1}, {"marker": "o", "markersize": 4, "label": name}
-            for points, style in ((result.log.train, thin), (result.log.val, dots)):
+            for points, style in ((result.log.run.train, thin), (result.log.run.val, dots)):
                 x, y = zip(*((step * scale, loss) for step, loss in points), strict=True)
                 axes.plot(x, y, color=PALETTE[i], **style)
-            lowest.append(result.log.val[-1][1])
+            lowest.append(result.log.run.val[-1][1])
         axes.set(title=title, xlabel="seconds" if title == "equal time" else "step")
         axes.set_ylim(0.97 * min(lowest), 1.35 * max(lowest))
         axes.grid(alpha=0.3)
@@ -172,12 +172,12 @@ def main():
     from rich.console import Console
     from rich.table import Table
 
-    from data import prepare
+    from preparation.corpus import prepare
 
     console, results = Console(highlight=False), {"equal steps": {}, "equal time": {}}
     with tempfile.TemporaryDirectory() as folder, console.status("preparing the text") as status:
         folder = Path(folder)
-        _, tokenizer, _ = prepare([args.text], [], folder)
+        _, tokenizer, _ = prepare({"pretrain": [args.text]}, folder)
         for name in args.only:
             config = sized(name, tokenizer.vocab_size, args.parameters)
             status.update(f"{name} trains {args.steps:,} steps")

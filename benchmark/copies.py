@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def copy_of_project(folder):
     """-> the path of a new copy of all that train.py needs, inside `folder`."""
     copy = Path(tempfile.mkdtemp(dir=folder))
-    rooms = "", "common/", "config/", "decoding/", "engine/", "formats/", "models/", "objectives/", "sources/"
+    rooms = "", "common/", "config/", "decoding/", "engine/", "formats/", "models/", "objectives/"
+    rooms += "preparation/", "sources/"
     rooms = (ROOT.glob(f"{room}*.py") for room in rooms)
     for source in itertools.chain.from_iterable(rooms):
         target = copy / source.relative_to(ROOT)

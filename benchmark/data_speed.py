@@ -1,20 +1,24 @@
-"""How fast text becomes tokens and tokens become batches.
+"""How fast text becomes tokens, and tokens become batches.
 
     python benchmark/data_speed.py             # 0.1 GB of each kind of text, about a minute
     python benchmark/data_speed.py --gb 2      # writes up to 7 GB to the temporary folder
 
-Text is generated: Chinese (3,000 characters, the frequent ones more often) and English (3,000 words),
-as one long document, as documents of 2,000 characters, and as tiny ones of 100. Each measurement is
-the best of `--repeat`; preparing runs `data.py` as a user does, twice through the file and onto disk.
-MB are 10^6 bytes of UTF-8. Linux only, which tells a process's peak of memory.
+The text is generated: Chinese (3,000 characters) and English (3,000 words), drawn with Zipf's frequencies, as
+one long document, as documents of 2,000 characters, and as tiny ones of 100. Each measurement is the best
+of `--repeat`. Preparing runs `data.py` as a user does: two passes over the file, output to disk. MB are 10^6
+bytes of UTF-8. Linux only, because the peak memory of a process is read from /proc.
 """
+
+from __future__ import annotations
 
 import argparse
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,10 +26,13 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from common.errors import run  # noqa: E402
-from tokenizer import BPETokenizer, CharTokenizer  # noqa: E402
+from tokenizer import BPETokenizer, CharTokenizer, Tokenizer  # noqa: E402
 
-# Runs a script as `python SCRIPT ...` does; then prints its CPU seconds and the most memory it had, in kB.
-# (What wait4 tells of a child's memory includes the moment before exec, when it still was its parent's.)
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Runs a script as `python SCRIPT ...` does, then prints its CPU seconds and its peak memory in kB. (The peak
+# that wait4 reports for a child includes the moment before exec, when its memory was a copy of its parent's.)
 MEASURED = """
 import re, runpy, sys, time
 sys.argv = sys.argv[1:]
@@ -36,8 +43,8 @@ print(time.process_time(), re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/statu
 LAYOUTS = {"one document": 0, "documents of 2,000": 2000, "documents of 100": 100}
 
 
-def words(language, n_characters, random):
-    """Text of a language's most frequent symbols, drawn with Zipf's 1 / rank; some are punctuation."""
+def random_text(language: str, n_characters: int, random: np.random.Generator) -> str:
+    """Random characters or words, some of them punctuation, with frequencies as 1 / rank (Zipf's law)."""
     chance = 1 / np.arange(1, 3001)
     drawn = random.choice(3000, n_characters, p=chance / chance.sum())
     if language == "Chinese":
@@ -46,8 +53,8 @@ def words(language, n_characters, random):
     return " ".join([lexicon[i] for i in drawn[: n_characters // 5]])[:n_characters]
 
 
-def write_text(path, language, layout, n_bytes):
-    text = words(language, 1 << 20, np.random.default_rng(0))
+def write_text(path: Path, language: str, layout: str, n_bytes: float) -> None:
+    text = random_text(language, 1 << 20, np.random.default_rng(0))
     size = LAYOUTS[layout]
     if size:
         parts = [f"<|bos|>{text[i : i + size]}<|eos|>\n" for i in range(0, len(text), size)]
@@ -59,8 +66,8 @@ def write_text(path, language, layout, n_bytes):
             file.write(block)
 
 
-def best(function, repeat):
-    """Least seconds of some calls."""
+def best(function: Callable[[], object], repeat: int) -> float:
+    """The least seconds that one of some calls takes."""
     seconds = []
     for _ in range(repeat):
         start = time.perf_counter()
@@ -69,7 +76,7 @@ def best(function, repeat):
     return min(seconds)
 
 
-def encoding_table(repeat):
+def encoding_table(repeat: int) -> Table:
     from rich.table import Table
 
     table = Table(title="tokenizer.py: encode from UTF-8, decode to str; one core (bpe: all)")
@@ -84,10 +91,12 @@ def encoding_table(repeat):
         table.add_column(name, justify="right")
     for language in ("Chinese", "English"):
         for kind, n_characters in ((CharTokenizer, 10_000_000), (BPETokenizer, 1_000_000)):
-            text = words(language, n_characters, np.random.default_rng(0))
+            text = random_text(language, n_characters, np.random.default_rng(0))
             data = text.encode()
             start = time.perf_counter()
-            tokenizer = CharTokenizer.train([text]) if kind is CharTokenizer else kind.train([text], 8192)
+            tokenizer: Tokenizer
+            is_char = kind is CharTokenizer
+            tokenizer = CharTokenizer.train([text]) if is_char else BPETokenizer.train([text], 8192)
             training = time.perf_counter() - start
             ids = tokenizer.encode(text)
             encoding = best(lambda: tokenizer.encode(data.decode()), repeat)  # noqa: B023
@@ -97,7 +106,7 @@ def encoding_table(repeat):
     return table
 
 
-def prepare_table(folder, n_bytes, repeat):
+def prepare_table(folder: Path, n_bytes: float, repeat: int) -> Table:
     from rich.table import Table
 
     table = Table(title="data.py: file to token files")
@@ -110,24 +119,34 @@ def prepare_table(folder, n_bytes, repeat):
             megabytes = source.stat().st_size / 1e6
             wall, cpu, memory = [], [], []
             for _ in range(repeat):
-                command = [sys.executable, "-c", MEASURED, "data.py", "--pretrain", source, "--out", out]
+                command = [
+                    sys.executable,
+                    "-c",
+                    MEASURED,
+                    "data.py",
+                    "--pretrain",
+                    str(source),
+                    "--out",
+                    str(out),
+                ]
                 start = time.perf_counter()
                 done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
                 wall.append(time.perf_counter() - start)
                 *_, seconds, kilobytes = done.stdout.split()
-                cpu.append(float(seconds)), memory.append(float(kilobytes) / 1e3)
+                cpu.append(float(seconds))
+                memory.append(float(kilobytes) / 1e3)
             numbers = (megabytes, min(wall), megabytes / min(wall), megabytes / min(cpu), max(memory))
             table.add_row(language, layout, *(f"{number:,.1f}" for number in numbers))
     return table
 
 
-def loader_table(folder, repeat):
+def loader_table(folder: Path, repeat: int) -> Table:
     from rich.table import Table
 
     from data import TokenBatches, TokenFile
 
     file = TokenFile(folder / "out" / "pretrain_train.bin")
-    table = Table(title=f"Batches: {len(file.tokens):,} tokens")
+    table = Table(title=f"TokenBatches: {len(file.tokens):,} tokens")
     for name in ("batch", "milliseconds per batch", "million tokens/s"):
         table.add_column(name, justify="right")
     for batch_size, block_size in ((16, 256), (32, 256), (64, 512), (256, 1024)):
@@ -138,7 +157,7 @@ def loader_table(folder, repeat):
     return table
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,21 +1,25 @@
-"""Tokens a second, of one text and of many, beside Transformers, llama2.c and llama.cpp on the same weights.
+"""Tokens per second, for one text and many, beside Transformers, llama2.c and llama.cpp on the same weights.
 
     python benchmark/decode_speed.py                              # Nano and Transformers
-    python benchmark/decode_speed.py --llama2c ~/llama2.c         # a folder where `make run runq` was done
-    python benchmark/decode_speed.py --requests 2 4 8 16 32       # so many texts at once
+    python benchmark/decode_speed.py --llama2c ~/llama2.c         # a folder in which `make run runq` was run
+    python benchmark/decode_speed.py --requests 2 4 8 16 32       # this many texts at once
 
-llama.cpp is measured if llama-cpp-python is installed. Everything is greedy and takes its turn in each round,
-twice, with as many threads; the table has the median of the better ones, and the least and the most. The
-model has random weights: 12.9 M parameters, of which 8.2 M are the embedding, which is the output head, too.
+llama.cpp is measured if llama-cpp-python is installed. All decode greedily with the same number of threads.
+Each is measured twice in every round, one after the other; the table has the median over the rounds of the
+better measurement, and the smallest and largest. The model has random weights: 12.9 M parameters, of which
+8.2 M are the embedding, which is also the output head.
 
-The limit is what could be if there were nothing to do but to read the weights once a step, at the speed at
-which this machine sums up an array of their size (which a part of may stay in its caches), or to multiply
-with them, at the speed of PyTorch's product of two matrices of 1,024 x 1,024, whichever takes longer. (Whole
-numbers are multiplied faster, so several texts with 8 bits have no limit here.)
+The limit is the speed that would be possible if a step did nothing but read the weights once, as fast as this
+machine sums an array of that size (of which a part may stay in its caches), or multiply with them, as fast as
+PyTorch multiplies two 1,024 x 1,024 matrices; whichever takes longer. (Integers are multiplied faster, so
+there is no limit here for several texts with 8 bits.)
 
-Where threads work together, much depends on how far apart their cores are. So the time is told, too, in which
-a number goes from one to the other: within one chip's cache some 30 ns, between two 150 ns or more.
+The speed of threads that work together depends on how far apart their cores are. So the time that a number
+takes from one core to the other is printed, too: some 30 ns within the cache of one chip, 150 ns or more
+between two chips.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -28,7 +32,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,23 +42,29 @@ sys.path.insert(0, str(ROOT))
 from benchmark import figures  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
 
+if TYPE_CHECKING:
+    from decoding.engine import BatchedDecoder
+    from engine.checkpoint import Checkpoint
+
+Measure = Callable[[], float]  # measures once; returns tokens per second
+
 SHAPE = {
     "block_size": 256, "n_layer": 6, "n_head": 8, "n_kv_head": 4, "n_embd": 256, "n_hidden": 768,
     "vocab_size": 32000, "qk_norm": False,
 }  # fmt: skip
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--threads", type=int, default=2, help="of every program (2)")
-    add("--tokens", type=int, default=128, help="drawn in each run (128)")
-    add("--rounds", type=int, default=10, help="(10)")
-    add("--requests", type=int, nargs="+", default=[16], metavar="N", help="texts at once, as x N (16)")
-    add("--llama2c", type=Path, metavar="FOLDER", help="holds llama2.c's run and runq")
+    add("--threads", type=int, default=2, help="threads of every program (2)")
+    add("--tokens", type=int, default=128, help="tokens to generate in each run (128)")
+    add("--rounds", type=int, default=10, help="rounds of measurements (10)")
+    add("--requests", type=int, nargs="+", default=[16], metavar="N", help="numbers of texts at once (16)")
+    add("--llama2c", type=Path, metavar="FOLDER", help="the folder with llama2.c's run and runq")
     args = parser.parse_args()
     if min(args.threads, args.rounds, *args.requests) < 1 or not 2 <= args.tokens <= 200:
         raise UserError("--threads, --rounds and --requests must be 1 or more, --tokens between 2 and 200")
@@ -61,59 +73,60 @@ def parse_arguments():
     return args
 
 
-def random_checkpoint():
+def random_checkpoint() -> Checkpoint:
     import torch
 
     import models
-    from common.config import check_model
     from engine.checkpoint import Checkpoint
     from tokenizer import CharTokenizer
 
     torch.manual_seed(0)
-    model = models.build(check_model(SHAPE, "the benchmark")).eval()
+    model = models.build(models.check_config(SHAPE, "the benchmark")).eval()
     tokenizer = CharTokenizer.train(["abcdefgh "])
     with torch.no_grad():
-        model.wte.weight[:7] *= 0.01  # special tokens are never the likeliest, so nobody stops early
+        model.wte.weight[:7] *= 0.01  # so special tokens are never the likeliest, and no program stops early
     config, weights = model.config.model_dump(), model.state_dict()
     return Checkpoint(
         "pretrain", "20000101_000000", 0, config, {}, tokenizer.to_dict(), weights, optimizer={}
     )
 
 
-# ---- who is measured -------------------------------------------------------------------------------
+# ---- what is measured ------------------------------------------------------------------------------
 
 
-def decoder_of(checkpoint, n_requests, int8, compiled=True):
-    from decoding.engine import Decoder
+def make_decoder(
+    checkpoint: Checkpoint, n_requests: int, int8: bool, compiled: bool = True
+) -> BatchedDecoder:
+    from decoding.engine import BatchedDecoder
     from decoding.packed import quantize
     from engine.checkpoint import build
 
     model, _ = build(checkpoint, "the benchmark")
-    decoder = Decoder(quantize(model) if int8 else model, n_requests)
+    decoder = BatchedDecoder(quantize(model) if int8 else model, n_requests)
     if compiled:
         decoder.compile(wait=True)
         decoder.step()
     return decoder
 
 
-def reading(checkpoint, int8, compiled):
-    """Tokens/s of a prompt."""
-    decoder = decoder_of(checkpoint, 1, int8, compiled)
-    steps, prompt = decoder.steps, [i % decoder.model.config.vocab_size for i in range(200)]
+def prefill(checkpoint: Checkpoint, int8: bool, compiled: bool) -> Measure:
+    """Reading a prompt."""
+    decoder = make_decoder(checkpoint, 1, int8, compiled)
+    backend, prompt = decoder.backend, [i % decoder.model.config.vocab_size for i in range(200)]
 
     def measure():
         start = time.perf_counter()
-        steps.read(0, prompt)
+        backend.refill(0, prompt)
         return len(prompt) / (time.perf_counter() - start)
 
     return measure
 
 
-def nano(checkpoint, n_tokens, n_requests=1, int8=False):
-    """A function that draws n_tokens for each of n_requests, and returns tokens/s."""
+def nano(checkpoint: Checkpoint, n_tokens: int, n_requests: int = 1, int8: bool = False) -> Measure:
+    """Generating n_tokens for each of n_requests at once."""
     from decoding.engine import Request
 
-    decoder = decoder_of(checkpoint, n_requests, int8)
+    decoder = make_decoder(checkpoint, n_requests, int8)
 
     def measure():
         requests = [Request(range(1, 2 + i), n_tokens, temperature=0) for i in range(n_requests)]
@@ -128,13 +141,14 @@ def nano(checkpoint, n_tokens, n_requests=1, int8=False):
     return measure
 
 
-def eager(checkpoint, n_tokens):
+def nano_generate(checkpoint: Checkpoint, n_tokens: int) -> Measure:
+    from decoding.sampling import generate
     from engine.checkpoint import build
 
     model, _ = build(checkpoint, "the benchmark")
 
     def measure():
-        tokens = model.generate([1], n_tokens, temperature=0)
+        tokens = generate(model, [1], n_tokens, temperature=0)
         next(tokens)
         start = time.perf_counter()
         count = sum(1 for _ in tokens)
@@ -143,7 +157,7 @@ def eager(checkpoint, n_tokens):
     return measure
 
 
-def transformers(folder, n_tokens):
+def transformers(folder: Path, n_tokens: int) -> Measure:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -161,7 +175,7 @@ def transformers(folder, n_tokens):
     return measure
 
 
-def llama2c(program, folder, n_tokens, n_threads):
+def llama2c(program: Path, folder: Path, n_tokens: int, n_threads: int) -> Measure:
     command = [program, folder / "model.bin", "-z", folder / "tokenizer.bin", "-t", "0", "-n", str(n_tokens)]
 
     def measure():
@@ -174,7 +188,7 @@ def llama2c(program, folder, n_tokens, n_threads):
     return measure
 
 
-def llama_cpp(file, n_tokens, n_threads):
+def llama_cpp(file: Path, n_tokens: int, n_threads: int) -> Measure:
     from llama_cpp import Llama
 
     model = Llama(str(file), n_ctx=256, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
@@ -191,12 +205,15 @@ def llama_cpp(file, n_tokens, n_threads):
     return measure
 
 
-def bandwidth(n_bytes):
-    """Bytes that all threads together read in a second, again and again the same."""
+# ---- what the machine could do ---------------------------------------------------------------------
+
+
+def bandwidth(n_bytes: float) -> float:
+    """Bytes per second that all threads together read from an array of this size, again and again."""
     import numpy as np
     import torch
 
-    numbers = np.empty(int(n_bytes) // 4, np.float32)  # by NumPy, in large pages
+    numbers = np.empty(int(n_bytes) // 4, np.float32)  # NumPy puts it in huge pages
     numbers.fill(1)
     times = []
     for _ in range(10):
@@ -206,8 +223,8 @@ def bandwidth(n_bytes):
     return n_bytes / min(times)
 
 
-def products():
-    """Multiplications and additions a second in a product of two matrices."""
+def multiplications() -> float:
+    """Multiply-adds per second in the product of two matrices."""
     import torch
 
     n, times = 1024, []
@@ -219,33 +236,33 @@ def products():
     return n**3 / min(times)
 
 
-def from_core_to_core(n_times=20_000):
-    """Seconds in which what one thread has written is seen by another one; None without Numba."""
+def core_to_core_seconds(n_times: int = 20_000) -> float | None:
+    """Seconds until a number that one thread writes is seen by another; None without Numba."""
     if not importlib.util.find_spec("numba"):
         return None
     import numpy as np
     from numba import njit
 
-    from decoding.compiled import read, write
+    from decoding.compiled import atomic_load, atomic_store
 
     @njit(nogil=True)
-    def talk(ball, rank):
+    def ping_pong(ball, rank):
         for i in range(n_times):
-            while read(ball, 0) != 2 * i + rank:
+            while atomic_load(ball, 0) != 2 * i + rank:
                 pass
-            write(ball, 0, 2 * i + rank + 1)
+            atomic_store(ball, 0, 2 * i + rank + 1)
 
-    for _ in range(2):  # the first time, it is compiled
+    for _ in range(2):  # compiled the first time
         ball = np.zeros(8, np.int64)
-        other = threading.Thread(target=talk, args=(ball, 1))
+        other = threading.Thread(target=ping_pong, args=(ball, 1))
         other.start()
         start = time.perf_counter()
-        talk(ball, 0)
+        ping_pong(ball, 0)
         other.join()
     return (time.perf_counter() - start) / (2 * n_times)
 
 
-def main():
+def main() -> None:
     args = parse_arguments()
     import torch
     from rich.console import Console
@@ -265,10 +282,10 @@ def main():
 
         with contextlib.redirect_stdout(sys.stderr):
             huggingface.write_folder(checkpoint, "the benchmark", place / "hf")
-        # Neighbours in this list are measured in the same second: those who are compared.
+        # Neighbours in this list are measured within the same second, so compare those.
         runs = {
             "Transformers": ("float32", 1, transformers(place / "hf", n)),
-            "Nano, GPT.generate": ("float32", 1, eager(checkpoint, n)),
+            "Nano, generate": ("float32", 1, nano_generate(checkpoint, n)),
         }
         for kind, size, program in (("float32", "float32", "run"), ("q8_0", "int8", "runq")):
             if importlib.util.find_spec("llama_cpp"):
@@ -284,18 +301,20 @@ def main():
                 runs[f"{name} x {count}"] = size, count, nano(checkpoint, n, count, int8=is_int8)
         for size in ("float32", "int8"):
             for who, compiled in (("PyTorch", False), ("Nano", True)):
-                measure = reading(checkpoint, size == "int8", compiled)
-                runs[f"{who} reads, {size}"] = size, None, measure
+                measure = prefill(checkpoint, size == "int8", compiled)
+                runs[f"{who} prompt, {size}"] = size, None, measure
         speeds, distances = {name: [] for name in runs}, []
-        steps = {"float32": [], "int8": [], "multiplying": []}  # that could be done in a second
+        steps = {"float32": [], "int8": [], "multiplying": []}  # possible per second
         for number in range(1, args.rounds + 1):
             status.update(f"round {number} of {args.rounds}")
             for name, (_, _, measure) in runs.items():
-                speeds[name].append(max(measure(), measure()))  # after a pause, a processor starts slowly
+                speeds[name].append(
+                    max(measure(), measure())
+                )  # a pause slows the processor
             for kind, size in n_bytes.items():
                 steps[kind].append(bandwidth(size) / size)
-            steps["multiplying"].append(products() / n_weights)
-            distances.append(from_core_to_core())
+            steps["multiplying"].append(multiplications() / n_weights)
+            distances.append(core_to_core_seconds())
     table = Table("", "tokens/s", "x HF", "x Nano", "x int8", "of limit")
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
@@ -308,13 +327,13 @@ def main():
         table.caption += f"; from core to core {statistics.median(distances) * 1e9:,.0f} ns"
 
     def limit(kind, count):
-        """Of each round."""
+        """The limit in each round"""
         if count == 1:
             return steps[kind]
         return [min(count * a, b) for a, b in zip(steps[kind], steps["multiplying"], strict=True)]
 
     def ratio(name, others):
-        """The median over the rounds: both were measured in the same minute."""
+        """The median of the ratios in each round, as both were measured within the same minute"""
         return statistics.median(a / b for a, b in zip(speeds[name], others, strict=True))
 
     for name, (kind, count, _) in runs.items():

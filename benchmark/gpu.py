@@ -98,7 +98,7 @@ def look_at_the_machine(setting, tell):
 
     if not (setting.dry_run or torch.cuda.is_available()):
         raise UserError("torch finds no CUDA GPU here; --dry-run rehearses on the CPU")
-    compute = hardware.choose(hardware.detect(setting.device), setting.device)
+    compute = hardware.resolve_compute(hardware.detect_machine(setting.device), setting.device)
     tell(
         card=compute.name, memory=compute.memory, driver=driver(), torch=compute.machine.torch,
         cuda=torch.version.cuda, commit=figures.commit(), time=time.strftime("%Y-%m-%d %H:%M"),
@@ -175,7 +175,6 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
 
     import models
     from common import hardware
-    from common.config import check_model
     from config.schema import TrainConfig
     from engine.parallel import SingleProcess
     from engine.runs import Start
@@ -186,11 +185,11 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
         dataset_path=[("none", "none")], max_steps=1000, device=setting.device, compile=compiled,
         batch_size=micro_batch, gradient_accumulation_steps=workload.sequences // micro_batch,
     )  # fmt: skip
-    compute = hardware.prepare(config)
+    compute = hardware.set_up_compute(config)
     if not repeatable:
         torch.use_deterministic_algorithms(False)
     torch.manual_seed(0)
-    model = models.build(check_model(workload.shape, "the benchmark").resolved(None))
+    model = models.build(models.check_config(workload.shape, "the benchmark").resolved(None))
     batches = RandomBatches(workload)
     began = time.perf_counter()
 
@@ -211,7 +210,7 @@ def train_nanogpt(setting, tell, workload, compiled=True):
     from common import hardware
 
     workload, micro_batch = sized(setting, workload)
-    compute = hardware.choose(hardware.detect(setting.device), setting.device)
+    compute = hardware.resolve_compute(hardware.detect_machine(setting.device), setting.device)
     dtype, is_gpu = getattr(torch, compute.dtype), not setting.dry_run
     torch.manual_seed(1337)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -232,7 +231,8 @@ def train_nanogpt(setting, tell, workload, compiled=True):
         return tensor.pin_memory().to(setting.device, non_blocking=True) if is_gpu else tensor
 
     def one_step():
-        x, y, _ = batches(next(steps))
+        batch = batches(next(steps))
+        x, y = batch["x"], batch["y"]
         for first in range(0, workload.sequences, micro_batch):
             rows = slice(first, first + micro_batch)
             with hardware.autocast_context(compute):
@@ -251,7 +251,7 @@ def train_nanogpt(setting, tell, workload, compiled=True):
 
 
 class RandomBatches:
-    """In place of data.Batches: eight batches of random tokens, again and again."""
+    """A data.BatchSource: eight batches of random tokens, again and again."""
 
     def __init__(self, workload):
         import numpy as np
@@ -260,11 +260,12 @@ class RandomBatches:
         self.x, self.y = np.random.default_rng(0).integers(workload.shape["vocab_size"], size=(2, *size))
         self.mask = np.ones(size[1:], np.float32)
         self.batch_size, self.sequences_per_epoch = size[1], 8 * size[1]
-        self.data, self.n_counting = [], self.x.size
+        self.fingerprints, self.notes, self.n_loss_tokens = [], [], self.x.size
+        self.description = "random tokens"
 
     def __call__(self, first):
         number = first // self.batch_size % 8
-        return self.x[number], self.y[number], self.mask
+        return {"x": self.x[number], "y": self.y[number], "mask": self.mask}
 
     def position(self, first):
         return 0, 0, first
@@ -293,8 +294,8 @@ def time_steps(setting, tell, workload, model, one_step, began):
     """
     import torch
 
+    import models
     from benchmark.train_speed import flops_per_token
-    from common.config import check_model
     from common.hardware import synchronize
 
     def timed(n):
@@ -313,7 +314,7 @@ def time_steps(setting, tell, workload, model, one_step, began):
     enough, most = (0.05, 2) if setting.dry_run else (0.5, 10)
     n_steps = max(1, round(enough / timed(1)[0]))
     tokens = workload.sequences * workload.shape["block_size"]
-    shape = check_model(workload.shape, "the benchmark")
+    shape = models.check_config(workload.shape, "the benchmark")
     flops, blocks = tokens * flops_per_token(model, shape), []
     while len(blocks) < most and (not blocks or setting.left > 2 * n_steps * blocks[-1] + 1):
         seconds, loss = timed(n_steps)
@@ -331,21 +332,22 @@ def write_texts(setting, tell, shape):
 
     import models
     from common import hardware
-    from common.config import check_model
     from common.errors import is_out_of_memory
-    from decoding.engine import Decoder, Request
+    from decoding.engine import BatchedDecoder, Request
 
     shape = shape | SMALL.shape | {"n_kv_head": 1} if setting.dry_run else shape
-    compute = hardware.choose(hardware.detect(setting.device), setting.device, dtype="float32")
+    compute = hardware.resolve_compute(
+        hardware.detect_machine(setting.device), setting.device, dtype="float32"
+    )
     torch.manual_seed(0)
-    model = models.build(check_model(shape, "the benchmark").resolved(None)).eval().to(compute.device)
+    model = models.build(models.check_config(shape, "the benchmark").resolved(None)).eval().to(compute.device)
     n_bytes, speed = 4 * model.active_weights, copied(setting)
     seconds = 0.2 if setting.dry_run else 3.0
     for n in TEXTS[:2] if setting.dry_run else TEXTS:
         record = dict(texts=n, parameters=model.n_params, limit=n * speed / n_bytes)
         try:
             with hardware.attention_context(compute):
-                decoder, n_steps = Decoder(model, n), 0
+                decoder, n_steps = BatchedDecoder(model, n), 0
                 for i in range(n):
                     prompt = range(1, 9 + i % 8)
                     decoder.add(Request(prompt, shape["block_size"] - len(prompt), temperature=0))

@@ -1,30 +1,38 @@
-"""What eight bits cost: the loss of a model on held-out text, with its weights in float32 and in int8.
+"""What 8 bits cost: the loss of a model on held-out text, with weights in float32 and in int8.
 
     python benchmark/int8_loss.py -m checkpoint/x.pt --data dataset/prepared/pretrain_val.bin
 
-The text is read in blocks of the model's context, from its beginning, and every token of it is counted once;
-with int8, also token by token as in decoding on a CPU, where activations have 16 bits.
+The text is cut into blocks of the model's context length, and every token counts once. With int8, the loss is
+also measured token by token with the compiled backend, which rounds activations to 16 bits.
 """
+
+from __future__ import annotations
 
 import argparse
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.errors import UserError, run  # noqa: E402
 
+if TYPE_CHECKING:
+    import torch
 
-def loss_of(model, tokens):
-    """Nats a token. tokens [N]"""
+    from model import GPT
+
+
+def loss_of(model: GPT, tokens: torch.Tensor) -> float:
+    """Loss in nats per token. tokens [N]"""
     import torch
 
     size, total, n_rows = model.config.block_size, 0.0, 16
     n_targets = len(tokens) - 1
     with torch.inference_mode():
-        # Whole blocks many at a time, and then what is left.
+        # Whole blocks, many at a time, then the rest.
         n_blocks = n_targets // size
         inputs, targets = (tokens[i : i + n_blocks * size].view(-1, size) for i in (0, 1))
         for x, y in zip(inputs.split(n_rows), targets.split(n_rows), strict=True):
@@ -34,52 +42,54 @@ def loss_of(model, tokens):
     return total / n_targets
 
 
-def loss_of_steps(model, tokens):
-    """The same, by decoding/compiled.py."""
+def loss_of_compiled(model: GPT, tokens: torch.Tensor) -> float:
+    """The same with the compiled backend"""
     import torch
     import torch.nn.functional as F
 
-    from decoding.compiled_steps import CompiledSteps
+    from decoding.compiled_backend import CompiledBackend
 
-    size, total, steps = model.config.block_size, 0.0, CompiledSteps(model, n_slots=64)
+    size, total, backend = model.config.block_size, 0.0, CompiledBackend(model, n_rows=64)
     inputs, targets = tokens[:-1].split(size), tokens[1:].split(size)
     for i in range(0, len(inputs), 64):
-        # The last block may be shorter: what follows its end is read, but not counted.
+        # The last block may be shorter: its padding is read, but not counted.
         x, y = (torch.nn.utils.rnn.pad_sequence(part[i : i + 64], True, -1) for part in (inputs, targets))
-        steps.lengths[:] = 0
+        backend.lengths[:] = 0
         for t in range(x.shape[1]):
-            logits, _ = steps.next(x[:, t].clamp(min=0).tolist())
+            logits, _ = backend.step(x[:, t].clamp(min=0).tolist())
             total += F.cross_entropy(logits[: len(x)], y[:, t], ignore_index=-1, reduction="sum").item()
     return total / (len(tokens) - 1)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("-m", "--model", required=True, metavar="FILE", help="a checkpoint")
-    parser.add_argument("--data", required=True, metavar="FILE", help="a token file (.bin) of data.py's")
-    parser.add_argument("--limit", type=int, default=100_000, help="tokens of it at most (100,000)")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="a token file (.bin) of data.py"
+    )
+    parser.add_argument("--limit", type=int, default=100_000, help="read at most this many tokens (100,000)")
     args = parser.parse_args()
     if args.limit < 2:
         raise UserError("--limit must be 2 or more")
     import torch
 
-    from common.config import find, shown
+    from common.config import display_path, resolve_path
     from data import TokenFile
-    from decoding.engine import supports
+    from decoding.backend import supports
     from decoding.packed import quantize
     from engine import checkpoint
 
-    loaded = checkpoint.load(find(args.model))
-    model, tokenizer = checkpoint.build(loaded, shown(find(args.model)))
-    tokens = TokenFile(find(args.data), tokenizer.fingerprint).tokens[: args.limit]
+    loaded = checkpoint.load(resolve_path(args.model))
+    model, tokenizer = checkpoint.build(loaded, display_path(resolve_path(args.model)))
+    tokens = TokenFile(resolve_path(args.data), tokenizer.fingerprint).tokens[: args.limit]
     tokens = torch.from_numpy(tokens.astype("int64"))
     exact = loss_of(model, tokens)
     losses = {"int8": loss_of(quantize(model), tokens)}
     if supports(model):
-        losses["int8, compiled"] = loss_of_steps(model, tokens)
+        losses["int8, compiled"] = loss_of_compiled(model, tokens)
     print(f"{len(tokens) - 1:,} tokens, {model.n_params:,} parameters of {model.config.architecture}")
     print(f"{'float32':14}  loss {exact:.6f}  perplexity {math.exp(exact):.4f}")
     for name, loss in losses.items():

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.errors import UserError, run  # noqa: E402
-from plot_loss import Log  # noqa: E402
+from common.log_reader import Log  # noqa: E402
 
 CPU = {"device": "cpu"}
 THREE = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -57,7 +57,7 @@ def train(way, task, project):
     [path] = set(project.glob("train_*.log")) - before
     log = Log(path)
     log.read()
-    return dict(log.train)
+    return dict(log.run.train)
 
 
 def draw(curves, path):

@@ -57,15 +57,16 @@ def prepare(text, folder):
     import numpy as np
     import torch
 
-    from common.files import Together
-    from data import TokenWriter, encode_texts
+    from common.files import AtomicFiles
+    from preparation.corpus import encode_texts
+    from preparation.token_file import TokenWriter
     from tokenizer import N_SPECIAL, CharTokenizer
 
     tokenizer = CharTokenizer.train([text])
     tokenizer.save(folder / "tokenizer.json")
     cut = int(len(text) * 0.9)
     for name, part in (("train", text[:cut]), ("val", text[cut:])):
-        with Together() as files:
+        with AtomicFiles() as files:
             writer = TokenWriter(files, folder / f"pretrain_{name}", "pretrain", tokenizer)
             writer.add(*encode_texts(tokenizer, [part], continues=False, is_open=False))
             writer.finish()
@@ -172,7 +173,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
 
-    from tokenizer import texts_of
+    from sources import texts_of
 
     text = "".join(texts_of([args.text]))
     if len(text) < 20 * BLOCK:

@@ -1,22 +1,29 @@
-"""What drafting is worth: greedy text of a deepseek_v3 model, a token at a time and with its own drafts.
+"""How much speculative decoding gains: greedy text of a deepseek_v3 model, with and without its own drafts.
 
     python benchmark/speculative.py -m checkpoint/x.pt --text dataset/pretrain.txt
     python benchmark/speculative.py --text dataset/pretrain.txt          # trains a small model first: minutes
 
-The prompts are pieces of the text's last tenth, which the model that is trained here does not see. Both
-ways write the same tokens, which is checked, in turns, because the speed of a machine drifts.
+The prompts come from the last tenth of the text, which the model trained here has not seen. Both ways must
+write the same tokens; this is checked. They take turns, because the speed of a machine drifts.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.config import find, shown  # noqa: E402
+from common.config import display_path, resolve_path  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
+
+if TYPE_CHECKING:
+    from model import GPT
+    from tokenizer import CharTokenizer
 
 SHAPE = {"architecture": "deepseek_v3", "block_size": 256, "n_layer": 6, "n_head": 4, "n_embd": 128,
          "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32,
@@ -24,17 +31,16 @@ SHAPE = {"architecture": "deepseek_v3", "block_size": 256, "n_layer": 6, "n_head
 BATCH, RATE, WARM_UP, PROMPT = 8, 3e-3, 50, 32
 
 
-def train(text, steps):
-    """-> (model, tokenizer) after so many steps on a text, of characters."""
+def train(text: str, steps: int) -> tuple[GPT, CharTokenizer]:
+    """Train a small model on a text, character by character."""
     import torch
 
     import models
-    from common.config import check_model
     from tokenizer import CharTokenizer
 
     tokenizer = CharTokenizer.train([text])
     torch.manual_seed(0)
-    model = models.build(check_model(SHAPE, "SHAPE").resolved(tokenizer.vocab_size))
+    model = models.build(models.check_config(SHAPE, "SHAPE").resolved(tokenizer.vocab_size))
     ids, size = torch.from_numpy(tokenizer.encode(text).astype("int64")), model.config.block_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99))
     for step in range(steps):
@@ -50,34 +56,39 @@ def train(text, steps):
     return model.eval(), tokenizer
 
 
-def measure(model, prompts, length):
-    """Texts of `length` tokens -> seconds {way: ...}, numbers of drafts and of those accepted."""
+def measure(model: GPT, prompts: list[list[int]], length: int) -> tuple[dict[str, float], int, int]:
+    """Continue each prompt by `length` tokens, both ways.
+
+    Returns ({way: seconds}, number of drafted tokens, number of those that were accepted).
+    """
+    from decoding.sampling import generate
+
     seconds, n_drafts, n_accepted = {"one at a time": 0.0, "drafted": 0.0}, 0, 0
-    read = []  # tokens in each pass
+    read: list[int] = []  # how many tokens each pass had
     hook = model.blocks[0].register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape[1]))
     for prompt in prompts:
         answers = []
         for way, draft in (("one at a time", False), ("drafted", True)):
             read.clear()
             start = time.perf_counter()
-            answers.append(list(model.generate(prompt, length, temperature=0, draft=draft)))
+            answers.append(list(generate(model, prompt, length, temperature=0, draft=draft)))
             seconds[way] += time.perf_counter() - start
         if answers[0] != answers[1]:
-            raise UserError("the drafted text is another one: two tokens were equally likely up to rounding")
+            raise UserError("the drafted text differs: two tokens were equally likely up to rounding")
         n_drafts, n_accepted = n_drafts + read[1:].count(2), n_accepted + length - len(read)
     hook.remove()
     return seconds, n_drafts, n_accepted
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-m", "--model", help="a checkpoint, instead of training one")
     parser.add_argument("--text", required=True, help="a file of UTF-8 text")
-    parser.add_argument("--steps", type=int, default=600, help="of training, without -m (600)")
-    parser.add_argument("--prompts", type=int, default=20, help="texts to write (20)")
-    parser.add_argument("--length", type=int, default=200, help="tokens of each, as the context allows (200)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps, without -m (600)")
+    parser.add_argument("--prompts", type=int, default=20, help="how many texts to write (20)")
+    parser.add_argument("--length", type=int, default=200, help="tokens of each, if the context allows (200)")
     args = parser.parse_args()
     if min(args.steps, args.prompts, args.length - 1) < 1:
         raise UserError("--steps and --prompts must be 1 or more, and --length 2 or more")
@@ -85,15 +96,15 @@ def main():
     from rich.console import Console
     from rich.table import Table
 
-    from tokenizer import texts_of
+    from sources import texts_of
 
-    text = "".join(texts_of([find(args.text)]))
+    text = "".join(texts_of([resolve_path(args.text)]))
 
     console, cut = Console(highlight=False), len(text) * 9 // 10
     if args.model:
         from engine.checkpoint import build, load
 
-        model, tokenizer = build(load(find(args.model)), shown(find(args.model)))
+        model, tokenizer = build(load(resolve_path(args.model)), display_path(resolve_path(args.model)))
     else:
         with console.status("training ..."):
             model, tokenizer = train(text[:cut], args.steps)

@@ -124,7 +124,7 @@ def measure_link(args):
     from rich.console import Console
     from rich.table import Table
 
-    from common.hardware import choose, detect
+    from common.hardware import detect_machine, resolve_compute
     from engine.plan import RunEstimate
 
     table = Table(title="2 machines of one thread each: milliseconds a step, and times as fast as one")
@@ -135,7 +135,9 @@ def measure_link(args):
         alone = launch(1, 1, **job)["ms"]
         config, model = built(shape, batch_size=rows)
         batches = SimpleNamespace(sequences_per_epoch=1, batch_size=rows)
-        facts = RunEstimate("", model, choose(detect("cpu"), "cpu", "float32"), batches, None, config)
+        facts = RunEstimate(
+            "", model, resolve_compute(detect_machine("cpu"), "cpu", "float32"), batches, None, config
+        )
         for gbit in (10, 1, 0.3):
             with tempfile.NamedTemporaryFile() as result:
                 worker = json.dumps({**job, "out": result.name, "n_threads": 1})
@@ -155,10 +157,10 @@ def check(args):
     import torch
     import torch.distributed as dist
 
-    from common.hardware import choose, detect
+    from common.hardware import detect_machine, resolve_compute
     from engine.parallel import DataParallel
 
-    with DataParallel("auto", choose(detect("auto"), "auto", "float32")) as parallel:
+    with DataParallel("auto", resolve_compute(detect_machine("auto"), "auto", "float32")) as parallel:
         for megabytes in (1, 4, 16, 64):
             gradients = torch.ones(megabytes * 2**18, device=parallel.device)
             times = []
@@ -181,11 +183,11 @@ def check(args):
 def worker(kind, out, n_threads, **job):
     import torch
 
-    from common.hardware import choose, detect, keep_freed_memory
+    from common.hardware import detect_machine, keep_freed_memory, resolve_compute
 
     torch.set_num_threads(n_threads)
     keep_freed_memory()
-    compute = choose(detect("cpu"), "cpu", "float32")
+    compute = resolve_compute(detect_machine("cpu"), "cpu", "float32")
     result = {"time": time_worker, "memory": memory_worker}[kind](compute, **job)
     if os.environ["RANK"] == "0":
         Path(out).write_text(json.dumps(result), "utf-8")

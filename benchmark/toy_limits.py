@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import tasks  # noqa: E402
-from common.config import shown  # noqa: E402
+from common.config import display_path  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
 from problem import RESULTS, read_results, show_results  # noqa: E402
 
@@ -42,7 +42,7 @@ def train(name, size, seed, steps):
     problem = tasks.make(name, {option: size})
     steps = steps or tasks.make(name, {}).training()["max_steps"]
     if result := result_of(problem, seed, steps):
-        print(f"{name} {size}: already in {shown(RESULTS)}")
+        print(f"{name} {size}: already in {display_path(RESULTS)}")
         return result
     values = {option: size, "seed": seed, "steps": steps}
     arguments = [str(part) for key, value in values.items() for part in (f"--{key}", value)]

@@ -1,14 +1,16 @@
-"""Writing files: each is there whole or not at all, whatever fails on the way.
+"""Atomic file writing: a file on disk is complete or absent, whatever fails along the way.
 
-A file is written beside its place, as NAME.part, flushed to disk, and then renamed. At last its folder is
-flushed, or a power cut could take the new name back. If anything fails, an OSError says what and where,
-what was there before stays as it was, and nothing is left of the attempt.
+A file is written next to its target as NAME.part, flushed to disk and then renamed. Finally its folder is
+flushed, because a power cut could otherwise undo the rename. If anything fails, an OSError says what and
+where, the old file is unchanged, and nothing is left of the attempt.
 
-    with whole(path) as file:               one file; file.write takes bytes
-    with Together() as files:               several that are replaced together, all or none
-    with whole_folder(path) as folder:      a new folder, and all that is written into it
-    Lines(path).write(line)                 a file that grows, by lines
+    with atomic_write(path) as file:               one file; file.write takes bytes
+    with AtomicFiles() as files:               several files, replaced all together or not at all
+    with atomic_folder(path) as folder:      a new folder with everything written into it
+    LineFile(path).write(line)                 a file that grows line by line
 """
+
+from __future__ import annotations
 
 import contextlib
 import errno
@@ -16,52 +18,62 @@ import io
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 
-# What a file system says that cannot link, and a system that cannot flush folders (as PostgreSQL has it).
+if TYPE_CHECKING:
+    from typing_extensions import Buffer, Self
+
+# Error numbers of file systems without hard links, and of systems that cannot fsync a folder (PostgreSQL
+# tolerates the same ones).
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-NO_FOLDERS = {errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL}
+NO_FOLDER_SYNC = {errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL}
 
 
-def write_text(path, text):
-    """Write `text` to `path` in UTF-8, lines as they are."""
-    with whole(path) as file:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` as UTF-8, without changing line ends."""
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
-def whole(path):
-    """Yields a `File`, which is at `path` when the block has ended without an exception."""
-    with Together() as files:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[PendingFile]:
+    """Yield a file to write to. It appears at `path` when the block ends without an exception."""
+    with AtomicFiles() as files:
         yield files.open(path)
 
 
-class Together:
-    """Files that are written now and put into their places when the block ends: all of them, or none.
+class AtomicFiles:
+    """Several files that appear at their paths when the block ends: all of them or none.
 
-    They are renamed in the order in which they were opened. Of several, the old ones are taken away before
-    that, in the opposite order: where the last one is missing, after a crash, the others do not count.
+    They are renamed in the order in which they were opened. Before that, the old files are moved away in the
+    opposite order. So if the process dies in between, the file that was opened last is missing, and a reader
+    can tell from that not to trust the others.
     """
 
-    def __init__(self):
-        self.files = {}
+    def __init__(self) -> None:
+        self.files: dict[Path, PendingFile] = {}
 
-    def open(self, path):
-        """A `File` that will be at `path`; folders on the way to it are made."""
+    def open(self, path: str | os.PathLike[str]) -> PendingFile:
+        """A file to write to, which will appear at `path`. Missing parent folders are created."""
         path = Path(path)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        with _naming(path):
+        with _errors_name(path):
             os.makedirs(path.parent, exist_ok=True)
-            self.files[path] = file = File(path)
+            self.files[path] = file = PendingFile(path)
         return file
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             hidden = next((file.error for file in self.files.values() if file.error), None)
             if hidden and (kind is None or issubclass(kind, Exception)):
@@ -72,80 +84,84 @@ class Together:
             for file in self.files.values():
                 file.discard()
 
-    def _publish(self):
+    def _publish(self) -> None:
         for file in self.files.values():
             file.finish()
-        olds = {path: path.with_name(path.name + ".old") for path in self.files}
+        backups = {path: path.with_name(path.name + ".old") for path in self.files}
         with contextlib.ExitStack() as undo:
-            for path, old in reversed(olds.items()):
+            for path, backup in reversed(backups.items()):
                 if os.path.lexists(path):
-                    with _naming(path):
-                        _keep(path, old, is_alone=len(olds) == 1)
-                    undo.callback(_put_back, old, path)
+                    with _errors_name(path):
+                        _back_up(path, backup, by_link=len(backups) == 1)
+                    undo.callback(_restore, backup, path)
                 else:
                     undo.callback(_remove, path)
             for path, file in self.files.items():
-                with _naming(path):
-                    os.replace(file.place, path)
-                file.place = None
-            for folder in {path.parent for path in olds}:
+                with _errors_name(path):
+                    os.replace(file.part, path)
+                file.is_published = True
+            for folder in {path.parent for path in backups}:
                 sync_folder(folder)
             undo.pop_all()
-        for old in olds.values():
-            with contextlib.suppress(OSError):  # it is in nobody's way
-                _remove(old)
+        for backup in backups.values():
+            with contextlib.suppress(OSError):  # a leftover backup does no harm
+                _remove(backup)
 
 
-def _keep(path, old, is_alone):
-    """Keep what is at `path` as `old`, too; a file that is not alone leaves its place."""
-    if not is_alone:
-        return os.replace(path, old)
+def _back_up(path: Path, backup: Path, by_link: bool) -> None:
+    """Keep the file at `path` as `backup`, too. by_link: `path` itself must not be missing for a moment."""
+    if not by_link:
+        os.replace(path, backup)
+        return
     try:
-        _remove(old)
-        os.link(path, old)
+        _remove(backup)
+        os.link(path, backup)
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
 
 
-def _put_back(old, path):
-    with contextlib.suppress(FileNotFoundError):  # it could not be kept
-        os.replace(old, path)
-        os.unlink(old)  # to rename one of two links to a file does nothing
+def _restore(backup: Path, path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # there are no hard links here, hence no backup
+        os.replace(backup, path)
+        os.unlink(backup)  # os.replace does nothing if both are links to the same file
 
 
-def _remove(path):
+def _remove(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
-class File(io.RawIOBase):
-    """A file that is being written, beside its place.
+class PendingFile(io.RawIOBase):
+    """A file that is being written as NAME.part next to its target.
 
-    error: the first OSError of its writing. A library that writes to it may hide the error, or make another
-    one of it; `Together` raises it in the end.
+    error: the first OSError while writing. A library that writes to the file may hide it or turn it into an
+    exception of its own; `AtomicFiles` raises it in the end.
     """
 
-    def __init__(self, path):
-        self.path, self.place = path, path.with_name(path.name + ".part")
-        self.error, self.size = None, 0
-        _remove(self.place)  # of a process that was killed
+    def __init__(self, path: Path) -> None:
+        self.path, self.part = path, path.with_name(path.name + ".part")
+        self.is_published = False
+        self.error: OSError | None = None
+        self.size = 0  # bytes written so far
+        _remove(self.part)  # left by a process that was killed
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        self.descriptor = os.open(self.place, flags, 0o666)
+        self.descriptor: int | None = os.open(self.part, flags, 0o666)
 
-    def writable(self):
+    def writable(self) -> bool:
         return True
 
-    def tell(self):
+    def tell(self) -> int:
         return self.size
 
-    def write(self, data):
-        """All of it; returns how many bytes that were."""
+    def write(self, data: Buffer) -> int:
+        """Write all of `data`. Returns its length in bytes."""
         if self.error:
             raise self.error
+        assert self.descriptor is not None
         view = memoryview(data)
         try:
-            with _naming(self.path):
+            with _errors_name(self.path):
                 _write_all(self.descriptor, view)
         except OSError as error:
             self.error = error
@@ -153,38 +169,40 @@ class File(io.RawIOBase):
         self.size += view.nbytes
         return view.nbytes
 
-    def finish(self):
-        """Flush and close it."""
-        with _naming(self.path):
+    def finish(self) -> None:
+        """Flush it to disk and close it."""
+        assert self.descriptor is not None
+        with _errors_name(self.path):
             os.fsync(self.descriptor)
-            if not self._is_ours():
-                raise UserError(f"{self.path} is being written by another process, too; try again")
-            descriptor, self.descriptor = self.descriptor, None  # closed even if that fails
+            if not self._still_has_its_name():
+                raise UserError(f"another process is writing {self.path}, too; try again")
+            descriptor, self.descriptor = self.descriptor, None  # even a close that fails closes it
             os.close(descriptor)
 
-    def discard(self):
-        """Close it, and remove it if it still is beside its place."""
-        with contextlib.suppress(OSError):  # what made us leave is told already
+    def discard(self) -> None:
+        """Close it, and remove it unless it was published."""
+        with contextlib.suppress(OSError):  # the reason for discarding it is already being raised
             if self.descriptor is not None:
-                is_ours = self._is_ours()
+                is_own = self._still_has_its_name()
                 os.close(self.descriptor)
-                if not is_ours:
+                if not is_own:
                     return
-            if self.place:
-                _remove(self.place)
+            if not self.is_published:
+                _remove(self.part)
 
-    def _is_ours(self):
-        """Whether it still has its name: another process may have begun the same file anew."""
+    def _still_has_its_name(self) -> bool:
+        """Whether NAME.part is still this file: another process may have started to write the same target."""
+        assert self.descriptor is not None
         try:
-            return os.path.samestat(os.stat(self.place), os.fstat(self.descriptor))
+            return os.path.samestat(os.stat(self.part), os.fstat(self.descriptor))
         except FileNotFoundError:
             return False
 
 
-class Lines:
-    """A file that grows by lines. What a killed process has left of one is ended where it stops."""
+class LineFile:
+    """A file that grows line by line. A partial last line, left by a killed process, is ended first."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name, flags = str(path), os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         self.descriptor = os.open(path, flags, 0o666)
         if os.fstat(self.descriptor).st_size:
@@ -192,11 +210,14 @@ class Lines:
             if os.read(self.descriptor, 1) != b"\n":
                 self.write("\n")
 
-    def write(self, line, sync=False):
-        """Append it; sync: down to the disk. A file without any line is removed if that fails."""
+    def write(self, line: str, sync: bool = False) -> None:
+        """Append `line`; with `sync`, flush it to disk. If that fails, the file is as it was before.
+
+        A file that would be empty then is removed.
+        """
         before = os.fstat(self.descriptor).st_size
         try:
-            with _naming(self.name):
+            with _errors_name(self.name):
                 _write_all(self.descriptor, memoryview(line.encode("utf-8", "backslashreplace")))
                 if sync:
                     os.fsync(self.descriptor)
@@ -207,40 +228,42 @@ class Lines:
                     os.unlink(self.name)
             raise
 
-    def close(self):
+    def close(self) -> None:
+        """Close the file."""
         os.close(self.descriptor)
 
 
-def append(path, line):
-    """Append a line to the file at `path`, and flush it to disk."""
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Append a line to the file at `path` and flush it to disk."""
     os.makedirs(Path(path).parent, exist_ok=True)
-    lines = Lines(path)
+    lines = LineFile(path)
     try:
         lines.write(line, sync=True)
     finally:
-        with contextlib.suppress(OSError):  # it is on the disk, or that it is not is told already
+        with contextlib.suppress(OSError):  # the line is on disk, or the failure is already being raised
             lines.close()
 
 
 @contextlib.contextmanager
-def whole_folder(path):
-    """Yields a folder to write files into, in whatever way; in the end it is at `path`, where nothing is."""
-    with _naming(path):
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to write files into by any means. It appears at `path`, which must not exist yet."""
+    with _errors_name(path):
         os.makedirs(path.parent, exist_ok=True)
-        place = tempfile.TemporaryDirectory(
+        temporary = tempfile.TemporaryDirectory(
             prefix=f"{path.name}.", suffix=".part", dir=path.parent, ignore_cleanup_errors=True
         )
-    with place:
-        folder = Path(place.name) / path.name  # in it, as it is for its owner alone
-        with _naming(path):
+    with temporary:
+        # One level deeper, because the temporary folder itself can be read by its owner only.
+        folder = Path(temporary.name) / path.name
+        with _errors_name(path):
             os.mkdir(folder)
         try:
             yield folder
-        except OSError as error:  # its name for now is gone when somebody reads of it
+        except OSError as error:  # report the final name: the temporary one will be gone
             if error.filename and Path(error.filename).is_relative_to(folder):
                 error.filename = str(path / Path(error.filename).relative_to(folder))
             raise
-        with _naming(path):
+        with _errors_name(path):
             for file in sorted(folder.iterdir()):
                 _sync(file, os.O_RDWR)
             sync_folder(folder)
@@ -252,17 +275,17 @@ def whole_folder(path):
             raise
 
 
-def sync_folder(path):
-    """Flush the names in a folder to disk, where the system can do that."""
+def sync_folder(path: Path) -> None:
+    """Flush the entries of a folder to disk, on systems that can do so."""
     try:
-        with _naming(path):
+        with _errors_name(path):
             _sync(path, os.O_RDONLY)
     except OSError as error:
-        if error.errno not in NO_FOLDERS:
+        if error.errno not in NO_FOLDER_SYNC:
             raise
 
 
-def _sync(path, flags):
+def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
@@ -270,16 +293,16 @@ def _sync(path, flags):
         os.close(descriptor)
 
 
-def _write_all(descriptor, view):
-    """A disk that is nearly full takes a part of it first, and then nothing."""
+def _write_all(descriptor: int, view: memoryview) -> None:
+    """Write until everything is written: a disk that is nearly full accepts a part of the data first."""
     view, done = view.cast("B") if view.nbytes else view, 0
     while done < view.nbytes:
         done += os.write(descriptor, view[done:])
 
 
 @contextlib.contextmanager
-def _naming(path):
-    """An OSError within tells the name of this file, whatever the system was asked to do."""
+def _errors_name(path: str | Path) -> Iterator[None]:
+    """Let every OSError in the block name this file, whichever file the system call was about."""
     try:
         yield
     except OSError as error:

@@ -1,16 +1,18 @@
-"""The one room that asks the machine what it can do, and turns every "auto" into an answer.
+"""What this machine can do, and which device, dtype and attention kernel "auto" stands for.
 
-    machine = detect()                          # asks torch and the operating system, once
-    compute = choose(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True)
-    if compute.undecided:                        # only the model itself can tell which dtype is faster
-        compute = with_dtype(compute, config, *measured_dtype(passes))
-    print("\\n".join(describe(compute)))          # what was chosen, and why
+    machine = detect_machine()                          # asks torch and the operating system, once
+    compute = resolve_compute(machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True)
+    if compute.undecided:                       # which dtype is faster must be measured with the model
+        compute = with_dtype(compute, config, *measure_dtype(passes))
+    print("\\n".join(describe_compute(compute)))         # what was chosen, and why
     with attention_context(compute), autocast_context(compute):
         ...                                     # forward pass
 
-`choose` is a pure function of what `detect` found, so machines can be pretended in tests.
-What a person sets by hand is obeyed, or refused with the reason.
+`resolve_compute` is a pure function of what `detect_machine` found, so tests can use made-up machines.
+What the user set by hand is obeyed, or refused with the reason.
 """
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -20,21 +22,25 @@ import re
 import statistics
 import time
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError, is_out_of_memory
+from config.schema import TrainConfig
 
 BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is Arm's name
 FP16 = ("amx_fp16", "avx512_fp16")
 KERNELS = ("flash", "mem_efficient", "math")  # each one works wherever the ones before it do
-GAIN = 0.05  # of the time of a pass: what bfloat16 must save to be worth its rounding
-CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what a container may use (control groups, version 2)
+MIN_GAIN = 0.05  # share of the time that bfloat16 must save to be worth its rounding errors
+CGROUP = Path("/sys/fs/cgroup")  # holds the limits of a Linux container (control groups, version 2)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device. `memory` in bytes; `shared`: it is the board's only memory (Jetson)."""
+    """One CUDA device. memory: in bytes. shared: CPU and GPU use the same memory (Jetson)."""
 
     name: str
     capability: tuple[int, int]
@@ -44,7 +50,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to compute with. `memory` in bytes, None if unknown; `cores` this process may use."""
+    """What there is to compute with.
+
+    cores: how many this process may use. memory: of the CPU, in bytes; None if unknown.
+    mps_bfloat16: whether the Apple GPU multiplies in bfloat16.
+    cuda_architectures: what torch was compiled for ("sm_80"); empty if unknown.
+    """
 
     cpu: str
     cores: int
@@ -53,19 +64,20 @@ class Machine:
     cpu_features: tuple[str, ...] = ()
     gpus: tuple[Gpu, ...] = ()
     has_mps: bool = False
-    mps_bfloat16: bool = False  # whether its products may be in bfloat16
-    cuda_architectures: tuple[str, ...] = ()  # what torch was built for ("sm_80"); empty: unknown
+    mps_bfloat16: bool = False
+    cuda_architectures: tuple[str, ...] = ()
     flash_built: bool = True
 
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """Every "auto" resolved.
+    """How to compute: every "auto" resolved.
 
-    `undecided`: `dtype` is float32 until `measured_dtype` has held it against bfloat16.
-    `autocast`: float32 weights, products in `dtype`; otherwise the weights are in `dtype` too.
-    `grad_scaling`: float16 gradients underflow unless the loss is scaled (Micikevicius et al. 2018).
-    `kernels`: the attention kernels torch may use; empty: torch picks. `memory`: the device's, in bytes.
+    undecided: dtype is float32 for now, until `measure_dtype` has compared it with bfloat16.
+    autocast: mixed precision, with float32 weights and products in dtype; else the weights are in dtype, too.
+    grad_scaling: float16 gradients underflow unless the loss is scaled (Micikevicius et al. 2018).
+    kernels: the attention kernels that torch may use; empty: torch picks.
+    name, memory: of the device; memory in bytes. reasons: one line each for device, dtype and attention.
     """
 
     machine: Machine
@@ -81,26 +93,31 @@ class ComputeConfig:
     reasons: tuple[str, ...]
 
     @property
-    def device_type(self):
+    def device_type(self) -> str:
+        """The device without its number: cpu, cuda or mps."""
         return self.device.split(":")[0]
 
     @property
-    def custom_kernels(self):
-        """Whether to train with common/kernels.py's attention and loss."""
+    def custom_kernels(self) -> bool:
+        """Whether to train with the attention and the loss of common/kernels.py."""
         return self.device == "cpu" and self.dtype == "float32" and self.sdp_kernel == "auto"
 
 
-def detect(device="auto"):
-    """Ask this machine -> Machine. GPUs are left alone when `device` is "cpu".
+# ---- what the machine has ----------------------------------------------------------------------------------
 
-    Torch gets no more threads than there are cores: in a container that may use two of 64, it would start 64.
+
+def detect_machine(device: str = "auto") -> Machine:
+    """Find out what this machine has. With device "cpu", GPUs are not touched.
+
+    Also limits torch to as many threads as there are cores: in a container that may use two cores of 64,
+    it would start 64 threads.
     """
     import torch
 
     cores = _cores()
     torch.set_num_threads(min(torch.get_num_threads(), cores))
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    name, features = _linux_cpu()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    name, features = _read_cpuinfo()
     gpus = []
     for i in range(torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(i)
@@ -122,17 +139,112 @@ def detect(device="auto"):
     )
 
 
-def choose(
-    machine, device="auto", dtype="auto", sdp_kernel="auto", use_amp=True, dropout=0.0, loss_scaling=True
-):
-    """Resolve every "auto" for `machine` -> ComputeConfig. UserError if what was set by hand cannot be.
+def _read_cpuinfo() -> tuple[str, set[str]]:
+    """Returns (name or "", instruction set extensions) of the CPU, as Linux reports them.
 
-    loss_scaling: whether the training loop has what float16 needs.
+    By hand, because older versions of torch lack torch.cpu.get_capabilities, and py-cpuinfo takes seconds.
     """
-    device, gpu, why_device = _choose_device(machine, device)
-    dtype, why_dtype = _choose_dtype(machine, device, gpu, dtype, use_amp, loss_scaling)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return "", set()
+    info = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return info.get("model name", ""), set((info.get("flags") or info.get("features", "")).split())
+
+
+def _cores() -> int:
+    """How many cores this process may use; in a container, no more than its quota of CPU time.
+
+    By hand, because neither psutil nor os.process_cpu_count (Python 3.13) knows the limits of containers.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = map(int, (CGROUP / "cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
+
+
+def _memory() -> int | None:
+    """How many bytes this process may use: the machine's, or its container's if that is less; None: unknown.
+
+    By hand, because psutil finds the same number, and small boards can do without it.
+    """
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((CGROUP / "memory.max").read_text())
+        total = min(total, limit) if limit > 0 else total
+    return total
+
+
+def _mps_has_bfloat16() -> bool:
+    """Try a bfloat16 product: old versions of torch and macOS compute it in float32 or refuse it."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.autocast("mps", torch.bfloat16):
+                a = torch.ones(8, 8, device="mps")
+                return (a @ a).dtype == torch.bfloat16
+        except (RuntimeError, TypeError):
+            return False
+
+
+# ---- what to use -------------------------------------------------------------------------------------------
+
+
+def set_up_compute(
+    config: TrainConfig, local: tuple[int, int] | None = None, loss_scaling: bool = True
+) -> ComputeConfig:
+    """Resolve and print the `ComputeConfig` of a training run, and set torch up for it.
+
+    local: (local rank, local world size) of a launched process, which gets its own GPU or share of the cores.
+    loss_scaling: see `resolve_compute`.
+    """
+    import torch
+
+    settings = config.dtype, config.sdp_kernel, config.use_amp, config.dropout, loss_scaling
+    machine = detect_machine(config.device)
+    compute = resolve_compute(machine, config.device, *settings)
+    if local and compute.device_type == "cuda" and config.device in ("auto", "cuda"):
+        compute = resolve_compute(machine, f"cuda:{local[0]}", *settings)
+        reason = f"device {compute.device}: each process on this machine has its own GPU"
+        compute = replace(compute, reasons=(reason, *compute.reasons[1:]))
+    elif local and compute.device_type == "cuda" and local[1] > 1:
+        raise UserError(
+            f'device is "{config.device}", but this machine runs {local[1]} processes; '
+            'set "cuda" to give each its own GPU'
+        )
+    if local and compute.device_type == "cpu":
+        torch.set_num_threads(max(1, machine.cores // local[1]))
+    if compute.device_type == "cuda":
+        make_deterministic()
+    keep_freed_memory()
+    for line in describe_compute(compute):
+        print(line)
+    return compute
+
+
+def resolve_compute(
+    machine: Machine,
+    device: str = "auto",
+    dtype: str = "auto",
+    sdp_kernel: str = "auto",
+    use_amp: bool = True,
+    dropout: float = 0.0,
+    loss_scaling: bool = True,
+) -> ComputeConfig:
+    """Resolve every "auto" for `machine`. Raises UserError if it cannot do what was set by hand.
+
+    loss_scaling: whether the training loop scales the loss, which float16 needs.
+    """
+    device, gpu, device_reason = _choose_device(machine, device)
+    dtype, dtype_reason = _choose_dtype(machine, device, gpu, dtype, use_amp, loss_scaling)
     undecided, dtype = dtype == "auto", "float32" if dtype == "auto" else dtype
-    kernel, kernels, why_kernel = _choose_kernel(machine, device, gpu, dtype, sdp_kernel, dropout)
+    kernel, kernels, kernel_reason = _choose_kernel(machine, device, gpu, dtype, sdp_kernel, dropout)
     return ComputeConfig(
         machine=machine,
         device=device,
@@ -145,49 +257,22 @@ def choose(
         name=gpu.name if gpu else f"{machine.cpu}, {machine.cores} cores",
         memory=gpu.memory if gpu else machine.memory,
         reasons=(
-            f"device {device}: {why_device}",
-            f"dtype {'auto' if undecided else dtype}: {why_dtype}",
-            f"attention {why_kernel}",
+            f"device {device}: {device_reason}",
+            f"dtype {'auto' if undecided else dtype}: {dtype_reason}",
+            f"attention {kernel_reason}",
         ),
     )
 
 
-def prepare(config, place=None, loss_scaling=True):
-    """The `ComputeConfig` of a training run. Prints it, and sets this process up for it.
-
-    place: (i, n) if this is process i of n on this machine: each has a GPU, or a share of the cores.
-    loss_scaling: see `choose`.
-    """
-    import torch
-
-    settings = config.dtype, config.sdp_kernel, config.use_amp, config.dropout, loss_scaling
-    machine = detect(config.device)
-    compute = choose(machine, config.device, *settings)
-    if place and compute.device_type == "cuda" and config.device in ("auto", "cuda"):
-        compute = choose(machine, f"cuda:{place[0]}", *settings)
-        why = f"device {compute.device}: each process on this machine has its own"
-        compute = replace(compute, reasons=(why, *compute.reasons[1:]))
-    elif place and compute.device_type == "cuda" and place[1] > 1:
-        raise UserError(f'device is "{config.device}" for {place[1]} processes; with "cuda" each has its own')
-    if place and compute.device_type == "cpu":
-        torch.set_num_threads(max(1, machine.cores // place[1]))
-    if compute.device_type == "cuda":
-        repeat_exactly()
-    keep_freed_memory()
-    for line in describe(compute):
-        print(line)
-    return compute
-
-
-def describe(compute):
-    """Four plain lines for the start of a run: the machine, then each compute and its reason."""
+def describe_compute(compute: ComputeConfig) -> list[str]:
+    """Four lines for the start of a run: the machine, then what was chosen and why."""
     shared = any(gpu.shared and gpu.name == compute.name for gpu in compute.machine.gpus)
     memory = f", {compute.memory / 2**30:.0f} GiB{' shared with the CPU' * shared}" if compute.memory else ""
     return [f"machine {compute.name}{memory}, torch {compute.machine.torch}", *compute.reasons]
 
 
-def _choose_device(machine, device):
-    """-> (device, its Gpu or None, why)."""
+def _choose_device(machine: Machine, device: str) -> tuple[str, Gpu | None, str]:
+    """Returns (device, its Gpu or None, reason)."""
     if device == "auto":
         for i, gpu in enumerate(machine.gpus):
             if _torch_supports(machine, gpu):
@@ -195,7 +280,7 @@ def _choose_device(machine, device):
         if machine.has_mps:
             return "mps", None, "the Apple GPU"
         if machine.gpus:
-            return "cpu", None, _unsupported(machine, machine.gpus[0])
+            return "cpu", None, _not_supported(machine, machine.gpus[0])
         return "cpu", None, "torch finds no GPU here"
     if device == "mps" and not machine.has_mps:
         raise UserError('device is "mps", but torch finds no Apple GPU here; set "auto" or "cpu"')
@@ -207,63 +292,69 @@ def _choose_device(machine, device):
     if not count:
         raise UserError(
             f'device is "{device}", but torch {machine.torch} finds no CUDA GPU here; set "auto" or "cpu", '
-            f"or install a torch build with CUDA and see whether nvidia-smi lists the GPU"
+            f"or install a torch build with CUDA and check that nvidia-smi lists the GPU"
         )
     if index >= count:
         raise UserError(f'device is "{device}", but the last of the {count} GPUs here is cuda:{count - 1}')
     if not _torch_supports(machine, machine.gpus[index]):
-        raise UserError(f'device is "{device}", but {_unsupported(machine, machine.gpus[index])}')
+        raise UserError(f'device is "{device}", but {_not_supported(machine, machine.gpus[index])}')
     return device, machine.gpus[index], "set by hand"
 
 
-def _choose_dtype(machine, device, gpu, dtype, use_amp, loss_scaling):
-    """-> (dtype, or "auto" where only measuring can tell, and why)."""
+def _choose_dtype(
+    machine: Machine, device: str, gpu: Gpu | None, dtype: str, use_amp: bool, loss_scaling: bool
+) -> tuple[str, str]:
+    """Returns (dtype, reason). The dtype is "auto" if only a measurement can tell."""
     if dtype == "float16" and not use_amp:
-        raise UserError("float16 needs use_amp: weights kept in float16 lose their small updates")
+        raise UserError("float16 needs use_amp: float16 weights are too coarse for small updates")
     if dtype == "float16" and not loss_scaling:
-        raise UserError('float16 needs loss scaling, which is not done under DeepSpeed; set dtype to "auto"')
+        raise UserError(
+            'float16 needs loss scaling, which is not available with DeepSpeed; set dtype to "auto"'
+        )
     if gpu:
-        why = f"compute capability {_dot(gpu)}"
+        reason = f"compute capability {_version(gpu)}"
         if gpu.capability >= (8, 0):
             best = "bfloat16"
         elif gpu.capability >= (7, 0):
-            best, why = "float16", why + " has float16 matrix units, but no bfloat16"
+            best, reason = "float16", reason + " has float16 matrix units, but no bfloat16"
             if not loss_scaling:
-                best, why = "float32", why + ", and loss scaling is not done under DeepSpeed"
+                best, reason = "float32", reason + ", and loss scaling is not available with DeepSpeed"
         else:
-            best, why = "float32", why + " has no fast half precision"
+            best, reason = "float32", reason + " has no fast half precision"
         if dtype == "bfloat16" and best != "bfloat16":
             raise UserError(
                 f'{gpu.name} has no bfloat16: {_needs_ampere(gpu)}; set dtype to "{best}" or "auto"'
             )
     elif device == "mps":
-        best, why = "float32", f"torch {machine.torch} has no bfloat16 on this Apple GPU"
+        best, reason = "float32", f"torch {machine.torch} has no bfloat16 on this Apple GPU"
         if dtype == "float16":
             raise UserError(
                 'float16 needs loss scaling, which torch lacks on Apple GPUs; set dtype to "auto"'
             )
         if machine.mps_bfloat16:
-            best, why = "auto", "an Apple GPU may be faster in bfloat16, which is measured"
+            best, reason = "auto", "bfloat16 may be faster on this Apple GPU, and will be measured"
         elif dtype == "bfloat16":
-            raise UserError(f'{why}: it takes torch 2.6 and macOS 14; set dtype to "float32" or "auto"')
+            raise UserError(f'{reason}: it needs torch 2.6 and macOS 14; set dtype to "float32" or "auto"')
     else:
         has_bf16 = any(name in machine.cpu_features for name in BF16)
-        best, why = "float32", "this CPU has no bfloat16 instructions"
+        best, reason = "float32", "this CPU has no bfloat16 instructions"
         if has_bf16:
-            best, why = "auto", "this CPU has bfloat16 instructions, and what they gain is measured"
+            best, reason = "auto", "this CPU has bfloat16 instructions, whose speed will be measured"
         elif dtype == "bfloat16":
-            return dtype, f"set by hand, though {why} and float32 would be faster"
+            return dtype, f"set by hand, although {reason} and float32 would be faster"
         if dtype == "float16" and not any(name in machine.cpu_features for name in FP16):
             raise UserError('this CPU has no float16 instructions; set dtype to "auto" or "float32"')
     if dtype != "auto":
         return dtype, "set by hand"
     if not use_amp and best != "float32":
-        return "float32", "use_amp is false, and weights in half precision lose their small updates"
-    return best, why
+        return "float32", "use_amp is false, and half-precision weights are too coarse for small updates"
+    return best, reason
 
 
-def _choose_kernel(machine, device, gpu, dtype, kernel, dropout):
-    """-> (name, the kernels torch may use, why)."""
+def _choose_kernel(
+    machine: Machine, device: str, gpu: Gpu | None, dtype: str, kernel: str, dropout: float
+) -> tuple[str, tuple[str, ...], str]:
+    """Returns (name, the kernels torch may use, reason)."""
     refusal = None
     if gpu:
         if gpu.capability < (8, 0):
@@ -286,32 +377,54 @@ def _choose_kernel(machine, device, gpu, dtype, kernel, dropout):
         return kernel, (kernel,), f"{kernel}: set by hand"
     if best == "auto":
         return best, (), "auto: torch picks among its CPU kernels"
-    # Flash takes no attention mask and not every head size: what it refuses falls to the next one.
+    # Flash supports neither masks nor every head size; torch then falls back to the next kernel in the list.
     return best, KERNELS[KERNELS.index(best) :], f"{best}: the fastest for this device and dtype"
 
 
-def with_dtype(compute, config, dtype, why):
-    """The same with this dtype, and `why` as the reason."""
-    decided = choose(
-        compute.machine, compute.device, dtype, config.sdp_kernel, config.use_amp, config.dropout
+def _torch_supports(machine: Machine, gpu: Gpu) -> bool:
+    """Whether torch was built with code that runs on the GPU: for its version, an older minor one, or PTX."""
+    matches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in machine.cuda_architectures]
+    built = [(m[1], (int(m[2]), int(m[3]))) for m in matches if m]
+    return not built or any(
+        version <= gpu.capability and (kind == "compute" or version[0] == gpu.capability[0])
+        for kind, version in built
     )
-    return replace(decided, reasons=(compute.reasons[0], f"dtype {dtype}: {why}", decided.reasons[2]))
 
 
-def measured_dtype(passes, seconds=1.0):
-    """(dtype, why): float32, the more exact, unless bfloat16 is clearly faster; measured for about `seconds`.
+def _not_supported(machine: Machine, gpu: Gpu) -> str:
+    return (
+        f"torch {machine.torch} was built without support for {gpu.name} "
+        f"(compute capability {_version(gpu)}); install a build that has it"
+    )
 
-    passes: {"float32": f, "bfloat16": g}, functions that do the same forward and backward pass, each in its
-    precision. They take turns, because the speed of a machine drifts, and the medians count.
+
+def _needs_ampere(gpu: Gpu) -> str:
+    return f"that needs compute capability 8.0, and this GPU has {_version(gpu)}"
+
+
+def _version(gpu: Gpu) -> str:
+    return ".".join(map(str, gpu.capability))
+
+
+# ---- float32 or bfloat16, measured -------------------------------------------------------------------------
+
+
+def measure_dtype(passes: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> tuple[str, str]:
+    """Measure for about `seconds` whether bfloat16 is clearly faster than float32, which is more exact.
+
+    passes: {"float32": f, "bfloat16": g}, functions that run the same forward and backward pass in one dtype
+    each. They take turns, because the speed of a machine drifts, and their medians are compared.
+    Returns (dtype, reason).
     """
     for dtype, one_pass in passes.items():
         try:
-            one_pass()  # the first pass also loads libraries
+            one_pass()  # not timed: the first pass also loads libraries
         except (MemoryError, RuntimeError) as error:
             if dtype != "float32" or not is_out_of_memory(error):
                 raise
-            return "bfloat16", "for float32, memory does not suffice"
-    times, start = {dtype: [] for dtype in passes}, time.perf_counter()
+            return "bfloat16", "float32 does not fit in memory"
+    times: dict[str, list[float]] = {dtype: [] for dtype in passes}
+    start = time.perf_counter()
     while (
         (elapsed := time.perf_counter() - start) < seconds
         or len(times["bfloat16"]) < (3 if elapsed < 10 * seconds else 1)
@@ -322,23 +435,40 @@ def measured_dtype(passes, seconds=1.0):
             times[dtype].append(time.perf_counter() - begin)
     medians = {dtype: statistics.median(taken) for dtype, taken in times.items()}
     gain = 1 - medians["bfloat16"] / medians["float32"]
-    best, other = ("bfloat16", "float32") if gain >= GAIN else ("float32", "bfloat16")
+    best, other = ("bfloat16", "float32") if gain >= MIN_GAIN else ("float32", "bfloat16")
     took = {dtype: f"{1000 * median:.1f} ms" for dtype, median in medians.items()}
-    why = f"measured {took[best]} a forward and backward pass, {other} {took[other]}"
-    return best, why + f"; it would have to gain {GAIN:.0%}, being less exact" * (0 < gain < GAIN)
+    reason = f"measured {took[best]} per forward and backward pass, {other} {took[other]}"
+    if 0 < gain < MIN_GAIN:
+        reason += f"; a gain below {MIN_GAIN:.0%} is not worth the rounding errors"
+    return best, reason
 
 
-def attention_context(compute):
+def with_dtype(compute: ComputeConfig, config: TrainConfig, dtype: str, reason: str) -> ComputeConfig:
+    """The same `ComputeConfig` with this dtype, for this reason."""
+    decided = resolve_compute(
+        compute.machine, compute.device, dtype, config.sdp_kernel, config.use_amp, config.dropout
+    )
+    return replace(decided, reasons=(compute.reasons[0], f"dtype {dtype}: {reason}", decided.reasons[2]))
+
+
+# ---- settings of torch and of the C library ----------------------------------------------------------------
+
+
+def attention_context(compute: ComputeConfig) -> AbstractContextManager[Any]:
     """A context in which scaled_dot_product_attention uses only `compute.kernels`."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    names = {"flash": SDPBackend.FLASH_ATTENTION, "mem_efficient": SDPBackend.EFFICIENT_ATTENTION}
-    names["math"] = SDPBackend.MATH
-    return sdpa_kernel([names[k] for k in compute.kernels]) if compute.kernels else contextlib.nullcontext()
+    backends = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
+    allowed = [backends[kernel] for kernel in compute.kernels]
+    return sdpa_kernel(allowed) if allowed else contextlib.nullcontext()
 
 
-def autocast_context(compute):
-    """A context for the forward pass: products in `compute.dtype` where mixed precision is on."""
+def autocast_context(compute: ComputeConfig) -> AbstractContextManager[Any]:
+    """A context for the forward pass: with mixed precision, matrix products are in `compute.dtype`."""
     import torch
 
     if not compute.autocast:
@@ -347,49 +477,51 @@ def autocast_context(compute):
 
 
 @contextlib.contextmanager
-def forward_context(compute):
-    """Both of the above: what a forward pass runs in."""
+def forward_context(compute: ComputeConfig) -> Iterator[None]:
+    """Both of the above."""
     with attention_context(compute), autocast_context(compute):
         yield
 
 
-def repeat_exactly():
-    """Let CUDA add up in the same order each time: a run that is resumed then goes on bit for bit.
+def make_deterministic() -> None:
+    """Make CUDA add numbers in the same order every time, so that a resumed run continues bit for bit.
 
-    Otherwise the backward passes of its attention kernels, and compiled ones of embeddings, add what comes
-    first, first (https://docs.pytorch.org/docs/stable/notes/randomness.html). An operation that knows no
-    other way is refused by name: there is none in models/ (tests/models/test_models.py). To be called before
-    the first product, when cuBLAS reads the variable: the size and number of its workspaces.
+    By default the backward passes of attention kernels and of compiled embeddings do not
+    (https://docs.pytorch.org/docs/stable/notes/randomness.html). An operation without a deterministic version
+    now raises an error; models/ uses none (tests/models/test_models.py). Call this before the first matrix
+    product, because that is when cuBLAS reads its environment variable.
     """
     import torch
 
+    # The size and number of cuBLAS's workspaces. Only these two settings are deterministic.
     if os.environ.get(name := "CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
         os.environ[name] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which takes time, and is for finding bugs
+    # Filling new tensors with NaN takes time and is only meant for finding bugs.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set dynamically
 
 
-def keep_freed_memory():
-    """Let the C library keep what tensors free, for the next ones, instead of returning it to the system.
+def keep_freed_memory() -> None:
+    """Make the C library reuse freed memory instead of returning it to the operating system.
 
-    On a CPU each large tensor otherwise begins as fresh pages, which the system must first zero:
-    a tenth to a third of a training step (doc/speed.md). Linux with glibc; elsewhere it does nothing.
+    Otherwise every large tensor on a CPU gets fresh pages, which the system has to zero first: a tenth to a
+    third of a training step (doc/speed.md). Does nothing except on Linux with glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        # Parameter numbers of mallopt(3): no mmap for large blocks, never trim, grow in large steps.
+        # mallopt(3): M_MMAP_MAX, no mmap for large blocks; M_TRIM_THRESHOLD, never; M_TOP_PAD, 64 MiB.
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)):
             libc.mallopt(parameter, value)
 
 
-def return_freed_memory():
-    """The opposite, once: what is free goes back to the system. Takes some milliseconds."""
+def return_freed_memory() -> None:
+    """Return freed memory to the operating system, once. Takes a few milliseconds."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def synchronize(device):
-    """Wait until a GPU has done all it was told: only then does a clock tell how long that took."""
+def synchronize(device: str) -> None:
+    """Wait until a GPU has finished its work. Without this, a clock only measures how long it took to ask."""
     import torch
 
     kind = torch.device(device).type
@@ -399,10 +531,10 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def measure_matmul_flops(device, dtype, seconds=1.0):
-    """The most FLOP/s that square matrix products reach here, in about `seconds`: the 100 % of MFU.
+def measure_matmul_flops(device: str, dtype: str, seconds: float = 1.0) -> float:
+    """Measure in about `seconds` the highest FLOP/s of square matrix products: the 100 % of MFU.
 
-    An N x N by N x N product counts 2 N^3. Sizes double until the time is used; the fastest counts.
+    The product of two N x N matrices counts as 2 N^3. N doubles until the time is used up; the best counts.
     """
     import torch
 
@@ -414,7 +546,7 @@ def measure_matmul_flops(device, dtype, seconds=1.0):
         if size > 1024 and used + 2 * repeats * flops / best > seconds:
             break
         a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-        out = a @ a  # the first product also loads the library
+        out = a @ a  # not timed: the first product also loads the library
         synchronize(device)
         until = time.perf_counter() + (seconds - used) / 3
         while (begin := time.perf_counter()) < until:
@@ -423,72 +555,3 @@ def measure_matmul_flops(device, dtype, seconds=1.0):
             synchronize(device)
             best = max(best, repeats * flops / (time.perf_counter() - begin))
     return best
-
-
-def _torch_supports(machine, gpu):
-    """Whether this torch holds code for the GPU: its own, of an older minor, or PTX to compile."""
-    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in machine.cuda_architectures]
-    found = [(m[1], (int(m[2]), int(m[3]))) for m in found if m]
-    return not found or any(
-        has <= gpu.capability and (kind == "compute" or has[0] == gpu.capability[0]) for kind, has in found
-    )
-
-
-def _unsupported(machine, gpu):
-    return (
-        f"torch {machine.torch} was built without support for {gpu.name} (compute capability {_dot(gpu)}); "
-        f"install a build that has it"
-    )
-
-
-def _needs_ampere(gpu):
-    return f"that needs compute capability 8.0, this has {_dot(gpu)}"
-
-
-def _dot(gpu):
-    return ".".join(map(str, gpu.capability))
-
-
-def _mps_has_bfloat16():
-    """Asks for a product in bfloat16: old versions of torch and macOS make one in float32, or none."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with torch.autocast("mps", torch.bfloat16):
-                a = torch.ones(8, 8, device="mps")
-                return (a @ a).dtype == torch.bfloat16
-        except (RuntimeError, TypeError):
-            return False
-
-
-def _linux_cpu():
-    """-> (name or "", instruction set extensions), as the Linux kernel tells them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return "", set()
-    facts = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return facts.get("model name", ""), set((facts.get("flags") or facts.get("features", "")).split())
-
-
-def _cores():
-    """How many this process may use: the machine's, or as many as its container has time for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        granted, period = map(int, (CONTAINER / "cpu.max").read_text().split())
-        cores = min(cores, max(1, granted // period))
-    return cores
-
-
-def _memory():
-    """Bytes this process may use: the machine's, or its container's if that is less. None: unknown."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        granted = int((CONTAINER / "memory.max").read_text())
-        total = min(total, granted) if granted > 0 else total
-    return total

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common import errors
 from common.config import ROOT
-from common.files import Lines
+from common.files import LineFile
 from common.metrics import METRICS_SUFFIX, Metric, field, readable, to_json
 from common.packages import require
 
@@ -99,8 +99,8 @@ class RunLog:
             )  # fmt: skip
             self.bar = self.progress.add_task("", total=total_steps or None, completed=first_step, facts="")
 
-    def _open(self, path: Path) -> Lines | TextIO:
-        return open(os.devnull, "w", encoding="utf-8") if muted else Lines(path)
+    def _open(self, path: Path) -> LineFile | TextIO:
+        return open(os.devnull, "w", encoding="utf-8") if muted else LineFile(path)
 
     def _summary_writer(self, first_step: int) -> SummaryWriter:
         require("tensorboard", otherwise=', or set the key "tensorboard" to false')
@@ -170,5 +170,5 @@ def mute() -> None:
     Errors are still reported, after a pause that gives the first process the chance to report them alone.
     """
     global muted
-    muted, errors.patience = True, 5.0
+    muted, errors.exit_delay = True, 5.0
     sys.stdout = open(os.devnull, "w", encoding="utf-8")

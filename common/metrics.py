@@ -87,3 +87,14 @@ def to_json(record: Mapping[str, Any]) -> str:
     except ValueError:
         finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
         return json.dumps(finite, ensure_ascii=False)
+
+
+TITLES = {event: {shown.title: name for name, shown in fields.items()} for event, fields in FIELDS.items()}
+
+
+def name_of(event: str, title: str) -> str:
+    """The name of the metric that the readable log shows under this title: the inverse of `field`."""
+    names, (base, slash, part) = TITLES[event], title.partition("/")
+    if title in names:
+        return names[title]
+    return names[base + slash] + part if base + slash in names else title

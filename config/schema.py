@@ -1,21 +1,29 @@
-"""The keys of the JSON files: their types, ranges, defaults and meaning, each in one place.
+"""Every key of the JSON files: type, range, default and meaning.
 
-`ModelConfig` is config/model_config.json (other architectures have theirs in models/), `TrainConfig` is
+`ModelConfig` is config/model_config.json (other architectures define their own in models/), `TrainConfig` is
 config/config_pretrain.json and config/config_sft.json, `DeepSpeedConfig` is config/deepspeed_config.json.
-The same classes check what a user wrote (common/config.py), fill in defaults, and yield the reference
-page doc/configuration.md.
+The classes validate the files (common/config.py), fill in defaults, and generate doc/configuration.md
+(config/reference.py).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
-LAST_STEP = 1 << 40  # so that all that is counted in steps fits in 64 bits
+LAST_STEP = 1 << 40  # so that step numbers times batch sizes fit in 64 bits
 Auto = Literal["auto"]
+Number = TypeVar("Number", int, float)
+
+
+def number(value: Number | Auto) -> Number:
+    """The value of a key that may be "auto", once engine/scaling_laws.py has resolved it."""
+    assert value != "auto"
+    return value  # type: ignore[return-value]  # mypy does not narrow a union by ==
 
 
 class Schema(BaseModel):
-    """A JSON object in which every key is known, typed, bounded and never silently converted."""
+    """A JSON object with known keys only, strict types (nothing is converted silently) and ranges."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -23,90 +31,100 @@ class Schema(BaseModel):
 class Llama3Rope(Schema):
     """rope_scaling of Llama 3.1: long wavelengths are stretched, short ones are kept."""
 
-    rope_type: Literal["llama3"] = Field(description="long wavelengths are stretched, as in Llama 3.1")
+    rope_type: Literal["llama3"] = Field(description="stretch long wavelengths, as Llama 3.1 does")
     factor: float = Field(ge=1, le=1e6, description="how many times longer the long wavelengths become")
     original_max_position_embeddings: int = Field(
         ge=1, le=1 << 30, description="context of the pretraining, in tokens"
     )
     low_freq_factor: float = Field(
-        1.0, gt=0, le=1e6, description="wavelengths that turn less often in that context are stretched"
+        1.0, gt=0, le=1e6, description="wavelengths that make fewer turns than this in the original context "
+        "are stretched"
     )
     high_freq_factor: float = Field(
-        4.0, gt=0, le=1e6, description="wavelengths that turn more often in it are kept"
+        4.0, gt=0, le=1e6, description="wavelengths that make more turns than this in the original context "
+        "are kept; those in between are stretched in part"
     )
 
     @model_validator(mode="after")
-    def _factors_fit(self):
+    def _check_factors(self) -> Self:
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError("low_freq_factor must be below high_freq_factor")
         return self
 
 
 class YarnRope(Schema):
-    """rope_scaling of YaRN (Peng et al. 2023): much the same, and attention is sharpened."""
+    """rope_scaling of YaRN (Peng et al. 2023): similar to Llama 3.1's, and sharpens attention as well."""
 
-    rope_type: Literal["yarn"] = Field(description="much the same, and attention is sharpened: YaRN")
+    rope_type: Literal["yarn"] = Field(description="YaRN: stretch long wavelengths and sharpen attention")
     factor: float = Field(ge=1, le=1e6, description="how many times longer the context becomes")
     original_max_position_embeddings: int = Field(
         ge=1, le=1 << 30, description="context of the pretraining, in tokens"
     )
     beta_fast: float = Field(
-        32.0, ge=1e-6, le=1e6, description="wavelengths that turn more often in that context are kept"
+        32.0, ge=1e-6, le=1e6, description="wavelengths that make more turns than this in the original "
+        "context are kept"
     )
     beta_slow: float = Field(
-        1.0, ge=1e-6, le=1e6, description="wavelengths that turn less often in it are stretched"
+        1.0, ge=1e-6, le=1e6, description="wavelengths that make fewer turns than this in the original "
+        "context are stretched; those in between in part"
     )
 
 
 class ArchitectureConfig(Schema):
-    """What every architecture has. Its own keys, and what it fixes (a ClassVar), are in its own class."""
+    """The keys that all architectures share.
 
-    architecture: str = Field(description="which model to build: nano, or a file of models/")
+    A subclass adds the keys of its architecture, and fixes a key to one value with a ClassVar.
+    """
+
+    architecture: str = Field(description="which model to build: nano, or the name of a file in models/")
     block_size: int = Field(256, ge=1, le=1 << 20, description="context window, in tokens")
-    vocab_size: int | None = Field(None, ge=1, le=1 << 24, description="null: taken from the tokenizer")
+    vocab_size: int | None = Field(
+        None, ge=1, le=1 << 24, description="number of token ids; null: that of the tokenizer"
+    )
     n_layer: int = Field(4, ge=1, le=1024, description="depth: number of transformer blocks")
     n_head: int = Field(4, ge=1, le=1024, description="query heads per layer")
     n_embd: int = Field(256, ge=1, le=1 << 16, description="width: size of a token's vector")
     n_hidden: int | None = Field(
-        None, ge=1, le=1 << 18, description="width inside the MLP; null: 8/3 n_embd, rounded up to 32"
+        None, ge=1, le=1 << 18,
+        description="width inside the MLP; null: 8/3 n_embd, rounded up to a multiple of 32"
     )
     rope_theta: float = Field(10000.0, ge=1, le=1e15, description="base of the rotary wavelengths")
     rope_scaling: Annotated[Llama3Rope | YarnRope, Field(discriminator="rope_type")] | None = Field(
-        None, description="for a context longer than that of the pretraining; null: none"
+        None, description="how to stretch rotary positions to a context longer than in pretraining; null: not"
     )
-    norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the mean square in RMSNorm")
-    tie_embeddings: bool = Field(True, description="the output head shares the embedding's matrix")
+    norm_eps: float = Field(1e-5, gt=0, lt=1, description="epsilon of RMSNorm, added to the mean square")
+    tie_embeddings: bool = Field(True, description="the output head uses the weights of the token embedding")
 
     @model_validator(mode="after")
-    def _scaling_fits(self):
+    def _check_scaling(self) -> Self:
         if self.rope_theta == 1 and self.rope_scaling and self.rope_scaling.rope_type == "yarn":
-            raise ValueError("rope_scaling yarn tells wavelengths apart: set rope_theta above 1")
+            raise ValueError("rope_scaling yarn needs different wavelengths: set rope_theta above 1")
         return self
 
-    def resolved(self, vocab_size):
-        """The same shape with nothing left open: every null replaced by what it stands for."""
+    def resolved(self, vocab_size: int | None) -> Self:
+        """A copy in which every null is replaced by the value it stands for. vocab_size: the tokenizer's."""
         return self.model_copy(update={"vocab_size": self.vocab_size or vocab_size, **self.implied()})
 
-    def implied(self):
-        """{key: what its null stands for}"""
+    def implied(self) -> dict[str, int]:
+        """{key: its value, or what its null stands for}"""
         return {"n_hidden": self.n_hidden or -(-8 * self.n_embd // (3 * 32)) * 32}
 
 
 class ModelConfig(ArchitectureConfig):
-    """config/model_config.json: the shape of the network of model.py."""
+    """config/model_config.json: the shape of the network in model.py."""
 
     architecture: Literal["nano"] = Field("nano", description="which model to build")
     n_kv_head: int | None = Field(
-        None, ge=1, le=1024, description="key/value heads per layer; must divide n_head; null: n_head"
+        None, ge=1, le=1024, description="key/value heads per layer, a divisor of n_head; null: n_head"
     )
-    head_dim: int | None = Field(None, ge=1, le=4096, description="size of one head; null: n_embd / n_head")
-    bias: bool = Field(False, description="give the linear layers a bias")
-    use_rope: bool = Field(True, description="rotary positions; false: learned positions")
-    is_causal: bool = Field(True, description="a token sees only those before it; false: all of them")
-    qk_norm: bool = Field(True, description="RMSNorm on queries and keys, per head")
+    head_dim: int | None = Field(None, ge=1, le=4096, description="width of one head; null: n_embd / n_head")
+    bias: bool = Field(False, description="linear layers have a bias")
+    use_rope: bool = Field(True, description="rotary position embeddings (RoPE); false: learned ones")
+    is_causal: bool = Field(True, description="each token sees only the tokens before it; false: all tokens")
+    qk_norm: bool = Field(True, description="apply RMSNorm to the queries and keys of each head")
 
     @model_validator(mode="after")
-    def _shapes_fit(self):
+    def _check_shapes(self) -> Self:
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
@@ -117,10 +135,10 @@ class ModelConfig(ArchitectureConfig):
         if self.use_rope and self.implied()["head_dim"] % 2:
             raise ValueError(f"rotary positions need an even head_dim, found {self.implied()['head_dim']}")
         if self.rope_scaling and not self.use_rope:
-            raise ValueError("rope_scaling is for rotary positions, and use_rope is false")
+            raise ValueError("rope_scaling is for rotary positions, but use_rope is false")
         return self
 
-    def implied(self):
+    def implied(self) -> dict[str, int]:
         return {
             "n_kv_head": self.n_kv_head or self.n_head,
             "head_dim": self.head_dim or self.n_embd // self.n_head,
@@ -132,153 +150,157 @@ class TrainConfig(Schema):
     """config/config_pretrain.json and config/config_sft.json: one training run."""
 
     from_checkpoint: str = Field(
-        "", description='a new run starts from the weights of this model; "auto": of the newest pretrained '
-        'one; "": from nothing'
+        "", description='checkpoint whose weights a new run starts from; "auto": the newest pretrained '
+        'model; "": random weights'
     )
     dataset_path: list[tuple[str, str]] = Field(
-        description="[[train, validation], ...] token files: a curriculum, trained in order",
+        description="[[train, validation], ...] pairs of token files; several form a curriculum, in order",
     )
     tokenizer_path: str = Field(
         "dataset/prepared/tokenizer.json",
-        description="the data's tokenizer: a tokenizer.json, a checkpoint, or a folder of Transformers'",
+        description="tokenizer of the data: a tokenizer.json, a checkpoint or a Hugging Face model folder",
     )
     random_seed: int = Field(1337, ge=0, lt=1 << 63, description="seed of weights, data order and dropout")
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] | Auto = Field(
-        32, description='sequences in one forward pass; "auto": a global batch of 0.58 D^0.571 tokens, where '
-        "D is 20 per parameter of the model (Li et al. 2025)"
+        32, description='sequences per forward pass; "auto": for a global batch of 0.58 D^0.571 tokens, '
+        "where D is 20 tokens per parameter (Li et al. 2025)"
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1 << 20)] | Auto = Field(
-        1, description="forward passes per step; times batch_size is the global batch; "
-        '"auto": as few as fit in memory'
+        1, description="forward passes per optimizer step; the global batch is batch_size times this; "
+        '"auto": as few as memory allows'
     )
     max_steps: Annotated[int, Field(ge=0, le=LAST_STEP)] | Auto = Field(
-        0, description='optimizer steps in all; 0: until stopped; "auto": 20 tokens per parameter'
+        0, description='total optimizer steps; 0: until stopped; "auto": enough for 20 tokens per parameter'
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability in training")
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="how gradients become steps; muon: those of the blocks' matrices, adamw the rest"
+        "adamw", description="adamw; muon: Muon for the weight matrices of the blocks, AdamW for the rest"
     )
     learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = Field(
         6e-4, description='peak learning rate; "auto": 1.79 N^-0.713 D^0.307, at most 0.01, for N parameters '
-        "and D = 20 N (Li et al. 2025)"
+        "and D = 20 N tokens (Li et al. 2025)"
     )
     matrix_lr: float | None = Field(
-        None, gt=0, le=10, description="muon: peak learning rate of its matrices; null: 0.02"
+        None, gt=0, le=10, description="Muon: peak learning rate of its matrices; null: 0.02"
     )
     embedding_lr: float | None = Field(
         None, gt=0, le=10, description="peak learning rate of the embeddings; null: learning_rate"
     )
     unembedding_lr: float | None = Field(
-        None, gt=0, le=10, description="peak learning rate of an untied head; null: learning_rate"
+        None, gt=0, le=10, description="peak learning rate of an untied output head; null: learning_rate"
     )
     momentum: float | None = Field(
-        None, gt=0, lt=1, description="muon: decay of the mean gradient of its matrices; null: 0.95"
+        None, gt=0, lt=1, description="Muon: momentum of its matrices; null: 0.95"
     )
-    weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled decay of all matrices")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
-    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
-    decay_lr: bool = Field(True, description="warm up, then decay; false: constant")
+    weight_decay: float = Field(0.1, ge=0, le=10, description="decoupled weight decay of all matrices")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the running mean of the gradient")
+    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW: the same for the squared gradient")
+    decay_lr: bool = Field(True, description="warm up, then decay the learning rate; false: constant")
     warmup_iters: Annotated[int, Field(ge=0)] | Auto = Field(
-        300, description='steps of linear warm-up; "auto": a twentieth of the steps'
+        300, description='steps of linear warm-up; "auto": 5 % of the steps'
     )
     warmup_ratio: float | None = Field(
-        None, ge=0, lt=1, description="the same as a share of lr_decay_iters; null: warmup_iters counts"
+        None, ge=0, lt=1, description="warm-up as a fraction of lr_decay_iters; null: use warmup_iters"
     )
     warmdown_ratio: float | None = Field(
-        None, gt=0, le=1, description="share of lr_decay_iters in which a constant rate falls linearly to "
-        "min_lr at the end; null: a cosine from the warm-up on"
+        None, gt=0, le=1, description="the learning rate stays constant and falls linearly to min_lr in this "
+        "last fraction of lr_decay_iters; null: cosine decay after the warm-up"
     )
     lr_decay_iters: int = Field(0, ge=0, description="step at which min_lr is reached; 0: max_steps")
     min_lr: Annotated[float, Field(ge=0, le=10)] | Auto = Field(
-        6e-5, description='final learning rate; "auto": a tenth of learning_rate'
+        6e-5, description='final learning rate; "auto": learning_rate / 10'
     )
-    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: unlimited")
+    grad_clip: float = Field(1.0, ge=0, description="clip the norm of the gradient to this; 0: no clipping")
     eval_interval: int = Field(100, ge=1, description="steps between validations")
     eval_iters: int = Field(
-        5, ge=1, description="batches per validation; of several files each has its share, one at least"
+        5, ge=1, description="batches per validation, shared among several files by their size (each gets at "
+        "least one)"
     )
     log_interval: int = Field(1, ge=1, description="steps between log lines")
-    save_interval: int = Field(1000, ge=1, description="steps between checkpoints that are always written")
+    save_interval: int = Field(1000, ge=1, description="steps between regular checkpoints")
     keep_checkpoints: int = Field(
-        3, ge=0, description="how many of a run's newest checkpoints are kept, besides the best; 0: all"
+        3, ge=0, description="how many of the newest checkpoints of a run to keep, besides the best; 0: all"
     )
-    backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="communication of several processes")
+    backend: Literal["auto", "nccl", "gloo"] = Field(
+        "auto", description='communication of several processes; "auto": nccl on GPUs, else gloo'
+    )
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$", description="auto, cpu, mps, cuda or cuda:N"
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$",
+        description='where to train; "auto": the first usable GPU, else the CPU'
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description='precision; "auto": the fastest that is safe, measured where that is not obvious'
+        "auto", description='precision of products; "auto": the fastest that is safe, measured where needed'
     )
     sdp_kernel: Literal["auto", "flash", "mem_efficient", "math"] = Field(
-        "auto", description="kernel of scaled dot-product attention"
+        "auto", description='kernel of scaled dot-product attention; "auto": the fastest for device and dtype'
     )
     use_amp: bool = Field(
-        True, description="mixed precision: float32 weights, products in dtype; false: weights in dtype"
+        True, description="mixed precision: float32 weights, products in dtype; false: weights in dtype, too"
     )
     compile: bool = Field(
-        False, description="torch.compile the step: a minute at the start, faster then; needs a C++ compiler"
+        False, description="use torch.compile: about a minute at the start, then faster; needs a C++ compiler"
     )
-    tensorboard: bool = Field(False, description="write runs/train_<run> for TensorBoard, besides the log")
+    tensorboard: bool = Field(False, description="also write runs/train_<run> for TensorBoard")
 
     @property
-    def automatic(self):
-        """The keys whose "auto" stands for a number that follows from the model: engine/scaling_laws.py."""
+    def automatic(self) -> list[str]:
+        """The keys set to "auto" that engine/scaling_laws.py turns into numbers."""
         keys = ("batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate", "min_lr")
         return [key for key in (*keys, "warmup_iters") if getattr(self, key) == "auto"]
 
     @model_validator(mode="after")
-    def _schedule_fits(self):
-        if self.automatic:  # checked again when they are numbers
+    def _check_schedule(self) -> Self:
+        if self.automatic:  # checked again once they are numbers
             return self
-        end = self.lr_decay_iters or self.max_steps
+        warmup_iters, end = number(self.warmup_iters), self.lr_decay_iters or number(self.max_steps)
         if self.decay_lr and not end:
             raise ValueError(
-                "decay_lr needs an end: give lr_decay_iters or max_steps, or set decay_lr to false"
+                "decay_lr needs an end: set lr_decay_iters or max_steps, or set decay_lr to false"
             )
-        if self.decay_lr and self.warmup_ratio is None and self.warmup_iters >= end:
-            raise ValueError(f"warmup_iters={self.warmup_iters} must be below the end of the decay, {end}")
+        if self.decay_lr and self.warmup_ratio is None and warmup_iters >= end:
+            raise ValueError(f"warmup_iters={warmup_iters} must be below the end of the decay, {end}")
         if not self.decay_lr and (self.warmup_ratio or self.warmdown_ratio):
-            raise ValueError("warmup_ratio and warmdown_ratio are for decay_lr, and decay_lr is false")
-        warmup = self.warmup_iters if self.warmup_ratio is None else self.warmup_ratio * end
+            raise ValueError("warmup_ratio and warmdown_ratio need decay_lr, but decay_lr is false")
+        warmup = warmup_iters if self.warmup_ratio is None else self.warmup_ratio * end
         if self.warmdown_ratio and warmup + self.warmdown_ratio * end > end * (1 + 1e-9):
             raise ValueError(
                 f"warmdown_ratio={self.warmdown_ratio} of {end} steps begins before the warm-up of "
                 f"{warmup:g} steps ends; lower one of them"
             )
-        if self.min_lr > self.learning_rate:
+        if number(self.min_lr) > number(self.learning_rate):
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
         return self
 
     @model_validator(mode="after")
-    def _optimizer_fits(self):
+    def _check_optimizer(self) -> Self:
         for key in ("matrix_lr", "momentum"):
             if self.optimizer != "muon" and getattr(self, key) is not None:
-                raise ValueError(f'{key} is for optimizer "muon", and optimizer is "{self.optimizer}"')
+                raise ValueError(f'{key} is for optimizer "muon", but optimizer is "{self.optimizer}"')
         return self
 
 
 class DeepSpeedConfig(Schema):
-    """config/deepspeed_config.json: DeepSpeed's own file, without what the run's configuration says."""
+    """config/deepspeed_config.json: DeepSpeed's own file, without what TrainConfig already says."""
 
     train_batch_size: Annotated[int, Field(ge=1)] | Auto = Field(
-        "auto", description='the global batch; "auto": batch_size x gradient_accumulation_steps of the run'
+        "auto", description='global batch size; "auto": batch_size x gradient_accumulation_steps of the run'
     )
     train_micro_batch_size_per_gpu: Annotated[int, Field(ge=1)] | Auto = Field(
-        "auto", description='sequences in one forward pass; "auto": as many as batch_size allows'
+        "auto", description='sequences per forward pass; "auto": as many as batch_size allows'
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] | Auto = Field(
-        "auto", description='forward passes of one process per step; "auto": what the two above leave'
+        "auto", description='forward passes per step of one process; "auto": what the two keys above leave'
     )
     gradient_clipping: Annotated[float, Field(ge=0)] | Auto = Field(
-        "auto", description='largest gradient norm; "auto": grad_clip of the run'
+        "auto", description='clip the norm of the gradient to this; "auto": grad_clip of the run'
     )
     zero_optimization: dict[str, Any] = Field(
-        description="stage 0 to 3, offload_optimizer, offload_param, ...: see DeepSpeed's documentation"
+        description="stage (0 to 3), offload_optimizer, offload_param, ...: see DeepSpeed's documentation"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _has_one_home(cls, values):
+    def _reject_keys_of_the_run(cls, values: dict[str, Any]) -> dict[str, Any]:
         elsewhere = {"optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast"} & values.keys()
         if elsewhere:
             raise ValueError(

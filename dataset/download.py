@@ -641,10 +641,10 @@ def download(name, out, mirror=None, proxy=None, retries=5):
     say("next: " + data.next.format(
         **{key: f'"{path}"' if " " in str(path) else path for key, path in paths.items()}))
     if data.next.startswith("python data.py"):
-        from sources.kinds import kind_of
+        from sources.kinds import detect_kind
 
         try:
-            kind_of(paths["first"])
+            detect_kind(paths["first"])
         except UserError as error:  # such as a page that a network shows instead of what was asked for
             print(f"but {error}")
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.errors import UserError, run
-from common.files import Together
+from common.files import AtomicFiles
 
 LANGUAGES = ("zh", "en")
 PEOPLE = 24  # at size 1.0
@@ -720,7 +720,7 @@ def write_world(out, seed=1337, size=1.0):
         json_line(as_record(turns) | {"kind": fact.kind, "language": language, "fact": fact.key})
         for fact, language, turns in questions)
 
-    with Together() as files:
+    with AtomicFiles() as files:
         for name, text in (("pretrain.txt", pretrain), ("sft.jsonl", sft), ("eval.jsonl", evaluation)):
             files.open(Path(out) / name).write(text.encode())
     return {

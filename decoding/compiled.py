@@ -1,18 +1,35 @@
-"""Decoding on a CPU: one pass of some tokens through the network, compiled by Numba.
+"""The forward pass for decoding on a CPU, as one function that Numba compiles to machine code.
 
-PyTorch spends more time between its operations than in them when there is one token. Here one function runs
-the whole pass, in every thread of a small team: each has a share of the heads and of the hidden features, and
-waits for the others (`meet`) where it needs what they have computed. The tokens may be of one text or of
-many: each has a row of the cache and a place there. It is the network of model.py, with weights in float32 or
-int8 (decoding/packed.py), and knows no other. decoding/compiled_steps.py calls it.
+When there is only one token to process, PyTorch spends more time between its operations than in them. Here a
+single function, `forward`, runs the whole pass. A small team of threads calls it together: each thread
+computes some of the attention heads and some of the hidden features of the MLP, and they wait for each other
+(`barrier`) where one needs the results of the others. The tokens may belong to one text or to many: each has
+a row of the KV cache and a position in it. The network is that of model.py, with weights in float32 or int8
+(decoding/packed.py), and no other. decoding/compiled_backend.py owns the memory and the threads.
 
-What a token gets does not depend on the others: its numbers are added up in the same order, however many
-there are.
+The result for a token does not depend on the tokens beside it: its numbers are added in the same order
+however many tokens there are.
 
-Numba brings its own compiler, so nobody needs to have one. It works for some seconds when a pass is run for
-the first time, and keeps the result; so all that it compiles is in this file, which tells it when that is
-out of date.
+How to read this file. Functions under `@jit` are Python with NumPy arrays that Numba translates to machine
+code. They work on whole vectors of 16 numbers, since compilers do not find the best loops for these matrix
+products by themselves. The vectors and their operations are defined in the section "vectors": there,
+`@intrinsic` functions generate code for LLVM, the compiler behind Numba. Everything after that section reads
+like NumPy:
+
+    load(array, offset, i)        the vector array[offset + i : offset + i + 16]
+    broadcast(array, offset, i)   a vector with array[offset + i] in all of its 16 lanes
+    a + b, a * b, np.maximum      lane by lane
+    store(array, offset, i, a)    array[offset + i : offset + i + 16] = a
+
+Numba contains the compiler, so no other is needed. It compiles for some seconds on the first call and stores
+the result on disk. It compares the time of one source file to see whether that is outdated, so all compiled
+code is in this file.
 """
+
+# mypy: allow-untyped-defs
+# Numba infers the types of compiled functions; type hints would mean nothing to it.
+
+from __future__ import annotations
 
 import operator
 import os
@@ -32,99 +49,115 @@ from numba.extending import (
 )
 
 from decoding.compile_cache import CACHE
-from decoding.packed import GROUP, NEIGHBOURS, ROWS
+from decoding.packed import GROUP, PAIRS_ARE_NEIGHBOURS, ROWS
 
 config.CACHE_DIR = str(CACHE)
 
-SPINS = 2000  # looks before a waiting thread offers its core to others
-PATIENCE = 4000  # looks before a thread that has nothing to do goes to sleep: some tenths of a millisecond
+SPINS_BEFORE_YIELD = 2000  # a waiting thread looks this often before it offers its core to other threads
+SPINS_BEFORE_SLEEP = (
+    4000  # a thread without work looks this often before it sleeps: some tenths of a millisecond
+)
 
-# Not parallel=True: Numba's own pools cost 100 us for each loop (workqueue) or stall where another process
-# wants a core (OpenMP). Not fastmath: the order in which numbers are added is ours.
-# _nrt=False: nobody counts who uses an array. All threads would do so in the same places of memory, for which
-# their cores would have to wait for one another; so nothing is allocated here.
-options = dict(nogil=True, boundscheck=False, cache=True, error_model="numpy", _nrt=False)
-compiled, inlined = njit(**options), njit(inline="always", **options)
-give_way = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
+# Threads are managed here and not by Numba (parallel=True): its thread pools cost 100 us per loop
+# (workqueue), or stall when another process wants a core (OpenMP). fastmath is off because it may change the
+# order of additions. _nrt=False switches reference counting off. All threads would count references to the
+# same arrays, in the same places in memory, and their cores would wait for one another. So nothing may be
+# allocated in compiled code.
+JIT_OPTIONS = dict(nogil=True, boundscheck=False, cache=True, error_model="numpy", _nrt=False)
+jit, jit_inline = njit(**JIT_OPTIONS), njit(inline="always", **JIT_OPTIONS)
+yield_core = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
 f32 = np.float32
 
 
 # ---- threads that wait for each other ----------------------------------------------------------------
 
-# Places in `control`, each in a cache line of its own, as others look at them.
-ARRIVED = 0  # see `meet`
-ASKED = 8  # how many passes there are to do
-STATE = 16  # STATE + 8 rank: of that thread; the place after that: how many passes it has done
-AWAKE, ENGAGED, ASLEEP = 0, 1, 2
+# Indices in `control`, an array of int64 that all threads read and write. They are 8 apart so that each is in
+# a cache line of its own (64 bytes): cores would slow each other down by writing to the same line.
+ARRIVED = 0  # how many times a thread has arrived at a barrier
+N_PASSES = 8  # how many passes the team has been asked to do
+STATE = 16  # STATE + 8 * rank: the state of a thread; the number after it: how many passes it has done
+AWAKE, WORKING, ASLEEP = 0, 1, 2
+
+# The functions below are intrinsics: Numba calls them while it compiles. Each returns the types of its result
+# and arguments, and `generate`, which adds instructions for LLVM by means of `builder`. "seq_cst" makes an
+# operation atomic and its result visible to all threads in the same order.
 
 
-def pointer(context, builder, kind, array, place):
-    """To array[place]; kind: the type of the array, which is contiguous."""
-    return builder.gep(context.make_array(kind)(context, builder, array).data, [place])
+def element_pointer(context, builder, array_type, array, index):
+    """The address of array[index]; the array is contiguous."""
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
 
 
 @intrinsic
-def add(typingctx, array, i, n):
-    """Atomically array[i] += n; gives what it was."""
+def atomic_add(typingctx, array, i, n):
+    """array[i] += n; returns the value before."""
 
     def generate(context, builder, signature, args):
-        return builder.atomic_rmw("add", pointer(context, builder, array, *args[:2]), args[2], "seq_cst")
+        return builder.atomic_rmw(
+            "add", element_pointer(context, builder, array, *args[:2]), args[2], "seq_cst"
+        )
 
     return types.int64(array, types.int64, types.int64), generate
 
 
 @intrinsic
-def read(typingctx, array, i):
+def atomic_load(typingctx, array, i):
+    """array[i]"""
+
     def generate(context, builder, signature, args):
-        return builder.load_atomic(pointer(context, builder, array, *args[:2]), "seq_cst", 8)
+        return builder.load_atomic(element_pointer(context, builder, array, *args[:2]), "seq_cst", 8)
 
     return types.int64(array, types.int64), generate
 
 
 @intrinsic
-def write(typingctx, array, i, n):
+def atomic_store(typingctx, array, i, n):
+    """array[i] = n"""
+
     def generate(context, builder, signature, args):
-        place = pointer(context, builder, array, *args[:2])
-        builder.store_atomic(args[2], place, "seq_cst", 8)
+        address = element_pointer(context, builder, array, *args[:2])
+        builder.store_atomic(args[2], address, "seq_cst", 8)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.int64), generate
 
 
 @intrinsic
-def swap(typingctx, array, i, old, new):
-    """Atomically array[i] = new if it is old; returns whether it was."""
+def compare_and_swap(typingctx, array, i, old, new):
+    """array[i] = new if it is old; returns whether it was."""
 
     def generate(context, builder, signature, args):
-        place = pointer(context, builder, array, *args[:2])
-        return builder.extract_value(builder.cmpxchg(place, args[2], args[3], "seq_cst", "seq_cst"), 1)
+        address = element_pointer(context, builder, array, *args[:2])
+        return builder.extract_value(builder.cmpxchg(address, args[2], args[3], "seq_cst", "seq_cst"), 1)
 
     return types.boolean(array, types.int64, types.int64, types.int64), generate
 
 
-@compiled
-def meet(control, n_threads):
-    """Goes on when all threads are here."""
-    goal = (add(control, ARRIVED, 1) // n_threads + 1) * n_threads
+@jit
+def barrier(control, n_threads):
+    """Wait until all threads have called this."""
+    goal = (atomic_add(control, ARRIVED, 1) // n_threads + 1) * n_threads
     spins = 0
-    while read(control, ARRIVED) < goal:
+    while atomic_load(control, ARRIVED) < goal:
         spins += 1
-        if spins > SPINS:
-            give_way()
+        if spins > SPINS_BEFORE_YIELD:
+            yield_core()
 
 
-# ---- vectors -----------------------------------------------------------------------------------------
-# What the compiler does not make of loops by itself: sums that stay in registers, of a shape that we choose.
-# Each processor gets them cut to the size of its registers. They are read and written at places in a flat
-# array, and nobody looks whether these are negative, as Numba's a[i] does for each number.
+# ---- vectors ----------------------------------------------------------------------------------------- A
+# vector has ROWS = 16 lanes. LLVM maps it to the registers of the processor: one of AVX-512, two of AVX2,
+# four of Arm's NEON. Matrix products keep several sums in registers at once, so the basic type here is a
+# tuple of vectors. Offsets are indices in a flat array. They are not checked for being negative, as Numba's
+# a[i] does for each number.
 
 INT32, FLOAT = ir.IntType(32), ir.FloatType()
 
 
 class Vectors(types.Type):
-    """`count` vectors of ROWS lanes of 32 bits, each of which is a float32, an int32, or two int16.
+    """Numba's type for `count` vectors of ROWS lanes of 32 bits: a float32, an int32, or two int16 per lane.
 
-    a + b and the like: of all lanes; b may be one vector, or a number, for all vectors of a.
+    Operators such as a + b apply to all lanes of all vectors. b may also be a single vector or a number,
+    which is then combined with each vector of a.
     """
 
     def __init__(self, count, element):
@@ -134,17 +167,23 @@ class Vectors(types.Type):
 
 @register_model(Vectors)
 class VectorsModel(models.PrimitiveModel):
+    """In LLVM: an array of vectors."""
+
     def __init__(self, manager, kind):
         number, n_numbers = manager.lookup(kind.element).get_value_type(), ROWS * 32 // kind.element.bitwidth
         super().__init__(manager, kind, ir.ArrayType(ir.VectorType(number, n_numbers), kind.count))
 
 
-def count_of(places):
-    return places.count if isinstance(places, types.UniTuple | Vectors) else 1
+def count_of(offsets):
+    """How many vectors there are at these offsets (a tuple of them, or one), or in a Vectors."""
+    return offsets.count if isinstance(offsets, types.UniTuple | Vectors) else 1
 
 
-def each(builder, function, *values):
-    """function of all first parts of the values, of all second ones, ...; no array is its own part."""
+def map_vectors(builder, function, *values):
+    """Apply function to the first vector of each value, to the second of each, and so on; returns an array.
+
+    A value that is not an array, or has a single vector, is used each time.
+    """
     count = max((v.type.count for v in values if isinstance(v.type, ir.ArrayType)), default=1)
 
     def part(value, k):
@@ -159,23 +198,23 @@ def each(builder, function, *values):
         return packed
 
 
-def filled(builder, value, kind):
-    """A number in all lanes of a vector."""
+def fill_lanes(builder, value, kind):
+    """A vector with a number in all lanes"""
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, INT32(0))
-    return taken(builder, one, one, [0] * kind.count)
+    return shuffle(builder, one, one, [0] * kind.count)
 
 
-def taken(builder, a, b, order):
-    """The numbers of these places in a and b, one behind the other."""
+def shuffle(builder, a, b, order):
+    """A vector of the numbers with these indices; those of b are counted on from those of a"""
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, len(order)), [*order]))
 
 
-def larger(builder, a, b):
+def maximum(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-def arithmetic(function, generate_one):
-    """Have function(a, b) do generate_one(builder, a, b) with vectors a and b of float32."""
+def define_operator(function, generate_one):
+    """Let function(a, b) accept vectors of float32 in compiled code: generate_one(builder, a, b) for each."""
 
     @type_callable(function)
     def of(context):
@@ -187,30 +226,30 @@ def arithmetic(function, generate_one):
 
     def generate(context, builder, signature, args):
         kind = context.get_value_type(signature.return_type).element
-        args = [filled(builder, arg, kind) if arg.type == FLOAT else arg for arg in args]
-        return each(builder, lambda a, b: generate_one(builder, a, b), *args)
+        args = [fill_lanes(builder, arg, kind) if arg.type == FLOAT else arg for arg in args]
+        return map_vectors(builder, lambda a, b: generate_one(builder, a, b), *args)
 
     for kinds in ((Vectors, Vectors), (Vectors, types.Float), (types.Float, Vectors)):
         lower_builtin(function, *kinds)(generate)
 
 
-# "contract": a product that is added to something is rounded once, together with the sum.
-arithmetic(operator.add, lambda builder, a, b: builder.fadd(a, b, flags=["contract"]))
-arithmetic(operator.sub, lambda builder, a, b: builder.fsub(a, b, flags=["contract"]))
-arithmetic(operator.mul, lambda builder, a, b: builder.fmul(a, b, flags=["contract"]))
-arithmetic(operator.truediv, lambda builder, a, b: builder.fdiv(a, b))
-arithmetic(np.maximum, larger)
-arithmetic(np.minimum, lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
+# "contract" allows a fused multiply-add: a * b + c in one instruction, rounded once.
+define_operator(operator.add, lambda builder, a, b: builder.fadd(a, b, flags=["contract"]))
+define_operator(operator.sub, lambda builder, a, b: builder.fsub(a, b, flags=["contract"]))
+define_operator(operator.mul, lambda builder, a, b: builder.fmul(a, b, flags=["contract"]))
+define_operator(operator.truediv, lambda builder, a, b: builder.fdiv(a, b))
+define_operator(np.maximum, maximum)
+define_operator(np.minimum, lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
 
 
-def called(builder, name, result, *args):
-    """One of LLVM's functions."""
+def call_llvm(builder, name, result, *args):
+    """Call one of LLVM's own functions."""
     function = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(builder.module.declare_intrinsic(name, fnty=function), args)
 
 
-def unary(function, name):
-    """Have function(x) be one of LLVM's functions of a vector of float32."""
+def define_unary(function, name):
+    """Let function(x) accept vectors of float32 in compiled code: LLVM's function of this name."""
 
     @type_callable(function)
     def of(context):
@@ -218,17 +257,17 @@ def unary(function, name):
 
     @lower_builtin(function, Vectors)
     def generate(context, builder, signature, args):
-        return each(builder, lambda x: called(builder, f"llvm.{name}.v{ROWS}f32", x.type, x), *args)
+        return map_vectors(builder, lambda x: call_llvm(builder, f"llvm.{name}.v{ROWS}f32", x.type, x), *args)
 
 
-unary(np.floor, "floor")
-unary(np.rint, "rint")
-unary(np.abs, "fabs")
+define_unary(np.floor, "floor")
+define_unary(np.rint, "rint")
+define_unary(np.abs, "fabs")
 
 
 @intrinsic
 def power_of_two(typingctx, n):
-    """2^n for whole numbers in float32 from -126 to 127"""
+    """2^n for whole numbers in float32 from -126 to 127: they become the exponent bits of the result"""
 
     def generate(context, builder, signature, args):
         def one(n):
@@ -236,44 +275,44 @@ def power_of_two(typingctx, n):
             bits = builder.shl(builder.add(builder.fptosi(n, number.type), number), shift)
             return builder.bitcast(bits, n.type)
 
-        return each(builder, one, *args)
+        return map_vectors(builder, one, *args)
 
     return n(n), generate
 
 
-def across(builder, join, vectors):
-    """join(a, b) of all vectors, then of the halves of what is left, and so on, up to one number"""
+def reduce_lanes(builder, join, vectors):
+    """Combine all vectors by join(a, b), then the halves of the result, and so on, down to one number."""
     vector, *others = (builder.extract_value(vectors, k) for k in range(vectors.type.count))
     for other in others:
         vector = join(vector, other)
     while (half := vector.type.count // 2) >= 1:
-        vector = join(*(taken(builder, vector, vector, range(k, k + half)) for k in (0, half)))
+        vector = join(*(shuffle(builder, vector, vector, range(k, k + half)) for k in (0, half)))
     return builder.extract_element(vector, INT32(0))
 
 
 @intrinsic
-def total(typingctx, vectors):
+def sum_lanes(typingctx, vectors):
     """The sum of all lanes of all vectors"""
 
     def generate(context, builder, signature, args):
-        return across(builder, builder.fadd, *args)
+        return reduce_lanes(builder, builder.fadd, *args)
 
     return types.float32(vectors), generate
 
 
 @intrinsic
-def largest(typingctx, vectors):
+def max_lanes(typingctx, vectors):
     """The largest of all lanes of all vectors"""
 
     def generate(context, builder, signature, args):
-        return across(builder, lambda a, b: larger(builder, a, b), *args)
+        return reduce_lanes(builder, lambda a, b: maximum(builder, a, b), *args)
 
     return types.float32(vectors), generate
 
 
 @intrinsic(prefer_literal=True)
 def zeros(typingctx, count, element):
-    """As many vectors as `count` says, or has, of float32 or int32"""
+    """`count` vectors of float32 or int32; count: a number, or Vectors, for as many as these are"""
     number = count.literal_value if isinstance(count, types.Literal) else count.count
     kind = Vectors(number, element.dtype)
 
@@ -284,136 +323,146 @@ def zeros(typingctx, count, element):
 
 
 @intrinsic(prefer_literal=True)
-def clipped(typingctx, first, step, last, count):
-    """The places first, first + step, ..., `count` of them, but `last` for those that lie behind it"""
+def clipped_range(typingctx, first, step, last, count):
+    """A tuple of `count` offsets: first, first + step, ..., each at most `last`"""
 
     def generate(context, builder, signature, args):
         first, step, last, _ = args
-        places = []
+        offsets = []
         for k in range(count.literal_value):
-            place = builder.add(first, builder.mul(step, step.type(k)))
-            places.append(builder.select(builder.icmp_signed("<", place, last), place, last))
-        return context.make_tuple(builder, signature.return_type, places)
+            offset = builder.add(first, builder.mul(step, step.type(k)))
+            offsets.append(builder.select(builder.icmp_signed("<", offset, last), offset, last))
+        return context.make_tuple(builder, signature.return_type, offsets)
 
     kind = types.UniTuple(types.int64, count.literal_value)
     return kind(types.int64, types.int64, types.int64, count), generate
 
 
 @intrinsic
-def times(typingctx, places, n):
-    """A place, or each of a tuple of places, times n"""
+def times(typingctx, offsets, n):
+    """An offset, or each of a tuple of offsets, times n"""
 
     def generate(context, builder, signature, args):
-        if isinstance(places, types.UniTuple):
-            return each(builder, builder.mul, *args)
+        if isinstance(offsets, types.UniTuple):
+            return map_vectors(builder, builder.mul, *args)
         return builder.mul(*args)
 
-    return places(places, types.int64), generate
+    return offsets(offsets, types.int64), generate
 
 
 @intrinsic
-def load(typingctx, array, places, i):
-    """The vectors of the numbers from array[place + i] on; int8 becomes int16."""
-    kind = Vectors(count_of(places), types.int16 if array.dtype == types.int8 else array.dtype)
+def load(typingctx, array, offsets, i):
+    """For each offset, the vector of the numbers from array[offset + i] on. int8 is converted to int16."""
+    kind = Vectors(count_of(offsets), types.int16 if array.dtype == types.int8 else array.dtype)
 
     def generate(context, builder, signature, args):
         vector = context.get_value_type(kind).element
 
-        def load_one(place):
-            place = pointer(context, builder, array, args[0], builder.add(place, args[2]))
-            stored = ir.VectorType(place.type.pointee, vector.count)
-            place = builder.bitcast(place, stored.as_pointer())
-            numbers = builder.load(place, align=array.dtype.bitwidth // 8)
+        def load_one(offset):
+            address = element_pointer(context, builder, array, args[0], builder.add(offset, args[2]))
+            stored = ir.VectorType(address.type.pointee, vector.count)
+            address = builder.bitcast(address, stored.as_pointer())
+            numbers = builder.load(address, align=array.dtype.bitwidth // 8)
             return builder.sext(numbers, vector) if array.dtype == types.int8 else numbers
 
-        return each(builder, load_one, args[1])
+        return map_vectors(builder, load_one, args[1])
 
-    return kind(array, places, types.int64), generate
+    return kind(array, offsets, types.int64), generate
 
 
 @intrinsic
-def spread(typingctx, array, places, i):
-    """The vectors of array[place + i] in each lane; of int16, of that and the next one."""
-    kind = Vectors(count_of(places), array.dtype)
+def broadcast(typingctx, array, offsets, i):
+    """For each offset, a vector with array[offset + i] in all lanes.
+
+    A lane has 32 bits, so of an int16 array it holds two numbers: array[offset + i] and the one after it.
+    """
+    kind = Vectors(count_of(offsets), array.dtype)
 
     def generate(context, builder, signature, args):
         n_lanes = context.get_value_type(kind).element.count
         n_numbers = n_lanes // ROWS
-        order = [k if NEIGHBOURS else k // ROWS for k in range(n_lanes)]
+        order = [k if PAIRS_ARE_NEIGHBOURS else k // ROWS for k in range(n_lanes)]
 
-        def spread_one(place):
-            place = pointer(context, builder, array, args[0], builder.add(place, args[2]))
-            few = ir.VectorType(place.type.pointee, n_numbers)
-            few = builder.load(builder.bitcast(place, few.as_pointer()), align=array.dtype.bitwidth // 8)
-            return taken(builder, few, few, [k % n_numbers for k in order])
+        def broadcast_one(offset):
+            address = element_pointer(context, builder, array, args[0], builder.add(offset, args[2]))
+            few = ir.VectorType(address.type.pointee, n_numbers)
+            few = builder.load(builder.bitcast(address, few.as_pointer()), align=array.dtype.bitwidth // 8)
+            return shuffle(builder, few, few, [k % n_numbers for k in order])
 
-        return each(builder, spread_one, args[1])
+        return map_vectors(builder, broadcast_one, args[1])
 
-    return kind(array, places, types.int64), generate
+    return kind(array, offsets, types.int64), generate
 
 
 @intrinsic
-def store(typingctx, array, places, i, vectors):
-    """array[place + i : place + i + ROWS] = the vectors; float32 becomes int16 where the array is."""
+def store(typingctx, array, offsets, i, vectors):
+    """array[offset + i : offset + i + ROWS] = vector, for each offset. An int16 array takes float32, too."""
 
     def generate(context, builder, signature, args):
-        def store_one(place, vector):
-            place = pointer(context, builder, array, args[0], builder.add(place, args[2]))
+        def store_one(offset, vector):
+            address = element_pointer(context, builder, array, args[0], builder.add(offset, args[2]))
             if array.dtype != vectors.element:
-                vector = builder.fptosi(vector, ir.VectorType(place.type.pointee, ROWS))
-            place = builder.bitcast(place, vector.type.as_pointer())
-            builder.store(vector, place, align=array.dtype.bitwidth // 8)
+                vector = builder.fptosi(vector, ir.VectorType(address.type.pointee, ROWS))
+            address = builder.bitcast(address, vector.type.as_pointer())
+            builder.store(vector, address, align=array.dtype.bitwidth // 8)
 
-        each(builder, store_one, args[1], args[3])
+        map_vectors(builder, store_one, args[1], args[3])
         return context.get_dummy_value()
 
-    return types.void(array, places, types.int64, vectors), generate
+    return types.void(array, offsets, types.int64, vectors), generate
 
 
 @intrinsic
-def products_of_pairs(typingctx, sums, a, b):
-    """sums + a * b, int32; of a and b, int16, each lane gives two products. See NEIGHBOURS."""
+def add_pair_products(typingctx, sums, a, b):
+    """sums + a * b in int32, where a and b have two int16 in each lane: both products are added to the lane.
+
+    See PAIRS_ARE_NEIGHBOURS in decoding/packed.py. LLVM finds the processor's instruction for this pattern.
+    """
     n = ROWS
-    orders = (range(0, 2 * n, 2), range(1, 2 * n, 2)) if NEIGHBOURS else (range(n), range(n, 2 * n))
+    neighbours, halves = (range(0, 2 * n, 2), range(1, 2 * n, 2)), (range(n), range(n, 2 * n))
+    orders = neighbours if PAIRS_ARE_NEIGHBOURS else halves
 
     def generate(context, builder, signature, args):
         def one(total, a, b):
             wide = ir.VectorType(INT32, 2 * n)
             products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-            return builder.add(total, builder.add(*(taken(builder, products, products, o) for o in orders)))
+            return builder.add(total, builder.add(*(shuffle(builder, products, products, o) for o in orders)))
 
-        return each(builder, one, *args)
+        return map_vectors(builder, one, *args)
 
     return sums(sums, a, b), generate
 
 
 @intrinsic
-def as_float(typingctx, vectors):
+def to_float(typingctx, vectors):
     """Vectors of int32 as float32"""
 
     def generate(context, builder, signature, args):
-        return each(builder, lambda one: builder.sitofp(one, ir.VectorType(FLOAT, ROWS)), *args)
+        return map_vectors(builder, lambda one: builder.sitofp(one, ir.VectorType(FLOAT, ROWS)), *args)
 
     return Vectors(vectors.count, types.float32)(vectors), generate
 
 
 @intrinsic
-def prefetch(typingctx, array, place):
-    """array[place] is wanted soon, in the second cache. Where there is none, nothing happens."""
+def prefetch(typingctx, array, index):
+    """Have array[index] fetched into the second-level cache. An index outside the array does no harm."""
 
     def generate(context, builder, signature, args):
-        place = builder.bitcast(pointer(context, builder, array, *args), ir.IntType(8).as_pointer())
-        function = ir.FunctionType(ir.VoidType(), [place.type, INT32, INT32, INT32])
-        fetch = builder.module.declare_intrinsic("llvm.prefetch", [place.type], function)
-        builder.call(fetch, [place, INT32(0), INT32(2), INT32(1)])  # not to write it, second cache, data
+        address = builder.bitcast(element_pointer(context, builder, array, *args), ir.IntType(8).as_pointer())
+        function = ir.FunctionType(ir.VoidType(), [address.type, INT32, INT32, INT32])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [address.type], function)
+        builder.call(fetch, [address, INT32(0), INT32(2), INT32(1)])  # to read, second-level cache, data
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate
 
 
-@inlined
+@jit_inline
 def exp(x):
-    """e^x to 3e-7 of it"""
+    """e^x, with a relative error of at most 3e-7.
+
+    e^x = 2^n * e^f with a whole number n and |f| <= ln(2) / 2, for which a Taylor polynomial is exact enough.
+    """
     x = np.minimum(np.maximum(x, f32(-87)), f32(88)) * f32(1.4426950408889634)
     n = np.floor(x + f32(0.5))
     f = (x - n) * f32(0.6931471805599453)
@@ -422,266 +471,290 @@ def exp(x):
     return p * power_of_two(n)
 
 
-# ---- products ----------------------------------------------------------------------------------------
-# out [n, M] = x [n, N] times a matrix [M, N], of which ROWS rows, a block, lie together (decoding/packed.py).
-# A vector of weights has one of each row, and is multiplied by one number of x.
+# ---- matrix products --------------------------------------------------------------------------------- out
+# [n, M] = x [n, N] times a matrix [M, N], for n tokens. The matrix is packed: blocks of ROWS rows, stored
+# column by column (decoding/packed.py). So a vector of weights holds one weight of each row of a block. It is
+# multiplied by one number of x, broadcast to all lanes, and added to a vector of sums, which becomes ROWS
+# numbers of out.
 
 
-@compiled
+@jit
 def share(size, rank, n_threads):
-    """Which of the numbers 0 .. size - 1 are this thread's: from, to."""
+    """The part of 0 .. size - 1 that belongs to this thread: (begin, end)"""
     return size * rank // n_threads, size * (rank + 1) // n_threads
 
 
-# int8 weights are multiplied by whole numbers, too: x is rounded to 16 bits, 32,767 being the largest number
-# of a group. Then nothing more is lost: the sum of a group has at most 29 bits.
-PARTS = GROUP // ROWS
+# int8 weights are multiplied by integers, too: each group of GROUP numbers of x is scaled so that the largest
+# becomes 32,767, and rounded to 16 bits. Nothing else is rounded: the sum of a group's products fits in 29
+# bits.
+VECTORS_PER_GROUP = GROUP // ROWS
 
 
-@compiled
-def rounded(whole, scales, x, n, begin, end):
-    """whole [n, N], scales [n, N / GROUP] = these groups of x [n, N], rounded; both are flat."""
+@jit
+def round_to_int16(rounded, scales, x, n, begin, end):
+    """Round groups begin .. end - 1 of each row of x [n, N].
+
+    Then x is approximately rounded [n, N] times scales [n, N / GROUP], both of which are flat arrays.
+    """
     stride, n_groups, flat = x.shape[1], x.shape[1] // GROUP, x.reshape(-1)
     for b in range(n):
         for g in range(begin, end):
-            places = clipped(b * stride + g * GROUP, ROWS, n * stride, PARTS)
-            numbers = load(flat, places, 0)
-            most = largest(np.abs(numbers))
+            offsets = clipped_range(b * stride + g * GROUP, ROWS, n * stride, VECTORS_PER_GROUP)
+            numbers = load(flat, offsets, 0)
+            most = max_lanes(np.abs(numbers))
             scales[b * n_groups + g], factor = most / f32(32767), f32(32767) / max(most, f32(1e-30))
-            store(whole, places, 0, np.rint(numbers * factor))
+            store(rounded, offsets, 0, np.rint(numbers * factor))
 
 
-def operand(w, x, n, columns, scratch):
-    """These columns (from, to) of x [n, N] as `sums_of` takes them.
+# @overload selects one of several implementations when a call is compiled, here by the type of the weights w.
+# The function that it decorates is never run in Python; the one before it with an empty body gives it its
+# name.
 
-    That is: numbers, scales, how far apart the rows of both are, from, to; of int8, from and to in groups.
+
+def prepare_input(w, x, n, columns, scratch):
+    """Columns (begin, end) of x [n, N] in the form that `accumulate` takes for weights w.
+
+    A tuple: numbers, their scales, distance between two tokens in both, begin, end. For int8, the numbers are
+    rounded, and begin and end count groups.
     """
 
 
-@overload(operand)
+@overload(prepare_input)
 def _(w, x, n, columns, scratch):
     def float32(w, x, n, columns, scratch):
         return x.reshape(-1), scratch.scales, x.shape[1], 0, columns[0], columns[1]
 
     def int8(w, x, n, columns, scratch):
         begin, end = columns[0] // GROUP, (columns[1] + GROUP - 1) // GROUP
-        rounded(scratch.whole, scratch.scales, x, n, begin, end)
-        return scratch.whole, scratch.scales, x.shape[1], x.shape[1] // GROUP, begin, end
+        round_to_int16(scratch.rounded, scratch.scales, x, n, begin, end)
+        return scratch.rounded, scratch.scales, x.shape[1], x.shape[1] // GROUP, begin, end
 
     return float32 if w.dtype == types.float32 else int8
 
 
-def sums_of(sums, w, scales, blocks, x, tokens, soon, turn, pace):
-    """sums plus the products of blocks of w and tokens of x (`operand`); of one of the two there is only one.
+def accumulate(sums, w, scales, blocks, x, tokens, next_block, tile, pace):
+    """Return sums + blocks of w times tokens of x (from `prepare_input`).
 
-    soon: the block that is wanted next. It is fetched meanwhile, `pace` of its numbers with each
-    multiplication, of which this is the turn-th round; 0: the processor finds out by itself.
+    Either several blocks and one token, or one block and several tokens; `sums` has a vector for each of
+    them. next_block: the block that is needed next. It is prefetched meanwhile: `pace` of its numbers with
+    each step of the loop, starting where the tiles before this one (number `tile`) stopped. With pace = 0,
+    that is left to the processor.
     """
 
 
-@overload(sums_of, inline="always")
-def _(sums, w, scales, blocks, x, tokens, soon, turn, pace):
-    def float32(sums, w, scales, blocks, x, tokens, soon, turn, pace):
+@overload(accumulate, inline="always")
+def _(sums, w, scales, blocks, x, tokens, next_block, tile, pace):
+    def float32(sums, w, scales, blocks, x, tokens, next_block, tile, pace):
         numbers, _, stride, _, begin, end = x
         size, flat = w.shape[1] * ROWS, w.reshape(-1)
-        places, rows = times(blocks, size), times(tokens, stride)
-        ahead = soon * size + begin * ROWS + ((end - begin) * turn - begin) * pace
+        offsets, rows = times(blocks, size), times(tokens, stride)
+        ahead = next_block * size + begin * ROWS + ((end - begin) * tile - begin) * pace
         for i in range(begin, end):
             if pace:
                 prefetch(flat, ahead + i * pace)
-            sums = sums + load(flat, places, i * ROWS) * spread(numbers, rows, i)
+            sums = sums + load(flat, offsets, i * ROWS) * broadcast(numbers, rows, i)
         return sums
 
-    def int8(sums, w, scales, blocks, x, tokens, soon, turn, pace):
+    def int8(sums, w, scales, blocks, x, tokens, next_block, tile, pace):
         numbers, x_scales, stride, n_groups, begin, end = x
         size, flat, factors = 2 * w.shape[1] * ROWS, w.reshape(-1), scales.reshape(-1)
-        places, groups = times(blocks, size), times(blocks, scales.shape[1] * ROWS)
+        offsets, groups = times(blocks, size), times(blocks, scales.shape[1] * ROWS)
         rows, x_groups = times(tokens, stride), times(tokens, n_groups)
         for g in range(begin, end):
             parts = zeros(sums, np.int32)
             for i in range(g * GROUP, (g + 1) * GROUP, 2):
-                parts = products_of_pairs(parts, load(flat, places, i * ROWS), spread(numbers, rows, i))
-            sums = sums + as_float(parts) * (load(factors, groups, g * ROWS) * spread(x_scales, x_groups, g))
+                parts = add_pair_products(parts, load(flat, offsets, i * ROWS), broadcast(numbers, rows, i))
+            sums = sums + to_float(parts) * (
+                load(factors, groups, g * ROWS) * broadcast(x_scales, x_groups, g)
+            )
         return sums
 
     return float32 if w.dtype == types.float32 else int8
 
 
-@compiled
-def few(out, w, scales, x, n, begin, end):
-    """Of few tokens, one after the other: blocks begin .. end - 1, whose number is a multiple of four.
+@jit
+def multiply_few_tokens(out, w, scales, x, n, begin, end):
+    """Blocks begin .. end - 1, a multiple of four of them, times n tokens, one token after the other.
 
-    Four at once, from far apart: a processor fetches several streams of memory faster than one.
+    Four blocks at once, far apart in memory: a processor reads several streams of memory faster than one.
     """
     results, stride, quarter = out.reshape(-1), out.shape[1], (end - begin) // 4
     for block in range(begin, begin + quarter):
-        blocks = clipped(block, quarter, end, 4)
+        blocks = clipped_range(block, quarter, end, 4)
         for b in range(n):
-            sums = sums_of(zeros(4, f32), w, scales, blocks, x, b, 0, 0, 0)
+            sums = accumulate(zeros(4, f32), w, scales, blocks, x, b, 0, 0, 0)
             store(results, times(blocks, ROWS), b * stride, sums)
 
 
-# So many at once: their sums just fit into the registers, of which AVX-512 has twice as many as others have.
-TOKENS = 8 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
-HALF = TOKENS // 2
+# How many tokens are multiplied at once: so many that their sums just fit into the registers. AVX-512 has
+# twice as many registers as other instruction sets.
+TILE = 8 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
+HALF_TILE = TILE // 2
 
 
-@inlined
-def tile(results, stride, w, scales, x, n, block, turn, pace, count):
-    """One block, and `count` tokens from TOKENS * turn on."""
-    tokens = clipped(TOKENS * turn, 1, n - 1, count)
-    sums = sums_of(zeros(count, f32), w, scales, block, x, tokens, block + 1, turn, pace)
+@jit_inline
+def multiply_tile(results, stride, w, scales, x, n, block, tile, pace, count):
+    """One block times `count` tokens, starting at TILE * tile. Those beyond the last repeat the last."""
+    tokens = clipped_range(TILE * tile, 1, n - 1, count)
+    sums = accumulate(zeros(count, f32), w, scales, block, x, tokens, block + 1, tile, pace)
     store(results, times(tokens, stride), block * ROWS, sums)
 
 
-@compiled
-def many(out, w, scales, x, n, begin, end):
-    """Of many tokens, TOKENS or HALF of them at once: blocks begin .. end - 1."""
-    results, stride, turns = out.reshape(-1), out.shape[1], (n + TOKENS - 1) // TOKENS
-    pace = ROWS // turns
+@jit
+def multiply_many_tokens(out, w, scales, x, n, begin, end):
+    """Blocks begin .. end - 1, one after the other, times n tokens, TILE or HALF_TILE of them at once."""
+    results, stride, n_tiles = out.reshape(-1), out.shape[1], (n + TILE - 1) // TILE
+    pace = ROWS // n_tiles
     for block in range(begin, end):
-        for turn in range(turns):
-            if n - TOKENS * turn > HALF:
-                tile(results, stride, w, scales, x, n, block, turn, pace, TOKENS)
+        for tile in range(n_tiles):
+            if n - TILE * tile > HALF_TILE:
+                multiply_tile(results, stride, w, scales, x, n, block, tile, pace, TILE)
             else:
-                tile(results, stride, w, scales, x, n, block, turn, pace, HALF)
+                multiply_tile(results, stride, w, scales, x, n, block, tile, pace, HALF_TILE)
 
 
-@compiled
-def product(out, matrix, x, n, rows, columns, has_bias, scratch):
-    """out [n, M] = x [n, N] times the matrix [M, N]: the blocks that hold these rows of it (from, to).
+@jit
+def multiply(out, matrix, x, n, rows, columns, has_bias, scratch):
+    """out [n, M] = x [n, N] times the matrix [M, N], only the blocks that contain rows (begin, end).
 
-    columns: those of the matrix that count; x is taken for zero elsewhere.
+    columns (begin, end): only these columns of the matrix are multiplied, as if x were zero elsewhere.
     """
     w, scales, bias = matrix
     begin, end = rows[0] // ROWS, (rows[1] + ROWS - 1) // ROWS
-    numbers, rest = operand(w, x, n, columns, scratch), begin
-    if n <= (2 if scales.shape[0] else 1):  # with 8 bits there is less to wait for
+    numbers, rest = prepare_input(w, x, n, columns, scratch), begin
+    if n <= (2 if scales.shape[0] else 1):  # reading the weights takes most of the time; less so with 8 bits
         rest = end - (end - begin) % 4
-        few(out, w, scales, numbers, n, begin, rest)
-    many(out, w, scales, numbers, n, rest, end)
+        multiply_few_tokens(out, w, scales, numbers, n, begin, rest)
+    multiply_many_tokens(out, w, scales, numbers, n, rest, end)
     if has_bias:
         for b in range(n):
             for r in range(begin * ROWS, min(end * ROWS, bias.shape[0])):
                 out[b, r] += bias[r]
 
 
-# ---- what lies between them --------------------------------------------------------------------------
-# Sizes are filled up with zeros to whole vectors.
+# ---- the layers --------------------------------------------------------------------------------------
+# Sizes are padded with zeros to whole vectors.
 
 
-@compiled
-def norm(out, x, size, weight, eps):
+@jit
+def rms_norm(out, x, size, weight, eps):
     """out = RMSNorm of x [size]"""
     squares = zeros(1, f32)
     for i in range(0, size, ROWS):
         numbers = load(x, i, 0)
         squares = squares + numbers * numbers
-    factor = f32(1) / np.sqrt(total(squares) / f32(size) + f32(eps))
+    factor = f32(1) / np.sqrt(sum_lanes(squares) / f32(size) + f32(eps))
     for i in range(0, size, ROWS):
         store(out, i, 0, load(x, i, 0) * factor * load(weight, i, 0))
 
 
-@compiled
+@jit
 def apply_rotary_emb(out, x, half, rotary, position, factor):
-    """out = factor times x [2 half], the pairs (i, i + half) turned. rotary: [2, positions, half]"""
+    """out = factor times x [2 half] with pairs (i, i + half) rotated. rotary: cos, sin [2, length, half]"""
     _, n_positions, size = rotary.shape
     table, cos, sin = rotary.reshape(-1), position * size, (n_positions + position) * size
     for i in range(0, half, ROWS):
         c, s = load(table, cos, i) * factor, load(table, sin, i) * factor
         store(out, i, 0, load(x, i, 0) * c - load(x, half, i) * s)
-    for i in range(0, half, ROWS):  # overwrites what was too much of the first half
+    for i in range(0, half, ROWS):  # the last vector of the loop before may have written into this half
         c, s = load(table, cos, i) * factor, load(table, sin, i) * factor
         store(out, half, i, load(x, half, i) * c + load(x, i, 0) * s)
 
 
-@compiled
+@jit
 def swiglu(out, gate_up, size, columns):
-    """These columns (from, to) of out [F] = SiLU of gate times up; gate_up [2 F]"""
+    """out [F] = SiLU(gate) * up, only columns (begin, end). gate_up [2 F] holds both, size is F."""
     for i in range(columns[0], columns[1], ROWS):
         gate = load(gate_up, i, 0)
         store(out, i, 0, gate / (exp(f32(0) - gate) + f32(1)) * load(gate_up, size, i))
 
 
-@compiled
+@jit
 def softmax(scores, size):
-    """scores[:size] become e^(x - the largest one); returns 1 / their sum."""
+    """Replace scores[:size] by e^(score - the largest); returns 1 / their sum, the factor still missing."""
     top, sums = zeros(1, f32) - f32(3e38), zeros(1, f32)
     for s in range(0, size, ROWS):
         top = np.maximum(top, load(scores, s, 0))
-    most = largest(top)
+    most = max_lanes(top)
     for s in range(0, size, ROWS):
         weights = exp(load(scores, s, 0) - most)
         store(scores, s, 0, weights)
         sums = sums + weights
-    return f32(1) / total(sums)
+    return f32(1) / sum_lanes(sums)
 
 
-@compiled
-def attend(out, q, cache, place, soon, S, scores):
-    """out [D] = softmax(q [D] times S keys) times S values.
+@jit
+def attend(out, q, cache, offset, next_offset, S, scores):
+    """out [D] = softmax(q [D] times S keys) times S values, for one head of one token.
 
-    They begin at `place` of the cache: ROWS keys, their values, the next ROWS keys, and so on. soon: where
-    those begin that are wanted next, or -1.
+    Keys and values begin at `offset` in the flat cache: ROWS keys, their values, the next ROWS keys, and so
+    on. Keys are stored column by column, [D, ROWS], so that a vector holds one number of each of ROWS keys;
+    values row by row, [ROWS, D]. next_offset: where the keys begin that are needed next, to prefetch them; -1
+    for none.
     """
     size, n_scores = out.shape[0], (S + ROWS - 1) // ROWS * ROWS
     for s in range(0, n_scores, 2 * ROWS):  # two blocks of keys at once
-        blocks, sums, others = clipped(s, ROWS, n_scores - ROWS, 2), zeros(2, f32), zeros(2, f32)
+        blocks, sums, others = clipped_range(s, ROWS, n_scores - ROWS, 2), zeros(2, f32), zeros(2, f32)
         rows = times(blocks, 2 * size)
         for i in range(0, size, 2):
-            if soon >= 0:
+            if next_offset >= 0:
                 for k in range(4):
-                    prefetch(cache, soon + s * size + (2 * i + k) * ROWS)
-            sums = sums + load(cache, rows, place + i * ROWS) * spread(q, i, 0)
-            others = others + load(cache, rows, place + (i + 1) * ROWS) * spread(q, i, 1)
+                    prefetch(cache, next_offset + s * size + (2 * i + k) * ROWS)
+            sums = sums + load(cache, rows, offset + i * ROWS) * broadcast(q, i, 0)
+            others = others + load(cache, rows, offset + (i + 1) * ROWS) * broadcast(q, i, 1)
         store(scores, blocks, 0, sums + others)
     for s in range(S, n_scores):
         scores[s] = f32(-3e38)
     factor = softmax(scores, n_scores)
     if S % 2:
-        scores[S] = 0  # of the value behind the last one, if they are taken by twos
+        scores[S] = (
+            0  # values are read two at a time, so the last one may be followed by one that does not count
+        )
     for i in range(0, size, 2 * ROWS):
-        # Two parts of two values at once: a sum that is added to waits for itself.
-        parts, one, other = clipped(i, ROWS, size - ROWS, 2), zeros(2, f32), zeros(2, f32)
+        # Two vectors of two values at once, in separate sums: an addition has to wait for the one before it.
+        parts, one, other = clipped_range(i, ROWS, size - ROWS, 2), zeros(2, f32), zeros(2, f32)
         for first in range(0, S, ROWS):
             for s in range(first, min(first + ROWS, S), 2):
-                row = place + (first + ROWS) * size + s * size
-                if soon >= 0:
+                row = offset + (first + ROWS) * size + s * size
+                if next_offset >= 0:
                     for k in range(2):
-                        prefetch(cache, soon + (n_scores + s) * size + parts[k])
-                        prefetch(cache, soon + (n_scores + s + 1) * size + parts[k])
-                one = one + load(cache, parts, row) * spread(scores, s, 0)
-                other = other + load(cache, parts, row + size) * spread(scores, s, 1)
+                        prefetch(cache, next_offset + (n_scores + s) * size + parts[k])
+                        prefetch(cache, next_offset + (n_scores + s + 1) * size + parts[k])
+                one = one + load(cache, parts, row) * broadcast(scores, s, 0)
+                other = other + load(cache, parts, row + size) * broadcast(scores, s, 1)
         store(out, parts, 0, (one + other) * factor)
 
 
 # ---- the network -----------------------------------------------------------------------------------------
+# Letters in shapes: L layers, B tokens of a pass, C = n_embd, H = n_head, G = n_kv_head, D = head_dim, F =
+# n_hidden, V = vocab_size, S = block_size. Numba compiles these tuples as structures with fixed types.
 
 
 class Weights(NamedTuple):
-    """Of all L layers one after the other; a matrix is (weights [L, ...], scales, bias [L, M]).
+    """The weights of all L layers. A matrix is a tuple: weights [L, ...], scales, bias [L, M].
 
-    Weights and scales lie as in decoding/packed.py; float32 has no scales. What a model lacks is an empty
-    array: None would be another type, and a compilation of its own.
+    Weights and scales are packed as in decoding/packed.py; float32 has no scales. A part that a model does
+    not have is an array of size 0. (None would be another type, for which Numba would compile everything
+    again.)
     """
 
-    qkv: tuple
-    proj: tuple
-    gate_up: tuple
-    down: tuple
+    qkv: tuple[np.ndarray, np.ndarray, np.ndarray]
+    proj: tuple[np.ndarray, np.ndarray, np.ndarray]
+    gate_up: tuple[np.ndarray, np.ndarray, np.ndarray]
+    down: tuple[np.ndarray, np.ndarray, np.ndarray]
     attn_norm: np.ndarray  # [L, C]
     mlp_norm: np.ndarray
     q_norm: np.ndarray  # [L, D]
     k_norm: np.ndarray
     norm: np.ndarray  # [1, C]
-    wte: np.ndarray  # [V / R, C, R]: R is 1, or ROWS where it is the output head, too
+    wte: np.ndarray  # [V / R, C, R], R being ROWS if the embedding is also the output head (tied), else 1
     wpe: np.ndarray
-    rotary: np.ndarray  # [2, block_size, D / 2]: cos, sin
-    head: tuple  # [1, ...]
+    rotary: np.ndarray  # [2, S, D / 2]: cos, sin
+    head: tuple[np.ndarray, np.ndarray, np.ndarray]  # [1, ...]
 
 
-class Sizes(NamedTuple):
-    """As in the model's configuration."""
+class ModelSizes(NamedTuple):
+    """As in the model's configuration"""
 
     n_embd: int
     n_head: int
@@ -692,133 +765,139 @@ class Sizes(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """What a thread has for itself. Rows are filled up with zeros, to whole blocks and groups."""
+    """A thread's memory for intermediate results. Rows are padded with zeros to whole blocks and groups."""
 
-    x: np.ndarray  # [B, C]: the stream, the same for all threads
-    h: np.ndarray  # [B, C]
+    x: np.ndarray  # [B, C]: the residual stream; every thread computes all of it
+    h: np.ndarray  # [B, C]: the normalised stream
     qkv: np.ndarray  # [B, (H + 2 G) D]
-    y: np.ndarray  # [B, H D]
+    y: np.ndarray  # [B, H D]: output of attention
     gate_up: np.ndarray  # [B, 2 F]
     hidden: np.ndarray  # [B, F]
-    whole: np.ndarray  # int16, see `rounded`
+    rounded: np.ndarray  # int16 and its scales, see `round_to_int16`
     scales: np.ndarray
     head: np.ndarray  # [D]: a query or key
-    turned: np.ndarray  # [D]
+    rotated: np.ndarray  # [D]
     scores: np.ndarray  # [S]
-    out: np.ndarray  # [D]: of attention
+    out: np.ndarray  # [D]: output of attention for one head
 
 
-class Job(NamedTuple):
-    """What a thread works with; all but `scratch` are the same for all."""
+class StepBuffers(NamedTuple):
+    """All that a thread works with. Everything but `scratch` is shared by all threads."""
 
-    control: np.ndarray  # see above
-    counts: np.ndarray  # [2]: of the tokens, and of those (the first ones) of which logits are wanted
+    control: np.ndarray  # see "threads that wait for each other"
+    counts: np.ndarray  # [2]: tokens in this pass, and how many of them, from the first on, need logits
     tokens: np.ndarray  # [B]
-    rows: np.ndarray  # [B]: of the cache, one for each token
-    positions: np.ndarray  # [B]: there
+    rows: np.ndarray  # [B]: the row of the cache that each token belongs to
+    positions: np.ndarray  # [B]: its position there
     lengths: np.ndarray  # [rows]: how many tokens each row holds
     weights: Weights
-    sizes: Sizes
-    cache: np.ndarray  # [L, rows, G, S / ROWS, 2, ROWS D]: blocks of keys [D, ROWS] and of values [ROWS, D]
-    added: np.ndarray  # [2, n_threads, B, C]: to the stream, after attention and after the MLP
+    sizes: ModelSizes
+    cache: np.ndarray  # [L, rows, G, S / ROWS, 2, ROWS D]: keys and values by blocks of ROWS, see `attend`
+    added: np.ndarray  # [2, n_threads, B, C]: each thread's result of attention, and of the MLP
     logits: np.ndarray  # [B, V]
-    best: np.ndarray  # [n_threads, B]: the likeliest token of those that a thread has computed
-    most: np.ndarray  # [n_threads, B]: its logit
+    best_token: np.ndarray  # [n_threads, B]: the likeliest token among the logits a thread has computed
+    best_logit: np.ndarray  # [n_threads, B]: its logit
     scratch: Scratch
 
 
-@compiled
+@jit
 def of_layer(matrix, layer):
     w, scales, bias = matrix
     return w[layer], scales[layer], bias[layer]
 
 
-@compiled
+@jit
 def copy_head(out, x, first, D, factor):
-    """out [D] = factor times x[first : first + D]; zeros fill it up."""
+    """out [D] = factor times x[first : first + D]; the rest of out is filled with zeros."""
     for i in range(0, D, ROWS):
         store(out, i, 0, load(x, first, i) * factor)
     for i in range(D, out.shape[0]):
         out[i] = 0
 
 
-@compiled
-def turn_head(scratch, x, first, D, weight, rotary, position, eps, factor):
-    """scratch.turned [D] = factor times the numbers x[first : first + D], normalized and rotated"""
-    head, turned = scratch.head, scratch.turned
+@jit
+def rotate_head(scratch, x, first, D, weight, rotary, position, eps, factor):
+    """scratch.rotated [D] = factor times the query or key x[first : first + D], normalised and rotated"""
+    head, rotated = scratch.head, scratch.rotated
     copy_head(head, x, first, D, f32(1))
     if weight.shape[0]:
-        norm(head, head, D, weight, eps)
+        rms_norm(head, head, D, weight, eps)
     if rotary.shape[1]:
-        apply_rotary_emb(turned, head, D // 2, rotary, position, factor)
+        apply_rotary_emb(rotated, head, D // 2, rotary, position, factor)
     else:
-        copy_head(turned, head, 0, D, factor)
+        copy_head(rotated, head, 0, D, factor)
 
 
-@compiled
-def attention(job, layer, heads, groups):
-    """qkv [n, (H + 2 G) D] -> y [n, H D]; of these heads, and groups of heads (from, to)."""
-    scratch, weights, sizes, positions = job.scratch, job.weights, job.sizes, job.positions
-    _, n_rows, G, n_blocks, _, half = job.cache.shape
-    H, D, eps, n, rotary = sizes.n_head, sizes.head_dim, sizes.norm_eps, job.counts[0], weights.rotary
-    cache, turned, out, capacity = job.cache.reshape(-1), scratch.turned, scratch.out, 2 * n_blocks * half
+@jit
+def attention(buffers, layer, heads, groups):
+    """scratch.qkv [n, (H + 2 G) D] -> scratch.y [n, H D], for heads (begin, end) in groups (begin, end).
+
+    A group is the heads that share a key and a value. Where threads share a group, each of them writes its
+    key and value; they are the same.
+    """
+    scratch, weights, sizes, positions = buffers.scratch, buffers.weights, buffers.sizes, buffers.positions
+    _, n_rows, G, n_blocks, _, half = buffers.cache.shape
+    H, D, eps, n, rotary = sizes.n_head, sizes.head_dim, sizes.norm_eps, buffers.counts[0], weights.rotary
+    cache, rotated, out = buffers.cache.reshape(-1), scratch.rotated, scratch.out
+    capacity = 2 * n_blocks * half  # numbers of one row and group in the cache
     k_norm, q_norm, scale = weights.k_norm[layer], weights.q_norm[layer], f32(1 / np.sqrt(D))
     for g in range(groups[0], groups[1]):
         begin, end = max(heads[0], g * (H // G)), min(heads[1], (g + 1) * (H // G))
         for b in range(n):
             qkv, y, position = scratch.qkv[b], scratch.y[b], positions[b]
-            place = ((layer * n_rows + job.rows[b]) * G + g) * capacity
-            following = ((layer * n_rows + job.rows[min(b + 1, n - 1)]) * G + g) * capacity
-            turn_head(scratch, qkv, (H + g) * D, D, k_norm, rotary, position, eps, f32(1))
-            block, column = place + position // ROWS * 2 * half, position % ROWS
+            offset = ((layer * n_rows + buffers.rows[b]) * G + g) * capacity
+            next_token = ((layer * n_rows + buffers.rows[min(b + 1, n - 1)]) * G + g) * capacity
+            # Write key and value into the cache.
+            rotate_head(scratch, qkv, (H + g) * D, D, k_norm, rotary, position, eps, f32(1))
+            block, column = offset + position // ROWS * 2 * half, position % ROWS
             for i in range(D):
-                cache[block + i * ROWS + column] = turned[i]
+                cache[block + i * ROWS + column] = rotated[i]
             copy_head(out, qkv, (H + G + g) * D, D, f32(1))
             for i in range(0, out.shape[0], ROWS):
                 store(cache, block + half + column * out.shape[0], i, load(out, i, 0))
             for h in range(begin, end):
-                turn_head(scratch, qkv, h * D, D, q_norm, rotary, position, eps, scale)
-                soon = following if h + 1 == end else -1
-                attend(out, turned, cache, place, soon, position + 1, scratch.scores)
+                rotate_head(scratch, qkv, h * D, D, q_norm, rotary, position, eps, scale)
+                next_offset = next_token if h + 1 == end else -1
+                attend(out, rotated, cache, offset, next_offset, position + 1, scratch.scores)
                 for i in range(0, out.shape[0], ROWS):
                     store(y, h * D, i, load(out, i, 0))
 
 
-@compiled
-def likeliest(logits, begin, end):
-    """(the place of the largest of logits[begin:end], the first one if there are several, and what it is)"""
-    most, place = f32(-np.inf), begin
+@jit
+def argmax(logits, begin, end):
+    """(index of the largest of logits[begin:end], its value). The first one counts if there are several."""
+    most, index = f32(-np.inf), begin
     for first in range(begin, end, 256):
         last = min(first + 256, end)
-        whole = last - (last - first) % ROWS
+        last_vector = last - (last - first) % ROWS
         top = zeros(1, f32) - f32(np.inf)
-        for i in range(first, whole, ROWS):
+        for i in range(first, last_vector, ROWS):
             top = np.maximum(top, load(logits, i, 0))
-        highest = largest(top)
-        for i in range(whole, last):
+        highest = max_lanes(top)
+        for i in range(last_vector, last):
             highest = max(highest, logits[i])
         if highest > most:
-            most, place = highest, first
-    while place < end - 1 and logits[place] != most:
-        place += 1
-    return place, most
+            most, index = highest, first
+    while index < end - 1 and logits[index] != most:
+        index += 1
+    return index, most
 
 
-@compiled
-def embed(job):
-    """x [n, C] of the tokens"""
-    x, wte, wpe = job.scratch.x, job.weights.wte, job.weights.wpe
-    for b in range(job.counts[0]):
-        block, row = job.tokens[b] // wte.shape[2], job.tokens[b] % wte.shape[2]
+@jit
+def embed(buffers):
+    """scratch.x [n, C] = the embeddings of the tokens"""
+    x, wte, wpe = buffers.scratch.x, buffers.weights.wte, buffers.weights.wpe
+    for b in range(buffers.counts[0]):
+        block, row = buffers.tokens[b] // wte.shape[2], buffers.tokens[b] % wte.shape[2]
         for i in range(wte.shape[1]):
             x[b, i] = wte[block, i, row]
             if wpe.shape[0]:
-                x[b, i] += wpe[job.positions[b], i]
+                x[b, i] += wpe[buffers.positions[b], i]
 
 
-@compiled
-def add_to(x, added, size):
-    """The stream x [C] += what each of the threads has computed, [n_threads, C]."""
+@jit
+def add_to_stream(x, added, size):
+    """The residual stream x [C] += the results of all threads, [n_threads, C]"""
     for i in range(0, size, ROWS):
         numbers = load(x, i, 0)
         for rank in range(added.shape[0]):
@@ -826,107 +905,117 @@ def add_to(x, added, size):
         store(x, i, 0, numbers)
 
 
-@compiled
-def forward(job, rank, n_threads):
-    """One thread's share of a pass: the tokens are written into the cache, and logits computed.
+@jit
+def forward(buffers, rank, n_threads):
+    """One thread's share of a pass: the tokens enter the cache, and logits are computed.
 
-    It has some of the heads and some of the hidden features, and of each matrix the rows that make them, or
-    the columns that they are multiplied with. So what the others have computed is needed twice a layer only,
-    where it is added to the stream (Shoeybi et al. 2019, "Megatron-LM", section 3).
+    Tensor parallelism as in Megatron-LM (Shoeybi et al. 2019, section 3): a thread has some of the heads and
+    some of the hidden features, with the rows of qkv and gate_up that produce them and the columns of proj
+    and down that they are multiplied with. So threads need each other's results only twice per layer, where
+    they are added to the stream.
     """
-    weights, sizes, scratch, added, logits = job.weights, job.sizes, job.scratch, job.added, job.logits
+    weights, sizes, scratch = buffers.weights, buffers.sizes, buffers.scratch
+    added, logits = buffers.added, buffers.logits
     C, F, D, eps = sizes.n_embd, sizes.n_hidden, sizes.head_dim, sizes.norm_eps
-    x, h, n, n_logits = scratch.x, scratch.h, job.counts[0], job.counts[1]
-    H, L, G = sizes.n_head, job.cache.shape[0], job.cache.shape[2]
+    x, h, n, n_logits = scratch.x, scratch.h, buffers.counts[0], buffers.counts[1]
+    H, L, G = sizes.n_head, buffers.cache.shape[0], buffers.cache.shape[2]
+    # This thread's heads, the groups they are in, and its hidden features, in whole groups of int8 weights.
     stream, heads = (0, C), share(H, rank, n_threads)
     groups = (heads[0] // (H // G), (heads[1] + H // G - 1) // (H // G))
     units = share((F + GROUP - 1) // GROUP, rank, n_threads)
     features = (units[0] * GROUP, min(units[1] * GROUP, F))
-    embed(job)
+    embed(buffers)
     for layer in range(L):
         for b in range(n):
-            norm(h[b], x[b], C, weights.attn_norm[layer], eps)
+            rms_norm(h[b], x[b], C, weights.attn_norm[layer], eps)
         matrix = of_layer(weights.qkv, layer)
         for first, last in (heads, (H + groups[0], H + groups[1]), (H + G + groups[0], H + G + groups[1])):
-            product(scratch.qkv, matrix, h, n, (first * D, last * D), stream, True, scratch)
-        attention(job, layer, heads, groups)
+            multiply(scratch.qkv, matrix, h, n, (first * D, last * D), stream, True, scratch)
+        attention(buffers, layer, heads, groups)
         matrix, columns = of_layer(weights.proj, layer), (heads[0] * D, heads[1] * D)
-        product(added[0, rank], matrix, scratch.y, n, stream, columns, rank == 0, scratch)
-        meet(job.control, n_threads)
+        multiply(added[0, rank], matrix, scratch.y, n, stream, columns, rank == 0, scratch)
+        barrier(buffers.control, n_threads)
         for b in range(n):
-            add_to(x[b], added[0, :, b], C)
-            norm(h[b], x[b], C, weights.mlp_norm[layer], eps)
+            add_to_stream(x[b], added[0, :, b], C)
+            rms_norm(h[b], x[b], C, weights.mlp_norm[layer], eps)
         matrix = of_layer(weights.gate_up, layer)
         for first in (0, F):
             rows = (first + features[0], first + features[1])
-            product(scratch.gate_up, matrix, h, n, rows, stream, True, scratch)
+            multiply(scratch.gate_up, matrix, h, n, rows, stream, True, scratch)
         for b in range(n):
             swiglu(scratch.hidden[b], scratch.gate_up[b], F, features)
         matrix = of_layer(weights.down, layer)
-        product(added[1, rank], matrix, scratch.hidden, n, stream, features, rank == 0, scratch)
-        meet(job.control, n_threads)
+        multiply(added[1, rank], matrix, scratch.hidden, n, stream, features, rank == 0, scratch)
+        barrier(buffers.control, n_threads)
         for b in range(n):
-            add_to(x[b], added[1, :, b], C)
+            add_to_stream(x[b], added[1, :, b], C)
     if n_logits:
         matrix = of_layer(weights.head, 0)
         blocks = share(matrix[0].shape[0], rank, n_threads)
         rows = (blocks[0] * ROWS, blocks[1] * ROWS)
         for b in range(n_logits):
-            norm(h[b], x[b], C, weights.norm[0], eps)
-        product(logits, matrix, h, n_logits, rows, stream, True, scratch)
+            rms_norm(h[b], x[b], C, weights.norm[0], eps)
+        multiply(logits, matrix, h, n_logits, rows, stream, True, scratch)
         for b in range(n_logits):
-            found = likeliest(logits[b], rows[0], min(rows[1], sizes.vocab_size))
-            job.best[rank, b], job.most[rank, b] = found
-        meet(job.control, n_threads)
+            found = argmax(logits[b], rows[0], min(rows[1], sizes.vocab_size))
+            buffers.best_token[rank, b], buffers.best_logit[rank, b] = found
+        barrier(buffers.control, n_threads)
 
 
-# ---- a team of threads -----------------------------------------------------------------------------------
+# ---- the team of threads ---------------------------------------------------------------------------------
+# Thread 0 is the one that calls `lead`. The others run `work`, and sleep in Python when it returns
+# (decoding/compiled_backend.py). Both functions release Python's global lock while they run.
 
 
-@compiled
-def lead(job, n, n_logits, n_threads):
-    """One pass by the whole team, of which the caller is rank 0; returns whether it was done.
+@jit
+def lead(buffers, n, n_logits, n_threads):
+    """Have the team do one pass for the first n tokens of `buffers`, which are appended to their rows.
 
-    The first n of the job's tokens are appended to their rows. The pass is not done if one of the others is
-    asleep. From here on, nobody falls asleep, and nothing raises: Ctrl-C, for instance, would leave them
-    waiting for this thread's share for ever.
+    Returns False, having done nothing, if one of the other threads is asleep: wake them up and call again.
+
+    Threads are first marked as working, so that none falls asleep during the pass. From then on nothing may
+    raise an exception here: they would wait forever for this thread's share. Ctrl-C has no effect in compiled
+    code.
     """
-    control, best, most, lengths = job.control, job.best, job.most, job.lengths
+    control, best_token, best_logit = buffers.control, buffers.best_token, buffers.best_logit
+    lengths = buffers.lengths
     for rank in range(1, n_threads):
-        while not swap(control, STATE + 8 * rank, AWAKE, ENGAGED):
-            if read(control, STATE + 8 * rank) == ASLEEP:
+        while not compare_and_swap(control, STATE + 8 * rank, AWAKE, WORKING):
+            if atomic_load(control, STATE + 8 * rank) == ASLEEP:
                 for other in range(1, rank):
-                    write(control, STATE + 8 * other, AWAKE)
+                    atomic_store(control, STATE + 8 * other, AWAKE)
                 return False
-    job.counts[0], job.counts[1] = n, n_logits
+    buffers.counts[0], buffers.counts[1] = n, n_logits
     for b in range(n):
-        job.positions[b] = lengths[job.rows[b]]
-        lengths[job.rows[b]] += 1
-    add(control, ASKED, 1)
-    forward(job, np.int64(0), n_threads)  # a mere 0 is of another type, and needs another compilation
+        buffers.positions[b] = lengths[buffers.rows[b]]
+        lengths[buffers.rows[b]] += 1
+    atomic_add(control, N_PASSES, 1)
+    # A plain 0 would be of another type, for which Numba would compile `forward` a second time.
+    forward(buffers, np.int64(0), n_threads)
     for b in range(n_logits):
         for rank in range(1, n_threads):
-            if most[rank, b] > most[0, b]:
-                best[0, b], most[0, b] = best[rank, b], most[rank, b]
+            if best_logit[rank, b] > best_logit[0, b]:
+                best_token[0, b], best_logit[0, b] = best_token[rank, b], best_logit[rank, b]
     return True
 
 
-@compiled
-def follow(job, rank, n_threads):
-    """Do this thread's share of passes, until there is nothing to do for long.
+@jit
+def work(buffers, rank, n_threads):
+    """Do this thread's share of all passes, until there has been none for a while.
 
-    To be woken takes 50 to 100 us, a tenth of a pass: so it looks around for a while before it falls asleep.
+    Waking a thread takes 50 to 100 us, a tenth of a pass, so it keeps looking for work for a while before it
+    returns.
     """
-    control, me, looks = job.control, STATE + 8 * rank, 0
-    swap(control, me, ASLEEP, AWAKE)
+    control, me, spins = buffers.control, STATE + 8 * rank, 0
+    compare_and_swap(control, me, ASLEEP, AWAKE)
     while True:
-        if read(control, ASKED) > control[me + 1]:
-            forward(job, rank, n_threads)
+        if atomic_load(control, N_PASSES) > control[me + 1]:
+            forward(buffers, rank, n_threads)
             control[me + 1] += 1
-            write(control, me, AWAKE)
-            looks = 0
-        elif looks > PATIENCE and swap(control, me, AWAKE, ASLEEP):
+            atomic_store(control, me, AWAKE)
+            spins = 0
+        elif spins > SPINS_BEFORE_SLEEP and compare_and_swap(control, me, AWAKE, ASLEEP):
             return
-        looks += 1
-        if looks > SPINS:
-            give_way()
+        spins += 1
+        if spins > SPINS_BEFORE_YIELD:
+            yield_core()

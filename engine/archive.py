@@ -1,11 +1,14 @@
-"""A file of PyTorch's, read without trust.
+"""Reading .pt files that may be hostile.
 
-With `weights_only`, torch.load runs nothing that a file brings along. But a few bytes may still ask for all
-memory there is, or for years: bytearray(10**12); one number seen as a billion; a list that holds another one
-ten times, which holds another one ten times, and so on; such a tuple as the key of a dictionary. So a file is
-looked at before anything of it is built, and what was built before anybody walks through it: it is made as
-torch.save makes a state, and takes as much memory as it has bytes, but for a small factor.
+With `weights_only`, torch.load runs no code from a file. But a few bytes can still ask for all the memory
+there is, or for years of work: bytearray(10**12); a tensor that shows one number as a billion; a list that
+contains another one ten times, which contains another one ten times, and so on; such a tuple as the key of a
+dictionary. So the container and the pickle are checked before torch.load builds anything, and the result is
+checked before anyone iterates over it: it must look like what torch.save writes for training, and take no
+more memory than a small multiple of the size of the file.
 """
+
+from __future__ import annotations
 
 import math
 import os
@@ -14,59 +17,61 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
 from common.errors import is_out_of_memory
 
-MOST_RECORDS = 1 << 17  # a network of a thousand layers, with its moments, has half as many
-MOST_OPERATIONS = 1 << 22  # of a pickle; that network's has two million
-DEEPEST = 64  # dictionaries and lists within each other
-FACTOR, ROOM = 4, 1 << 20  # a file of n bytes becomes FACTOR * n + ROOM bytes at most,
-VALUE = 8  # of which each value has so many, beside those of a text or a tensor
+MAX_RECORDS = 1 << 17  # a network of a thousand layers, with its optimizer state, has half as many
+MAX_OPERATIONS = 1 << 22  # in a pickle; that network's has two million
+MAX_DEPTH = 64  # of nested dictionaries and lists
+FACTOR, ALLOWANCE = 4, 1 << 20  # a file of n bytes may take FACTOR * n + ALLOWANCE bytes of memory,
+VALUE_COST = 8  # counting this many bytes per value, plus the content of strings and tensors
 
 
 class Damaged(Exception):
-    """The file is not whole, or no such file."""
+    """The file is incomplete, or not a file of PyTorch at all."""
 
 
 class Refused(Exception):
-    """It holds what training does not write: the message says what, or what was done about it."""
+    """The file contains something that training does not write. The message says what."""
 
-    def __init__(self, what="nothing in it was run"):
-        super().__init__(what)
+    def __init__(self, message: str = "nothing in it was run") -> None:
+        super().__init__(message)
 
 
-def read(path, more=()):
-    """What torch.save has written to `path`: tensors in dictionaries and lists of plain values, on the CPU.
+def read(path: str | os.PathLike[str], more: Collection[str] = ()) -> Any:
+    """Load a file written by torch.save: tensors on the CPU, in dictionaries and lists of plain values.
 
-    more: names ("module name") of classes whose objects may be there as well, if torch knows them as safe.
-    Raises Damaged, Refused, or PermissionError.
+    more: names ("module name") of other classes whose objects may occur, if torch considers them safe.
+    Raises Damaged, Refused or PermissionError.
     """
     try:
         size = os.path.getsize(path)
         data, storages = _records(path, size)
     except (PermissionError, MemoryError):
         raise
-    except Exception:  # one of many kinds: a wrong checksum, a lost end, a lock
+    except Exception:  # of many types: a wrong checksum, a missing end, encryption
         raise Damaged(f"{os.path.basename(path)} is damaged") from None
     try:
         _check_pickle(data, storages, more)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Refused:
         raise
-    except Exception as error:  # also one of many
-        if is_out_of_memory(error):  # of so large a file
+    except Exception as error:  # of many types again
+        if is_out_of_memory(error):  # the file is simply large
             raise
         raise Refused from None
-    if _cost_of(state, {}, 0, bool(more))[0] > FACTOR * size + ROOM:
-        raise Refused("it would take far more memory than it has bytes")
+    if _cost_of(state, {}, 0, bool(more))[0] > FACTOR * size + ALLOWANCE:
+        raise Refused("it would take far more memory than the file has bytes")
     return state
 
 
-def _require(condition, *what):
+def _require(condition: object, *message: str) -> None:
     if not condition:
-        raise Refused(*what)
+        raise Refused(*message)
 
 
 # ---- the container ---------------------------------------------------------------------------------
@@ -74,24 +79,25 @@ def _require(condition, *what):
 END, LOCATOR, END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
 
 
-def _records(path, size):
-    """(the pickle, {key of a storage: its bytes}) of a zip file; BadZipFile if PyTorch would not write it so.
+def _records(path: str | os.PathLike[str], size: int) -> tuple[bytes, dict[str, int]]:
+    """Check that the zip file is one that PyTorch writes. Returns (pickle, {key of a storage: its bytes}).
 
-    Nothing is compressed, no name is there twice, and there is no second list of what there is: Python's
-    library, which looks here, and PyTorch's, which reads, might each take another one.
+    Nothing may be compressed, no name may appear twice, and there may be only one directory: otherwise
+    Python's zip library, which checks the file here, and PyTorch's, which reads it, could see different
+    content. Raises BadZipFile.
     """
     with open(path, "rb") as file:
         file.seek(max(0, size - END64.size - LOCATOR.size - END.size))
         end64, locator, end = (file.read(part.size) for part in (END64, LOCATOR, END))
     mark, _, _, _, count, length, start, comment = END.unpack(end)
-    place = size - END.size
+    directory_end = size - END.size
     if locator.startswith(b"PK\6\7"):
-        place -= LOCATOR.size + END64.size
+        directory_end -= LOCATOR.size + END64.size
         *_, count, length, start = END64.unpack(end64)
-        mark = mark if LOCATOR.unpack(locator)[2] == place else None
-    if mark != b"PK\5\6" or comment or start + length != place or not count <= MOST_RECORDS:
+        mark = mark if LOCATOR.unpack(locator)[2] == directory_end else None
+    if mark != b"PK\5\6" or comment or start + length != directory_end or not count <= MAX_RECORDS:
         raise zipfile.BadZipFile
-    if length > 512 * count:  # of a name each
+    if length > 512 * count:  # far more than names and their headers need
         raise zipfile.BadZipFile
     with zipfile.ZipFile(path) as archive:
         entries = {entry.orig_filename: entry for entry in archive.infolist()}
@@ -113,10 +119,10 @@ def _records(path, size):
 # ---- the pickle ------------------------------------------------------------------------------------
 
 
-class Thing:
-    """What a pickle makes, of which only the kind counts; of a storage also how many numbers it has."""
+class Placeholder:
+    """Stands for an object that the pickle would build. count: of a storage, its number of elements."""
 
-    def __init__(self, kind, count=None):
+    def __init__(self, kind: str, count: int | None = None) -> None:
         self.kind, self.count = kind, count
 
 
@@ -125,29 +131,32 @@ TENSOR, TYPED_TENSOR = "torch._utils _rebuild_tensor_v2", "torch._tensor _rebuil
 ORDERED_DICT = "collections OrderedDict"
 SIZES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2, "Char": 1,
          "Byte": 1, "Bool": 1}  # fmt: skip
-STORAGES = {f"torch {name}Storage": size for name, size in SIZES.items()}  # bytes of a number
+STORAGES = {f"torch {name}Storage": size for name, size in SIZES.items()}  # bytes per element
 
 
-def _check_pickle(data, storages, more):
-    """Refused unless all calls make what `read` tells of, keys are texts or numbers, and tensors lie within
-    what the file holds of them.
+def _check_pickle(data: bytes, storages: dict[str, int], more: Collection[str]) -> None:
+    """Dry-run the pickle: follow its operations without building anything.
 
-    It follows the operations as the machine does that they are for, with plain values, tuples of these, and a
-    Thing in place of all else.
+    The stack holds plain values, tuples of them, and a Placeholder for everything else. Raises Refused if a
+    call makes something that `read` does not promise, if a key is not a string or an integer, or if a tensor
+    does not lie within its storage.
     """
-    stack, marks, memo = [], [], {}
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
 
-    def since_mark():
+    def pop_mark() -> list[Any]:
         start = marks.pop()
         items = stack[start:]
         del stack[start:]
         return items
 
-    def require_kind(*kinds):
-        _require(isinstance(stack[-1], Thing) and stack[-1].kind in kinds)
+    def require_kind(*kinds: str) -> None:
+        _require(isinstance(stack[-1], Placeholder) and stack[-1].kind in kinds)
 
+    argument: Any
     for number, (operation, argument, _) in enumerate(pickletools.genops(data)):
-        _require(number < MOST_OPERATIONS)
+        _require(number < MAX_OPERATIONS)
         match operation.name:
             case "PROTO":
                 pass
@@ -167,29 +176,29 @@ def _check_pickle(data, storages, more):
                 n = int(operation.name[-1])
                 stack[-n:] = [tuple(stack[-n:])]
             case "TUPLE":
-                stack.append(tuple(since_mark()))
+                stack.append(tuple(pop_mark()))
             case "EMPTY_LIST":
-                stack.append(Thing("list"))
+                stack.append(Placeholder("list"))
             case "APPEND":
                 stack.pop()
                 require_kind("list")
             case "APPENDS":
-                since_mark()
+                pop_mark()
                 require_kind("list")
             case "EMPTY_DICT":
-                stack.append(Thing("dict"))
+                stack.append(Placeholder("dict"))
             case "SETITEM" | "SETITEMS":
-                items = since_mark() if operation.name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
+                items = pop_mark() if operation.name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
                 _require(all(type(key) in (str, int) for key in items[::2]))
                 require_kind("dict")
             case "GLOBAL":
                 _require(argument in (TENSOR, ORDERED_DICT, *STORAGES, *more))
-                stack.append(Thing(argument))
+                stack.append(Placeholder(argument))
             case "BINPERSID":
                 stack.append(_storage(stack.pop(), storages))
             case "REDUCE" | "NEWOBJ":
-                arguments, maker = stack.pop(), stack.pop()
-                stack.append(_made(maker.kind, arguments, more))
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_call(function.kind, arguments, more))
             case "BUILD":
                 require_kind("dict")
                 stack.pop()
@@ -198,55 +207,58 @@ def _check_pickle(data, storages, more):
                 raise Refused
 
 
-def _storage(identity, storages):
-    """Of the identity that a pickle gives a storage."""
-    what, maker, key, place, count = identity
-    _require((what, type(place), type(count)) == ("storage", str, int))
-    _require(storages[key] == count * STORAGES[maker.kind])
-    return Thing("storage", count)
+def _storage(persistent_id: Any, storages: dict[str, int]) -> Placeholder:
+    """The storage with this persistent ID; its size must be the one in the file."""
+    tag, storage_type, key, location, count = persistent_id
+    _require((tag, type(location), type(count)) == ("storage", str, int))
+    _require(storages[key] == count * STORAGES[storage_type.kind])
+    return Placeholder("storage", count)
 
 
-def _made(maker, arguments, more):
-    """What a call makes."""
-    if maker == ORDERED_DICT:
+def _call(function: str, arguments: Any, more: Collection[str]) -> Placeholder:
+    """The result of a call in the pickle."""
+    if function == ORDERED_DICT:
         _require(arguments == ())
-        return Thing("dict")
-    if maker == TYPED_TENSOR:
-        (function, kind, arguments, _), maker = arguments, TENSOR
-        _require((function.kind, kind.kind) == (TENSOR, "torch Tensor"))
-    if maker == TENSOR:
+        return Placeholder("dict")
+    if function == TYPED_TENSOR:
+        (inner, tensor_type, arguments, _), function = arguments, TENSOR
+        _require((inner.kind, tensor_type.kind) == (TENSOR, "torch Tensor"))
+    if function == TENSOR:
         storage, start, shape, strides, *_ = arguments
         last = start + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         _require(min(start, *shape, *strides, 0) == 0 and (0 in shape or last < storage.count))
-        return Thing("tensor")
-    _require(maker in more)
-    return Thing("object")
+        return Placeholder("tensor")
+    _require(function in more)
+    return Placeholder("object")
 
 
 # ---- the state -------------------------------------------------------------------------------------
 
 
-def _cost_of(value, known, depth, has_objects):
-    """(about as many bytes as it takes to write a value with all within, how deep it is).
+def _cost_of(
+    value: Any, known: dict[int, tuple[float, int]], depth: int, has_objects: bool
+) -> tuple[float, int]:
+    """Estimate the memory of a value with everything in it. Returns (bytes, levels of nesting).
 
-    What is there several times counts as often. known: {id of a container: its cost}, filled here.
+    An object that occurs several times counts each time. known: {id of a container: its result}, filled here.
+    has_objects: whether values of other types are allowed.
     """
-    kind, cost = type(value), VALUE
+    kind, cost = type(value), VALUE_COST
     if kind is torch.Tensor:
         cost += value.numel() * value.itemsize
     elif kind is str:
         cost += len(value)
     elif kind is int:
-        _require(-(1 << 63) <= value < 1 << 64, "it holds a number beyond all limits")
+        _require(-(1 << 63) <= value < 1 << 64, "it contains an integer of more than 64 bits")
     elif kind in (dict, OrderedDict, list, tuple):
         if id(value) not in known:
-            _require(depth < DEEPEST, "its values are nested too deeply")
-            known[id(value)] = math.inf, 0  # of one that holds itself
+            _require(depth < MAX_DEPTH, "its values are nested too deeply")
+            known[id(value)] = math.inf, 0  # if it contains itself
             items = (part for pair in value.items() for part in pair) if hasattr(value, "items") else value
             costs = [_cost_of(item, known, depth + 1, has_objects) for item in items]
-            deep = max((deep for _, deep in costs), default=0)
-            known[id(value)] = VALUE + sum(cost for cost, _ in costs), 1 + deep
-        _require(known[id(value)][1] <= DEEPEST, "its values are nested too deeply")
+            levels = max((levels for _, levels in costs), default=0)
+            known[id(value)] = VALUE_COST + sum(cost for cost, _ in costs), 1 + levels
+        _require(known[id(value)][1] <= MAX_DEPTH, "its values are nested too deeply")
         return known[id(value)]
     else:
         _require(kind in (float, bool) or value is None or has_objects)

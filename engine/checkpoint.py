@@ -39,9 +39,9 @@ from torch.overrides import TorchFunctionMode
 
 import models
 import tokenizer as tokenizers
-from common.config import ROOT, check_model, shown
+from common.config import ROOT, display_path
 from common.errors import UserError
-from common.files import whole
+from common.files import atomic_write
 from config.schema import LAST_STEP
 from config.stages import STAGES
 from engine import archive
@@ -116,11 +116,11 @@ class Checkpoint:
         """Write the file, whole or not at all; returns its path."""
         state = {**vars(self), "tokenizer": json.dumps(self.tokenizer)}
         try:
-            with whole(self.path) as file:
+            with atomic_write(self.path) as file:
                 torch.save({"format": FORMAT, "version": VERSION, **state}, file)
         except OSError as error:
             raise UserError(
-                f"the checkpoint {shown(self.path)} could not be written ({error.strerror}); "
+                f"the checkpoint {display_path(self.path)} could not be written ({error.strerror}); "
                 "earlier checkpoints are untouched"
             ) from None
         return self.path
@@ -146,9 +146,9 @@ def saved(stage=None, run=None):
 
 def load(path):
     """The checkpoint in the file. UserError if it is missing, damaged, foreign or hostile."""
-    path, name = Path(path), shown(path)
+    path, name = Path(path), display_path(path)
     if not path.is_file():
-        hint = f"; the newest in checkpoint/ is {shown(near[-1].path)}" if (near := saved()) else ""
+        hint = f"; the newest in checkpoint/ is {display_path(near[-1].path)}" if (near := saved()) else ""
         raise UserError(f"there is no checkpoint {name}{hint}")
     try:
         state = archive.read(path)
@@ -166,7 +166,7 @@ def load(path):
     elif type(version) is not int or version != VERSION:
         raise UserError(f"{name} was written by another version of Nano")
     text = state.get("tokenizer")  # in older files it is the dictionary
-    if isinstance(text, str) and len(text) <= tokenizers.LARGEST:
+    if isinstance(text, str) and len(text) <= tokenizers.MAX_JSON_LENGTH:
         with contextlib.suppress(ValueError, RecursionError):
             state["tokenizer"] = json.loads(text)
     types = {key: f.type for key, f in Checkpoint.__dataclass_fields__.items()}
@@ -256,7 +256,7 @@ def build(checkpoint, source):
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     shape = {key: value for key, value in checkpoint.model_config.items() if key != "dropout"}
-    config = check_model(shape, f"{source}: model_config")
+    config = models.check_config(shape, f"{source}: model_config")
     config = config.resolved(tokenizer.vocab_size)
     if tokenizer.vocab_size > config.vocab_size or not _belong_to(checkpoint.model, config):
         raise UserError(f"{source}: its weights do not fit its own configuration")

@@ -1,11 +1,13 @@
-"""Who of several processes does not answer: each of them beats, and watches the others.
+"""Find out which process of a distributed run has stopped answering.
 
-A process that is stopped (SIGSTOP, a debugger, a machine asleep) keeps its connections, so the others would
-wait for it in silence until TIMEOUT of engine/parallel.py. So each one counts, in the store by which the
-processes have found each other, while its main thread works: a long validation, the writing of a checkpoint
-and waiting for somebody else do not keep it from counting. Whose count stands still for a minute, by the
-clock of the one that looks, is named, and again each minute, by the lowest-ranked process that answers.
+A process that is stopped (SIGSTOP, a debugger, a sleeping machine) keeps its connections open, so the others
+would wait for it silently until TIMEOUT of engine/parallel.py. Therefore a thread of each process keeps
+counting in the store through which the processes found each other. It goes on during a long validation, while
+a checkpoint is written, and while waiting for other processes. A process whose count has not changed for a
+minute, by the clock of the observer, is reported once a minute by the lowest rank that still answers.
 """
+
+from __future__ import annotations
 
 import contextlib
 import datetime
@@ -17,134 +19,148 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 import torch.distributed as dist
 
 from common.metrics import duration
 
-MINUTE = 60.0  # seconds; there are twelve beats in it
-SHOWN = 8  # names at once
-LAUNCHER = -1  # in place of a rank
+ANSWER_TIMEOUT = 60.0  # seconds without an answer before a process is reported; it beats twelve times in them
+MAX_NAMED = 8  # processes named in one report
+LAUNCHER = -1  # stands for the launcher where a rank is expected
 FOREVER = datetime.timedelta(days=365)
 
 
 class Heartbeat:
-    """Beats and watches from its making to `stop`. `step`: the one this process is in, or None.
+    """Beats and watches in two background threads until `stop`. step: the one this process is in, or None.
 
-    The store is the launcher's or, where that has none, the first process's. While its owner is stopped, a
-    call waits and cannot be ended; hence one thread that calls, and another one that watches.
+    The store belongs to the launcher or, if that has none, to rank 0. While its owner is stopped, calls to it
+    block and cannot be cancelled; that is why one thread makes the calls and another one watches.
     """
 
-    def __init__(self, rank, world):
-        self.rank, self.world, self.step = rank, world, None
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.step: int | None = None
         self.address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         owner = LAUNCHER if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
         self.watch = Watch(rank, world, int(os.environ["LOCAL_RANK"]), owner, self.address)
-        self.counts = {}  # as `Watch.look` needs them
+        self.counts: dict[int, list[Any]] = {}  # for `Watch.update`
         self.ended = threading.Event()
-        self.threads = [threading.Thread(target=one, daemon=True) for one in (self._beat, self._look)]
+        self.threads = [threading.Thread(target=loop, daemon=True) for loop in (self._beat, self._report)]
         for thread in self.threads:
             thread.start()
 
-    def stop(self):
+    def stop(self) -> None:
+        """End both threads."""
         self.ended.set()
         for thread in self.threads:
-            thread.join(1)  # not longer: it may be in a call that waits
+            thread.join(1)  # no longer, because the thread may be blocked in a call to the store
 
-    def _beat(self):
+    def _beat(self) -> None:
+        """Write this process's count to the store, and read those of the others."""
         rounds = 0
-        while not self.ended.wait(MINUTE / 60):
-            # A connection of its own tells when the store ends: its calls then print a page of C++.
+        while not self.ended.wait(ANSWER_TIMEOUT / 60):
+            # A second, plain connection shows when the store is gone: calling it then prints a page of C++.
             with (
                 contextlib.suppress(OSError, dist.DistError),
-                socket.create_connection(self.address, MINUTE) as owner,
+                socket.create_connection(self.address, ANSWER_TIMEOUT) as connection,
             ):
-                store = dist.TCPStore(*self.address, wait_for_workers=False, timeout=FOREVER)
-                store, there = dist.PrefixStore("heartbeat", store), []
-                while not select.select([owner], [], [], 0)[0]:
+                tcp_store = dist.TCPStore(*self.address, wait_for_workers=False, timeout=FOREVER)
+                store = dist.PrefixStore("heartbeat", tcp_store)
+                present: list[str] = []  # ranks that have beaten at least once
+                while not select.select([connection], [], [], 0)[0]:
                     rounds += 1
-                    mine = [rounds, self.step, os.getpid(), socket.gethostname()]
-                    store.set(str(self.rank), json.dumps(mine))
-                    there += [rank for rank in map(str, range(self.world))
-                              if rank not in there and store.check([rank])]  # fmt: skip
-                    theirs = zip(map(int, there), map(json.loads, store.multi_get(there)), strict=True)
-                    self.counts = {**dict(theirs), LAUNCHER: [rounds]}
-                    if self.ended.wait(MINUTE / 12):
+                    own = [rounds, self.step, os.getpid(), socket.gethostname()]
+                    store.set(str(self.rank), json.dumps(own))
+                    present += [rank for rank in map(str, range(self.world))
+                                if rank not in present and store.check([rank])]  # fmt: skip
+                    read = zip(map(int, present), map(json.loads, store.multi_get(present)), strict=True)
+                    self.counts = {**dict(read), LAUNCHER: [rounds]}
+                    if self.ended.wait(ANSWER_TIMEOUT / 12):
                         return
 
-    def _look(self):
+    def _report(self) -> None:
+        """Print what the watch has to report."""
         last = time.monotonic()
-        while not self.ended.wait(MINUTE / 12):
+        while not self.ended.wait(ANSWER_TIMEOUT / 12):
             now = time.monotonic()
-            # Was this process stopped itself, or the machine asleep, no more than one look has been missed.
-            elapsed, last = min(now - last, MINUTE / 6), now
-            for line in self.watch.look(self.counts, self.step, elapsed):
+            # If this process itself was stopped, or the machine asleep, count at most one missed beat.
+            elapsed, last = min(now - last, ANSWER_TIMEOUT / 6), now
+            for line in self.watch.update(self.counts, self.step, elapsed):
                 with contextlib.suppress(OSError):  # stderr has been closed
                     print(line, file=sys.stderr, flush=True)
 
 
 class Watch:
-    """What one process knows of the others, and has to say.
+    """What one process knows about the others, and which reports follow from it. No threads, no clock.
 
-    owner: of the store, 0 or LAUNCHER. While it is silent, nothing is known of the others: they are taken to
-    be as they were, and on each machine one process says so, as they cannot agree on one.
+    owner: of the store, 0 or LAUNCHER. While the owner is silent, nothing new is known about the other
+    processes, so their state is assumed not to change. The processes cannot agree on a single reporter then,
+    so one process on every machine reports.
     """
 
-    def __init__(self, rank, world, local_rank, owner, address):
-        self.rank, self.first_here, self.owner, self.address = rank, rank - local_rank, owner, address
-        self.silence = {one: 0.0 for one in (*range(world), owner) if one != rank}  # seconds
-        self.since_owner = 0.0  # has answered
-        self.since_said = math.inf
-        self.counts, self.step, self.known, self.told = {}, None, {}, {}
+    def __init__(self, rank: int, world: int, local_rank: int, owner: int, address: tuple[str, int]) -> None:
+        self.rank, self.first_rank_here, self.owner, self.address = rank, rank - local_rank, owner, address
+        self.silence = {other: 0.0 for other in (*range(world), owner) if other != rank}  # in seconds
+        self.owner_silence = 0.0  # the same for the store, whoever owns it
+        self.since_report = math.inf
+        self.counts: dict[int, list[Any]] = {}
+        self.step: int | None = None
+        self.last_seen: dict[int, list[Any]] = {}  # {rank: [count, step, pid, host]}
+        self.reported: dict[int, float] = {}  # {rank: its silence when it was last missing}
 
-    def look(self, counts, step, elapsed):
-        """-> lines to say. step: of this process; elapsed: seconds since the last look.
+    def update(self, counts: dict[int, list[Any]], step: int | None, elapsed: float) -> list[str]:
+        """Update with the latest counts. Returns the lines to print.
 
-        counts: {rank: [count, step, pid, host]} as last read, and at LAUNCHER how often they were read.
+        counts: {rank: [count, step, pid, host]} as last read; under LAUNCHER, how often they have been read.
+        step: the current one of this process. elapsed: seconds since the previous call.
         """
-        answered = counts.get(LAUNCHER) != self.counts.get(LAUNCHER)
-        moved = step != self.step  # which takes all of them
-        self.since_owner = 0.0 if answered or moved else self.since_owner + elapsed
-        self.since_said += elapsed
-        for one in self.silence:
-            beats = counts.get(one) != self.counts.get(one)
-            if beats and one in self.counts:  # the first may be what is left of a process before a restart
-                self.known[one] = counts[one]
-            if beats or moved:
-                self.silence[one] = 0.0
-            elif answered or one == self.owner:
-                self.silence[one] += elapsed
+        store_answered = counts.get(LAUNCHER) != self.counts.get(LAUNCHER)
+        stepped = step != self.step  # a step needs all processes, so none of them is stopped
+        self.owner_silence = 0.0 if store_answered or stepped else self.owner_silence + elapsed
+        self.since_report += elapsed
+        for other in self.silence:
+            beat = counts.get(other) != self.counts.get(other)
+            if beat and other in self.counts:  # the first count may be left from before a restart
+                self.last_seen[other] = counts[other]
+            if beat or stepped:
+                self.silence[other] = 0.0
+            elif store_answered or other == self.owner:
+                self.silence[other] += elapsed
         self.counts, self.step = counts, step
-        missing = {one: seconds for one, seconds in self.silence.items() if seconds >= MINUTE}
+        missing = {other: seconds for other, seconds in self.silence.items() if seconds >= ANSWER_TIMEOUT}
         lines = [
-            f"No longer waiting for {self._name(one)}, after {duration(self.told.pop(one))}."
-            for one in sorted(self.told.keys() - missing.keys())
+            f"No longer waiting for {self._name(other)}, after {duration(self.reported.pop(other))}."
+            for other in sorted(self.reported.keys() - missing.keys())
         ]
-        self.told |= {one: missing[one] for one in self.told}
-        if missing and self.since_said >= MINUTE and self._speaks():
-            self.since_said, self.told = 0.0, missing
-            lines += [self._waiting(*one) for one in [*missing.items()][:SHOWN]]
-            if len(missing) > SHOWN:
-                lines.append(f"... and for {len(missing) - SHOWN} more.")
+        self.reported |= {other: missing[other] for other in self.reported}
+        if missing and self.since_report >= ANSWER_TIMEOUT and self._is_reporter():
+            self.since_report, self.reported = 0.0, missing
+            lines += [self._waiting(*item) for item in [*missing.items()][:MAX_NAMED]]
+            if len(missing) > MAX_NAMED:
+                lines.append(f"... and for {len(missing) - MAX_NAMED} more.")
         return lines
 
-    def _speaks(self):
-        """Whether this is the lowest-ranked process that answers, of its machine if they cannot ask."""
-        alone = self.since_owner >= MINUTE
-        lower = range(self.first_here if alone else 0, self.rank)
-        return not any(self.silence[one] < MINUTE and (alone or one in self.known) for one in lower)
+    def _is_reporter(self) -> bool:
+        """Whether this is the lowest rank that answers; of this machine, if the store does not answer."""
+        store_lost = self.owner_silence >= ANSWER_TIMEOUT
+        lower = range(self.first_rank_here if store_lost else 0, self.rank)
+        return not any(
+            self.silence[other] < ANSWER_TIMEOUT and (store_lost or other in self.last_seen)
+            for other in lower
+        )
 
-    def _waiting(self, one, seconds):
-        if one not in self.known:
-            return f"Waiting for {self._name(one)}: not there after {duration(seconds)}."
-        step = one != LAUNCHER and self.known[one][1]
+    def _waiting(self, other: int, seconds: float) -> str:
+        if other not in self.last_seen:
+            return f"Waiting for {self._name(other)}: it has not joined after {duration(seconds)}."
+        step = other != LAUNCHER and self.last_seen[other][1]
         seen = f", last seen in step {step}" if step else ""
-        return f"Waiting for {self._name(one)}: no answer for {duration(seconds)}{seen}."
+        return f"Waiting for {self._name(other)}: no answer for {duration(seconds)}{seen}."
 
-    def _name(self, one):
-        if one == LAUNCHER:
+    def _name(self, other: int) -> str:
+        if other == LAUNCHER:
             return "the launcher at {}:{}".format(*self.address)
-        if one not in self.known:
-            return f"process {one}"
-        _, _, pid, host = self.known[one]
-        return f"process {one} on {host} (pid {pid})"
+        if other not in self.last_seen:
+            return f"process {other}"
+        _, _, pid, host = self.last_seen[other]
+        return f"process {other} on {host} (pid {pid})"

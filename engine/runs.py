@@ -24,7 +24,7 @@ from datetime import datetime, timedelta, timezone
 
 from filelock import FileLock, Timeout
 
-from common.config import check, find, shown
+from common.config import check, display_path, resolve_path
 from common.errors import UserError
 from config.schema import TrainConfig
 from config.stages import STAGES
@@ -49,7 +49,7 @@ class Run:
             checkpoints.FOLDER.mkdir(parents=True, exist_ok=True)
             self._take(name)
         except OSError as error:
-            folder, why = shown(checkpoints.FOLDER), error.strerror.lower()
+            folder, why = display_path(checkpoints.FOLDER), error.strerror.lower()
             raise UserError(f"no checkpoint could be written to {folder}/ ({why})") from None
 
     def _take(self, name):
@@ -113,7 +113,8 @@ def _holder(name):
 def _names():
     """Of all runs that have left a log or a checkpoint."""
     folder = checkpoints.FOLDER
-    found = [re.fullmatch(rf"train_({TIME})\.log", path.name) for path in folder.parent.glob("train_*.log")]
+    logs = rf"train_({TIME})\.(?:log|metrics\.jsonl)"
+    found = [re.fullmatch(logs, path.name) for path in folder.parent.glob("train_*")]
     return {match[1] for match in found if match} | {entry.run for entry in saved()}
 
 
@@ -154,7 +155,9 @@ def best(stage):
     checkpoint, path, notices = found
     step = checkpoint.best["step"]
     if step is None:
-        raise UserError(f"nothing was validated up to {shown(path)}, so none is best; take it with -m newest")
+        raise UserError(
+            f"nothing was validated up to {display_path(path)}, so none is best; take it with -m newest"
+        )
     if step == checkpoint.step:
         return found
     path = path.with_name(f"{checkpoint.stage}_{checkpoint.run}_step_{step}.pt")
@@ -246,19 +249,19 @@ def _new(stage, config):
             )
         checkpoint, path, notices = found
     elif path:
-        path = find(path)
+        path = resolve_path(path)
         checkpoint = load(path)
     else:
         return Start()
-    notices.append(f"starting from the weights of {shown(path)}")
+    notices.append(f"starting from the weights of {display_path(path)}")
     if checkpoint.stage == stage and checkpoint.can_resume:
         notices.append(f"this is a new run; that one goes on with --resume {checkpoint.run}")
-    return Start(checkpoint, shown(path), notices=notices)
+    return Start(checkpoint, display_path(path), notices=notices)
 
 
 def _resume(stage, wanted, config):
     """The Start for --resume with a run's name or a checkpoint's file."""
-    path, name = find(wanted), re.fullmatch(rf"(?:{stage}_)?({TIME})", wanted)
+    path, name = resolve_path(wanted), re.fullmatch(rf"(?:{stage}_)?({TIME})", wanted)
     if name and not path.is_file():
         if not saved(stage, name[1]):
             raise UserError(f"--resume {wanted}: there is no checkpoint of this run{_others(stage, name[1])}")
@@ -267,16 +270,18 @@ def _resume(stage, wanted, config):
     else:
         checkpoint, run, notices = load(path), None, []
     if checkpoint.stage != stage:
-        raise UserError(f"--resume {shown(path)} is a checkpoint of {checkpoint.stage}, not of {stage}")
+        raise UserError(f"--resume {display_path(path)} is a checkpoint of {checkpoint.stage}, not of {stage}")
     if not checkpoint.can_resume:
         raise UserError(
-            f"--resume {shown(path)} is a model that no run has left; to start a run from it: "
-            f"--set from_checkpoint={shown(path)}"
+            f"--resume {display_path(path)} is a model that no run has left; to start a run from it: "
+            f"--set from_checkpoint={display_path(path)}"
         )
     if not run:
         later = [entry for entry in saved(stage, checkpoint.run) if entry.step > checkpoint.step]
         if later or path.resolve() != checkpoint.path.resolve():
-            notices = [f"{shown(path)} is not where its run ended: this is a new run that branches off there"]
+            notices = [
+                f"{display_path(path)} is not where its run ended: this is a new run that branches off there"
+            ]
         else:
             run = Run(checkpoint.run)
     return _resumed(checkpoint, path, notices, run, config)
@@ -302,11 +307,11 @@ def _resumed(checkpoint, path, notices, run, config):
     changes = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items()
                if key not in ("from_checkpoint", "dataset_path") and value not in ("auto", before.get(key))
     ]  # fmt: skip
-    notices = [*notices, f"going on with {shown(path)} at step {checkpoint.step}"]
+    notices = [*notices, f"going on with {display_path(path)} at step {checkpoint.step}"]
     if changes:
         notices.append("changed since then: " + ", ".join(changes))
     branched_from = None if run else {"run": checkpoint.run, "step": checkpoint.step}
-    return Start(checkpoint, shown(path), run, True, branched_from, notices)
+    return Start(checkpoint, display_path(path), run, True, branched_from, notices)
 
 
 # ---- how far it has come -------------------------------------------------------------------------------
@@ -325,8 +330,8 @@ class Progress:
 def progress(start, config, data, position):
     """(the Progress with which a run starts, what to tell of it).
 
-    data: as a checkpoint has it; position: of `Batches`. Where the data, or their order, are other ones than
-    before, the run begins them anew; where what it is validated on is, so does its best loss.
+    data: as a checkpoint has it; position: of a BatchSource. Where the data, or their order, are other ones
+    than before, the run begins them anew; where what it is validated on is, so does its best loss.
     """
     if not start.resumes:
         return Progress(), []

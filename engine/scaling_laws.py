@@ -1,82 +1,93 @@
-"""One dial: the run that fits a model, where config/config_pretrain.json says "auto".
+"""Choose the numbers of a pretraining run from the size of its model, where the configuration says "auto".
 
 Hoffmann et al. 2022 ("Chinchilla", table 3): a model of N parameters is best trained on D = 20 N tokens.
-Li et al. 2025 ("Predictable Scale, Part I", equation 1): AdamW is then best with batches of 0.58 D^0.571
-tokens and a learning rate of 1.79 N^-0.713 D^0.307. They leave the embeddings out of N, in models of 60
-million parameters and more. In ours, which may be a thousand times smaller, all parameters count, most of
-which are embeddings then, and the rate ends at 0.01: models of 0.3 and 0.9 million did best between 0.006
-and 0.012.
+Li et al. 2025 ("Predictable Scale, Part I", equation 1): with AdamW, batches of 0.58 D^0.571 tokens and a
+learning rate of 1.79 N^-0.713 D^0.307 are best then. They studied models of 60 million parameters and more,
+and do not count embeddings in N. Models here may be a thousand times smaller, and mostly embeddings, so all
+parameters count, and the learning rate is capped at 0.01: models of 0.3 and 0.9 million parameters did best
+between 0.006 and 0.012.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 from common.config import check
 from common.errors import UserError
-from config.schema import TrainConfig
+from config.schema import Number, TrainConfig
 from engine.plan import RunEstimate
 
+if TYPE_CHECKING:
+    from common.hardware import ComputeConfig
+    from config.stages import Stage
+    from engine.runs import Start
+    from model import GPT
+
 TOKENS_PER_PARAMETER = 20
-LARGEST_RATE = 0.01
-# These follow from the model, and the other keys from these.
-OF_THE_MODEL = ("batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate")
+MAX_LEARNING_RATE = 0.01
+# These keys follow from the model; the other automatic ones follow from these.
+FROM_MODEL = ("batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate")
 
 
-def resolved(config, model, compute, stage, start):
-    """The configuration with numbers for all its `automatic` keys; says which, and why.
+def resolved(
+    config: TrainConfig, model: GPT, compute: ComputeConfig, stage: Stage, start: Start
+) -> TrainConfig:
+    """Replace every "auto" of `config.automatic` by a number. Prints the numbers and their reasons.
 
-    compute: the machine. start: where the run begins; one that is resumed keeps its numbers.
-    UserError if the numbers do not fit what was set by hand, and for fine-tuning, of which these laws know
-    nothing.
+    start: where the run begins; a run that is resumed keeps its numbers.
+    Raises UserError if the numbers do not fit what was set by hand, and for fine-tuning, for which these laws
+    do not hold.
     """
     if not config.automatic:
         return config
     if stage.follows:
         raise UserError(f'{config.automatic[0]} is "auto", which is for pretraining; give it a number')
     values = config.model_dump(mode="json")
-    before = start.checkpoint.train_config if start.resumes else {}
+    before = start.checkpoint.train_config if start.resumes and start.checkpoint else {}
     for key in config.automatic:
-        if key in OF_THE_MODEL and before.get(key, "auto") != "auto":
+        if key in FROM_MODEL and before.get(key, "auto") != "auto":
             values[key] = before[key]
-            print(f"{key} {before[key]}: as the run began")
+            print(f"{key} {before[key]}: as at the start of the run")
     config = check(TrainConfig, values, start.name)
     numbers = chosen(config, model, RunEstimate(stage, config, compute, model).largest_batch())
     for key in config.automatic:
-        values[key], why = numbers[key]
-        print(f"{key} {values[key]}: {why}")
+        values[key], reason = numbers[key]
+        print(f"{key} {values[key]}: {reason}")
     return check(TrainConfig, values, 'with numbers for "auto"')
 
 
-def chosen(config, model, largest_batch):
-    """{key: (number, why)} of all keys that may be "auto"; what was set by hand stays as it is.
+def chosen(config: TrainConfig, model: GPT, largest_batch: int | None) -> dict[str, tuple[int | float, str]]:
+    """{key: (number, reason)} for all keys that may be "auto"; what was set by hand stays as it is.
 
-    largest_batch: how many sequences fit in memory; None: unknown.
+    largest_batch: how many sequences fit in memory at once; None: unknown.
     """
 
-    def given(key, number):
+    def by_hand_or(key: str, number: Number) -> Number:
         return number if getattr(config, key) == "auto" else getattr(config, key)
 
     n, block_size = model.n_params, model.config.block_size
     horizon = TOKENS_PER_PARAMETER * n
     tokens = 0.58 * horizon**0.571
-    # A power of two divides by most numbers of devices.
+    # A power of two can be divided among most numbers of devices.
     sequences = 2 ** min(max(0, round(math.log2(tokens / block_size))), 20)
     passes = 1
     while sequences // passes > max(1, sequences if largest_batch is None else largest_batch):
         passes *= 2
-    if config.batch_size != "auto":
+    if not isinstance(config.batch_size, str):
         passes = max(1, round(sequences / config.batch_size))
-    passes = given("gradient_accumulation_steps", passes)
-    batch_size = given("batch_size", max(1, sequences // passes))
-    max_steps = given("max_steps", -(-horizon // (batch_size * passes * block_size)))
+    passes = by_hand_or("gradient_accumulation_steps", passes)
+    batch_size = by_hand_or("batch_size", max(1, sequences // passes))
+    max_steps = by_hand_or("max_steps", -(-horizon // (batch_size * passes * block_size)))
     warmup = (config.lr_decay_iters or max_steps) // 20
-    rate = min(LARGEST_RATE, float(f"{1.79 * n**-0.713 * horizon**0.307:.2g}"))
-    rate = given("learning_rate", rate)
+    rate = min(MAX_LEARNING_RATE, float(f"{1.79 * n**-0.713 * horizon**0.307:.2g}"))
+    rate = by_hand_or("learning_rate", rate)
     law = f"for {n:,} parameters and {horizon:,} tokens"
     return {
-        "batch_size": (batch_size, f"about {tokens:,.0f} tokens a step, {law}"),
-        "gradient_accumulation_steps": (passes, "so that it fits in memory, and makes that batch"),
-        "max_steps": (max_steps, f"{TOKENS_PER_PARAMETER} tokens for each of {n:,} parameters"),
-        "warmup_iters": (warmup, "a twentieth of the steps"),
+        "batch_size": (batch_size, f"about {tokens:,.0f} tokens per step, {law}"),
+        "gradient_accumulation_steps": (passes, "for that batch, in parts that fit in memory"),
+        "max_steps": (max_steps, f"{TOKENS_PER_PARAMETER} tokens per parameter, of which there are {n:,}"),
+        "warmup_iters": (warmup, "5 % of the steps"),
         "learning_rate": (rate, law),
         "min_lr": (float(f"{rate / 10:.2g}"), "a tenth of the learning rate"),
     }

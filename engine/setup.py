@@ -15,7 +15,7 @@ import torch
 import models
 import objectives
 from common import hardware
-from common.config import find, shown
+from common.config import display_path, resolve_path
 from common.errors import UserError, is_out_of_memory
 from common.hardware import ComputeConfig
 from common.log import notice
@@ -71,24 +71,24 @@ def stage_setup(
     start = parallel.broadcast_from_rank0(
         lambda: runs.starting_point(stage.name, config, resume, parallel.restarted_run())
     )
-    path = find(config.tokenizer_path)
+    path = resolve_path(config.tokenizer_path)
     model, tokenizer = starting_model(start, config, shape, compute, lambda: load_tokenizer(path))
     written = config.model_dump(mode="json")
     config = parallel.broadcast_from_rank0(
         lambda: scaling_laws.resolved(config, model, compute, stage, start)
     )
-    pairs = [[TokenFile(find(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
+    pairs = [[TokenFile(resolve_path(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
     if not pairs:
         raise UserError("dataset_path is empty: give at least one [train, validation] pair of token files")
     for file in (file for pair in pairs for file in pair):
         if file.documents != stage.documents:
             raise UserError(
-                f"{shown(file.path)} was prepared for {file.kind}: it holds {file.documents}, "
+                f"{display_path(file.path)} was prepared for {file.kind}: it holds {file.documents}, "
                 f"and {stage.name} trains on {stage.documents}"
             )
     parallel.assert_same_on_all_ranks(
         {**written, **model.config.model_dump()}
-        | {shown(file.path): file.meta for pair in pairs for file in pair}
+        | {display_path(file.path): file.meta for pair in pairs for file in pair}
     )
     objective, block_size, seed = objectives.find(stage.objective), model.config.block_size, config.random_seed
     global_batch = config.batch_size * config.gradient_accumulation_steps
@@ -175,7 +175,7 @@ def measured_dtype(setup: TrainSetup, rows: range) -> tuple[str, str]:
 
     trials = [hardware.with_dtype(setup.compute, config, dtype, "") for dtype in ("float32", "bfloat16")]
     with compiling(config.compile):
-        found = hardware.measured_dtype({c.dtype: functools.partial(one_pass, c) for c in trials})
+        found = hardware.measure_dtype({c.dtype: functools.partial(one_pass, c) for c in trials})
     model.zero_grad(set_to_none=True)  # of a pass that ran out of memory
     forget_counts(model)
     return found

@@ -30,7 +30,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from pydantic import ValidationError
 
 import models
-from common.config import shown
+from common.config import display_path
 from common.errors import UserError
 from common.hardware import ComputeConfig
 from config.schema import LAST_STEP, DeepSpeedConfig, TrainConfig
@@ -292,14 +292,14 @@ def read_folder(folder):
         raise
     except Exception as error:  # each kind of damage is another one
         why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{shown(folder)} is no sound checkpoint folder of DeepSpeed: {why}") from None
+        raise UserError(f"{display_path(folder)} is no sound checkpoint folder of DeepSpeed: {why}") from None
     finally:
         os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
         if before is not None:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
-def convert(folder, task, config, shape, tokenizer):
+def convert(folder, stage, config, shape, tokenizer):
     """Write the model of such a folder as an ordinary checkpoint; returns its path. No moments are taken."""
     weights, step = read_folder(folder)
     with torch.device("meta"):
@@ -308,11 +308,11 @@ def convert(folder, task, config, shape, tokenizer):
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
             raise UserError(
-                f"{shown(folder)} holds another model than the configuration: {name} is "
+                f"{display_path(folder)} holds another model than the configuration: {name} is "
                 f"{found.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
             )
     with runs.Run() as run:
         return checkpoints.Checkpoint(
-            task, run.name, step, shape.model_dump(), config.model_dump(mode="json"), tokenizer.to_dict(),
-            weights, optimizer={},
+            stage.name, run.name, step, shape.model_dump(), config.model_dump(mode="json"), tokenizer.to_dict(),
+            weights, optimizer={}, chat_template=stage.chat_template,
         ).save()  # fmt: skip

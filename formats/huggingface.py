@@ -1,28 +1,51 @@
-"""A folder in the layout of Hugging Face, which most other programs read.
+"""A folder in the layout of Hugging Face Transformers, which most other programs can read.
 
-It holds the weights (safetensors), the shape of the network, the tokenizer and the chat template. On
-Transformers' side `AutoModelForCausalLM.from_pretrained(folder)` and `AutoTokenizer.from_pretrained(folder)`
-give a model that continues tokenizer(text), and answers tokenizer.apply_chat_template(messages), as ours
-does. Transformers itself is not needed here.
+It holds the weights (safetensors), the shape of the network, the tokenizer and the chat template.
+`AutoModelForCausalLM.from_pretrained(folder)` and `AutoTokenizer.from_pretrained(folder)` load a model that
+continues tokenizer(text), and answers tokenizer.apply_chat_template(messages), just as Nano does. Writing and
+reading a folder does not need Transformers.
 """
+
+from __future__ import annotations
 
 import contextlib
 import functools
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from common.files import whole_folder, write_text
+from common.files import atomic_folder, write_text
 from common.patterns import trouble
-from formats import check, check_free, tokenizer_and_rows
-from formats.families import family_of, from_config, from_weights, to_config, to_weights, unread
+from config.stages import STAGES
+from formats import check_supported, families, load_tokenizer_and_rows, refuse_to_overwrite
+from formats.families import (
+    find_family,
+    from_hf_config,
+    from_hf_weights,
+    to_hf_config,
+    to_hf_weights,
+    unknown_keys,
+)
+
+if TYPE_CHECKING:
+    import tokenizers
+    from torch import Tensor
+
+    from engine.checkpoint import Checkpoint
+    from tokenizer import Tokenizer
+
+SUFFIX = ""
+NUMBER_TYPES = ()  # numbers stay as they are in the checkpoint
+unsupported_reason = families.unsupported_reason
 
 # ---- the tokenizer ---------------------------------------------------------------------------------
 
-LARGEST = 1 << 26  # characters of a tokenizer.json; those of released models have 10 to 40 million
+MAX_CHARACTERS = 1 << 26  # of a tokenizer.json; those of released models have 10 to 40 million
 
-# What SFT trains on: see tokenizer.render_chats.
+# The same text as SFT trains on: see tokenizer.render_chats.
 CHAT_TEMPLATE = """\
 {%- set mark = {
     "system": "<|system_mark|>", "user": "<|instruct_mark|>", "assistant": "<|response_mark|>"
@@ -34,85 +57,89 @@ CHAT_TEMPLATE = """\
 """
 
 
-def to_library(tokenizer):
-    """A tokenizer of ours as the `tokenizers` library's: its to_str() is a tokenizer.json.
+def to_hf_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """Convert a tokenizer to one of the `tokenizers` library; its to_str() is a tokenizer.json.
 
-    Both kinds are BPE there: characters are never merged. A text begins with <|bos|>, as completions do.
+    Both kinds become BPE, characters without any merges. A text begins with <|bos|>, like the prompt of a
+    completion.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
-    from tokenizer import N_SPECIAL, SPECIAL_TOKENS, byte_alphabet
+    from tokenizer import N_SPECIAL, SPECIAL_TOKENS, BPETokenizer, byte_alphabet
 
-    words = tokenizer.words[N_SPECIAL:]
-    if tokenizer.kind == "char":
-        words = [word.decode() for word in words]
-    else:
+    if isinstance(tokenizer, BPETokenizer):
         letters = byte_alphabet()
-        words = ["".join(letters[byte] for byte in word) for word in words]
+        words = ["".join(letters[byte] for byte in word) for word in tokenizer.words[N_SPECIAL:]]
+    else:
+        words = [word.decode() for word in tokenizer.words[N_SPECIAL:]]
     vocabulary = {word: i for i, word in enumerate([*SPECIAL_TOKENS, *words])}
     if len(vocabulary) < tokenizer.vocab_size:
-        raise UserError("the tokenizer has learned a word that is spelled like one of its special tokens")
-    if tokenizer.kind == "char":
-        library = Tokenizer(models.BPE(vocabulary, [], unk_token="<|unknown|>"))
-        library.decoder = decoders.Fuse()
+        raise UserError("one of the tokenizer's learned tokens is spelled like one of its special tokens")
+    if isinstance(tokenizer, BPETokenizer):
+        converted = tokenizer.in_library(vocabulary, unk_token="<|unknown|>")
+        converted.decoder = decoders.ByteLevel()
     else:
-        library = tokenizer.in_library(vocabulary, unk_token="<|unknown|>")
-        library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
-    library.post_processor = processors.TemplateProcessing(
+        converted = Tokenizer(models.BPE(vocabulary, [], unk_token="<|unknown|>"))
+        converted.decoder = decoders.Fuse()
+    converted.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    converted.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", tokenizer.bos_id)]
     )
-    return library
+    return converted
 
 
-def from_library(path, config):
-    """`formats.tokenizer_and_rows` of a tokenizer.json. UserError if it is of no kind of ours."""
+def from_hf_tokenizer(path: Path, hf_config: dict[str, Any]) -> tuple[Tokenizer, list[int | None]]:
+    """Read a tokenizer.json; see `formats.load_tokenizer_and_rows`.
+
+    Raises UserError if it is damaged, or does not split text in a way that a tokenizer of Nano can.
+    """
     from tokenizers import Tokenizer
 
-    from common.config import shown
+    from common.config import display_path
     from tokenizer import N_SPECIAL, SPECIAL_TOKENS, from_dict
 
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read(LARGEST + 1)
-        if len(text) > LARGEST:
+            text = file.read(MAX_CHARACTERS + 1)
+        if len(text) > MAX_CHARACTERS:
             raise ValueError("it is too large")
-        patterns = list(patterns_in(json.loads(text)))  # before the library makes something of them
+        patterns = list(patterns_in(json.loads(text)))  # checked before the library compiles them
         if reason := patterns and trouble(patterns):
             raise ValueError(f"one of its patterns {reason}")
-        library = Tokenizer.from_str(text)
-        found = json.loads(library.to_str())
+        original = Tokenizer.from_str(text)
+        # The library does not expose merges and patterns other than as JSON.
+        content = json.loads(original.to_str())
     except MemoryError:
         raise
-    except BaseException as error:  # the library knows no kind of its own, but one that is no Exception
+    except BaseException as error:  # the library raises plain Exceptions, or a PanicException
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         why = str(error).partition("\n")[0][:300]
-        raise UserError(f"{shown(path)} could not be read ({why})") from None
-    tokenizer, numbers, ours = of_our_kind(found), library.get_vocab(), {}
+        raise UserError(f"{display_path(path)} could not be read ({why})") from None
+    tokenizer, ids, converted_ids = to_nano_tokenizer(content), original.get_vocab(), {}
     if tokenizer:
         try:
             tokenizer = from_dict(tokenizer.to_dict())
         except UserError as error:
-            raise UserError(f"{shown(path)}: {error}") from None
-        ours = to_library(tokenizer).get_vocab()
-    words = sorted(ours, key=ours.get)[N_SPECIAL:]
-    if not words or not numbers.keys() >= set(words):
-        raise UserError(f"{shown(path)} cuts text in a way that Nano does not know")
-    eos = config.get("eos_token_id")
-    roles = {
-        "<|padding|>": config.get("pad_token_id"),
-        "<|unknown|>": numbers.get(found["model"]["unk_token"]),
-        "<|bos|>": config.get("bos_token_id"),
+            raise UserError(f"{display_path(path)}: {error}") from None
+        converted_ids = to_hf_tokenizer(tokenizer).get_vocab()
+    words = sorted(converted_ids, key=converted_ids.__getitem__)[N_SPECIAL:]
+    if not tokenizer or not words or not ids.keys() >= set(words):
+        raise UserError(f"{display_path(path)} splits text in a way that Nano does not support")
+    eos = hf_config.get("eos_token_id")
+    special_ids = {
+        "<|padding|>": hf_config.get("pad_token_id"),
+        "<|unknown|>": ids.get(content["model"]["unk_token"]),
+        "<|bos|>": hf_config.get("bos_token_id"),
         "<|eos|>": eos[0] if isinstance(eos, list) and eos else eos,
     }
-    rows = [numbers.get(token, roles.get(token)) for token in SPECIAL_TOKENS]
-    rows = [row if type(row) is int and row >= 0 else None for row in rows]
-    return tokenizer, rows + [numbers[word] for word in words]
+    rows = [ids.get(token, special_ids.get(token)) for token in SPECIAL_TOKENS]
+    special_rows = [row if type(row) is int and row >= 0 else None for row in rows]
+    return tokenizer, special_rows + [ids[word] for word in words]
 
 
-def patterns_in(value):
-    """All regular expressions in the content of a tokenizer.json."""
+def patterns_in(value: Any) -> Iterator[str]:
+    """Yield all regular expressions in the content of a tokenizer.json."""
     if isinstance(value, dict):
         yield from [value["Regex"]] if "Regex" in value else []
     if isinstance(value, dict | list):
@@ -120,28 +147,28 @@ def patterns_in(value):
             yield from patterns_in(item)
 
 
-# What GPT-2 takes for a word (Radford et al. 2019), as the library has it built in.
+# GPT-2's pattern of words (Radford et al. 2019), which is built into the library.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def of_our_kind(found):
-    """The tokenizer of ours that cuts text as this content of a tokenizer.json does, or None.
+def to_nano_tokenizer(content: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of Nano that is equivalent to the content of a tokenizer.json, or None.
 
-    Either one character is one token, or it is byte-level BPE, as those of Llama 3, Qwen and DeepSeek are.
+    There is one if each character is a token, or for byte-level BPE (Llama 3, Qwen, DeepSeek, ...).
     """
     from tokenizer import BPETokenizer, CharTokenizer, byte_alphabet
 
-    model, decoder = found["model"], (found["decoder"] or {}).get("type")
-    normalizer = steps(found["normalizer"], "normalizers")
-    *cuts, last = steps(found["pre_tokenizer"], "pretokenizers") or [{"type": None}]
+    model, decoder = content["model"], (content["decoder"] or {}).get("type")
+    normalizer = flatten(content["normalizer"], "normalizers")
+    *splits, last = flatten(content["pre_tokenizer"], "pretokenizers") or [{"type": None}]
     options = "dropout", "continuing_subword_prefix", "end_of_word_suffix"
     if model.get("type") != "BPE" or any(model.get(key) for key in options):
         return None
-    special = {token["content"] for token in found["added_tokens"]}
+    special = {token["content"] for token in content["added_tokens"]}
     if (last["type"], decoder, normalizer, model["merges"]) == (None, "Fuse", [], []):
         characters = sorted(model["vocab"].keys() - special)
         return CharTokenizer("".join(characters)) if all(len(c) == 1 for c in characters) else None
-    patterns = [pattern_of(cut) for cut in cuts]
+    patterns = [split_pattern(split) for split in splits]
     if (last["type"], decoder) != ("ByteLevel", "ByteLevel") or last["add_prefix_space"] or None in patterns:
         return None
     if normalizer not in ([], [{"type": "NFC"}]):
@@ -149,36 +176,38 @@ def of_our_kind(found):
     if patterns and last["use_regex"]:
         patterns.append(GPT2_WORDS)
     elif not patterns and not last["use_regex"]:
-        patterns = [r"[\s\S]+"]  # no cut at all
+        patterns = [r"[\s\S]+"]  # the whole text is one word
     words = []
     if model["ignore_merges"]:
-        made = {*byte_alphabet(), *(left + right for left, right in model["merges"])}
-        words = sorted(model["vocab"].keys() - made - special, key=model["vocab"].get)
-    with contextlib.suppress(KeyError):  # for letters that do not stand for bytes
+        merged = {*byte_alphabet(), *(left + right for left, right in model["merges"])}
+        words = sorted(model["vocab"].keys() - merged - special, key=model["vocab"].get)
+    with contextlib.suppress(KeyError):  # raised for letters that do not stand for bytes
         return BPETokenizer(
             model["merges"], patterns=patterns, normalizer=normalizer and "NFC", words=words,
             ignore_merges=model["ignore_merges"],
         )  # fmt: skip
-
-
-def steps(part, name):
-    """The steps of a normalizer or pre-tokenizer, which is one, or a sequence of some, or None."""
-    if part is None:
-        return []
-    return [step for one in part[name] for step in steps(one, name)] if part["type"] == "Sequence" else [part]
-
-
-def pattern_of(cut):
-    """The regular expression whose matches a step of a pre-tokenizer makes words of their own, or None."""
-    if cut["type"] == "Digits":
-        return r"\p{N}" if cut["individual_digits"] else r"\p{N}+"
-    if cut["type"] == "Split" and cut["behavior"] == "Isolated" and not cut["invert"]:
-        return cut["pattern"].get("Regex")
     return None
 
 
-def renumbered(matrix, rows):
-    """matrix [V, C] with its rows in the order of our tokens; a token that has none gets their mean."""
+def flatten(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, which may be a nested sequence. key: "normalizers" or
+    "pretokenizers"."""
+    if part is None:
+        return []
+    return [step for one in part[key] for step in flatten(one, key)] if part["type"] == "Sequence" else [part]
+
+
+def split_pattern(step: dict[str, Any]) -> str | None:
+    """The regular expression whose matches a step of a pre-tokenizer turns into words, or None."""
+    if step["type"] == "Digits":
+        return r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        return step["pattern"].get("Regex")
+    return None
+
+
+def reorder_rows(matrix: Tensor, rows: list[int | None]) -> Tensor:
+    """Select rows of a matrix [V, C]: one per token of Nano; where it is None, the mean of all rows."""
     import torch
 
     mean = matrix.float().mean(0).to(matrix.dtype)
@@ -188,30 +217,25 @@ def renumbered(matrix, rows):
 # ---- folders ---------------------------------------------------------------------------------------
 
 
-def write_folder(checkpoint, name, folder):
-    """Write the model of a checkpoint. The folder is there whole or not at all."""
+def write(checkpoint: Checkpoint, name: str, path: Path, number_type: str | None = None) -> None:
+    """Write the checkpoint's model into a new folder; see `formats.Format`."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from common.config import shown
+    from common.config import display_path
     from engine.checkpoint import build
     from tokenizer import SPECIAL_TOKENS
 
     model, tokenizer = build(checkpoint, name)
-    check("huggingface", model.config)
-    family = family_of(model.config)
+    check_supported("huggingface", model.config)
+    family = find_family(model.config)
+    assert family  # as the model is supported
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.padding_id}
-    # Any mark ends what the model says, as in inference.py; <|unknown|> is a part of it.
-    stops = [i for i in range(len(SPECIAL_TOKENS)) if i != tokenizer.unknown_id]
-    config = (
-        to_config(family, model.config)
-        | ids
-        | {
-            "eos_token_id": tokenizer.eos_id,
-            "dtype": str(checkpoint.model["wte.weight"].dtype).removeprefix("torch."),
-        }
-    )
+    # As in inference.py, every special token but <|unknown|> ends an answer.
+    stop_ids = [i for i in range(len(SPECIAL_TOKENS)) if i != tokenizer.unknown_id]
+    dtype = str(checkpoint.model["wte.weight"].dtype).removeprefix("torch.")
+    config = to_hf_config(family, model.config) | ids | {"eos_token_id": tokenizer.eos_id, "dtype": dtype}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": "<|padding|>",
@@ -226,103 +250,111 @@ def write_folder(checkpoint, name, folder):
     }
     texts = {
         "config.json": as_json(config),
-        "generation_config.json": as_json(ids | {"eos_token_id": stops}),
-        "tokenizer.json": to_library(tokenizer).to_str(pretty=True),
+        "generation_config.json": as_json(ids | {"eos_token_id": stop_ids}),
+        "tokenizer.json": to_hf_tokenizer(tokenizer).to_str(pretty=True),
         "tokenizer_config.json": as_json(tokenizer_config),
         "chat_template.jinja": CHAT_TEMPLATE,
     }
-    weights = to_weights(family, model.config, checkpoint.model)
-    check_free(folder)
-    with whole_folder(folder) as beside:
+    weights = to_hf_weights(family, model.config, checkpoint.model)
+    refuse_to_overwrite(path)
+    with atomic_folder(path) as folder:
         for file, text in texts.items():
-            write_text(beside / file, text)
+            write_text(folder / file, text)
         try:
-            # Copies, as a part of a matrix cannot be stored without the whole of it.
+            # The library refuses views of a larger tensor, so copy them.
             dense = torch.contiguous_format
-            weights = {their: tensor.clone(memory_format=dense) for their, tensor in weights.items()}
-            save_file(weights, beside / "model.safetensors", {"format": "pt", "task": checkpoint.task})
+            weights = {key: tensor.clone(memory_format=dense) for key, tensor in weights.items()}
+            save_file(weights, folder / "model.safetensors", {"format": "pt", "stage": checkpoint.stage})
         except SafetensorError as error:
-            raise UserError(f"{shown(folder)} could not be written ({error})") from None
-        # The library gives its file to its owner alone.
-        shutil.copymode(beside / "config.json", beside / "model.safetensors")
-    print(f"{shown(folder)}: {family.class_name}, {model.n_params / 1e6:.2f} M parameters")
+            raise UserError(f"{display_path(path)} could not be written ({error})") from None
+        # The library makes its file readable for the owner only.
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+    print(f"{display_path(path)}: {family.class_name}, {model.n_params / 1e6:.2f} M parameters")
 
 
-def as_json(value):
+def as_json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def open_weights(folder):
-    """({name: a function that reads the tensor}, metadata) of a folder's .safetensors, one or several."""
+def open_weights(folder: Path) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """Open the .safetensors files of a folder, one or several.
+
+    Returns ({name: function that reads the tensor}, metadata).
+    """
     from safetensors import SafetensorError, safe_open
 
-    from common.config import read_json, shown
+    from common.config import display_path, read_json
 
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        places = read_json(index).get("weight_map")
-        # Names of files in this folder, not paths that lead out of it.
-        if not isinstance(places, dict) or not all(Path(str(p)).name == p for p in places.values()):
-            raise UserError(f"{shown(index)}: its weight_map names no file of the folder for some tensor")
-        files = sorted(set(places.values()))
+        weight_map = read_json(index).get("weight_map")
+        # Only plain file names: a path could lead out of the folder.
+        if not isinstance(weight_map, dict) or not all(Path(str(p)).name == p for p in weight_map.values()):
+            raise UserError(f"{display_path(index)}: its weight_map contains something other than file names")
+        files = sorted(set(weight_map.values()))
     else:
         files = ["model.safetensors"]
-    read, metadata = {}, {}
+    readers: dict[str, Callable[[], Tensor]] = {}
+    metadata: dict[str, str] = {}
     for path in (folder / file for file in files):
         if not path.is_file():
-            raise UserError(f"there is no {shown(path)}; only weights in .safetensors are read")
+            raise UserError(f"there is no {display_path(path)}; only weights in .safetensors are read")
         try:
             file = safe_open(path, "pt")
         except SafetensorError as error:
-            raise UserError(f"{shown(path)} is damaged, or no safetensors file ({error})") from None
-        read |= {name: functools.partial(file.get_tensor, name) for name in file.keys()}
+            raise UserError(f"{display_path(path)} is damaged, or not a safetensors file ({error})") from None
+        readers |= {name: functools.partial(file.get_tensor, name) for name in file.keys()}
         metadata |= file.metadata() or {}
-    return read, metadata
+    return readers, metadata
 
 
-def read_folder(folder, task, tokenizer_path):
-    """Write the checkpoint of a folder's model. `task`, `tokenizer_path`: instead of what the folder says."""
-    from common.config import read_json, shown
+def read_folder(folder: Path, stage: str | None, tokenizer_path: Path | None) -> None:
+    """Write a checkpoint with a folder's model. `task` and `tokenizer_path` override what the folder says."""
+    from common.config import display_path, read_json
     from tokenizer import SPECIAL_TOKENS
 
     source = folder / "config.json"
-    found = read_json(source)
-    family, config = from_config(found, shown(source))
-    if keys := unread(family, found):
-        print(f"{shown(source)}: Nano does not know {', '.join(keys)}, and leaves that out.")
+    hf_config = read_json(source)
+    family, config = from_hf_config(hf_config, display_path(source))
+    if keys := unknown_keys(family, hf_config):
+        print(f"{display_path(source)}: Nano does not know {', '.join(keys)}, and ignores that.")
     if tokenizer_path is not None:
-        tokenizer, rows = tokenizer_and_rows(tokenizer_path, found)
+        tokenizer, rows = load_tokenizer_and_rows(tokenizer_path, hf_config)
     else:
         try:
-            tokenizer, rows = from_library(folder / "tokenizer.json", found)
+            tokenizer, rows = from_hf_tokenizer(folder / "tokenizer.json", hf_config)
         except UserError as error:
-            advice = "--tokenizer reads the model with another tokenizer, if it was trained with that"
+            advice = "if the model was trained with another tokenizer, name that with --tokenizer"
             raise UserError(f"{error}; {advice}") from None
     if (n_tokens := 1 + max(row for row in rows if row is not None)) > config.vocab_size:
-        raise UserError(f"the tokenizer has {n_tokens:,} tokens, and the model only {config.vocab_size:,}")
+        raise UserError(f"the tokenizer has {n_tokens:,} tokens, but the model only {config.vocab_size:,}")
     from engine.checkpoint import Checkpoint
     from engine.runs import Run
 
-    read, metadata = open_weights(folder)
+    readers, metadata = open_weights(folder)
     if getattr(config, "num_nextn_predict_layers", 0):
-        if not any(name.startswith(f"model.layers.{config.n_layer}.") for name in read):
-            # Transformers leaves the module out when it saves, and the key as it is.
+        if not any(name.startswith(f"model.layers.{config.n_layer}.") for name in readers):
+            # Transformers does not save this module, but keeps the key.
             config = config.model_copy(update={"num_nextn_predict_layers": 0})
     try:
-        state = from_weights(family, config, read)
+        state = from_hf_weights(family, config, readers)
     except UserError as error:
-        raise UserError(f"{shown(folder)}: {error}") from None
+        raise UserError(f"{display_path(folder)}: {error}") from None
     if rows != list(range(len(rows))):
         config = config.model_copy(update={"vocab_size": len(rows)})
-        state["wte.weight"] = renumbered(state["wte.weight"], rows)
+        state["wte.weight"] = reorder_rows(state["wte.weight"], rows)
         tied = config.tie_embeddings
-        state["lm_head.weight"] = state["wte.weight"] if tied else renumbered(state["lm_head.weight"], rows)
+        state["lm_head.weight"] = state["wte.weight"] if tied else reorder_rows(state["lm_head.weight"], rows)
         new = [token for token, row in zip(SPECIAL_TOKENS, rows, strict=False) if row is None]
-        print(f"Its tokens have Nano's numbers now; new to it are {', '.join(new) or 'none'}.")
-    if task is None:
-        task = "sft" if metadata.get("task") == "sft" else "pretrain"
+        print(f"Tokens were renumbered to Nano's ids; new to the model: {', '.join(new) or 'none'}.")
+    if stage is None:
+        stage = metadata.get("stage", metadata.get("task"))  # "task": written by earlier versions
+        stage = stage if stage in STAGES else next(iter(STAGES))
+    template = STAGES[stage].chat_template
     with Run() as run:
-        made = Checkpoint(task, run.name, 0, config.model_dump(), {}, tokenizer.to_dict(), state, {})
-        path = shown(made.save())
-    print(f"{path}: {config.architecture}, of a {family.class_name}")
-    print(f"Talk with it: python inference.py {'-i ' if task == 'sft' else ''}-m {path}")
+        checkpoint = Checkpoint(
+            stage, run.name, 0, config.model_dump(), {}, tokenizer.to_dict(), state, {}, chat_template=template
+        )
+        path = display_path(checkpoint.save())
+    print(f"{path}: {config.architecture}, from a {family.class_name}")
+    print(f"Talk to it: python inference.py {'-i ' if template else ''}-m {path}")

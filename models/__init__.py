@@ -9,9 +9,13 @@ doc/extending.md shows how to write one. Names are looked up without importing t
 """
 
 import importlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from config.schema import ModelConfig
+from common.config import check, describe_value
+from common.errors import UserError
+from config.schema import ArchitectureConfig, ModelConfig
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -24,6 +28,18 @@ def names():
 def config_class(name):
     """The schema of config/model_config.json for one of `names()`."""
     return ModelConfig if name == "nano" else importlib.import_module(f"models.{name}").Config
+
+
+def check_config(
+    values: Mapping[str, Any], source: str, overrides: Collection[str] = ()
+) -> ArchitectureConfig:
+    """Validate `values` with the schema of their architecture. See `common.config.check`."""
+    name = values.get("architecture", "nano")
+    if name not in names():
+        where = "--set" if "architecture" in overrides else source
+        choices = ", ".join(f'"{choice}"' for choice in names())
+        raise UserError(f'{where}: key "architecture": found {describe_value(name)}; needs one of {choices}')
+    return check(config_class(name), values, source, overrides)
 
 
 def build(config):

@@ -226,8 +226,8 @@ class Experts(nn.Module):
         sizes = chosen.flatten().bincount(minlength=len(self.gate_up))
         # Not x[order // K], whose gradient is a sum that several threads make in any order.
         rows = x.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)[order]
-        gate, up = kernels.grouped_product(rows, self.gate_up, sizes).chunk(2, dim=-1)
-        y = kernels.grouped_product(F.silu(gate) * up, self.down, sizes)
+        gate, up = kernels.grouped_matmul(rows, self.gate_up, sizes).chunk(2, dim=-1)
+        y = kernels.grouped_matmul(F.silu(gate) * up, self.down, sizes)
         y = torch.empty_like(y).index_copy(0, order, y).view(N, K, -1)
         return (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)
 

@@ -1,259 +1,169 @@
-"""Who may come in: what stands between the network and the application of serve.py.
+"""Access control in front of the application: who may send a request, and how large it may be.
 
-A server on a desk has three kinds of uninvited guests. Web pages that the same person has open, whose scripts
-can reach 127.0.0.1: they are known by the names in Host and Origin. Strangers on the network: they lack the
-key. And clients that would use up memory or sockets, by malice or mistake: what they send is measured, their
-connections are counted.
+A server on a desk has three kinds of unwanted guests. Web pages that the same person has open, whose scripts
+can reach 127.0.0.1: the Host and Origin headers give them away. Strangers on the network: they do not have
+the key. And clients that would use up memory, by malice or by mistake: their bodies are limited here, their
+connections in connections.py.
 """
 
 import asyncio
-import json
-import logging
 import secrets
-import time
+from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.openai_api import ApiError
 
-MAX_HEAD = 1 << 16  # bytes
-MAX_BODY = 1 << 20  # bytes; a context of 100,000 tokens is half of it
-MAX_PARTS = 1 << 14  # chunks of a body: each takes as long as a thousand bytes
-SECONDS = 20  # for a body to arrive, and for a connection to move at all
-LOCAL = {"localhost", "127.0.0.1", "::1"}
-OPEN = {"/", "/health", "/openapi.json"}  # without the key
+MAX_BODY = 1 << 20  # bytes; a prompt of 100,000 tokens takes half of it
+BODY_TIMEOUT = 20  # seconds for a body to arrive
+LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
+PUBLIC_PATHS = {"/", "/health", "/openapi.json"}  # need no key
 
 
-class Gate:
-    """ASGI middleware. Without a key, only what runs on this machine is let in.
+class AccessMiddleware:
+    """ASGI middleware that checks each request and reads its body. HEAD becomes GET.
 
-    A browser lets any page send requests to any address, and a page may have its own name point to 127.0.0.1
-    after it was loaded (DNS rebinding), so without a key the names in Host and Origin must be this machine's;
-    pages of `origins` are let in, too. With a key neither matters: no page knows it, and no cookie carries
-    it. on_end: told the route (None: it led to none) and the status of each request.
+    Without a key, only this machine has access. A browser lets any page send requests to any address, and a
+    page can make its own name point to 127.0.0.1 after it was loaded (DNS rebinding). So the name in Host
+    must be this machine's, and Origin must be the server's own or one of `origins`. With a key, neither is
+    checked: no page knows the key, and no cookie carries it.
+
+    on_response: called with the route's path (None if no route matched) and the status of each request.
     """
 
-    def __init__(self, app, api_key=None, origins=(), on_end=lambda route, status: None):
-        self.app, self.api_key, self.origins, self.on_end = app, api_key, origins, on_end
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None = None,
+        origins: Collection[str] = (),
+        on_response: Callable[[str | None, int], None] = lambda route, status: None,
+    ) -> None:
+        self.app, self.api_key, self.origins, self.on_response = app, api_key, origins, on_response
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        status = 499  # what nginx calls it when the client has left
+        status = 499  # nginx's number for a client that left before the response
         if scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}  # uvicorn leaves out the body
+            scope = {**scope, "method": "GET"}  # uvicorn leaves the body out
 
-        async def told_send(message):
+        async def send_and_note_status(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
         try:
-            await self.let_in(scope, receive, told_send)
+            await self._handle(scope, receive, send_and_note_status)
         finally:
-            self.on_end(getattr(scope.get("route"), "path", None), status)
+            self.on_response(getattr(scope.get("route"), "path", None), status)
 
-    async def let_in(self, scope, receive, send):
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             headers = dict(scope["headers"])
-            self.check_sender(scope["path"], headers)
-            body = await self.read(headers, receive)
+            self._check_access(scope["path"], headers)
+            body = await self._read_body(headers, receive)
         except ApiError as error:
-            await reply_with(send, error)
+            await error_response(error)(scope, receive, send)
             return
         if body is not None:
-            await self.pass_on(scope, body, receive, send)
+            await self._run_app(scope, body, receive, send)
 
-    def check_sender(self, path, headers):
+    def _check_access(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self.api_key:
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            is_right = secrets.compare_digest(given.strip(), self.api_key.encode())
-            if path not in OPEN and not (is_right and scheme.lower() == b"bearer"):
-                message = "needs the server's key, as Authorization: Bearer KEY"
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            is_valid = secrets.compare_digest(key.strip(), self.api_key.encode())
+            if path not in PUBLIC_PATHS and not (is_valid and scheme.lower() == b"bearer"):
+                message = "the server's key is needed, as Authorization: Bearer KEY"
                 raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
             return
+        # Not Starlette's TrustedHostMiddleware: it ignores Origin, and that of 0.51 cannot read [::1]:8000.
         host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
-        if split("//" + host)[0] not in LOCAL:
-            message = f"Host is {host!r}, not this machine: for other names set --api_key"
+        if _host_and_netloc("//" + host)[0] not in LOCAL_HOSTS:
+            message = f"Host is {host!r}, not this machine: other names need --api_key"
             raise ApiError(403, message, "foreign_host")
-        if origin and origin not in self.origins and split(origin)[1] != host:
-            message = f"a page of {origin} may not use this server, unless --cors names it"
+        if origin and origin not in self.origins and _host_and_netloc(origin)[1] != host:
+            message = f"a page from {origin} may not use this server, unless --cors names it"
             raise ApiError(403, message, "foreign_origin")
 
-    async def read(self, headers, receive):
-        """The whole body; None if the client has left."""
+    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytearray | None:
+        """The whole body, or None if the client has left. Raises ApiError if it is too large or too slow."""
+        # Not Starlette's RequestBodyLimitMiddleware: it has no timeout, and 0.51 does not have it yet.
 
-        async def read():  # raises nothing that would refer to the body
-            body, message = bytearray(), {"more_body": True}
-            while message.get("more_body") and len(body) <= MAX_BODY:
+        async def read() -> bytearray | None:  # raises nothing, because an exception would refer to the body
+            body, more = bytearray(), True
+            while more and len(body) <= MAX_BODY:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return None
                 body += message.get("body", b"")
+                more = message.get("more_body", False)
             return body
 
         length = headers.get(b"content-length", b"")
-        if len(length) > 15 or int(length or 0) > MAX_BODY:  # h11 has seen to it that it is a number
-            raise too_large()
+        if len(length) > 15 or int(length or 0) > MAX_BODY:  # h11 has checked that it is a number
+            raise _too_large()
         reading = asyncio.ensure_future(read())
         try:
-            await asyncio.wait({reading}, timeout=SECONDS)
+            await asyncio.wait({reading}, timeout=BODY_TIMEOUT)
             if not reading.done():
-                raise ApiError(408, f"the body did not arrive within {SECONDS} s", "timeout")
+                raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT} s", "timeout")
             body = reading.result()
         finally:
             reading.cancel()
         if body and len(body) > MAX_BODY:
-            raise too_large()
+            raise _too_large()
         return body
 
-    async def pass_on(self, scope, body, receive, send):
-        """Let the application answer, and cancel it if the client leaves before it has."""
+    async def _run_app(self, scope: Scope, body: bytearray, receive: Receive, send: Send) -> None:
+        """Run the application, and cancel it if the client leaves before the response is complete."""
         is_complete, has_left, bodies = False, asyncio.Event(), [body]
 
-        async def replay():
+        async def replay() -> Message:
             if bodies:
                 return {"type": "http.request", "body": bytes(bodies.pop()), "more_body": False}
             await has_left.wait()
             return {"type": "http.disconnect"}
 
-        async def watched_send(message):
+        async def send_and_note_end(message: Message) -> None:
             nonlocal is_complete
             await send(message)
             is_complete = message["type"] == "http.response.body" and not message.get("more_body")
 
-        async def watch():
+        async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
             has_left.set()
 
-        answer = asyncio.ensure_future(self.app(scope, replay, watched_send))
-        watcher = asyncio.ensure_future(watch())
+        async def run() -> None:
+            await self.app(scope, replay, send_and_note_end)
+
+        response, watcher = asyncio.ensure_future(run()), asyncio.ensure_future(watch())
         try:
-            await asyncio.wait({answer, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done() or is_complete:
-                await answer
+            await asyncio.wait({response, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if response.done() or is_complete:
+                await response
         finally:
             watcher.cancel()
-            answer.cancel()
-            await asyncio.wait({answer})
-            if not answer.cancelled():
-                answer.exception()  # nobody is left to hear of it
+            response.cancel()
+            await asyncio.wait({response})
+            if not response.cancelled():
+                response.exception()  # mark it as seen: nobody is left to report it to
 
 
-def too_large():
+def error_response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+def _too_large() -> ApiError:
     return ApiError(413, f"a request may have {MAX_BODY:,} bytes", "request_too_large")
 
 
-def split(url):
-    """(the host's name in lower case, name:port) of a URL; None for both if it makes no sense."""
+def _host_and_netloc(url: str) -> tuple[str | None, str | None]:
+    """(host name in lower case, name:port) of a URL, or (None, None) if it is malformed."""
     try:
         parts = urlsplit(url)
         return parts.hostname, parts.netloc
     except ValueError:
         return None, None
-
-
-async def reply_with(send, error):
-    body = json.dumps(error.body).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
-    pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
-
-
-# ---- connections
-
-
-class Parser(h11.Connection):
-    """h11's own errors refer to themselves, by way of all that was received: here they are made anew.
-
-    n_parts: how many chunks the body of the latest request has so far.
-    """
-
-    n_parts = 0
-
-    def next_event(self):
-        try:
-            event = super().next_event()
-        except h11.RemoteProtocolError as error:
-            error.with_traceback(None)
-            raise h11.RemoteProtocolError(str(error), error.error_status_hint) from None
-        self.n_parts = 0 if isinstance(event, h11.Request) else self.n_parts + isinstance(event, h11.Data)
-        return event
-
-
-class Connection(H11Protocol):
-    """Uvicorn waits for ever for the end of a request's head, and for a client that has stopped reading.
-
-    Here a connection that stands still for `SECONDS` is closed, unless it is the application that is awaited.
-    """
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self.conn = Parser(h11.SERVER, MAX_HEAD)
-        transport.max_size = 1 << 16  # bytes taken apart at once; others have their turn in between
-        self.since, self.is_cut_off = time.monotonic(), False
-        self.look()
-
-    def data_received(self, data):
-        before = self.cycle
-        super().data_received(data)
-        if self.cycle is not before:
-            self.since = time.monotonic()
-        if self.conn.n_parts > MAX_PARTS:
-            self.cut_off()
-
-    def on_response_complete(self):
-        self.since = time.monotonic()
-        super().on_response_complete()
-
-    @property
-    def n_unsent(self):
-        return self.transport.get_write_buffer_size()
-
-    @property
-    def awaits_client(self):
-        """Whether it is the client's turn: to send a request, the rest of it, or to read the answer."""
-        cycle = self.cycle
-        return cycle is None or cycle.response_complete or cycle.more_body or self.n_unsent > 0
-
-    def cut_off(self):
-        self.is_cut_off = True
-        self.transport.abort()
-
-    def look(self, before=None):
-        waits = self.cycle is None or self.cycle.response_complete
-        unsent = self.n_unsent
-        now = (self.cycle, unsent) if waits or unsent else None
-        if now and now == before:
-            self.cut_off()
-        else:
-            self.timer = self.loop.call_later(SECONDS, self.look, now)
-
-    def connection_lost(self, exc):
-        self.timer.cancel()
-        super().connection_lost(exc)
-        self.cycle = None  # which refers to this
-
-
-class Sparing(logging.Filter):
-    """Lets each line of code log ten times a minute; then it tells how often it was not let."""
-
-    N, SECONDS = 10, 60
-
-    def __init__(self):
-        super().__init__()
-        self.counts = {}  # of each line: (when its minute began, how often it has logged since)
-
-    def filter(self, record):
-        place, now = (record.pathname, record.lineno), time.monotonic()
-        start, n = self.counts.get(place, (now, 0))
-        if now - start > self.SECONDS:
-            if n > self.N:
-                record.msg, record.args = f"{record.getMessage()} ({n - self.N:,} more like it before)", ()
-            start, n = now, 0
-        self.counts[place] = start, n + 1
-        return n < self.N

@@ -1,67 +1,96 @@
-"""Where text comes from: what a file is, and the documents in it, for every script in the same way.
+"""Where text comes from: every script detects what a file is, and finds the documents in it, in the same way.
 
-    kinds.py        what a file is: by its content first, by its name second
-    text.py         running text: documents between delimiters
-    json_lines.py   a record a line
-    records.py      the text, or the conversation, that a record holds in one of the shapes people use
-    reading.py      bytes in blocks of lines; what was found, and what was left out
+    kinds.py        what a file is: its content decides, and its name in case of doubt
+    text.py         plain text: documents between delimiters
+    json_lines.py   one JSON record on each line
+    records.py      the text or the conversation in a record, in any of the shapes in common use
+    reading.py      reading in blocks of lines; what was read and what was left out
 
-A file is read in blocks, so memory does not depend on its length; where a block ends has no effect on what
-comes out. It can be read again: it yields the same again, or says that it has changed.
+A file is read in blocks, so memory does not depend on its length; where a block ends makes no difference to
+what comes out. A file can be read a second time: it yields exactly the same, or an error says that it has
+changed.
 
-    source, found = Source("pretrain.jsonl"), Found()
-    for documents, is_open in source.documents(found):
-        ...  # with is_open, the last document goes on as the first of the next list
+    source, report = Source("pretrain.jsonl"), ReadReport()
+    for documents, is_open in source.documents(report):
+        ...  # if is_open, the last document continues as the first of the next list
 """
 
 import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from sources import json_lines, text
-from sources.kinds import kind_of
-from sources.reading import BadLine, Reader, changed
-from sources.reading import Found as Found
-from sources.records import text_of
+from sources.kinds import detect_kind
+from sources.reading import BadLine, Note, Reader, changed_error
+from sources.reading import ReadReport as ReadReport
+from sources.records import text_of, texts_in
 
 FORMATS = {"text": text, "JSON lines": json_lines}
 
 
 class Source:
-    """A file of running text, whose documents are texts, or one of records, of which `of_record` makes them.
+    """A file of documents: plain text, or records from which `of_record` makes them.
 
-    of_record(record): (document, notes for Found.counts). It raises UserError if the record is unusable.
-    UserError if the file is of another kind, or if it needs to be one of records and is not.
+    Args:
+        of_record: takes the JSON value of a line; returns (document, notes for the ReadReport), or raises
+            UserError if it cannot be used.
+        needs_records: refuse plain text.
+
+    Raises UserError if the file is of a kind that is not read.
     """
 
-    def __init__(self, path, of_record=text_of, needs_records=False):
-        self.path, self.of_record, self.kind = path, of_record, kind_of(path)
+    def __init__(
+        self,
+        path: Path | str,
+        of_record: Callable[[Any], tuple[Any, list[Note]]] = text_of,
+        needs_records: bool = False,
+    ) -> None:
+        self.path, self.of_record, self.kind = path, of_record, detect_kind(path)
         self.n_bytes = os.path.getsize(path)
-        self._checksum = None
+        self._checksum: int | None = None
         if needs_records and self.kind == "text":
             raise UserError(
                 f"{path} is plain text; conversations are JSON lines, like "
                 '{"question": "...", "answer": "..."}'
             )
 
-    def documents(self, found, on_read=lambda n_bytes: None):
-        """Yields (documents, is_open). `found` notes what they are and what is left out; `on_read` is told of
-        bytes that were read. UserError if there is no text in the file, or if it has changed meanwhile."""
+    def documents(
+        self, report: ReadReport, on_read: Callable[[int], object] = lambda n_bytes: None
+    ) -> Iterator[tuple[list[Any], bool]]:
+        """Yield (documents, is_open). `report` collects what was read and left out; `on_read` is called with
+        the number of bytes just read. UserError if there is no text in the file, or if it has changed."""
         is_empty = True
         with open(self.path, "rb") as file:
             if os.fstat(file.fileno()).st_size != self.n_bytes:
-                raise changed(self.path)
+                raise changed_error(self.path)
             reader = Reader(file, self.path, on_read)
             try:
-                for documents, is_open in FORMATS[self.kind].documents(reader, self.of_record, found):
+                for documents, is_open in FORMATS[self.kind].documents(reader, self.of_record, report):
                     if documents:
                         is_empty = False
                         yield documents, is_open
             except BadLine:
                 if self._checksum is None:
                     raise
-                raise changed(self.path) from None  # when it was read before, the line was sound
+                raise changed_error(self.path) from None  # the line was fine the first time
         if self._checksum not in (None, reader.checksum):
-            raise changed(self.path)
+            raise changed_error(self.path)
         self._checksum = reader.checksum
         if is_empty:
-            found.no_text(self.path)
+            report.no_text(self.path)
+
+
+def texts_of(
+    paths: Iterable[Path | str], report: ReadReport | None = None, limit: int | None = None
+) -> Iterator[str]:
+    """All texts in some files, those of conversations included; about `limit` bytes at most."""
+    report = report or ReadReport()
+    for source in [Source(path, texts_in) for path in paths]:
+        for documents, _ in source.documents(report):
+            for document in documents:
+                for part in document if isinstance(document, list) else [document]:
+                    yield part
+                    if limit is not None and (limit := limit - len(part.encode("utf-8", "replace"))) <= 0:
+                        return

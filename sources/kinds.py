@@ -1,11 +1,13 @@
-"""What a file is. What it begins with decides, and its name only where that leaves a doubt.
+"""What a file is. Its first bytes decide, and its name only in case of doubt.
 
-    JSON lines    half of its first 20 lines, or more, are JSON objects, or it is called .jsonl, .ndjson or
+    JSON lines    at least half of its first 20 lines are JSON objects, or its name ends in .jsonl, .ndjson or
                   .jsonlines
-    text          any other UTF-8, whatever it is called
+    text          any other UTF-8, whatever its name
 
-What is known to be something else is refused, with a command that makes text or JSON lines of it.
+A file of another kind is refused, with a command that converts it to text or JSON lines.
 """
+
+from __future__ import annotations
 
 import codecs
 import json
@@ -18,12 +20,12 @@ from pathlib import Path
 from common.errors import UserError
 from sources.reading import BYTE_ORDER_MARK
 
-HEAD = 1 << 16  # bytes of a file that are looked at
+HEAD = 1 << 16  # bytes of a file that are examined
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
-# What else a file can be. In the commands, {old} stands for it, and the others for what is to be made of it.
+# What else a file can be. In the commands, {old} is the file, and {jsonl}, {txt} and so on are the new one.
 ARRAY = (
-    "is a JSON array, which is not read; make JSON lines of it: "
+    "is a JSON array, which is not read; convert it to JSON lines: "
     'python -c "import json, sys; [print(json.dumps(x)) for x in json.load(sys.stdin.buffer)]"'
     " < {old} > {jsonl}"
 )
@@ -32,28 +34,28 @@ OBJECT = (
     'python -c "import json, sys; print(json.dumps(json.load(sys.stdin.buffer)))" < {old} > {jsonl}'
 )
 TABLE = (
-    "is a table, which is not read; make JSON lines of it: "
+    "is a table, which is not read; convert it to JSON lines: "
     'python -c "import csv, json; csv.field_size_limit(10**9); [print(json.dumps(row)) for row in '
     "csv.DictReader(open(0, encoding='utf-8-sig', newline=''), delimiter='{delimiter}')]\" < {old} > {jsonl}"
 )
 MARKUP = (
-    "is HTML or XML, which is not read; take its tags out: "
+    "is HTML or XML, which is not read; remove its tags: "
     "python -c \"import html, re, sys; print(html.unescape(re.sub(r'(?s)<(script|style).*?</\\1>|<[^>]*>', "
     "'', sys.stdin.read())))\" < {old} > {txt}"
 )
 PARQUET = (
-    "is a Parquet file, which is not read; make JSON lines of it: pip install pandas pyarrow; "
+    "is a Parquet file, which is not read; convert it to JSON lines: pip install pandas pyarrow; "
     'python -c "import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], '
     "orient='records', lines=True)\" {old} {jsonl}"
 )
 PICKLE = (
-    "is a Python pickle, which is not read, as opening one may run anything; "
-    "let the program that wrote it write JSON lines instead"
+    "is a Python pickle, which is not read because opening one may run any code; "
+    "have the program that wrote it write JSON lines instead"
 )
 ENCODED = "is not in UTF-8, it looks like {encoding}; convert it: iconv -f {encoding} -t UTF-8 {old} > {utf8}"
-BINARY = "holds NUL bytes, as no text does; if it is one, take them out: tr -d '\\000' < {old} > {utf8}"
-UNKNOWN = "is no text in UTF-8, nor in any other encoding that is known here"
-# A regular expression for the first bytes -> what that is.
+BINARY = "holds NUL bytes, which text never does; if it is text, remove them: tr -d '\\000' < {old} > {utf8}"
+UNKNOWN = "is not text in UTF-8, nor in any other encoding that can be detected"
+# A regular expression for the first bytes -> what such a file is.
 BY_CONTENT = {
     rb"\x1f\x8b": "is compressed with gzip; unpack it: gzip -dc < {old} > {unpacked}",
     rb"\x28\xb5\x2f\xfd": "is compressed with Zstandard; unpack it: zstd -dc < {old} > {unpacked}",
@@ -61,13 +63,13 @@ BY_CONTENT = {
     rb"BZh[1-9]1AY&SY": "is compressed with bzip2; unpack it: bzip2 -dc < {old} > {unpacked}",
     rb"\x04\x22\x4d\x18": "is compressed with LZ4; unpack it: lz4 -dc < {old} > {unpacked}",
     rb"PK[\x03\x05\x07][\x04\x06\x08]": "is a zip archive (as .docx, .xlsx, .epub and checkpoints are); "
-    "unpack it, and name the text files in it: python -m zipfile -e {old} {unpacked}",
-    rb"(?s).{257}ustar": "is a tar archive; unpack it, and name the text files in it: tar -xf {old}",
-    rb"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it, and name the text files in it: 7z x {old}",
-    rb"Rar!\x1a\x07": "is a rar archive; unpack it, and name the text files in it: unrar x {old}",
+    "unpack it and name the text files inside: python -m zipfile -e {old} {unpacked}",
+    rb"(?s).{257}ustar": "is a tar archive; unpack it and name the text files inside: tar -xf {old}",
+    rb"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it and name the text files inside: 7z x {old}",
+    rb"Rar!\x1a\x07": "is a rar archive; unpack it and name the text files inside: unrar x {old}",
     rb"PAR1[^\s -~]": PARQUET,
-    rb"%PDF-": "is a PDF; take the text out of it: pdftotext {old} {txt} (pdftotext is a part of Poppler)",
-    rb"\{\\rtf": "is an RTF document; take the text out of it: pandoc -f rtf -t plain {old} -o {txt}",
+    rb"%PDF-": "is a PDF; extract its text: pdftotext {old} {txt} (pdftotext is part of Poppler)",
+    rb"\{\\rtf": "is an RTF document; extract its text: pandoc -f rtf -t plain {old} -o {txt}",
     rb"\x80[\x02-\x05]": PICKLE,
     rb"(?i)(\xef\xbb\xbf)?\s*(<!doctype html|<html[\s>]|<\?xml\s)": MARKUP,
 }
@@ -77,8 +79,8 @@ BY_SUFFIX = {
 }  # fmt: skip
 
 
-def kind_of(path):
-    """What the file holds, "JSON lines" or "text". UserError, with what to do, if it is neither."""
+def detect_kind(path: Path | str) -> str:
+    """What the file holds: "JSON lines" or "text". UserError, saying what to do, if it is neither."""
     path = Path(path)
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -89,28 +91,28 @@ def kind_of(path):
         head = file.read(HEAD)
     for pattern, sentence in BY_CONTENT.items():
         if re.match(pattern, head):
-            raise refused(path, sentence)
+            raise unreadable(path, sentence)
     text, n_used = codecs.utf_8_decode(head, "ignore", False)
     n_ascii = sum(map(len, re.findall(rb"[\x00-\x7f]+", head)))
-    n_beyond = len(text.encode()) - n_ascii  # bytes of other characters
-    n_bad = n_used - n_ascii - n_beyond
-    is_other = n_bad * 5 > n_used >= 64 or b"\0" in head
-    if is_other or n_bad > n_beyond:
-        if encoding := encoding_of(head, is_other):
-            raise refused(path, ENCODED, encoding=encoding)
-    if is_other:
-        raise refused(path, BINARY if b"\0" in head else UNKNOWN)
+    n_other = len(text.encode()) - n_ascii  # bytes of other valid characters
+    n_bad = n_used - n_ascii - n_other
+    surely_other = n_bad * 5 > n_used >= 64 or b"\0" in head
+    if surely_other or n_bad > n_other:
+        if encoding := detect_encoding(head, surely_other):
+            raise unreadable(path, ENCODED, encoding=encoding)
+    if surely_other:
+        raise unreadable(path, BINARY if b"\0" in head else UNKNOWN)
     lines, is_cut = text.replace(BYTE_ORDER_MARK, "").split("\n"), len(head) == HEAD
     if is_cut and len(lines) > 1:
-        del lines[-1]  # which may not be whole
+        del lines[-1]  # it may be incomplete
     lines = [line for line in lines if line.strip()]
     return "JSON lines" if is_json_lines(path, lines, is_cut) else "text"
 
 
-def encoding_of(head, is_other):
-    """The encoding that the bytes of `head` look as if they were in, by its name for iconv; or None.
+def detect_encoding(head: bytes, surely_other: bool) -> str | None:
+    """The encoding that `head` seems to be in, by its name for iconv; None if it cannot be told.
 
-    is_other: they are surely not in UTF-8; otherwise they may be, with errors.
+    surely_other: it is certainly not UTF-8; otherwise it may be UTF-8 with errors in it.
     """
     for mark, name in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
                        (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_BE, "UTF-16")):  # fmt: skip
@@ -118,7 +120,7 @@ def encoding_of(head, is_other):
             return name
     if b"\0" not in head and is_gb18030(head):
         return "GB18030"
-    if not is_other:
+    if not surely_other:
         return None
     from charset_normalizer import from_bytes
 
@@ -128,49 +130,49 @@ def encoding_of(head, is_other):
     for encoding, pattern in ENCODINGS.items():
         if re.match(pattern, name):
             return encoding
-    # Those of one byte a character can hardly be told apart.
+    # Encodings with one byte for each character can hardly be told apart: only the common ones are named.
     return name.upper().replace("_", "-") if re.match("cp125|cp866|iso8859|koi8", name) else None
 
 
-# The name of an encoding for iconv, and of it and its like for Python.
+# The name of an encoding for iconv -> the names of it and its relatives in Python.
 ENCODINGS = {"UTF-16LE": "utf_16_le", "UTF-16BE": "utf_16_be", "UTF-32LE": "utf_32_le",
              "UTF-32BE": "utf_32_be", "GB18030": "gb", "BIG5-HKSCS": "big5|cp950",
              "CP932": "shift_jis|cp932", "EUC-JP": "euc_j", "CP949": "euc_kr|cp949"}  # fmt: skip
 
 
-def is_gb18030(head):
-    """Whether nine of ten characters beyond ASCII are Chinese punctuation or among the 3,755 common ones."""
+def is_gb18030(head: bytes) -> bool:
+    """Whether 90 % of the characters beyond ASCII are Chinese punctuation or among the 3,755 common ones."""
     try:
         text = codecs.getincrementaldecoder("gb18030")().decode(head)
     except UnicodeDecodeError:
         return False
     characters = "".join(character for character in text if not character.isascii())
     firsts = re.findall(rb"([\xa1-\xa3\xb0-\xd7])[\xa1-\xfe]", characters.encode("gb18030"))
-    n_late = sum(first > b"\xc8" for first in firsts)  # where Korean has none
+    n_late = sum(first > b"\xc8" for first in firsts)  # Korean has no characters there
     return 10 * len(firsts) >= 9 * len(characters) and 10 * n_late >= len(characters) > 0
 
 
-def is_json_lines(path, lines, is_cut):
-    """Whether these lines of a file are records, or should be; is_cut: more of it follows.
+def is_json_lines(path: Path, lines: list[str], is_cut: bool) -> bool:
+    """Whether these lines of a file are records, or should be; is_cut: the file goes on after them.
 
-    UserError for JSON of another kind.
+    UserError for JSON that is not one value on each line.
     """
     text, suffix = "\n".join(lines).lstrip(), path.suffix.lower()
     n_records = sum(map(is_record, lines[:20]))
     if n_records and 2 * n_records >= len(lines[:20]):
         return True
-    if begins_as_json(text, is_cut):
+    if starts_like_json(text, is_cut):
         if suffix not in JSON_LINES and len(lines) == 1 and text[0] == "{":
-            return True  # a record that is longer than what was looked at
+            return True  # a record that is longer than HEAD
         if suffix not in JSON_LINES or re.match(r'\[\s*\{\s*"', text):
-            raise refused(path, ARRAY if text[0] == "[" else OBJECT)
+            raise unreadable(path, ARRAY if text[0] == "[" else OBJECT)
     if lines and suffix in BY_SUFFIX:
-        raise refused(path, BY_SUFFIX[suffix], delimiter="\\t" if suffix == ".tsv" else ",")
+        raise unreadable(path, BY_SUFFIX[suffix], delimiter="\\t" if suffix == ".tsv" else ",")
     return suffix in JSON_LINES
 
 
-def begins_as_json(text, is_cut):
-    """Whether it is a JSON object or array; or the beginning of one, if it is cut."""
+def starts_like_json(text: str, is_cut: bool) -> bool:
+    """Whether the text is a JSON object or array, or the start of one if the text is cut."""
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
@@ -181,8 +183,8 @@ def begins_as_json(text, is_cut):
     return text[:1] in ("{", "[")
 
 
-def is_record(line):
-    """Whether a line is a JSON object, or a list of messages."""
+def is_record(line: str) -> bool:
+    """Whether a line is a JSON object or a list of messages."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -192,8 +194,10 @@ def is_record(line):
     return isinstance(value, dict)
 
 
-def refused(path, sentence, **names):
-    def new(suffix):
+def unreadable(path: Path, sentence: str, **names: str) -> UserError:
+    """The error for a file of another kind; fills in the names of files in the command of `sentence`."""
+
+    def new(suffix: str) -> str:
         made = path.with_suffix(suffix)
         return shlex.quote(str(made if made != path else path.with_suffix(".new" + suffix)))
 

@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (
     "common", "engine", "decoding", "server", "objectives", "dataset", "models", "formats", "tasks",
-    "sources", "benchmark",
+    "sources", "preparation", "benchmark",
 )  # fmt: skip
 SOURCE = ("*.py", "requirements*.txt", "config/*.*", "web/*.*", *(f"{folder}/**/*.py" for folder in FOLDERS))
 
@@ -187,14 +187,15 @@ def shared_project(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """Token files of a few thousand tokens, for pretraining and for SFT, in one folder."""
-    from data import prepare
+    from preparation.corpus import prepare
 
     folder = tmp_path_factory.mktemp("tiny")
     texts = [f"{i} + {j} = {i + j}。" * 3 for i in range(12) for j in range(9)]
     (folder / "pretrain.txt").write_text("<|eos|>".join(texts), "utf-8")
     chats = [{"question": f"{i} + 1?", "answer": f"{i + 1}。" * (1 + i % 3)} for i in range(60)]
     (folder / "sft.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), "utf-8")
-    prepare([folder / "pretrain.txt"], [folder / "sft.jsonl"], folder / "prepared", val_fraction=0.1)
+    inputs = {"pretrain": [folder / "pretrain.txt"], "sft": [folder / "sft.jsonl"]}
+    prepare(inputs, folder / "prepared", val_fraction=0.1)
     return folder / "prepared"
 
 

@@ -98,8 +98,8 @@ def install(script):
     def choose(*args, **kwargs):
         return dataclasses.replace(on_cpu(*args, **kwargs), device=DEVICE, sdp_kernel="math")
 
-    GPT.to, on_cpu, detect = to, hardware.choose, hardware.detect
-    hardware.choose, hardware.detect = choose, lambda device="auto": detect("cpu")
+    GPT.to, on_cpu, detect = to, hardware.resolve_compute, hardware.detect_machine
+    hardware.resolve_compute, hardware.detect_machine = choose, lambda device="auto": detect("cpu")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import torch
 import data
 import train as script
 from common.errors import run
-from data import prepare
 from engine.checkpoint import load
+from preparation.corpus import prepare
 from tokenizer import CharTokenizer
 
 PAIRS = [[f"dataset/prepared/{{}}_{split}.bin" for split in ("train", "val")]]
@@ -101,7 +101,7 @@ def test_files_of_another_kind(train, tiny_data, tmp_path):
 
     other = train.root / "other"
     (tmp_path / "x.txt").write_text("other words<|eos|>" * 99)
-    prepare([tmp_path / "x.txt"], [], other)
+    prepare({"pretrain": [tmp_path / "x.txt"]}, other)
     wrong = told(train("pretrain", dataset_path=[[pretrain[0][0], "other/pretrain_val.bin"]]))
     assert "/pretrain_val.bin was made with another tokenizer than this run's" in wrong
     assert "`python data.py --tokenizer FILE`" in wrong
@@ -113,13 +113,13 @@ def test_files_of_another_kind(train, tiny_data, tmp_path):
 
     for path, sentence in (
         ("config/model_config.json", "is not a sound Nano tokenizer"),
-        ("dataset/prepared/sft_val.bin", "is no valid JSON"),
+        ("dataset/prepared/sft_val.bin", "is not valid JSON"),
         ("nowhere.json", "does not exist; `python data.py` writes a tokenizer"),
         ("config", "config/tokenizer.json does not exist"),
     ):
         assert sentence in told(train("pretrain", tokenizer_path=path))
     for path, sentence in (
-        ("dataset/prepared/pretrain_train", "a token file is named by its .bin"),
+        ("dataset/prepared/pretrain_train", "the name of a token file ends in .bin"),
         ("nowhere.bin", "does not exist; run `python data.py` first"),
         ("dataset/prepared/pretrain_train.bin/x.bin", "not a directory"),
         ("a\0b.bin", "damaged"),
@@ -282,7 +282,7 @@ def test_out_of_memory(tiny_project):
     assert "Lower batch_size and raise gradient_accumulation_steps by the same factor" in wrong
     settings = ["--set", "n_embd=32768", "--set", "n_layer=1"]
     wrong = told(tiny_project.run("train.py", "-t", "pretrain", *settings, limits=limits))
-    assert "memory does not suffice" in wrong or "lower n_layer or n_embd" in wrong
+    assert "out of memory; lower batch_size" in wrong or "lower n_layer or n_embd" in wrong
 
 
 @pytest.mark.parametrize("size", ["²", "-1", "abc", "", "9" * 30])

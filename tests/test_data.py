@@ -1,4 +1,5 @@
-"""data.py: what is in the files is what was in the text, and the batch of step N depends on N alone."""
+"""data.py and preparation/: token files hold exactly what the text held,
+and the batch of step N is a pure function of N."""
 
 import errno
 import hashlib
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import tokenizer as tokenizer_module
+import preparation.token_file
 from common.errors import UserError
-from data import Split, TokenBatches, TokenFile, conversation_of, cut_in_two, keys, prepare, shuffled
-from tokenizer import ROOT, load
+from config.stages import STAGES, Stage
+from data import TokenBatches, TokenFile, random_keys, shuffled
+from preparation.corpus import conversation_of, prepare
+from preparation.split import Split, cut_in_two
+from tokenizer import CharTokenizer, load
+
+ROOT = Path(__file__).resolve().parent.parent
 
 QA = [{"question": f"问{i}?", "answer": f"答{i}。" * (1 + i % 3)} for i in range(40)]
 
@@ -44,8 +51,12 @@ def prepared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sources.reading.CHUNK", 200)
         patch.setattr("sources.text.LONG", 100)
-        prepare([folder / "in.txt"], [folder / "sft.jsonl"], folder / "out", val_fraction=0.2)
+        prepare(inputs_of(folder), folder / "out", val_fraction=0.2)
     return folder / "out", texts
+
+
+def inputs_of(folder):
+    return {"pretrain": [folder / "in.txt"], "sft": [folder / "sft.jsonl"]}
 
 
 def documents_of(file, tokenizer):
@@ -55,7 +66,7 @@ def documents_of(file, tokenizer):
 # ---- preparing -------------------------------------------------------------------------------------
 
 
-def test_every_document_is_in_one_split_as_it_was(prepared):
+def test_every_document_is_unchanged_and_in_one_split(prepared):
     folder, texts = prepared
     tokenizer = load(folder / "tokenizer.json")
     files = [TokenFile(folder / f"pretrain_{split}.bin", tokenizer.fingerprint) for split in ("train", "val")]
@@ -74,7 +85,7 @@ def test_every_document_is_in_one_split_as_it_was(prepared):
     assert not list(folder.glob("*.tmp"))
 
 
-def test_sft_masks_by_hand(prepared):
+def test_the_mask_covers_exactly_the_answers(prepared):
     folder, _ = prepared
     tokenizer = load(folder / "tokenizer.json")
     seen = []
@@ -90,9 +101,9 @@ def test_sft_masks_by_hand(prepared):
     assert sorted(map(str, seen)) == sorted(map(str, QA))
 
 
-def test_whole_preparation_does_not_depend_on_chunks(prepared, tmp_path):
+def test_preparation_does_not_depend_on_chunks(prepared, tmp_path):
     folder, _ = prepared
-    prepare([folder.parent / "in.txt"], [folder.parent / "sft.jsonl"], tmp_path, val_fraction=0.2)
+    prepare(inputs_of(folder.parent), tmp_path, val_fraction=0.2)
     assert contents(folder) == contents(tmp_path)
 
 
@@ -120,7 +131,7 @@ bad_lines = st.sampled_from([*BAD, b"", b" ", b"[]", b"{", b'{"text": ""}', b'{"
 )
 @settings(max_examples=60, deadline=None)
 def test_any_chunks_give_the_same_bytes(content, kind, chunk, tmp_path_factory):
-    """Whatever is in the text: the same token files, or the same sentence."""
+    """Whatever the text holds: the same token files, or the same error."""
     folder = tmp_path_factory.mktemp("any")
     is_text = not content.startswith((b"{", b"["))
     path = folder / ("x.txt" if is_text else "x.jsonl")
@@ -134,24 +145,26 @@ def test_any_chunks_give_the_same_bytes(content, kind, chunk, tmp_path_factory):
             patch.setattr("sources.kinds.HEAD", 300)
             out = folder / str(size)
             try:
-                _, _, [corpus] = prepare([path], [], out, kind=kind, vocab_size=270, skip_bad_lines=True)
+                _, _, [corpus] = prepare(
+                    {"pretrain": [path]}, out, kind=kind, vocab_size=270, skip_bad_lines=True
+                )
             except UserError as error:
                 results.append(str(error))
             else:
-                results.append((contents(out), vars(corpus.found)))
+                results.append((contents(out), vars(corpus.report)))
     assert results[0] == results[1]
 
 
-@settings(deadline=None)  # others use the processor, too
+@settings(deadline=None)  # other processes may be using the CPU
 @given(st.integers(2, 3000), st.floats(1e-9, 1 - 1e-9), st.integers(0, 2**63 - 1))
-def test_both_splits_get_documents(n, fraction, seed):
+def test_training_and_validation_both_get_documents(n, fraction, seed):
     held_out = Split(n, fraction, seed).held_out(0, n)
     assert 0 < held_out.sum() < n
     parts = [Split(n, fraction, seed).held_out(start, min(7, n - start)) for start in range(0, n, 7)]
     np.testing.assert_array_equal(np.concatenate(parts), held_out)
 
 
-def test_the_split_has_its_size_and_depends_on_the_seed():
+def test_the_split_has_the_requested_size_and_depends_on_the_seed():
     one, two = (Split(10**5, 0.05, seed).held_out(0, 10**5) for seed in (1, 2))
     assert abs(one.mean() - 0.05) < 0.003 and abs((one & two).mean() - 0.0025) < 0.001
 
@@ -174,20 +187,20 @@ def test_a_single_document_is_cut_near_its_end(text, part):
 def test_bpe_and_a_given_tokenizer(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("to be or not to be\n" * 200)
-    metas, bpe, _ = prepare([path], [], tmp_path / "bpe", kind="bpe", vocab_size=270)
+    metas, bpe, _ = prepare({"pretrain": [path]}, tmp_path / "bpe", kind="bpe", vocab_size=270)
     assert bpe.kind == "bpe" and load(tmp_path / "bpe" / "tokenizer.json").vocab_size == 270
     file = TokenFile(tmp_path / "bpe" / "pretrain_val.bin")
     assert set(bpe.decode(file.tokens[1:-1]).split("\n")) == {"to be or not to be", ""}
     (tmp_path / "new.txt").write_text("to be é or not to be\n" * 50)
-    metas, _, _ = prepare([tmp_path / "new.txt"], [], tmp_path / "same", tokenizer=bpe)
+    metas, _, _ = prepare({"pretrain": [tmp_path / "new.txt"]}, tmp_path / "same", tokenizer=bpe)
     assert all(meta["n_unknown"] == 0 for meta in metas.values())
-    char = tokenizer_module.CharTokenizer.train([path.read_text()])
+    char = CharTokenizer.train([path.read_text()])
     char.save(tmp_path / "char.json")
     done = run("--pretrain", "new.txt", "--tokenizer", "char.json", "--out", "c", cwd=tmp_path)
     assert done.returncode == 0 and "50 characters are not in" in done.stdout
 
 
-def test_what_the_chat_template_asks_of_a_conversation():
+def test_what_the_chat_template_requires_of_a_conversation():
     user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "extra": [1]}
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert conversation_of({"messages": [user, assistant]})[0] == turns
@@ -259,7 +272,7 @@ def test_bad_lines_can_be_left_out(tmp_path):
     assert sum(file.meta["n_documents"] for file in files) == 38
 
 
-def test_what_was_read_and_what_was_not_is_told(tmp_path):
+def test_what_was_read_and_what_was_not_is_reported(tmp_path):
     alpaca = [{"id": i, "instruction": f"q{i}", "input": "", "output": f"a{i}"} for i in range(12)]
     gpt = [{"conversations": [{"from": who, "value": who} for who in ("human", "human", "gpt")]}]
     write_jsonl(tmp_path / "S.JSONL", alpaca + gpt)
@@ -279,7 +292,7 @@ def test_what_was_read_and_what_was_not_is_told(tmp_path):
 def test_system_and_history_are_trained_on(tmp_path):
     record = {"system": "S", "history": [["h", "i"]], "question": "q", "answer": "a"}
     write_jsonl(tmp_path / "s.jsonl", [record] * 2)
-    _, tokenizer, _ = prepare([], [tmp_path / "s.jsonl"], tmp_path)
+    _, tokenizer, _ = prepare({"sft": [tmp_path / "s.jsonl"]}, tmp_path)
     file = TokenFile(tmp_path / "sft_train.bin")
     text = "<|system_mark|>S<|instruct_mark|>h<|response_mark|>i<|eos|>"
     text += "<|instruct_mark|>q<|response_mark|>a<|eos|>"
@@ -314,7 +327,7 @@ def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path):
     whole = "some words in a text\n" * 50
     text.write_text(whole)
     before = text.stat()
-    prepare([text], [chats], tmp_path / "out")
+    prepare({"pretrain": [text], "sft": [chats]}, tmp_path / "out")
     kept = contents(tmp_path / "out")
     line = chats.read_text().splitlines(keepends=True)
     changes = {
@@ -338,7 +351,7 @@ def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path):
             return lambda n_bytes: None
 
         with pytest.raises((UserError, OSError), match="has changed while it was read|No such file"):
-            prepare([text], [chats], tmp_path / "out", progress=meanwhile)
+            prepare({"pretrain": [text], "sft": [chats]}, tmp_path / "out", progress=meanwhile)
         assert contents(tmp_path / "out") == kept, name
 
 
@@ -363,7 +376,7 @@ def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path):
         ["--pretrain", "good.txt", "--out", "good.txt"],
     ],
 )
-def test_mistakes_end_with_a_sentence(tmp_path, arguments):
+def test_mistakes_end_with_one_sentence_and_exit_code_2(tmp_path, arguments):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blank.txt").write_text(" \n<|bos|>\n")
     (tmp_path / "tiny.txt").write_text("x")
@@ -377,8 +390,7 @@ def test_mistakes_end_with_a_sentence(tmp_path, arguments):
 
 def test_disk_full_leaves_the_old_files(prepared, tmp_path, monkeypatch):
     folder, _ = prepared
-    inputs = [folder.parent / "in.txt"], [folder.parent / "sft.jsonl"], tmp_path
-    prepare(*inputs)
+    prepare(inputs_of(folder.parent), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     calls = iter(range(100))
 
@@ -388,8 +400,62 @@ def test_disk_full_leaves_the_old_files(prepared, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        prepare(*inputs, seed=2)
+        prepare(inputs_of(folder.parent), tmp_path, seed=2)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---- stages ----------------------------------------------------------------------------------------
+
+
+def main_in(folder, monkeypatch, *arguments):
+    """`python data.py` in this process, with `folder` as dataset/."""
+    monkeypatch.setattr("data.DATASET", folder)
+    monkeypatch.setattr("preparation.DATASET", folder)
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    data.main()
+
+
+def test_a_stage_in_the_table_gets_its_option_and_its_files(tmp_path, monkeypatch, capsys):
+    for stage in (
+        Stage("midtrain", "mid-training"),
+        Stage("dialogue", "dialogue", documents="chats"),
+        Stage("choose", "preferences", documents="preferences"),  # not prepared by data.py
+    ):
+        monkeypatch.setitem(STAGES, stage.name, stage)
+    (tmp_path / "a.txt").write_text("some text\n" * 99)
+    write_jsonl(tmp_path / "dialogue.jsonl", QA)
+    write_jsonl(tmp_path / "midtrain.jsonl", [{"text": f"text {i}"} for i in range(40)])
+    with pytest.raises(SystemExit):
+        main_in(tmp_path, monkeypatch, "--choose", tmp_path / "a.txt")
+    assert "unrecognized arguments: --choose" in capsys.readouterr().err
+
+    out = tmp_path / "named"
+    named = ["--midtrain", tmp_path / "a.txt", "--dialogue", tmp_path / "dialogue.jsonl", "--out", out]
+    main_in(tmp_path, monkeypatch, *named)
+    assert sorted(path.name for path in out.glob("*.bin")) == [
+        f"{stage}_{split}.bin" for stage in ("dialogue", "midtrain") for split in ("train", "val")
+    ]
+    chats, text = TokenFile(out / "dialogue_train.bin"), TokenFile(out / "midtrain_train.bin")
+    assert (chats.kind, chats.documents, text.kind, text.documents) == (
+        "dialogue", "chats", "midtrain", "text"
+    )  # fmt: skip
+    assert text.mask is None and len(TokenBatches([text, chats], 32, 4)(0)["x"]) == 4
+
+    # What is in the folder is prepared; of what is not, only the stages that everyone expects are mentioned.
+    capsys.readouterr()
+    (tmp_path / "pretrain.txt").write_text("some text\n" * 99)
+    main_in(tmp_path, monkeypatch)
+    assert len(list((tmp_path / "prepared").glob("*.bin"))) == 6
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("nothing is prepared for") == 1 and "for fine-tuning" in told
+    for name in ("midtrain.jsonl", "dialogue.jsonl"):
+        (tmp_path / name).unlink()
+    main_in(tmp_path, monkeypatch)
+    assert capsys.readouterr().out.count("nothing is prepared for") == 1
+
+    monkeypatch.delitem(STAGES, "midtrain")
+    with pytest.raises(UserError, match=r"midtrain_train\.json is damaged"):
+        TokenFile(out / "midtrain_train.bin")
 
 
 # ---- token files -----------------------------------------------------------------------------------
@@ -450,7 +516,7 @@ def test_hostile_descriptions_are_refused(prepared, tmp_path, change):
         (tmp_path / f"x.{part}").write_bytes((folder / f"sft_train.{part}").read_bytes())
     meta = {**json.loads((tmp_path / "x.json").read_text()), **change}
     del meta["checksum"]
-    meta["checksum"] = data.meta_checksum(meta)
+    meta["checksum"] = preparation.token_file.meta_checksum(meta)
     (tmp_path / "x.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match=r"x\."):
         TokenFile(tmp_path / "x.bin")
@@ -461,21 +527,21 @@ def test_hostile_descriptions_are_refused(prepared, tmp_path, change):
 
 @given(st.integers(1, 3000), st.integers(0, 2**40))
 def test_shuffled_is_a_permutation(n, seed):
-    order = shuffled(np.arange(n), n, keys(8, seed))
+    order = shuffled(np.arange(n), n, random_keys(8, seed))
     np.testing.assert_array_equal(np.sort(order), np.arange(n))
     place = seed % n
-    assert shuffled(np.array([place]), n, keys(8, seed))[0] == order[place]
+    assert shuffled(np.array([place]), n, random_keys(8, seed))[0] == order[place]
 
 
 def test_shuffled_looks_random():
     n = 5000
-    orders = [shuffled(np.arange(n), n, keys(8, seed)) for seed in range(40)]
+    orders = [shuffled(np.arange(n), n, random_keys(8, seed)) for seed in range(40)]
     for order in orders:
         assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.08
         assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.08
         steps = np.diff(order)
         assert np.bincount(steps + n).max() < 20  # neighbours do not stay at one distance
-    firsts = np.array([shuffled(np.arange(1), 5, keys(8, seed))[0] for seed in range(2000)])
+    firsts = np.array([shuffled(np.arange(1), 5, random_keys(8, seed))[0] for seed in range(2000)])
     assert np.bincount(firsts, minlength=5).min() > 320
     where = np.array([order[:100] for order in orders]).ravel()
     assert np.histogram(where, 10, (0, n))[0].min() > 330
@@ -492,7 +558,7 @@ def pairs(batches, steps):
     """How often each (x, y) is predicted, as a sorted list."""
     found = []
     for step in steps:
-        x, y, mask = batches(step)
+        x, y, mask = batches(step).values()
         found += zip(x[mask > 0].tolist(), y[mask > 0].tolist(), strict=True)
     return sorted(found)
 
@@ -509,7 +575,7 @@ def test_an_epoch_predicts_every_token_once(files, block_size):
         found = pairs(batches, range(epoch * n, (epoch + 1) * n))
         assert len(found) == len(everything) - 1
         assert Counter(found) <= Counter(everything)
-    x, y, mask = batches(0)
+    x, y, mask = batches(0).values()
     assert x.shape == y.shape == mask.shape and x.shape[1] <= block_size
     np.testing.assert_array_equal(x[0, 1:][mask[0, 1:] > 0], y[0, :-1][mask[0, 1:] > 0])
 
@@ -518,7 +584,7 @@ def test_an_epoch_shows_every_block_once_and_the_next_in_another_order(files):
     file = files["pretrain_train"]
     batches = TokenBatches([file], 16, 4, seed=5)
     n = batches.sequences_per_epoch
-    rows = np.concatenate([batches(first)[0] for first in range(0, 2 * n, 4)])[: 2 * n]
+    rows = np.concatenate([batches(first)["x"] for first in range(0, 2 * n, 4)])[: 2 * n]
     stream = np.concatenate([file.tokens, file.tokens[:17]])
     starts = {stream[i : i + 16].tobytes(): i for i in range(len(file.tokens))}
     found = [starts.get(row.astype(np.uint16).tobytes()) for row in rows]
@@ -536,7 +602,7 @@ def test_conversations_once_an_epoch_masked_and_padded(files):
     assert n == file.meta["n_documents"] and batches.n_truncated == 0
     seen = []
     for first in range(0, 3 * n, 3):
-        x, y, mask = batches(first)
+        x, y, mask = batches(first).values()
         assert x.dtype == y.dtype == np.int64 and mask.dtype == np.float32
         assert x.shape == y.shape == mask.shape and x.shape[1] % 8 == 0
         longest = 0
@@ -558,31 +624,32 @@ def test_long_conversations_are_cut(files):
     batches = TokenBatches([file], 9, 4)
     assert batches.n_truncated == (lengths > 10).sum() > 0
     assert batches.tokens_per_epoch == np.minimum(lengths - 1, 9).sum()
-    assert all(batches(step)[0].shape == (4, 9) for step in range(20))
+    assert all(batches(step)["x"].shape == (4, 9) for step in range(20))
 
 
 def test_a_conversation_counts_if_a_token_of_its_answer_is_in_the_block(files):
     file = files["sft_train"]
     documents = list(zip(file.starts.tolist(), file.starts.tolist()[1:], strict=False))
     needs = [next(i for i in range(1, end - start) if file.mask[start + i]) for start, end in documents]
-    assert file.needs.tolist() == needs
+    assert file.min_block_sizes.tolist() == needs
     for block_size in range(min(needs), max(needs) + 2):
         batches = TokenBatches([file], block_size, 1)
         assert batches.sequences_per_epoch == sum(need <= block_size for need in needs)
         assert batches.n_left_out == len(needs) - batches.sequences_per_epoch
         rows = [batches(first) for first in range(batches.sequences_per_epoch)]
-        assert all(mask.any() for *_, mask in rows)
-        kept = [file.tokens[start : start + x.shape[1]] for start, _ in documents for x, *_ in rows[:1]]
-        assert any(np.array_equal(rows[0][0][0, :3], ids[:3]) for ids in kept)
+        assert all(row["mask"].any() for row in rows)
+        x = rows[0]["x"]
+        kept = [file.tokens[start : start + x.shape[1]] for start, _ in documents]
+        assert any(np.array_equal(x[0, :3], ids[:3]) for ids in kept)
     with pytest.raises(UserError, match=f"the first answer needs a model whose block_size is {min(needs)} "):
         TokenBatches([file], min(needs) - 1, 1)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 def test_where_answers_begin_does_not_depend_on_chunks(files, chunk, monkeypatch):
-    expected = files["sft_train"].needs
-    monkeypatch.setattr(data, "CHUNK", chunk)
-    np.testing.assert_array_equal(TokenFile(files["sft_train"].path).needs, expected)
+    expected = files["sft_train"].min_block_sizes
+    monkeypatch.setattr(preparation.token_file, "CHUNK", chunk)
+    np.testing.assert_array_equal(TokenFile(files["sft_train"].path).min_block_sizes, expected)
 
 
 def test_a_curriculum_in_order(files):
@@ -592,11 +659,11 @@ def test_a_curriculum_in_order(files):
     assert batches.sequences_per_epoch == n + m
     assert batches.position(0) == (0, 0, 0) and batches.position(n) == (0, 1, 0)
     assert batches.position(n + m - 1) == (0, 1, m - 1) and batches.position(n + m) == (1, 0, 0)
-    stage = [int(batches(step)[0][0, 0] == 4) for step in range(2 * (n + m))]
+    stage = [int(batches(step)["x"][0, 0] == 4) for step in range(2 * (n + m))]
     assert stage[n : n + m] == [1] * m and sum(stage[:n]) == 0
     # A batch may reach over stages and epochs, and its rows are those of smaller batches.
-    whole = TokenBatches([first, second], 16, 3 * (n + m))(0)
-    singles = [batches(step) for step in range(3 * (n + m))]
+    whole = TokenBatches([first, second], 16, 3 * (n + m))(0).values()
+    singles = [batches(step).values() for step in range(3 * (n + m))]
     for row, (x, y, mask) in enumerate(singles):
         width = x.shape[1]
         for big, small in zip(whole, (x, y, mask), strict=True):
@@ -605,8 +672,8 @@ def test_a_curriculum_in_order(files):
 
 def test_a_file_shorter_than_a_block(tmp_path):
     (tmp_path / "x.txt").write_text("ab")
-    prepare([tmp_path / "x.txt"], [], tmp_path)
-    x, y, mask = TokenBatches([TokenFile(tmp_path / "pretrain_val.bin")], 256, 4)(7)
+    prepare({"pretrain": [tmp_path / "x.txt"]}, tmp_path)
+    x, y, mask = TokenBatches([TokenFile(tmp_path / "pretrain_val.bin")], 256, 4)(7).values()
     assert x.shape == y.shape == (4, 8) and mask.sum(1).tolist() == [2] * 4
 
 
@@ -615,7 +682,8 @@ import hashlib, sys
 sys.path.insert(0, sys.argv[2])
 from data import TokenBatches, TokenFile
 files = [TokenFile(f"{sys.argv[1]}/{name}.bin") for name in ("pretrain_train", "sft_train")]
-print(hashlib.sha256(b"".join(a.tobytes() for a in TokenBatches(files, 32, 8, seed=9)(12345))).hexdigest())
+batch = TokenBatches(files, 32, 8, seed=9)(12345)
+print(hashlib.sha256(b"".join(a.tobytes() for a in batch.values())).hexdigest())
 """
 
 
@@ -627,8 +695,10 @@ def test_a_batch_is_a_pure_function_of_data_seed_and_step(prepared, files):
     batches = make(9)
     for step in (3, 10**9, 12344, 0):
         batches(step)
-    here = [hashlib.sha256(b"".join(a.tobytes() for a in make(s)(12345))).hexdigest() for s in (9, 10)]
-    again = hashlib.sha256(b"".join(a.tobytes() for a in batches(12345))).hexdigest()
+    here = [
+        hashlib.sha256(b"".join(a.tobytes() for a in make(s)(12345).values())).hexdigest() for s in (9, 10)
+    ]
+    again = hashlib.sha256(b"".join(a.tobytes() for a in batches(12345).values())).hexdigest()
     assert fresh == again == here[0] != here[1]
 
 
@@ -646,7 +716,7 @@ def test_nothing_grows_over_an_epoch(files):
     assert grown < 10_000
 
 
-def test_help_comes_fast_and_the_defaults_are_told(tmp_path):
+def test_help_does_not_import_slow_libraries(tmp_path):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", ROOT / "data.py", "--help"], capture_output=True, text=True
     )

@@ -108,7 +108,7 @@ def test_the_launcher_brings_a_killed_run_back(tiny_project, train, script):
 
 
 # tests/engine/test_heartbeat.py and test_stop.py have the single parts.
-SHORT_MINUTE = "import engine.heartbeat\nengine.heartbeat.MINUTE = 3.0\n"
+SHORT_MINUTE = "import engine.heartbeat\nengine.heartbeat.ANSWER_TIMEOUT = 3.0\n"
 STOPPED = {
     "the second, torchrun": ("train_ddp.py", 1),
     "the first, torchrun": ("train_ddp.py", 0),

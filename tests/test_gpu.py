@@ -23,9 +23,9 @@ from lm_pass import lm_pass
 
 import models
 from common import hardware, kernels
-from common.config import check_model
 from common.errors import UserError
-from decoding.engine import Decoder, Request
+from decoding.engine import BatchedDecoder, Request
+from decoding.sampling import generate
 from engine.checkpoint import load
 from inference import TextGenerator
 
@@ -62,7 +62,7 @@ def as_it_was(monkeypatch):
 def choice_of(**settings):
     """What `auto` chooses here, but for these settings. What this device cannot do is skipped."""
     try:
-        return hardware.choose(hardware.detect(DEVICE), DEVICE, **settings)
+        return hardware.resolve_compute(hardware.detect_machine(DEVICE), DEVICE, **settings)
     except UserError as why:
         pytest.skip(str(why))
 
@@ -71,7 +71,7 @@ def network(name="nano", block_size=24):
     """A small one, in eval(), with weights so large that no two tokens are equally likely."""
     torch.manual_seed(0)
     shape = dict(block_size=block_size, vocab_size=29, n_layer=3, n_head=4, n_embd=128)
-    model = models.build(check_model(shape | ARCHITECTURES[name], "the test").resolved(29)).eval()
+    model = models.build(models.check_config(shape | ARCHITECTURES[name], "the test").resolved(29)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -148,7 +148,7 @@ def test_grouped_products(dtype):
     results = []
     for device, kind in (("cpu", torch.float64), (DEVICE, getattr(torch, dtype))):
         a, b = (t.to(device, kind).detach().requires_grad_() for t in (x, weight))
-        y = kernels.grouped_product(a, b, sizes.to(device))
+        y = kernels.grouped_matmul(a, b, sizes.to(device))
         F.silu(y).sum().backward()
         results.append([y, a.grad, b.grad])
     assert distance(*reversed(results)) < CLOSE[dtype]
@@ -251,9 +251,9 @@ def test_many_texts_at_once_are_those_of_one_at_a_time(name):
     texts = [list(range(1, 2 + 2 * i)) for i in range(12)]
     requests = [Request(text, 40 - len(text), temperature=0, n_logprobs=len(text) % 3) for text in texts]
     with hardware.attention_context(compute):
-        Decoder(model, 5).run(requests)
+        BatchedDecoder(model, 5).run(requests)
         for text, request in zip(texts, requests, strict=True):
-            assert request.tokens == list(model.generate(text, request.max_tokens, temperature=0))
+            assert request.tokens == list(generate(model, text, request.max_tokens, temperature=0))
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
@@ -277,6 +277,8 @@ def test_the_server_answers(train):
     for name in ("fastapi", "uvicorn"):
         pytest.importorskip(name)
     import serve
+    from server.app import make_app
+    from server.connections import bind, make_server
 
     choice_of()
     shutil.copytree(Path(serve.__file__).parent / "web", train.root / "web")
@@ -285,9 +287,9 @@ def test_the_server_answers(train):
     asked = Namespace(model=str(path), device=DEVICE, quantize=None, slots=2, max_queue=4, timeout=60)
     service, _ = serve.load_service(asked)
     assert service.text_generator.model.device.type == torch.device(DEVICE).type
-    listener = serve.bind("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = serve.make_server(serve.make_app(service), timeout=5)
+    server = make_server(make_app(service), listener, n_answers=6, timeout=5)
     with running(service.engine, server, listener):
         ask = {"prompt": "1 + 2", "max_tokens": 20, "temperature": 0.0}
         reply = requests.post(f"{url}/v1/completions", json=ask, timeout=60).json()

@@ -1,6 +1,6 @@
 """inference.py, mostly through the real command line and a real (pseudo-)terminal.
 
-The models are made by hand: they know for each token which one comes next, and nothing else. So
+The models are made by hand: for each token they know which one comes next, and nothing else. So
 every answer is known beforehand.
 """
 
@@ -22,12 +22,13 @@ import decoding.engine
 import engine.checkpoint
 import inference
 from config.schema import ModelConfig
+from decoding.sampling import generate
 from engine.checkpoint import Checkpoint
 from model import GPT
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
 
 TEXT = "你好吗？Hello? 1+2=3\n"
-ERASE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\r]")  # what a terminal takes as an order
+ERASE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\r]")  # control sequences of a terminal
 
 
 def chain(tokenizer, after, block_size=64):
@@ -93,7 +94,7 @@ def endless(tokenizer):
     return checkpoint(tokenizer, *chain(tokenizer, {tokenizer.response_id: ni, ni: hao, hao: ni}))
 
 
-# ---- arguments: told before torch is loaded ----------------------------------------------------------
+# ---- arguments, checked before torch is loaded ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_the_newest_checkpoint_is_taken(project, save, tokenizer, monkeypatch, c
 
 
 def test_best_and_newest(project, save, tokenizer, monkeypatch):
-    """Each has the loss of its own weights, and the default tells which one it is."""
+    """Each shows the loss of its own weights, and the default says which one it is."""
     best = {"loss": 0.125, "step": 7}
     path = save(project, polite(tokenizer, best=best))
     save(project, polite(tokenizer, step=9, best=best, validation={"loss": 0.5, "step": 9}))
@@ -203,7 +204,7 @@ def test_best_and_newest(project, save, tokenizer, monkeypatch):
         load_in(project, monkeypatch, "-i", "-m", "best")
 
 
-def test_models_that_cannot_speak_are_refused(project, save, tokenizer, monkeypatch):
+def test_models_that_cannot_write_text_are_refused(project, save, tokenizer, monkeypatch):
     sound = polite(tokenizer)
     backwards = dataclasses.replace(sound, model_config=sound.model_config | {"is_causal": False})
     with pytest.raises(inference.UserError, match="is_causal"):
@@ -238,17 +239,17 @@ def test_long_prompts_lose_their_oldest_tokens(tokenizer):
     assert left_out == 105 - 48
     ids, _ = talker.chat_prompt([{"role": "user", "content": "H" * 100 + "ello"}])
     assert ids[0] == tokenizer.instruct_id and ids[-5:] == [*hello[1:], tokenizer.response_id]
-    assert "".join(talker.speak(ids)) == "好吗"
+    assert "".join(talker.stream(ids)) == "好吗"
 
     short = text_generator(polite(tokenizer), max_length=2)
     ids, _ = short.completion_prompt("HHHHH你")
-    assert "".join(short.speak(ids)) == "好" and short.n_prompt == 1
+    assert "".join(short.stream(ids)) == "好" and short.n_prompt == 1
 
 
 def test_an_answer_may_outgrow_the_context(tokenizer):
     talker = text_generator(endless(tokenizer), max_length=200)
     ids, _ = talker.chat_prompt([{"role": "user", "content": "Hello"}])
-    assert "".join(talker.speak(ids)) == "你好" * 96 + "你"
+    assert "".join(talker.stream(ids)) == "你好" * 96 + "你"
 
 
 def test_special_tokens_in_a_prompt_are_text(tokenizer):
@@ -256,7 +257,7 @@ def test_special_tokens_in_a_prompt_are_text(tokenizer):
     assert ids.count(tokenizer.response_id) == 1 and ids[-1] == tokenizer.response_id
 
 
-def test_what_the_system_says_is_kept(tokenizer):
+def test_a_system_message_is_kept(tokenizer):
     messages = [{"role": "system", "content": "Hello"}]
     messages += [{"role": role, "content": "1+2=3" * 3} for role in ("user", "assistant") * 9] + [
         {"role": "user", "content": "你好吗"}
@@ -288,17 +289,17 @@ def reference_prompt(text_generator, messages):
     """What `chat_prompt` does to a conversation that the user ends, one turn at a time."""
     messages, limit, first = (
         list(messages),
-        text_generator.room - text_generator.room // 4,
+        text_generator.max_prompt - text_generator.max_prompt // 4,
         messages[0]["role"] == "system",
     )
     while True:
         ids, _ = render_chat(text_generator.tokenizer, messages, add_generation_prompt=True)
         if len(ids) <= limit or len(messages) == first + 1:
-            return messages, *text_generator.fit(ids.tolist())
+            return messages, *text_generator.truncate_prompt(ids.tolist())
         del messages[first]
         while messages[first]["role"] == "assistant":
             del messages[first]
-        limit = text_generator.room // 2
+        limit = text_generator.max_prompt // 2
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe", "NFC"])
@@ -327,8 +328,8 @@ def test_a_long_conversation_is_encoded_once_and_as_far_as_it_may_fit(tokenizer,
     monkeypatch.setattr(talker.tokenizer, "encode_flat", lambda texts: encoded.extend(texts) or encode(texts))
     messages = [{"role": ("user", "assistant")[i % 2], "content": "1"} for i in range(n)]
     ids, left_out = talker.chat_prompt(messages)
-    assert len(ids) <= talker.room and not left_out and len(messages) % 2 == 1
-    assert len(encoded) < talker.room
+    assert len(ids) <= talker.max_prompt and not left_out and len(messages) % 2 == 1
+    assert len(encoded) < talker.max_prompt
 
 
 def test_an_answer_that_has_begun_is_continued(tokenizer):
@@ -346,9 +347,9 @@ def test_an_answer_that_has_begun_is_continued(tokenizer):
 
 def test_unknown_characters_are_counted(tokenizer, capsys):
     talker = text_generator(polite(tokenizer))
-    talker.notice_unknown("Hello你")
+    inference.print_notices(talker, "Hello你", 0)
     assert not capsys.readouterr().err
-    talker.notice_unknown("H龘🐉你")
+    inference.print_notices(talker, "H龘🐉你", 0)
     assert "2 characters are unknown" in capsys.readouterr().err
 
 
@@ -357,9 +358,9 @@ def test_no_character_is_cut_in_half():
     a, *bytes_of = bpe.encode("a中🐉").tolist()
     after = dict(zip([bpe.bos_id, a, *bytes_of], [a, *bytes_of], strict=False))
     talker = text_generator(checkpoint(bpe, *chain(bpe, after)))
-    assert list(talker.speak([bpe.bos_id])) == ["a", "", "", "中", "", "", "", "🐉", ""]
+    assert list(talker.stream([bpe.bos_id])) == ["a", "", "", "中", "", "", "", "🐉", ""]
     cut = text_generator(checkpoint(bpe, *chain(bpe, after)), max_length=3)
-    assert "".join(cut.speak([bpe.bos_id])) == "a\ufffd"
+    assert "".join(cut.stream([bpe.bos_id])) == "a\ufffd"
 
 
 def test_control_characters_do_not_reach_a_terminal(tokenizer, monkeypatch):
@@ -368,7 +369,7 @@ def test_control_characters_do_not_reach_a_terminal(tokenizer, monkeypatch):
             return True
 
     talker = text_generator(polite(tokenizer))
-    talker.speak = lambda ids: iter(["a\x1b[2J", "b\n\tc\r\x9b"])
+    talker.stream = lambda ids: iter(["a\x1b[2J", "b\n\tc\r\x9b"])
     monkeypatch.setattr(sys, "stdout", Terminal())
     inference.say(talker, [])
     assert sys.stdout.getvalue() == "a[2Jb\n\tc\n"
@@ -394,9 +395,9 @@ def test_eight_bits_say_the_same(project, save, tokenizer):
 
 
 def test_five_lines_of_python(project, save, tokenizer, capsys):
-    """Those at the top of inference.py; what is not said is greedy, and of the newest model."""
+    """Those at the top of inference.py. The default is greedy decoding with the newest model."""
     path = save(project, polite(tokenizer))
-    lines = textwrap.dedent(re.search(r"no more than:\n\n((?:    .*\n)+)", inference.__doc__)[1])
+    lines = textwrap.dedent(re.search(r"In Python:\n\n((?:    .*\n)+)", inference.__doc__)[1])
     assert len(lines.splitlines()) <= 5 and "checkpoint/x.pt" in lines
     exec(lines.replace("checkpoint/x.pt", str(path)), {})
     assert capsys.readouterr().out == "好吗"
@@ -404,8 +405,8 @@ def test_five_lines_of_python(project, save, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("is_ready, when", [(True, 5), (False, 120)])
-def test_a_compiler_is_called_when_that_pays(tokenizer, monkeypatch, is_ready, when):
-    """Once, when answering has taken as long as it takes: not for a short answer."""
+def test_the_compiled_backend_is_loaded_once_it_pays(tokenizer, monkeypatch, is_ready, when):
+    """Once, when answering has taken as long as loading would: not for a short answer."""
     monkeypatch.setattr(decoding.engine, "is_compiled", lambda weights: is_ready)
     again = {i: i for i in range(tokenizer.vocab_size)}
     talker = text_generator(checkpoint(tokenizer, *chain(tokenizer, again)))
@@ -420,7 +421,7 @@ def test_a_compiler_is_called_when_that_pays(tokenizer, monkeypatch, is_ready, w
     monkeypatch.setattr(talker.decoder, "step", slow_step)
     monkeypatch.setattr(talker.decoder, "compile", lambda: calls.append(round(clock, 1)))
     for _ in range(10):
-        list(talker.tokens([tokenizer.bos_id, 9], 30))
+        list(talker.stream_tokens([tokenizer.bos_id, 9], 30))
     assert calls == [when / 10]
 
 
@@ -471,7 +472,7 @@ def test_batches_answer_as_one_by_one(tokenizer):
     answers = inference.answer_greedily(model, prompts, [8] * len(prompts), stops)
     for prompt, (ids, has_stopped) in zip(prompts, answers, strict=True):
         room = min(8, config.block_size - len(prompt) + 1)
-        alone = list(model.generate(prompt, room, temperature=0, stop_tokens=stops))
+        alone = list(generate(model, prompt, room, temperature=0, stop_tokens=stops))
         assert (ids, has_stopped) == (alone, len(alone) < room)
     assert {has_stopped for _, has_stopped in answers} == {True, False}
 

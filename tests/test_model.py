@@ -3,27 +3,24 @@ implementations to compare with."""
 
 import itertools
 import math
-import types
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lm_pass import lm_pass
 from pydantic import ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_module
+from config.schema import ModelConfig
+from decoding.sampling import generate
 from model import (
     GPT,
     KVCache,
-    ModelConfig,
     RMSNorm,
-    TokenCounts,
     apply_rotary_emb,
-    logits_to_probs,
     rotary_table,
-    sample,
 )
 from models import nanochat
 
@@ -47,6 +44,18 @@ def random_tokens(*shape, seed=1, vocab_size=SMALL["vocab_size"]):
 def differ(a, b):
     assert a.shape == b.shape
     return (a - b).abs().max().item()
+
+
+def greedy_without_cache(model, tokens, max_tokens):
+    """The definition of greedy decoding, and of forgetting: at the limit, half of a window is kept."""
+    window, answer = list(tokens)[-model.config.block_size :], []
+    while len(answer) < max_tokens:
+        if len(window) > model.config.block_size:
+            window = window[-max(1, model.config.block_size // 2) :]
+        with torch.no_grad():
+            answer.append(model(torch.tensor([window]))[0, -1].argmax().item())
+        window.append(answer[-1])
+    return answer
 
 
 POSITIONS = pytest.mark.parametrize("use_rope", [True, False], ids=["rope", "learned"])
@@ -91,13 +100,13 @@ def test_state_dict_is_the_parameters_and_nothing_else():
         again = build(seed=5, **fields)
         again.load_state_dict(state)
         tokens = random_tokens(2, 9)
-        assert torch.equal(model(tokens)[0], again(tokens)[0])
+        assert torch.equal(model(tokens), again(tokens))
 
 
 def test_a_fresh_model_knows_nothing():
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=500, n_embd=64, n_layer=8, bias=True))
-    _, loss, _ = model(random_tokens(4, 50, vocab_size=500), random_tokens(4, 50, seed=2, vocab_size=500))
+    _, loss, _ = lm_pass(model, random_tokens(4, 50, vocab_size=500), random_tokens(4, 50, seed=2, vocab_size=500))
     assert loss.item() == pytest.approx(math.log(500), abs=0.1)
     assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.03)
     for block in model.blocks:
@@ -151,7 +160,7 @@ def test_every_key_changes_something(field):
         after.load_state_dict(before.state_dict())
         same = torch.equal(before(tokens)[0], after(tokens)[0])
         assert same == (where == "training")
-        assert not torch.equal(before.train()(tokens)[0], after.train()(tokens)[0])
+        assert not torch.equal(before.train()(tokens), after.train()(tokens))
 
 
 # ---- building blocks -----------------------------------------------------------------------------
@@ -199,7 +208,7 @@ def test_grouped_heads_share_keys_and_values():
             state[name] = torch.cat(copied).reshape(12 * 6, 24)
     full.load_state_dict(state)
     tokens = random_tokens(2, 11)
-    assert differ(grouped(tokens)[0], full(tokens)[0]) < 1e-5
+    assert differ(grouped(tokens)[0], full(tokens)) < 1e-5
 
 
 @POSITIONS
@@ -211,7 +220,7 @@ def test_a_causal_model_does_not_see_ahead_and_the_other_does(use_rope):
     difference = (causal(tokens)[0] - causal(changed)[0]).abs().amax(-1)[0]
     assert difference[:7].max() == 0 and difference[7:].min() > 1e-3
     full = build(use_rope=use_rope, is_causal=False)
-    assert (full(tokens)[0] - full(changed)[0]).abs().amax(-1).min() > 1e-3
+    assert (full(tokens) - full(changed)).abs().amax(-1).min() > 1e-3
 
 
 # ---- kernels for a CPU ---------------------------------------------------------------------------
@@ -236,7 +245,7 @@ def test_a_model_trains_alike_with_the_kernels_for_a_cpu(fields):
     for on in (False, True):
         model.use_custom_kernels(on)
         model.zero_grad()
-        y, loss, _ = model(tokens, targets, mask)
+        y, loss, _ = lm_pass(model, tokens, targets, mask)
         names = graph_of(loss)
         assert ("_LinearCrossEntropy" in names) == on
         assert ("_CausalAttention" in names) == (on and length >= 256)
@@ -282,8 +291,8 @@ def test_token_by_token_equals_all_at_once(use_rope, n_kv_head):
     model = build(use_rope=use_rope, n_kv_head=n_kv_head)
     tokens = random_tokens(3, 16)
     cache = model.new_cache(3)
-    steps = [model(tokens[:, t : t + 1], cache=cache)[0] for t in range(16)]
-    assert differ(torch.cat(steps, 1), model(tokens)[0]) < 1e-5
+    steps = [model(tokens[:, t : t + 1], cache=cache) for t in range(16)]
+    assert differ(torch.cat(steps, 1), model(tokens)) < 1e-5
     assert cache.lengths.tolist() == [16] * 3
 
 
@@ -295,8 +304,8 @@ def test_any_chunking_equals_all_at_once(use_rope, n_kv_head, chunks):
     model = build(use_rope=use_rope, n_kv_head=n_kv_head)
     tokens = random_tokens(2, 16)
     cache = model.new_cache(2)
-    parts = [model(chunk, cache=cache)[0] for chunk in tokens.split(chunks, dim=1)]
-    assert differ(torch.cat(parts, 1), model(tokens)[0]) < 1e-5
+    parts = [model(chunk, cache=cache) for chunk in tokens.split(chunks, dim=1)]
+    assert differ(torch.cat(parts, 1), model(tokens)) < 1e-5
 
 
 SCHEDULES = {  # for each pass, how many real tokens each of the three rows gets
@@ -318,14 +327,14 @@ def test_rows_of_different_lengths(use_rope, n_kv_head, schedule):
     cache = model.new_cache(3)
     totals = [sum(counts) for counts in zip(*schedule, strict=True)]
     rows = [random_tokens(total, seed=10 + i) for i, total in enumerate(totals)]
-    alone = [model(row[None])[0][0] for row in rows]
+    alone = [model(row[None])[0] for row in rows]
     done = [0, 0, 0]
     for step, counts in enumerate(schedule):
         tokens = random_tokens(3, max(counts), seed=100 + step)  # the padding is anything
         for i, n in enumerate(counts):
             tokens[i, :n] = rows[i][done[i] : done[i] + n]
         lengths = torch.tensor(counts) if len(set(counts)) > 1 else None
-        logits = model(tokens, cache=cache, lengths=lengths)[0]
+        logits = model(tokens, cache=cache, lengths=lengths)
         for i, n in enumerate(counts):
             if n:
                 assert differ(logits[i, :n], alone[i][done[i] : done[i] + n]) < 1e-5
@@ -341,7 +350,7 @@ def test_what_lies_behind_a_rows_end_is_never_looked_at():
         cache.keys.fill_(poison)
         cache.values.fill_(poison)
         model(random_tokens(2, 6), cache=cache, lengths=torch.tensor([2, 6]))
-        logits = model(random_tokens(2, 3, seed=4), cache=cache)[0]
+        logits = model(random_tokens(2, 3, seed=4), cache=cache)
         if poison == 0:
             clean = logits
     assert torch.equal(clean, logits)
@@ -374,7 +383,7 @@ def test_only_a_causal_model_has_a_cache():
     with pytest.raises(ValueError, match="causal"):
         model.hidden(random_tokens(1, 3), model.new_cache())
     with pytest.raises(ValueError, match="causal"):
-        list(model.generate([1, 2], 3))
+        list(generate(model, [1, 2], 3))
 
 
 # ---- loss and gradients --------------------------------------------------------------------------
@@ -401,14 +410,14 @@ def masked_batch():
 def test_masked_loss_by_hand():
     model = build()
     tokens, targets, mask = masked_batch()
-    logits, loss, _ = model(tokens, targets)
+    logits, loss, _ = lm_pass(model, tokens, targets)
     ones = torch.ones_like(mask)
     assert loss.item() == pytest.approx(loss_by_hand(logits, targets, ones), abs=1e-5)
-    assert loss.item() == pytest.approx(model(tokens, targets, ones)[1].item(), abs=1e-7)
+    assert loss.item() == pytest.approx(lm_pass(model, tokens, targets, ones)[1].item(), abs=1e-7)
     custom_kernels = loss_by_hand(logits, targets, mask)
     assert abs(custom_kernels - loss.item()) > 0.01  # else this test would not see the mask
-    assert model(tokens, targets, mask)[1].item() == pytest.approx(custom_kernels, abs=1e-5)
-    assert model(tokens, targets, mask, 7.5)[1].item() == pytest.approx(
+    assert lm_pass(model, tokens, targets, mask)[1].item() == pytest.approx(custom_kernels, abs=1e-5)
+    assert lm_pass(model, tokens, targets, mask, 7.5)[1].item() == pytest.approx(
         loss_by_hand(logits, targets, mask, 7.5), abs=1e-5
     )
     assert model(tokens)[1] is None
@@ -421,7 +430,7 @@ def test_masked_positions_have_no_part_in_the_loss():
     gradients = []
     for t in (targets, others):
         model.zero_grad()
-        loss = model(tokens, t, mask)[1]
+        loss = lm_pass(model, tokens, t, mask)[1]
         loss.backward()
         gradients.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -436,7 +445,7 @@ def test_micro_batches_add_up_to_the_whole(rows):
         model.zero_grad()
         total = 0.0
         for x, y, m in zip(*(t.split(size) for t in (tokens, targets, mask)), strict=True):
-            loss = model(x, y, m, loss_divisor=mask.sum())[1]
+            loss = lm_pass(model, x, y, m, divisor=mask.sum())[1]
             loss.backward()
             total += loss.item()
         return total, [p.grad.clone() for p in model.parameters()]
@@ -477,7 +486,7 @@ def test_kernels_leave_alone_what_they_do_not_compute(kind):
     losses = []
     for on in (False, True):
         model.use_custom_kernels(on)
-        losses.append(model(tokens, targets)[1].item())
+        losses.append(lm_pass(model, tokens, targets)[1].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -498,9 +507,9 @@ def test_gradients_equal_those_in_float64(fields):
     mask = (random_tokens(2, length, seed=3) % 2).float()
     model, exact = build(**fields).train(), build(**fields).train().double()
     model.use_custom_kernels(True)
-    loss = model(tokens, targets, mask)[1]
+    loss = lm_pass(model, tokens, targets, mask)[1]
     loss.backward()
-    losses = F.cross_entropy(exact(tokens)[0].transpose(1, 2), targets, reduction="none")
+    losses = F.cross_entropy(exact(tokens).transpose(1, 2), targets, reduction="none")
     reference = (losses * mask).sum() / mask.sum()
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
@@ -526,15 +535,15 @@ def test_dropout_is_for_training_only():
     model, without = build(dropout=0.4), build()
     without.load_state_dict(model.state_dict())
     tokens = random_tokens(2, 12)
-    assert torch.equal(model(tokens)[0], without(tokens)[0])
+    assert torch.equal(model(tokens), without(tokens))
     model.train()
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(model(tokens)[0])
+        drawn.append(model(tokens))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert torch.equal(model.eval()(tokens)[0], without(tokens)[0])
-    assert list(model.generate([3], 8, temperature=0)) == list(without.generate([3], 8, temperature=0))
+    assert torch.equal(model.eval()(tokens), without(tokens))
+    assert list(generate(model, [3], 8, temperature=0)) == list(generate(without, [3], 8, temperature=0))
 
 
 def test_dropout_reaches_every_place(monkeypatch):
@@ -562,7 +571,7 @@ def test_transduce_is_the_best_output_at_each_place():
     tokens = random_tokens(3, 11)
     output = model.transduce(tokens)
     assert output.shape == (3, 11) and output.dtype == torch.long
-    assert torch.equal(output, model(tokens)[0].argmax(-1))
+    assert torch.equal(output, model(tokens).argmax(-1))
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 23
     assert not torch.equal(model.transduce(changed)[:, :-1], output[:, :-1])
@@ -572,343 +581,15 @@ def test_transduce_is_the_best_output_at_each_place():
 def test_padding_is_ignored_without_causality_too(n_kv_head):
     model = build(is_causal=False, n_kv_head=n_kv_head)
     tokens, lengths = random_tokens(3, 9), torch.tensor([4, 9, 1])
-    logits = model(tokens, lengths=lengths)[0]
+    logits = model(tokens, lengths=lengths)
     for row, n in enumerate(lengths.tolist()):
-        assert differ(logits[row, :n], model(tokens[row : row + 1, :n])[0][0]) < 1e-5
+        assert differ(logits[row, :n], model(tokens[row : row + 1, :n])[0]) < 1e-5
 
 
-# ---- sampling ------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------
 
 
-def probabilities(logits, **setting):
-    """Those of `logits_to_probs`, for all tokens [V]."""
-    found, ids = logits_to_probs(logits, **counted(setting, len(logits)))
-    return torch.zeros_like(logits).scatter(0, ids, found / found.sum())
-
-
-def counted(setting, vocab_size):
-    """The setting with the TokenCounts of its text: `previous`, the prompt, and `drawn`, what followed it."""
-    setting = dict(setting)
-    counts = TokenCounts(setting.pop("previous", ()), vocab_size)
-    for token in setting.pop("drawn", ()):
-        counts.add(token)
-    return setting | dict(counts=counts)
-
-
-def distribution(
-    logits, temperature=1.0, top_k=None, top_p=None, min_p=0.0, repetition_penalty=1.0, frequency_penalty=0.0,
-    presence_penalty=0.0, logit_bias=None, previous=(), drawn=(),
-):  # fmt: skip
-    """What `sample` should draw from, from the definitions and in plain Python: a list of probabilities."""
-    values = []
-    for token, value in enumerate(logits.tolist()):
-        if token in [*previous, *drawn]:
-            value = value / repetition_penalty if value > 0 else value * repetition_penalty
-        count = [*drawn].count(token)
-        value -= count * frequency_penalty + (count > 0) * presence_penalty
-        values.append(value + (logit_bias or {}).get(token, 0.0))
-    if temperature == 0:
-        return [float(token == values.index(max(values))) for token in range(len(values))]
-    order = sorted(range(len(values)), key=lambda token: -values[token])
-    kept = order[: top_k or None]
-    weights = {token: math.exp((values[token] - values[order[0]]) / temperature) for token in kept}
-    total = sum(weights.values())
-    nucleus, held = [], 0.0
-    for token in kept:
-        nucleus.append(token)
-        held += weights[token] / total
-        if top_p is not None and held >= top_p:
-            break
-    nucleus = [token for token in nucleus if weights[token] >= min_p]  # the likeliest weighs 1
-    total = sum(weights[token] for token in nucleus)
-    return [weights[token] / total if token in nucleus else 0.0 for token in range(len(values))]
-
-
-SETTINGS = [
-    dict(),
-    dict(temperature=0.3),
-    dict(temperature=2.5),
-    dict(top_k=1),
-    dict(top_k=4),
-    dict(top_k=0),
-    dict(top_k=99),
-    dict(top_p=0.5),
-    dict(top_p=0.9),
-    dict(top_p=1.0),
-    dict(top_p=1e-9),
-    dict(top_p=5e-324),
-    dict(min_p=0.0),
-    dict(min_p=0.1),
-    dict(min_p=1.0),
-    dict(repetition_penalty=1.7, previous=[0, 3, 3, 7]),
-    dict(repetition_penalty=0.6, previous=[1, 2]),
-    dict(repetition_penalty=1.2, previous=range(12)),
-    dict(repetition_penalty=1.5),
-    dict(temperature=0.7, top_k=6, top_p=0.8, repetition_penalty=1.3, previous=[2, 5, 9, 10]),
-    dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.2),
-    dict(temperature=1.8, top_k=3, top_p=0.95, repetition_penalty=1.1, previous=[11]),
-    dict(frequency_penalty=0.7, drawn=[0, 3, 3, 7, 3]),
-    dict(frequency_penalty=-2.0, drawn=[1, 1, 2]),
-    dict(presence_penalty=1.5, drawn=[0, 3, 3, 7, 3], previous=[8, 9]),
-    dict(presence_penalty=2.0, frequency_penalty=0.1, previous=range(12)),  # the prompt was not drawn
-    dict(logit_bias={0: 100.0, 5: -100.0}),
-    dict(logit_bias={11: 1.5, 3: 0.0}, temperature=0.5),
-    dict(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=-0.3, logit_bias={3: 2.5, 4: -1},
-         temperature=0.8, top_k=8, top_p=0.95, previous=[1, 3], drawn=[3, 4, 4]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_candidates_have_the_right_probabilities(setting):
-    for seed in range(25):
-        logits = 3 * torch.randn(12, generator=torch.Generator().manual_seed(seed))
-        before = logits.clone()
-        found = probabilities(logits, **setting)
-        assert torch.equal(logits, before)  # the caller's logits are left alone
-        assert differ(found, torch.tensor(distribution(logits, **setting))) < 1e-5
-
-
-@pytest.mark.parametrize("spread", [0.1, 5])
-@pytest.mark.parametrize("setting", [dict(top_p=0.9), dict(top_k=3000, top_p=0.99, min_p=0.1)], ids=str)
-def test_most_of_many_tokens_may_be_candidates(setting, spread):
-    logits = spread * torch.randn(5000, generator=torch.Generator().manual_seed(0))
-    expected = torch.tensor(distribution(logits, **setting))
-    assert differ(probabilities(logits, **setting), expected) < 1e-5
-    # Where the sum of those before it is all but top_p, rounding decides about a token.
-    n_found, n_expected = ((p > 0).sum().item() for p in (probabilities(logits, **setting), expected))
-    assert abs(n_found - n_expected) <= 1 and (n_expected > 2048) == (spread == 0.1)
-
-
-@pytest.mark.parametrize("setting", [SETTINGS[i] for i in (0, 1, 4, 7, 12, 14, 18, 19, -1)], ids=str)
-def test_sample_draws_as_often_as_it_should(setting):
-    logits = 2 * torch.randn(12, generator=torch.Generator().manual_seed(4))
-    generator = torch.Generator().manual_seed(5)
-    n = 2000
-    counts = Counter(sample(logits, generator=generator, **counted(setting, 12)) for _ in range(n))
-    expected = distribution(logits, **setting)
-    possible = [token for token, p in enumerate(expected) if p > 0]
-    assert set(counts) <= set(possible)
-    chi_square = sum((counts[t] - n * expected[t]) ** 2 / (n * expected[t]) for t in possible)
-    freedom = len(possible) - 1
-    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 8  # about one in 10,000 seeds would fail
-
-
-def test_greedy_sampling():
-    logits = torch.tensor([0.5, 2.0, 1.9, -1.0])
-    assert sample(logits, temperature=0) == 1
-    assert sample(logits, temperature=0, top_k=3, top_p=0.2) == 1
-    assert sample(logits, temperature=0, repetition_penalty=1.2, counts=TokenCounts([1], 4)) == 2
-    assert sample(logits, temperature=0, frequency_penalty=1.0, counts=TokenCounts([1], 4)) == 1
-    (counts := TokenCounts([], 4)).add(1)
-    assert sample(logits, temperature=0, frequency_penalty=0.2, counts=counts) == 2
-    assert sample(logits, temperature=0, presence_penalty=0.2, counts=counts) == 2
-    assert sample(logits, temperature=0, logit_bias={3: 100}) == 3
-    assert all(sample(1000 * logits, temperature=t) == 1 for t in (1e-3, 1e-9, 1e-300))
-
-
-BAD_SETTINGS = [
-    dict(temperature=-0.1),
-    dict(temperature=math.nan),
-    dict(top_k=-1),
-    dict(top_p=0.0),
-    dict(top_p=1.1),
-    dict(min_p=-0.1),
-    dict(min_p=1.1),
-    dict(repetition_penalty=0.0),
-    dict(repetition_penalty=-2.0),
-    dict(frequency_penalty=math.nan),
-    dict(presence_penalty=math.inf),
-    dict(logit_bias={23: 1.0}),
-    dict(logit_bias={-1: 1.0}),
-]
-
-
-@pytest.mark.parametrize("setting", BAD_SETTINGS, ids=str)
-def test_senseless_settings_are_refused(setting):
-    (name,) = setting
-    with pytest.raises(ValueError, match=name):
-        sample(torch.zeros(3), **setting)
-    with pytest.raises(ValueError, match=name):
-        next(build().generate([1], 5, **setting))
-
-
-# ---- generation ----------------------------------------------------------------------------------
-
-
-def greedy_without_cache(model, tokens, max_tokens):
-    """The definition of greedy decoding, and of forgetting: at the limit, half of a window is kept."""
-    window, answer = list(tokens)[-model.config.block_size :], []
-    while len(answer) < max_tokens:
-        if len(window) > model.config.block_size:
-            window = window[-max(1, model.config.block_size // 2) :]
-        with torch.no_grad():
-            answer.append(model(torch.tensor([window]))[0][0, -1].argmax().item())
-        window.append(answer[-1])
-    return answer
-
-
-@POSITIONS
-@pytest.mark.parametrize("n_prompt", [1, 5, 15, 16])
-def test_greedy_generation_is_argmax(use_rope, n_prompt):
-    for seed in range(3):
-        model = build(seed, use_rope=use_rope)
-        prompt = random_tokens(n_prompt, seed=seed).tolist()
-        n = 17 - n_prompt  # as many as the context lets be predicted
-        answer = list(model.generate(prompt, n, temperature=0))
-        assert answer == greedy_without_cache(model, prompt, n)
-        assert len(answer) == n and all(type(token) is int for token in answer)
-
-
-@POSITIONS
-@pytest.mark.parametrize("block_size", [1, 7, 16])
-@pytest.mark.parametrize("n_prompt", [1, 16, 50])
-def test_generation_beyond_the_context(use_rope, block_size, n_prompt):
-    model = build(3, use_rope=use_rope, block_size=block_size)
-    prompt = random_tokens(n_prompt).tolist()
-    answer = list(model.generate(prompt, 45, temperature=0))
-    assert answer == greedy_without_cache(model, prompt, 45)
-
-
-@pytest.mark.parametrize("n_wrong", [0, 1, 4])
-@pytest.mark.parametrize("n_prompt", [1, 16, 50])
-def test_guesses_change_no_token_and_save_passes(n_wrong, n_prompt, monkeypatch):
-    """A drafter of up to four guesses, which knows the text, of which every n_wrong-th is replaced."""
-    model = build(3)
-    prompt = random_tokens(n_prompt).tolist()
-    text, answer, passes = prompt + greedy_without_cache(model, prompt, 45), [], []
-
-    def guess(x, following):
-        said, n = prompt + answer, following.shape[1]
-        assert x.shape == (1, n, model.config.n_embd) and following[0].tolist() == said[-n:]
-        assert model.logits(x[0, -1]).argmax() == said[-1]
-        guesses = text[len(said) :][: len(said) % 5]
-        return [(token + (n_wrong > 0 and i % n_wrong == 0)) % 23 for i, token in enumerate(guesses, 1)]
-
-    monkeypatch.setattr(model, "drafter", lambda: guess, raising=False)
-    model.blocks[0].register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
-    for token in model.generate(prompt, 45, temperature=0):
-        answer.append(token)
-    assert prompt + answer == text
-    assert {length for length in passes if length <= 5} > {1} and len(passes) <= (45 if n_wrong == 1 else 30)
-    passes.clear()
-    assert list(model.generate(prompt, 45, temperature=0, draft=False)) == answer
-    assert list(model.generate(prompt, 45, temperature=0, repetition_penalty=1.2, seed=1))
-    assert len(passes) == 90
-
-
-def test_generation_is_lazy():
-    model = build()
-    passes = []
-
-    def count(_, args):
-        passes.append(args[0].shape[1])
-        assert torch.is_inference_mode_enabled()
-
-    model.blocks[0].register_forward_pre_hook(count)
-    answer = model.generate([1, 2, 3], 10**9, seed=0)
-    assert isinstance(answer, types.GeneratorType) and passes == []
-    next(answer)
-    assert passes == [3]
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()  # between two tokens
-    next(answer), next(answer)
-    assert passes == [3, 1, 1]
-    answer.close()
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    assert list(model.generate([1], 0)) == []
-
-
-def test_two_generations_do_not_disturb_each_other():
-    model = build()
-    alone = [list(model.generate([n], 12, seed=n)) for n in (1, 2)]
-    together = zip(model.generate([1], 12, seed=1), model.generate([2], 12, seed=2), strict=True)
-    assert [list(answer) for answer in zip(*together, strict=True)] == alone
-
-
-def test_the_seed_fixes_the_answer():
-    model = build()
-    state = torch.get_rng_state()
-    answers = [tuple(model.generate([1, 2], 14, seed=seed)) for seed in (7, 7, 8, 9)]
-    assert answers[0] == answers[1] and len(set(answers)) == 3
-    assert torch.equal(torch.get_rng_state(), state)
-    free = {tuple(model.generate([1, 2], 14)) for _ in range(3)}
-    assert len(free) == 3
-
-
-def test_generate_hands_its_settings_on(monkeypatch):
-    model, calls, texts = build(), [], []
-
-    def spy(logits, generator, counts, **options):
-        texts.append(counts and (counts.seen.nonzero().flatten().tolist(), counts.drawn[4].item()))
-        calls.append(options)
-        return 4
-
-    monkeypatch.setattr(model_module, "sample", spy)
-    setting = dict(temperature=0.5, top_k=3, top_p=0.8, min_p=0.1, repetition_penalty=1.4)
-    list(model.generate([5, 6], 3, **setting))
-    assert calls == [setting] * 3
-    assert texts == [([5, 6], 0), ([4, 5, 6], 1), ([4, 5, 6], 2)]  # the prompt counts as said, not as drawn
-    calls.clear()
-    assert next(model.generate([5], 1)) == 4
-    assert calls == [{}] and texts[3] is None  # nothing is counted that no penalty asks for
-
-
-def test_generation_draws_from_the_models_distribution():
-    model = build()
-    prompt = [3, 1, 4]
-    setting = dict(temperature=0.8, top_k=8, top_p=0.9, repetition_penalty=1.3)
-    with torch.no_grad():
-        expected = distribution(model(torch.tensor([prompt]))[0][0, -1], previous=prompt, **setting)
-    n = 400
-    counts = Counter(next(model.generate(prompt, 1, seed=seed, **setting)) for seed in range(n))
-    distance = sum(abs(counts[token] / n - p) for token, p in enumerate(expected)) / 2
-    assert distance < 0.08
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "setting",
-    [
-        dict(frequency_penalty=0.3),
-        dict(presence_penalty=-0.2, logit_bias={7: 0.4, 2: -100.0}),
-        dict(repetition_penalty=1.3, frequency_penalty=0.1, presence_penalty=0.2, logit_bias={1: 1.0}),
-    ],
-    ids=str,
-)
-def test_greedy_text_under_penalties_follows_their_definition(setting):
-    """Token for token, by plain Python's numbers of 64 bits."""
-    model, prompt = build(), [3, 1, 4, 1]
-    drawn = list(model.generate(prompt, 12, temperature=0, **setting))
-    for i, token in enumerate(drawn):
-        logits = model(torch.tensor([prompt + drawn[:i]]))[0][0, -1]
-        expected = distribution(logits, temperature=0, previous=prompt, drawn=drawn[:i], **setting)
-        assert expected[token] == 1
-    assert drawn != list(model.generate(prompt, 12, temperature=0))
-
-
-def test_stop_tokens_end_the_answer_and_are_not_part_of_it():
-    model = build()
-    whole = list(model.generate([1], 14, temperature=0))
-    stop = whole[5]
-    end = whole.index(stop)
-    assert list(model.generate([1], 14, temperature=0, stop_tokens=[stop])) == whole[:end]
-    assert list(model.generate([1], 14, temperature=0, stop_tokens=(22, stop))) == whole[:end]
-    assert list(model.generate([stop], 3, temperature=0, stop_tokens=range(23))) == []
-
-
-def test_generate_takes_any_sequence_of_ids():
-    model = build()
-    answer = list(model.generate([1, 2, 3], 5, temperature=0))
-    for ids in ((1, 2, 3), torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3]).numpy().astype("uint16")):
-        assert list(model.generate(ids, 5, temperature=0)) == answer
-
-
-def test_bad_use_is_refused_in_words():
-    model = build()
-    with pytest.raises(ValueError, match="no token"):
-        next(model.generate([], 5))
-    for ids in ([1, 23], [-1]):
-        with pytest.raises(ValueError, match=r"outside 0 \.\. 22"):
-            next(model.generate(ids, 5))
+def test_bad_shapes_are_refused_in_words():
     with pytest.raises(ValueError, match="vocab_size"):
         GPT(ModelConfig())
     for fields, name in (
@@ -943,7 +624,7 @@ def test_operations_agree_with_a_counted_trace(fields, share):
     counts = []
     for training in (False, True):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            loss = model(tokens, tokens)[1]
+            loss = lm_pass(model, tokens, tokens)[1]
             if training:
                 loss.backward()
         counts.append(counter.get_total_flops() / (3 * length))
@@ -967,11 +648,11 @@ def test_bfloat16_autocast_is_close(use_rope, qk_norm, length):
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logits, loss, _ = model(tokens, targets)
+            logits, loss, _ = lm_pass(model, tokens, targets)
             with torch.no_grad():
                 cache = model.new_cache(2)
                 model(tokens[:, :6], cache=cache, lengths=torch.tensor([3, 6]))
-                steps = [model(tokens[:, n : n + t], cache=cache)[0] for n, t in ((6, 1), (7, 3), (10, 1))]
+                steps = [model(tokens[:, n : n + t], cache=cache) for n, t in ((6, 1), (7, 3), (10, 1))]
         loss.backward()
         assert loss.dtype == torch.float32 and model.wte.weight.grad.dtype == torch.float32
         assert logits.dtype == (torch.bfloat16 if enabled else torch.float32)
@@ -985,10 +666,10 @@ def test_bfloat16_autocast_is_close(use_rope, qk_norm, length):
 def test_weights_in_bfloat16():
     model, exact = build(std=0.1).bfloat16(), build(std=0.1)
     tokens = random_tokens(2, 16)
-    assert (model(tokens)[0].float() - exact(tokens)[0]).norm() < 0.05 * exact(tokens)[0].norm()
-    assert model(tokens, tokens)[1].dtype == torch.float32
+    assert (model(tokens).float() - exact(tokens)).norm() < 0.05 * exact(tokens).norm()
+    assert lm_pass(model, tokens, tokens)[1].dtype == torch.float32
     assert model.new_cache().keys.dtype == torch.bfloat16
-    assert len(list(model.generate([1, 2], 20, seed=1))) == 20
+    assert len(list(generate(model, [1, 2], 20, seed=1))) == 20
 
 
 def test_a_cache_can_be_made_by_itself():

@@ -17,7 +17,11 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 import plot_loss
-from plot_loss import Log, draw, duration, finite, smooth, thin
+from common import log_reader
+from common.errors import UserError, run
+from common.log_reader import Log, LogFile
+from common.metrics import duration
+from plot_loss import downsample, draw, finite, smooth
 
 matplotlib.use("agg")
 SCRIPT = Path(plot_loss.__file__)
@@ -46,9 +50,10 @@ def plot(*arguments, cwd=None, backend="agg"):
 
 
 def taken(line):
-    log = Log(Path("x.log"))
-    log.take(line)
-    return log.train, log.val, log.rate, log.speed
+    file = LogFile(Path("x.log"))
+    file.take(line)
+    curves = file.runs[0].curves
+    return tuple(curves[name] for name in ("train/loss", "val/loss", "train/lr", "train/flops_per_second"))
 
 
 # What the original Nano wrote over the years, newest first: line -> speed in FLOP/s.
@@ -109,13 +114,13 @@ def test_reads_only_what_is_new_and_complete(tmp_path):
     path = tmp_path / "train_x.log"
     path.write_text(TRAIN.format(1, 1, 7.5) + TRAIN.format(1, 2, 7.25)[:90])
     log = Log(path)
-    assert log.read() and log.train == [(1, 7.5)]
+    assert log.read() and log.run.train == [(1, 7.5)]
     assert not log.read()
     with open(path, "a") as file:
         file.write(TRAIN.format(1, 2, 7.25)[90:])
-    assert log.read() and log.train == [(1, 7.5), (2, 7.25)]
+    assert log.read() and log.run.train == [(1, 7.5), (2, 7.25)]
     path.write_text(TRAIN.format(1, 1, 5.0))  # begun anew
-    assert log.read() and log.train == [(1, 5.0)]
+    assert log.read() and log.run.train == [(1, 5.0)]
 
 
 def test_smoothing_keeps_constants_the_start_and_the_length():
@@ -128,10 +133,10 @@ def test_smoothing_keeps_constants_the_start_and_the_length():
 
 def test_thinning_keeps_every_extreme():
     x, y = np.arange(100_000.0), np.random.default_rng(0).normal(size=100_000)
-    thin_x, thin_y = thin(x, y)
+    thin_x, thin_y = downsample(x, y)
     assert len(thin_x) == len(thin_y) <= 2400
     assert thin_y.min() == y.min() and thin_y.max() == y.max() and (np.diff(thin_x) >= 0).all()
-    assert thin(x[:5], y[:5])[0] is not thin_x and len(thin(x[:5], y[:5])[0]) == 5
+    assert downsample(x[:5], y[:5])[0] is not thin_x and len(downsample(x[:5], y[:5])[0]) == 5
 
 
 def test_durations():
@@ -219,7 +224,7 @@ def test_bad_logs(tmp_path, content, says, capsys, monkeypatch):
         path.write_bytes(content)
     monkeypatch.setattr(sys, "argv", ["plot_loss.py", "-n", str(path), "-o", str(tmp_path / "x.png")])
     with pytest.raises(SystemExit) as left:
-        plot_loss.run(plot_loss.main)
+        run(plot_loss.main)
     error = capsys.readouterr().err
     assert left.value.code == 2 and error.startswith("error: ") and says in error
     assert not (tmp_path / "x.png").exists()
@@ -248,7 +253,7 @@ def test_a_folder_is_not_a_log(tmp_path):
 
 def test_the_newest_log_is_the_default(tmp_path, monkeypatch):
     monkeypatch.setattr(plot_loss, "ROOT", tmp_path)
-    with pytest.raises(plot_loss.UserError, match="no train_"):
+    with pytest.raises(UserError, match="no train_"):
         plot_loss.find_logs(None)
     older, newer = "train_20260102_030405.log", "train_20260102_030406.log"  # by name, whatever clocks say
     for age, name in enumerate((older, newer)):
@@ -265,7 +270,7 @@ def test_follow_waits_for_the_first_step_and_ends_at_ctrl_c(tmp_path):
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a child of `nohup` ignores it
         "plot_loss.to_file.__defaults__ = (0.1,)\n"  # seconds between looks
         f"sys.argv = ['plot_loss.py', '-n', {str(log)!r}, '-o', {str(picture)!r}, '--follow']\n"
-        "plot_loss.run(plot_loss.main)"
+        "plot_loss.run_script(plot_loss.main)"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code], cwd=SCRIPT.parent, stdout=subprocess.PIPE, text=True
@@ -327,10 +332,12 @@ def test_what_a_model_gives_to_watch_has_panels_of_its_own(tmp_path):
                                          f" | expert_load/12: 2.5e+00 | Time"))  # fmt: skip
     path.write_text("".join(lines), "utf-8")
     (log := Log(path)).read()
-    assert list(log.watched) == ["mtp_loss", "expert_load"] and list(log.watched["expert_load"]) == [1, 12]
-    assert log.watched["expert_load"][12] == [(step, 2.5) for step in range(1, 101)]
-    assert log.watched["mtp_loss"] == {None: [(step, 8 - step / 100) for step in range(1, 101)]}
-    assert len(log.train) == len(log.rate) == len(log.speed) == 100 and log.train[0] == (1, 6.99)
+    metrics = log.run.model_metrics
+    assert list(metrics) == ["mtp_loss", "expert_load"] and list(metrics["expert_load"]) == [1, 12]
+    assert metrics["expert_load"][12] == [(step, 2.5) for step in range(1, 101)]
+    assert metrics["mtp_loss"] == {None: [(step, 8 - step / 100) for step in range(1, 101)]}
+    assert {len(log.run.curves[name]) for name in log_reader.STANDARD[::3]} == {100}
+    assert log.run.train[0] == (1, 6.99) and len(log.run.curves["train/flops_per_second"]) == 100
 
     plain = Log(write_log(tmp_path / "plain.log"))
     plain.read()
@@ -373,15 +380,16 @@ def curves(*paths):
     logs = [Log(path) for path in paths]
     for log in logs:
         log.read()
-    return [{name: points for name, points in one.curves.items() if points} for one in plot_loss.joined(logs)]
+    runs = log_reader.merge_runs(logs)
+    return [{name: points for name, points in run.curves.items() if points} for run in runs]
 
 
-def whole(tmp_path, last=30):
+def atomic_write(tmp_path, last=30):
     path = tmp_path / "whole.log"
     path.write_text(header(run=NAME) + steps(1, last), "utf-8")
     [run] = curves(path)
-    assert run["train"] == [(step, 9 - step / 50) for step in range(1, last + 1)]
-    assert {"train", "val", "rate", "speed", "accuracy", ("Loss", 0), ("load", 2)} == run.keys()
+    assert run["train/loss"] == [(step, 9 - step / 50) for step in range(1, last + 1)]
+    assert {*log_reader.STANDARD, "val/loss/0", "train/load/2"} == run.keys()
     return run
 
 
@@ -409,9 +417,9 @@ def test_a_resumed_run_is_one_curve_however_it_was_cut(tmp_path, pieces, data):
             text += data.draw(st.sampled_from(["", "\n", "\0\0"]))
     path = tmp_path / "train_x.log"
     path.write_text(text, "utf-8")
-    assert curves(path) == [whole(tmp_path)]
+    assert curves(path) == [atomic_write(tmp_path)]
     (log := Log(path)).read()
-    assert f"{len(pieces)} starts" in log.facts or len(pieces) == 1
+    assert f"{len(pieces)} starts" in log.run.summary or len(pieces) == 1
 
     # The same for one that is followed while it is written.
     log, rest = Log(path), text.encode()
@@ -422,7 +430,7 @@ def test_a_resumed_run_is_one_curve_however_it_was_cut(tmp_path, pieces, data):
             file.write(rest[:size])
         log.read()
         rest = rest[size:]
-    assert {name: points for name, points in log.curves.items() if points} == whole(tmp_path)
+    assert {name: points for name, points in log.run.curves.items() if points} == atomic_write(tmp_path)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -436,7 +444,7 @@ def test_logs_of_before_one_for_each_start_are_joined(tmp_path, pieces, random):
         path.write_text(text.replace("03:04:05", f"03:04:{number:02d}"), "utf-8")
         paths.append(path)
     random.shuffle(paths)
-    assert curves(*paths) == [whole(tmp_path)]
+    assert curves(*paths) == [atomic_write(tmp_path)]
 
 
 def test_what_is_not_known_to_be_one_run_is_not_joined(tmp_path):
@@ -454,30 +462,30 @@ def test_what_is_not_known_to_be_one_run_is_not_joined(tmp_path):
         path.write_text(text, "utf-8")
     runs = curves(*paths)
     assert len(runs) == len(texts)
-    assert [run["train"][0][0] for run in runs] == [1, 10, 10, 10, 10, 10, 10]
+    assert [run["train/loss"][0][0] for run in runs] == [1, 10, 10, 10, 10, 10, 10]
     (log := Log(paths[-2])).read()
-    assert f"steps 10 to 20  ·  branched from {NAME}" in log.facts
+    assert f"steps 10 to 20  ·  branched from {NAME}" in log.run.summary
 
 
 def test_a_run_that_began_anew_has_nothing_of_before(tmp_path):
     path = tmp_path / "x.log"
     path.write_text(header(run=NAME) + steps(1, 20) + header(run=NAME) + steps(1, 3), "utf-8")
     [run] = curves(path)
-    assert run == whole(tmp_path, last=3)
+    assert run == atomic_write(tmp_path, last=3)
 
 
 def test_logs_put_together_in_one_file_stay_several_runs(tmp_path):
     path = tmp_path / "all.log"
     path.write_text(header() + steps(1, 9) + header() + steps(1, 12, run="20260102_999999"), "utf-8")
-    assert [len(run["train"]) for run in curves(path)] == [9, 12]
+    assert [len(run["train/loss"]) for run in curves(path)] == [9, 12]
     labels = [text.get_text() for text in drawn(path)[0].get_legend().get_texts()]
     assert [label.partition(":")[0] for label in labels[:2]] == ["all", "all (2)"]
     path.write_text(steps(1, 5) + header() + steps(1, 6, run="20260102_999999"), "utf-8")
-    assert [len(run["train"]) for run in curves(path)] == [5, 6]
+    assert [len(run["train/loss"]) for run in curves(path)] == [5, 6]
     path.write_text("".join(header(run=f"r{i}") + steps(1, i) for i in range(1, 40)), "utf-8")
-    assert [len(run["train"]) for run in curves(path)] == list(range(40 - plot_loss.RUNS, 40))
+    assert [len(run["train/loss"]) for run in curves(path)] == list(range(40 - log_reader.RUNS, 40))
     done = plot("-n", str(path), "-o", str(tmp_path / "x.png"))
-    assert done.returncode == 0 and f"holds 39 runs; the last {plot_loss.RUNS} are drawn" in done.stderr
+    assert done.returncode == 0 and f"holds 39 runs; the last {log_reader.RUNS} are drawn" in done.stderr
 
 
 def test_the_time_of_a_run_is_that_of_its_starts(tmp_path):
@@ -488,7 +496,120 @@ def test_the_time_of_a_run_is_that_of_its_starts(tmp_path):
     )
     path.write_text(text, "utf-8")
     (log := Log(path)).read()
-    assert log.facts == "x.log  ·  3.21 M parameters  ·  20 steps  ·  2 starts  ·  20 min 10 s"
+    assert log.run.summary == "x.log  ·  3.21 M parameters  ·  20 steps  ·  2 starts  ·  20 min 10 s"
+
+
+# ---- metrics files ---------------------------------------------------------------------------------------
+
+
+def metrics_of(text):
+    """The lines of the metrics file for this readable log, with losses that are a little different."""
+    lines = []
+    for line in text.splitlines():
+        if event := log_reader.parse_line(line + "\n"):
+            if event["event"] == "train":
+                event["loss"] += 1e-9
+            lines.append(json.dumps(event) + "\n")
+    return lines
+
+
+def exactly(run, *changed):
+    """The curves of `whole`, with the losses of these steps as its metrics file has them."""
+    train = [(step, loss + 1e-9 * (step in changed)) for step, loss in run["train/loss"]]
+    return run | {"train/loss": train}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@given(starts(), st.data())
+def test_the_numbers_are_those_of_the_metrics_file_as_far_as_it_has_them(tmp_path, pieces, data):
+    """It may have been begun by a later start only, have lost lines, or end in half a line."""
+    texts = [header(since, run=NAME) + steps(since + 1, last) for since, last in pieces]
+    log, metrics = tmp_path / "train_x.log", tmp_path / "train_x.metrics.jsonl"
+    log.write_text("".join(texts), "utf-8")
+    lines = [metrics_of(text) for text in texts]
+    metrics.write_text("".join(line for one in lines for line in one), "utf-8")
+    everything = exactly(atomic_write(tmp_path), *range(31))
+    assert curves(log) == curves(metrics) == curves(metrics, log) == [everything]
+
+    kept = lines[data.draw(st.integers(0, len(lines) - 1)) :]
+    kept = [
+        line for first, *others in kept for line in (first, *(x for x in others if data.draw(st.booleans())))
+    ]
+    half = metrics_of(steps(5, 5))[0][: data.draw(st.integers(1, 40))] + "\n"
+    damaged = data.draw(st.lists(st.sampled_from([half, "\0\0\n", "null\n"]), max_size=3))
+    metrics.write_text(
+        "".join([*kept, *damaged, '{"event": "train", "step": "5", "loss": 1}\n', "{}\n"]), "utf-8"
+    )
+    (file := LogFile(metrics)).read()
+    assert curves(log) == [exactly(atomic_write(tmp_path), *dict(file.runs[0].train))]
+    assert file.n_damaged == len(damaged)
+
+
+def test_a_followed_run_with_its_metrics_file(tmp_path):
+    log, metrics = tmp_path / "train_x.log", tmp_path / "train_x.metrics.jsonl"
+    log.write_text(header(run=NAME))
+    follower = Log(log)
+    assert follower.read() and follower.is_waiting and not follower.read()
+    log.write_text(header(run=NAME) + steps(1, 2))
+    assert follower.read() and follower.run.train == [(1, 8.98), (2, 8.96)]
+    metrics.write_text("".join(metrics_of(header(run=NAME) + steps(1, 2))))
+    assert follower.read() and follower.run.train == [(1, 8.98 + 1e-9), (2, 8.96 + 1e-9)]
+    with open(metrics, "a") as file:
+        file.write("".join(metrics_of(steps(3, 3))))
+    assert follower.read() and [step for step, _ in follower.run.train] == [1, 2, 3]
+    assert not follower.read() and not [*follower.notices()]
+
+
+def test_a_run_whose_two_files_are_named_is_drawn_once(tmp_path, monkeypatch):
+    text = header(run=NAME) + steps(1, 9)
+    for name in ("train_1", "train_2"):
+        (tmp_path / f"{name}.log").write_text(text.replace(NAME, name))
+        (tmp_path / f"{name}.metrics.jsonl").write_text("".join(metrics_of(text.replace(NAME, name))))
+    monkeypatch.chdir(tmp_path)
+    names = ["train_1.log", "train_1.metrics.jsonl", "train_2.metrics.jsonl", "./train_2.log"]
+    assert plot_loss.find_logs(names) == [Path("train_1.log"), Path("train_2.log")]
+    assert len(curves(*plot_loss.find_logs(names))) == 2
+    Path("train_2.log").unlink()
+    assert plot_loss.find_logs(names[:3]) == [Path("train_1.log"), Path("train_2.metrics.jsonl")]
+    done = plot("-n", "train_2.metrics.jsonl", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and Path("train_2.png").exists()
+
+
+def test_a_metrics_file_that_does_not_match_its_log_is_named(tmp_path):
+    log, metrics = tmp_path / "train_x.log", tmp_path / "train_x.metrics.jsonl"
+    log.write_text(header(run=NAME) + steps(1, 20) + header(9, run=NAME) + steps(10, 30))
+    for other in (header(run="another") + steps(1, 5), header(3, run=NAME) + steps(4, 5), steps(1, 5)):
+        metrics.write_text("".join(metrics_of(other)))
+        assert curves(log) == [atomic_write(tmp_path)]
+        (one := Log(log)).read()
+        assert list(one.notices()) == [f"{metrics} does not match {log}; the numbers of the latter are drawn"]
+    log.write_text(header(9, run=NAME) + steps(10, 30))  # the first part of the readable log is lost
+    metrics.write_text(
+        "".join(metrics_of(header(run=NAME) + steps(1, 20) + header(9, run=NAME) + steps(10, 30)))
+    )
+    assert curves(log) == [exactly(atomic_write(tmp_path), *range(31))]
+    log.write_text(header(run=NAME) + steps(1, 30))
+    for other in (b"", bytes(range(256)) * 50, b"1" * 3_000_000 + b"\n"):
+        metrics.write_bytes(other)
+        assert curves(log) == [atomic_write(tmp_path)]
+        (one := Log(log)).read()
+        assert all(notice.startswith(f"{metrics}: ") for notice in one.notices())
+
+
+def test_damaged_lines_and_null_in_a_metrics_file_are_told(tmp_path):
+    path = tmp_path / "train_x.metrics.jsonl"
+    lines = metrics_of(header(run=NAME) + steps(1, 9))
+    lines[3:3] = ['{"event": "tra\n', "Train | Epoch\n", "[1]\n"]
+    lost = {"event": "train", "epoch": 0, "step": 10, "loss": None, "lr": 1, "odd": True, "big": 10**400}
+    path.write_text("".join([*lines, json.dumps(lost) + "\n"]))
+    (log := Log(path)).read()
+    assert (
+        len(log.run.train) == 10 and "odd" not in log.run.model_metrics and "big" not in log.run.model_metrics
+    )
+    assert list(log.notices()) == [
+        "train_x: 1 of 10 losses NaN or infinite",
+        f"{path}: damaged lines are passed over: 3; the first one is line 4",
+    ]
 
 
 # ---- several validation files ----------------------------------------------------------------------------
@@ -503,8 +624,8 @@ def test_the_loss_of_one_validation_file_is_not_that_of_all(tmp_path):
     text += line.format(50, 3.5) + line.format(100, 3.5)
     path.write_text(text, "utf-8")
     (log := Log(path)).read()
-    assert log.val == [(50, 3.5), (100, 3.5)]
-    assert log.parts == {0: [(50, 2.5), (100, 2.5)], 1: [(50, 4.5), (100, 4.5)]}
+    assert log.run.val == [(50, 3.5), (100, 3.5)]
+    assert log.run.parts == {0: [(50, 2.5), (100, 2.5)], 1: [(50, 4.5), (100, 4.5)]}
     loss = drawn(path)[0]
     labels = [text.get_text() for text in loss.get_legend().get_texts()]
     assert labels[-2:] == ["validation of wiki_val: 2.500", "validation of novel_val: 4.500"]
@@ -565,6 +686,11 @@ HOSTILE = {
     "our fields": (TRAIN.format(1, 1, 1).strip() + " | a: 1" * 100_000 + "\n").encode() * 20,
     "blanks": (b"Step:" + b" " * 990 + b"\n") * 2000,
     "headers": (header(run="x").encode() + TRAIN.format(1, 1, 1).encode()) * 30_000,
+    "a deep object": (b'{"event": "train", "step": 1, "loss": ' + b"[" * 900_000 + b"\n") * 20,
+    "a long number": (b'{"event": "train", "step": 1, "loss": ' + b"1" * 900_000 + b"}\n") * 20,
+    "names": b'{"event": "train", "step": 1, "loss": 1%s}\n'
+    % b"".join(b', "n%d": 1' % i for i in range(60_000))
+    * 5,
     "a deep header": (b'# {"a": ' + b"[" * 900_000 + b"\n") * 20,
     "a long number in a header": (b'# {"resumed_from_step": ' + b"1" * 900_000 + b"}\n") * 20,
 }
@@ -577,19 +703,19 @@ def test_hostile_lines_are_read_in_time_and_the_rest_drawn(tmp_path, content):
     log, before = Log(path), time.process_time()
     log.read()
     assert time.process_time() - before < 10  # what grows with the square takes hours
-    assert log.train[-1] == (2, 7.25) and not log.read()
+    assert log.run.train[-1] == (2, 7.25) and not log.read()
 
 
 def test_a_long_line_is_passed_over_and_told(tmp_path):
     path = tmp_path / "train_x.log"
-    path.write_bytes(b"x" * (5 * plot_loss.LINE) + b"\n")
+    path.write_bytes(b"x" * (5 * log_reader.LINE) + b"\n")
     write_log(tmp_path / "good.log")
     with open(path, "ab") as file:
-        file.write((tmp_path / "good.log").read_bytes() + b"y" * (plot_loss.LINE + 9))
+        file.write((tmp_path / "good.log").read_bytes() + b"y" * (log_reader.LINE + 9))
     done = plot("-n", str(path), "-o", str(tmp_path / "x.png"))
     assert done.returncode == 0 and "lines of more than 1 MB are passed over: 2\n" in done.stderr
     (log := Log(path)).read()
-    offset = log.offset
+    offset = log.file.offset
     assert not log.read() and offset == path.stat().st_size  # what is passed over is not read again
 
 
@@ -604,13 +730,13 @@ def test_numbers_that_are_none():
 
 
 def test_a_long_log_is_thinned_and_that_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot_loss, "POINTS", 1000)
+    monkeypatch.setattr(log_reader, "POINTS", 1000)
     path = tmp_path / "train_x.log"
     text = header(run="x") + "".join(TRAIN.format(1, i, 7) for i in range(1, 5001))
     path.write_text(text + VAL.format(5000, 6))
     (log := Log(path)).read()
-    assert sum(map(len, log.curves.values())) <= 1000 and log.val == [(5000, 6)]
-    assert np.diff([step for step, _ in log.train]).tolist() == [16] * (len(log.train) - 1)
+    assert sum(map(len, log.run.curves.values())) <= 1000 and log.run.val == [(5000, 6)]
+    assert np.diff([step for step, _ in log.run.train]).tolist() == [16] * (len(log.run.train) - 1)
     assert list(log.notices()) == ["train_x: one of 16 of its 5,000 training steps is drawn"]
 
 
@@ -619,9 +745,9 @@ def test_more_is_watched_than_a_picture_holds(tmp_path):
     names = [f"| n{i}: 3 | deep/{i}: 4 | Time" for i in range(1, 301)]
     path.write_text("".join(TRAIN.format(1, i, 7).replace("| Time", more) for i, more in enumerate(names, 1)))
     (log := Log(path)).read()
-    assert len(log.watched) == plot_loss.NAMES and len(log.curves) <= plot_loss.CURVES + 1
+    assert len(log.run.model_metrics) == log_reader.NAMES and len(log.run.curves) <= log_reader.CURVES + 1
     done = plot("-n", str(path), "-o", str(tmp_path / "x.png"))
-    assert done.returncode == 0 and "more is watched than a picture has room for" in done.stderr
+    assert done.returncode == 0 and "logs more than a chart has room for" in done.stderr
 
 
 # ---- legends and axes ------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import errno
 import functools
 import gc
 import json
-import logging
 import re
 import resource
 import shutil
@@ -32,13 +31,16 @@ from test_inference import chain, checkpoint
 
 import engine.checkpoint
 import serve
+import server.connections as connections
 import server.middleware as middleware
 import server.openai_api as openai_api
 from config.schema import ModelConfig
 from decoding.engine import Decoder, Request, TextStream
 from decoding.packed import quantize as to_int8
+from decoding.sampling import generate
 from inference import TextGenerator
 from model import GPT
+from server.app import make_app
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
 
 openai = pytest.importorskip("openai")
@@ -51,7 +53,7 @@ def handmade(task="sft", block_size=600):
     tokenizer = CharTokenizer.train([TEXT])
     ni, hao, ma, one, plus = tokenizer.encode("你好吗1+").tolist()
     after = {tokenizer.response_id: ni, ni: hao, hao: ma, tokenizer.bos_id: one, one: plus, plus: one}
-    return checkpoint(tokenizer, *chain(tokenizer, after, block_size), task=task)
+    return checkpoint(tokenizer, *chain(tokenizer, after, block_size), stage=task)
 
 
 def at_random():
@@ -113,10 +115,10 @@ def served(folder, checkpoint, slots=4, max_queue=8, timeout=60, api_key=None, c
     args = dict(model=str(path), device="cpu", quantize=None)
     args = argparse.Namespace(**args, slots=slots, max_queue=max_queue, timeout=timeout)
     service, _ = serve.load_service(args)
-    args.timeout = 5  # of answers that are under way when the server ends
-    listener = serve.bind("127.0.0.1", 0)
+    listener = connections.bind("127.0.0.1", 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # little to fill with what nobody reads
-    server = serve.make_server(serve.make_app(service, api_key, cors), listener, args)
+    # 5 s for the answers that are still in progress when the server ends.
+    server = connections.make_server(make_app(service, api_key, cors), listener, slots + max_queue, 5)
     thread = threading.Thread(target=server.run, args=([listener],))
     service.engine.start()
     thread.start()
@@ -148,7 +150,7 @@ def random(tmp_path_factory):
 def expected(server, ids, max_tokens, **options):
     """(text, number of tokens) by the definition, GPT.generate."""
     stream, stops = TextStream(server.tokenizer), server.service.text_generator.stop_tokens
-    tokens = list(server.model.generate(ids, max_tokens, stop_tokens=stops, **options))
+    tokens = list(generate(server.model, ids, max_tokens, stop_tokens=stops, **options))
     return "".join(map(stream.feed, tokens)) + stream.end(), len(tokens)
 
 
@@ -296,11 +298,11 @@ def test_what_was_not_read_as_it_was_sent_is_told(simple):
     assert simple.chat(temperature=0).warnings == []
     said = [{"role": "user", "content": text} for text in ("1", "2", "3")]
     answer = simple.chat(said, temperature=0)
-    assert answer.warnings == ["2 messages were joined to the one before, of the same role"]
+    assert answer.warnings == ["2 messages were joined to the one before, from the same role"]
     assert answer.usage.prompt_tokens == len("1\n2\n3") + 2
     chunks = list(simple.chat([*HI, {"role": "user", "content": "狐狸"}], temperature=0, stream=True))
     assert chunks[0].warnings == [
-        "1 message was joined to the one before, of the same role",
+        "1 message was joined to the one before, from the same role",
         "2 characters are unknown to this model",
     ]
     assert all("warnings" not in chunk.model_extra for chunk in chunks[1:])
@@ -322,7 +324,7 @@ def test_a_prompt_is_repeated_with_its_logprobs(random, max_tokens, is_stream):
     asked = dict(max_tokens=max_tokens, echo=True, logprobs=2, temperature=0, stream=is_stream, n=2)
     replies = random.complete(text, **asked) if is_stream else [random.complete(text, **asked)]
     parts = [choice for reply in replies for choice in reply.choices if choice.index == 1]
-    drawn = list(random.model.generate(ids, max_tokens, temperature=0))
+    drawn = list(generate(random.model, ids, max_tokens, temperature=0))
     told = {
         name: sum((getattr(part.logprobs, name) for part in parts if part.logprobs), [])
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -416,9 +418,9 @@ def test_texts_to_tokens_and_back(name, request):
 
 
 def test_a_long_text_is_encoded_piece_by_piece(random, monkeypatch):
-    lengths, encode = [], random.service.to_tokens
+    lengths, encode = [], random.service.encode_piece
     monkeypatch.setattr(
-        random.service, "to_tokens", lambda piece: lengths.append(len(piece)) or encode(piece)
+        random.service, "encode_piece", lambda piece: lengths.append(len(piece)) or encode(piece)
     )
     text = "1+1=2\n" * 60_000
     reply = random.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()
@@ -450,7 +452,7 @@ def test_logprobs_are_the_models(random, is_stream):
     ids, _ = render_chat(random.tokenizer, HI, add_generation_prompt=True)
     ids = ids.tolist()
     tokens = list(
-        random.model.generate(ids, 9, seed=3, stop_tokens=random.service.text_generator.stop_tokens)
+        generate(random.model, ids, 9, seed=3, stop_tokens=random.service.text_generator.stop_tokens)
     )
     with torch.inference_mode():
         hidden = random.model.hidden(torch.tensor([ids + tokens]))
@@ -568,7 +570,7 @@ def test_a_pretrained_model_only_continues(tmp_path):
         ({"messages": [{"role": "wizard", "content": "1"}]}, "messages", "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
         ({"messages": [*HI, {"role": "system", "content": "1"}]}, "messages", "may only speak first"),
-        ({"messages": [{"role": "system", "content": "1"}]}, "messages", "somebody else must speak"),
+        ({"messages": [{"role": "system", "content": "1"}]}, "messages", "must follow the system message"),
     ],
 )
 def test_a_field_that_is_wrong(simple, fields, param, words):
@@ -817,7 +819,7 @@ def test_a_client_that_leaves_frees_its_slot(slowly):
     slowly.becomes(running=0, waiting=0)
     decoder = slowly.service.engine.decoder
     time.sleep(0.1)
-    assert not decoder.is_busy and not slowly.service.engine._tickets
+    assert not decoder.is_busy and not slowly.service.engine._scheduled
 
 
 def test_too_many_are_told_so_and_the_slow_are_ended(slowly):
@@ -833,7 +835,7 @@ def test_too_many_are_told_so_and_the_slow_are_ended(slowly):
         thread.join()
     assert [reply.status_code for reply in replies] == [504] * 3
     assert replies[0].json()["error"]["code"] == "timeout"
-    with pytest.raises(openai.APIError, match="no end after 1.5 s"):
+    with pytest.raises(openai.APIError, match="not finished after 1.5 s"):
         list(slowly.client.completions.create(model="nano", stream=True, **LONG))
     slowly.becomes(running=0, waiting=0)
 
@@ -876,7 +878,8 @@ def test_when_the_engine_ends_nobody_waits(tmp_path):
 
 
 def test_connections_that_stand_still_are_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr(middleware, "SECONDS", 0.3)
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT", 0.3)
+    monkeypatch.setattr(connections, "IDLE_TIMEOUT", 0.3)
     with served(tmp_path, handmade()) as server:
         start = time.monotonic()
         assert server.raw(b"") == b""
@@ -958,7 +961,8 @@ def settled(server):
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_refused_request_leaves_nothing_behind(simple, uncollected, monkeypatch, kind):
-    monkeypatch.setattr(middleware, "SECONDS", 0.3)
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT", 0.3)
+    monkeypatch.setattr(connections, "IDLE_TIMEOUT", 0.3)
     n = 3 if "half" in kind or "long conv" in kind else 10
 
     def refuse():
@@ -1003,7 +1007,7 @@ def test_one_that_comes_too_late_or_leaves_leaves_nothing_behind(slowly, uncolle
 
 
 def test_a_body_in_very_many_chunks_is_not_taken_apart(simple):
-    n_parts, next_event = 0, middleware.Parser.next_event
+    n_parts, next_event = 0, connections.ChunkCounter.next_event
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head = f"{head}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n".encode()
 
@@ -1016,7 +1020,7 @@ def test_a_body_in_very_many_chunks_is_not_taken_apart(simple):
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
     assert b" 200 OK" in simple.raw(head + chunks + b"0\r\n\r\n")[:20]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(middleware.Parser, "next_event", spy)
+        patch.setattr(connections.ChunkCounter, "next_event", spy)
         with contextlib.suppress(ConnectionError):
             assert simple.raw(head + chunks * 20) == b""
     assert n_parts < 30_000
@@ -1035,14 +1039,14 @@ def busy_readers(simple):
 def test_what_nobody_waits_for_is_not_read(simple, busy_readers, monkeypatch):
     """Of a client that has left, and after the deadline; and the event loop does none of it itself."""
     read, readers = [], set()
-    wire_read = openai_api.read
+    parse_request = openai_api.parse_request
 
     def spy(form, kind, body):
         readers.add(threading.current_thread().name.partition("_")[0])
         read.append(len(body))
-        return wire_read(form, kind, body)
+        return parse_request(form, kind, body)
 
-    monkeypatch.setattr(openai_api, "read", spy)
+    monkeypatch.setattr(openai_api, "parse_request", spy)
     connection = socket.create_connection(simple.address)
     connection.sendall(as_sent({"prompt": "1" * 500}))
     while not simple.service.n_reading:
@@ -1051,10 +1055,10 @@ def test_what_nobody_waits_for_is_not_read(simple, busy_readers, monkeypatch):
     connection.close()
     while simple.service.n_reading:
         time.sleep(0.01)
-    monkeypatch.setattr(simple.service.engine, "seconds", 0.2)
+    monkeypatch.setattr(simple.service.engine, "timeout", 0.2)
     reply = simple.post(json={"prompt": "1" * 300})
     assert reply.status_code == 504 and reply.json()["error"]["code"] == "timeout"
-    monkeypatch.setattr(simple.service.engine, "seconds", 60)
+    monkeypatch.setattr(simple.service.engine, "timeout", 60)
     busy_readers.set()
     assert simple.complete("1+", max_tokens=2, temperature=0).choices[0].text == "1+"
     assert len(read) == 1 and read[0] < 200 and readers == {"reader"}
@@ -1092,9 +1096,9 @@ def test_too_many_that_are_to_be_read_are_told_so(simple, busy_readers):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_a_body_is_looked_at_up_to_its_first_mistakes(simple, monkeypatch, path, body):
-    found, explained = [], openai_api.explained
+    found, to_api_error = [], openai_api.to_api_error
     monkeypatch.setattr(
-        openai_api, "explained", lambda errors: found.append(len(errors)) or explained(errors)
+        openai_api, "to_api_error", lambda errors: found.append(len(errors)) or to_api_error(errors)
     )
     reply = simple.post(path, json=body)
     assert reply.status_code == 400 and len(reply.content) < 1000
@@ -1179,28 +1183,6 @@ def test_when_no_file_can_be_opened_it_is_tried_again_later(tmp_path, monkeypatc
         ) <= 2
 
 
-def test_a_line_of_code_logs_ten_times_a_minute(caplog, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(middleware.time, "monotonic", lambda: now[0])
-    logger = logging.getLogger("a test's")
-    logger.addFilter(middleware.Sparing())
-
-    def complain(n):
-        for i in range(n):
-            logger.warning("number %d", i)
-
-    complain(500)
-    logger.warning("another")
-    assert [record.getMessage() for record in caplog.records] == [f"number {i}" for i in range(10)] + [
-        "another"
-    ]
-    caplog.clear()
-    now[0] = 61.0
-    complain(3)
-    messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["number 0 (490 more like it before)", "number 1", "number 2"]
-
-
 # ---- the command line
 
 
@@ -1241,7 +1223,7 @@ def test_help_and_mistakes(shared_project, tmp_path):
     ],
 )
 def test_origins_are_compared_as_browsers_write_them(given, origin):
-    assert serve.origin_of(given) == origin
+    assert serve.parse_origin(given) == origin
 
 
 def test_on_a_network_with_a_key_until_sigterm(shared_project, tmp_path, monkeypatch):
@@ -1483,7 +1465,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
         options |= {"seed": seed, "stop_tokens": stops}
         if alone:
             alone.run([request := Request(ids, count, **options)])
-        tokens = request.tokens if alone else list(model.generate(ids, count, **options))
+        tokens = request.tokens if alone else list(generate(model, ids, count, **options))
         text = "".join(map(stream.feed, tokens)) + stream.end()
         del options["stop_tokens"]
         cases.append((dict(prompt=TEXT[: i % 15], max_tokens=count, **options), text))

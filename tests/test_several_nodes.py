@@ -140,7 +140,7 @@ STOPPED = """
 import os, signal, time
 import engine.heartbeat, engine.parallel
 
-engine.heartbeat.MINUTE = 3.0
+engine.heartbeat.ANSWER_TIMEOUT = 3.0
 original = engine.parallel.DataParallel.reached
 
 def reached(self, step):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ import tokenizer as module
 from common.errors import UserError
 from tokenizer import (
     BLOCK,
-    ROOT,
     SPECIAL_TOKENS,
     BPETokenizer,
     CharTokenizer,
@@ -26,6 +26,7 @@ from tokenizer import (
     render_chats,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = "The quick brown fox. 敏捷的棕色狐狸跳过懒狗。\r\n\te\u0301 𝄞🙂 <|eos|> 1 + 1 = 2\n" * 3
 CHAR = CharTokenizer.train([SAMPLE])
 BPE = BPETokenizer.train([SAMPLE] * 3, vocab_size=330)
@@ -101,7 +102,7 @@ def test_long_texts_are_cut_where_bpe_would_not_merge(monkeypatch):
     np.testing.assert_array_equal(BPE.encode(text), whole)
 
 
-def test_blocks_do_not_show():
+def test_block_boundaries_make_no_difference():
     text = SAMPLE * (3 * module.BLOCK // len(SAMPLE))
     assert CHAR.decode(CHAR.encode(text)) == text
 
@@ -130,7 +131,7 @@ def test_vocabulary_sizes():
     assert big.decode(big.encode("a\U00013fff")) == "a\U00013fff"
 
 
-def test_a_word_without_end_is_learned_in_time():
+def test_learning_from_a_very_long_word_is_fast():
     letters = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x4E80, 200_000)))
     tokenizer = BPETokenizer.train([letters], 2000)
     assert tokenizer.vocab_size == 2000 and tokenizer.decode(tokenizer.encode(letters)) == letters
@@ -203,12 +204,12 @@ RULED = BPETokenizer(BPE.merges, **RULES)
 
 
 @given(text=any_text | awkward)
-def test_a_tokenizer_with_rules_of_its_own(text):
-    """Nothing is lost but the way in which accents are written."""
+def test_a_tokenizer_with_its_own_rules(text):
+    """Nothing is lost except how accents are written."""
     assert RULED.decode(RULED.encode(text)) == unicodedata.normalize("NFC", text)
 
 
-def test_rules_are_a_part_of_it(tmp_path):
+def test_rules_are_part_of_a_tokenizer(tmp_path):
     assert RULED.fingerprint != BPE.fingerprint == BPETokenizer(BPE.merges, patterns=[]).fingerprint
     RULED.save(tmp_path / "t.json")
     loaded = load(tmp_path / "t.json")
@@ -217,7 +218,7 @@ def test_rules_are_a_part_of_it(tmp_path):
     assert len(RULED.encode("zzz")) == 3  # only a whole word can be one of `words`
 
 
-def test_long_texts_are_left_whole_where_nobody_knows_the_rules():
+def test_long_texts_are_not_cut_if_there_are_patterns():
     text = "x 1\n" * BLOCK
     assert len(list(BPE.pieces(text))) > 1 and list(RULED.pieces(text)) == [text]
 
@@ -237,7 +238,7 @@ def test_foreign_rules_are_refused(change):
 
 
 def test_a_pattern_that_takes_years_is_refused():
-    """And should one give up in spite of that, it is told: nobody catches the library's own exception."""
+    """Should the library give up on a pattern all the same, that becomes an error with a sentence."""
     hostile = BPETokenizer(BPE.merges, patterns=["(a+)+$"])
     with pytest.raises(UserError, match=r"one of its patterns would take years on some texts: \(a\+\)\+\$"):
         from_dict(hostile.to_dict())
@@ -245,15 +246,15 @@ def test_a_pattern_that_takes_years_is_refused():
         hostile.encode("a" * 30 + "b")
 
 
-def test_a_file_that_is_too_large_is_not_taken_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenizer.LARGEST", 10_000)
+def test_a_file_that_is_too_large_is_not_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenizer.MAX_JSON_LENGTH", 10_000)
     (tmp_path / "x.json").write_text("[" + "[]," * 5000 + "[]]")
     with pytest.raises(UserError, match=r"x\.json: this is too large for a tokenizer"):
         load(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("d", [None, [], "x", {}, 3])
-def test_not_even_a_tokenizer(d):
+def test_what_is_not_a_tokenizer_is_refused(d):
     with pytest.raises(UserError):
         from_dict(d)
 
@@ -330,8 +331,8 @@ def test_turns_are_merged():
             check_messages(said(role, "x", role, "x"))
 
 
-def test_merging_copies_each_word_once():
-    """However many messages one role sends."""
+def test_merging_takes_linear_time():
+    """Each text is copied once, however many messages there are."""
     n_copied = 0
 
     class Text(str):
@@ -346,22 +347,22 @@ def test_merging_copies_each_word_once():
 
 @BOTH
 @given(any_text | awkward | st.text("fox the\u0065\u0301\u1f84\u03b1\u0313\u0345"))
-def test_a_text_has_as_many_tokens_as_its_length_says_or_more(tokenizer, text):
-    assert 0 <= tokenizer.fewest(text) <= len(tokenizer.encode(text))
+def test_min_tokens_is_a_lower_bound(tokenizer, text):
+    assert 0 <= tokenizer.min_tokens(text) <= len(tokenizer.encode(text))
     if tokenizer.kind == "bpe":
         composing = BPETokenizer(tokenizer.merges, normalizer="NFC")
-        assert composing.fewest(text) <= len(composing.encode(text))
+        assert composing.min_tokens(text) <= len(composing.encode(text))
 
 
-def test_nothing_shrinks_more_than_that_when_characters_are_composed():
-    """By all characters that Unicode composes of others."""
+def test_nfc_composes_at_most_four_characters():
+    """Checked for every character that has a decomposition."""
     for number in range(sys.maxunicode + 1):
         parts = unicodedata.normalize("NFD", chr(number))
         assert len(unicodedata.normalize("NFC", parts)) * 4 >= len(parts)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text("ab\n", max_size=3)), min_size=1))
-def test_merging_keeps_all_words_and_takes_turns(turns):
+def test_merging_keeps_all_text_and_alternates_roles(turns):
     merged, count = merge_turns([{"role": role, "content": text} for role, text in turns])
     check_messages(merged)
     assert count == len(turns) - len(merged)

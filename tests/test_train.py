@@ -21,8 +21,9 @@ from lm_pass import lm_pass
 from torch.nn.functional import log_softmax
 
 import tokenizer as tokenizers
-from data import TokenBatches, TokenFile, prepare
+from data import TokenBatches, TokenFile
 from engine.checkpoint import build, load
+from preparation.corpus import prepare
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| ("
@@ -58,7 +59,7 @@ def test_the_loss_of_sft_is_a_mean_over_the_words_of_answers(train):
     torch.manual_seed(1337)
     model = type(model)(model.config).double()  # as it was before the step
     path = train.root / "dataset" / "prepared" / "sft_train.bin"
-    x, y, _ = map(torch.from_numpy, TokenBatches([TokenFile(path)], 12, 12, 1337)(0))
+    x, y, _ = map(torch.from_numpy, TokenBatches([TokenFile(path)], 12, 12, 1337)(0).values())
     chances = log_softmax(model(x), -1)
     means, total, count = [], 0.0, 0
     for row, (before, after) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
@@ -76,7 +77,7 @@ def test_a_few_conversations_can_be_learned_by_heart(train, tiny_data):
     lines = [json.dumps({"question": f"{i}?", "answer": f"{7 * i % 10}{3 * i % 10}"}) for i in range(5)]
     (train.root / "few.jsonl").write_text("\n".join(lines), "utf-8")
     out = train.root / "dataset" / "prepared"
-    prepare([], [train.root / "few.jsonl"], out, val_fraction=0.01, tokenizer=tokenizer)
+    prepare({"sft": [train.root / "few.jsonl"]}, out, val_fraction=0.01, tokenizer=tokenizer)
     done = train("sft", from_checkpoint="", max_steps=150, log_interval=50)
     assert done.returncode == 0
     logged = train.logged("Train", "Loss")
@@ -132,7 +133,11 @@ def test_a_compiled_step_computes_the_same_and_resumes(tiny_project, train):
 def test_a_curriculum_is_trained_in_order(train, tiny_data):
     second = train.root / "dataset" / "second"
     (train.root / "second.txt").write_text("<|eos|>".join(f"{i} + 0 = {i}。" * 9 for i in range(40)), "utf-8")
-    prepare([train.root / "second.txt"], [], second, tokenizer=tokenizers.load(tiny_data / "tokenizer.json"))
+    prepare(
+        {"pretrain": [train.root / "second.txt"]},
+        second,
+        tokenizer=tokenizers.load(tiny_data / "tokenizer.json"),
+    )
     pairs = [[f"dataset/{name}/pretrain_{split}.bin" for split in ("train", "val")]
              for name in ("second", "prepared")]  # fmt: skip
     files = [TokenFile(train.root / pair[0]) for pair in pairs]
@@ -359,7 +364,7 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(train):
     checkpoint.step = 5
     checkpoint.save()
     (train.root / "odd.txt").write_text("1 + 1 = ?" * 20, "utf-8")
-    prepare([train.root / "odd.txt"], [], train.root / "odd", tokenizer=tokenizer)
+    prepare({"pretrain": [train.root / "odd.txt"]}, train.root / "odd", tokenizer=tokenizer)
     paths = [["dataset/prepared/pretrain_train.bin", "odd/pretrain_val.bin"]]
     done = train("pretrain", "--resume", max_steps=8, eval_interval=2, save_interval=3, dataset_path=paths)
     assert done.returncode == 2
@@ -428,24 +433,23 @@ def test_other_vars_land_in_the_log_the_chart_and_tensorboard(train, monkeypatch
     """One mean over the passes of a step, each curve under its own name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from common.log_reader import Log
     from model import GPT
-    from plot_loss import Log
 
-    original, passes = GPT.forward, itertools.count(1)
+    passes = itertools.count(1)
 
-    def forward(self, *args, **options):
-        logits, loss, other_vars = original(self, *args, **options)
-        assert other_vars == {}
-        load = torch.tensor(float(next(passes))) if self.training else torch.tensor(math.nan)
-        return logits, loss, {"expert_load/2": load, "mtp_loss": load.exp()}
+    def auxiliary_loss(self, x, targets, mask):
+        load = torch.tensor(float(next(passes)))
+        return None, {"expert_load/2": load, "mtp_loss": load.exp()}
 
-    monkeypatch.setattr(GPT, "forward", forward)
+    monkeypatch.setattr(GPT, "auxiliary_loss", auxiliary_loss)
     assert train("pretrain", max_steps=3, gradient_accumulation_steps=2, tensorboard=True).returncode == 0
     assert train.logged("Train", "expert_load/2") == [(1, "1.5"), (2, "3.5"), (3, "5.5")]
     [path] = train.root.glob("train_*.log")
     (log := Log(path)).read()
-    assert log.watched["expert_load"] == {2: [(1, 1.5), (2, 3.5), (3, 5.5)]}
-    assert log.watched["mtp_loss"][None][0] == (1, pytest.approx((math.e + math.e**2) / 2, rel=1e-3))
+    watched = log.run.model_metrics
+    assert watched["expert_load"] == {2: [(1, 1.5), (2, 3.5), (3, 5.5)]}
+    assert watched["mtp_loss"][None][0] == (1, pytest.approx((math.e + math.e**2) / 2, rel=1e-3))
 
     events = EventAccumulator(str(train.root / "runs" / path.stem)).Reload()
     logged = dict(train.logged("Train", "Loss"))
@@ -476,7 +480,12 @@ def test_every_validation_file_counts_by_its_size(train, tiny_data):
     pairs, files = [], []
     for name, lines in texts.items():
         (train.root / f"{name}.txt").write_text("<|eos|>".join(lines), "utf-8")
-        prepare([train.root / f"{name}.txt"], [], train.root / name, val_fraction=0.3, tokenizer=tokenizer)
+        prepare(
+            {"pretrain": [train.root / f"{name}.txt"]},
+            train.root / name,
+            val_fraction=0.3,
+            tokenizer=tokenizer,
+        )
         pairs.append([f"{name}/pretrain_{split}.bin" for split in ("train", "val")])
         files.append(TokenFile(train.root / pairs[-1][1]))
     settings = dict(dataset_path=pairs, max_steps=60, eval_interval=20, batch_size=2, eval_iters=12)
@@ -497,7 +506,7 @@ def test_every_validation_file_counts_by_its_size(train, tiny_data):
         batches, total, weight = TokenBatches([file], 32, 2, 1337), 0.0, 0
         n = min(max(1, round(12 * count / sum(counts))), -(-count // 2))
         for first in range(0, 2 * n, 2):
-            x, y, mask = map(torch.from_numpy, batches(first))
+            x, y, mask = map(torch.from_numpy, batches(first).values())
             total += float(lm_pass(model, x, y, mask, divisor=1)[1])
             weight += float(mask.sum())
         assert loss == pytest.approx(total / weight, abs=1e-5) and n > 1
@@ -508,7 +517,7 @@ def write_chats(train, name, n_long, n_short, tokenizer):
     questions = ["1" * 80] * n_long + ["1" * 5] * n_short
     chats = [{"question": question, "answer": f"{i % 10}。"} for i, question in enumerate(questions)]
     (train.root / f"{name}.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), "utf-8")
-    prepare([], [train.root / f"{name}.jsonl"], train.root / name, val_fraction=0.2, tokenizer=tokenizer)
+    prepare({"sft": [train.root / f"{name}.jsonl"]}, train.root / name, val_fraction=0.2, tokenizer=tokenizer)
     return [f"{name}/sft_{split}.bin" for split in ("train", "val")]
 
 

@@ -94,13 +94,12 @@ def test_all_parts_have_models_that_can_be_built():
     import torch
 
     import models
-    from common.config import check_model
 
     for part in gpu.parts():
         keywords = getattr(part.measure, "keywords", {})
         shape = keywords.get("shape") or getattr(keywords.get("workload"), "shape", None)
         with torch.device("meta"):
-            model = models.build(check_model(shape, part.name).resolved(None)) if shape else None
+            model = models.build(models.check_config(shape, part.name).resolved(None)) if shape else None
         if model and "124" in part.name:
             assert 120e6 < model.n_params < 126e6
 

@@ -1,4 +1,4 @@
-"""The JSON files and --set: what is right is taken as it stands, what is wrong is named."""
+"""The JSON files and --set: valid values are taken literally, mistakes are reported by name."""
 
 import json
 import random
@@ -8,20 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from common import config
+import models
 from common.config import (
     ANY,
     ROOT,
-    check_model,
+    display_path,
     load,
-    load_run,
     parse_overrides,
     read_json,
-    shown,
     unsupported,
 )
 from common.errors import UserError, printable
+from config import reference
 from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
+from engine.run_config import load_run
 
 PAIRS = [["a.bin", "b.bin"]]
 RUN = {"dataset_path": PAIRS, "max_steps": 1000}
@@ -62,14 +62,14 @@ def refusal(schema, path, text, overrides=()):
         ({"dtype": "fp16"}, 'found "fp16"; needs one of "auto", "float32", "bfloat16", "float16"'),
         ({"optimizer": "sgd"}, 'key "optimizer": found "sgd"; needs one of "adamw", "muon"'),
         ({"random_seed": 1 << 63}, "needs an integer >= 0 and < 9223372036854775808"),
-        ({"max_steps": 0}, "decay_lr needs an end: give lr_decay_iters or max_steps, or set decay_lr to"),
+        ({"max_steps": 0}, "decay_lr needs an end: set lr_decay_iters or max_steps, or set decay_lr to"),
         ({"max_steps": 300}, "warmup_iters=300 must be below the end of the decay, 300"),
         ({"min_lr": 0.1}, "min_lr=0.1 is above learning_rate=0.0006"),
-        ({"matrix_lr": 0.02}, 'matrix_lr is for optimizer "muon", and optimizer is "adamw"'),
-        ({"momentum": 0.9}, 'momentum is for optimizer "muon", and optimizer is "adamw"'),
+        ({"matrix_lr": 0.02}, 'matrix_lr is for optimizer "muon", but optimizer is "adamw"'),
+        ({"momentum": 0.9}, 'momentum is for optimizer "muon", but optimizer is "adamw"'),
         ({"warmup_ratio": 0.6, "warmdown_ratio": 0.5}, "begins before the warm-up of 600 steps ends; lower"),
         ({"warmdown_ratio": 0.8}, "warmdown_ratio=0.8 of 1000 steps begins before the warm-up of 300 steps"),
-        ({"decay_lr": False, "warmdown_ratio": 0.5}, "are for decay_lr, and decay_lr is false"),
+        ({"decay_lr": False, "warmdown_ratio": 0.5}, "warmdown_ratio need decay_lr, but decay_lr is false"),
     ],
 )
 def test_a_wrong_key_of_a_run(tmp_path, change, sentence):
@@ -105,14 +105,14 @@ def test_a_wrong_key_of_a_model(tmp_path, change, sentence):
         (b'{"a": "\xff"}', "byte 7 is not UTF-8 text"),
         ("[1, 2]", "found [1, 2]; a JSON object {...} is needed"),
         ("null", "found null; a JSON object {...} is needed"),
-        ('{"dropout": 0, "dropout": 0.1}', 'key "dropout" stands twice'),
+        ('{"dropout": 0, "dropout": 0.1}', 'key "dropout" appears twice'),
         ('{"dropout": NaN}', "NaN is not a JSON number"),
         ('{"dropout": -Infinity}', "-Infinity is not a JSON number"),
         ('{"norm_eps": 1e999}', 'key "norm_eps": found Infinity; needs a number > 0'),
         ("[" * 100_000, "maximum recursion depth exceeded"),
         ('{"n_layer": ' + "9" * 5000 + "}", "Exceeds the limit"),
-        ('{"\\ud800": 1}', r"holds half a surrogate pair (like \ud800), no character"),
-        ('{"architecture": "\\ud800"}', "holds half a surrogate pair"),
+        ('{"\\ud800": 1}', r"contains a lone surrogate (like \ud800), which is not a character"),
+        ('{"architecture": "\\ud800"}', "contains a lone surrogate"),
         ('{"n_layer": ' + "[" * 300 + "]" * 300 + "}", "recursion limit exceeded"),
     ],
 )
@@ -123,7 +123,7 @@ def test_what_is_no_sound_json(tmp_path, text, sentence):
 
 def test_missing_keys_and_files(tmp_path):
     told = refusal(TrainConfig, tmp_path / "run.json", "{}")
-    assert 'key "dataset_path" is missing: [[train, validation], ...] token files: a curriculum' in told
+    assert 'key "dataset_path" is missing: [[train, validation], ...] pairs of token files; several' in told
     with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
         load(ModelConfig, tmp_path / "nowhere.json")
     with pytest.raises(UserError, match="is a folder; a JSON file is needed"):
@@ -165,43 +165,12 @@ def test_wrong_overrides(tmp_path, assignment, sentence):
     assert told.startswith(sentence)
 
 
-def run_refusal(folder, model="{}", overrides=()):
-    """What load_run says of these files and these values of --set."""
-    args = SimpleNamespace(config=folder / "run.json", model=folder / "model.json")
-    args.set = parse_overrides(overrides)
-    args.config.write_text(json.dumps(RUN)), args.model.write_text(model)
-    with pytest.raises(UserError) as info:
-        load_run(args)
-    return str(info.value)
-
-
-@pytest.mark.parametrize(
-    ("assignment", "sentence"),
-    [
-        ("batchsize=8", '--set: unknown key "batchsize"; did you mean "batch_size"?'),
-        ("n_heads=8", '--set: unknown key "n_heads"; did you mean "n_head"?'),
-        ("n_head=0", '--set: key "n_head": found 0; needs an integer >= 1'),
-        ("architecture=gpt5", '--set: key "architecture": found "gpt5"; needs one of "nano"'),
-        ('rope_scaling={"rope_type":"yarn"}', '--set: key "rope_scaling": its key "factor": field required'),
-        ("rope_scaling=4", '--set: key "rope_scaling": found 4; needs a JSON object whose "rope_type"'),
-        ('rope_scaling={"rope_type":"linear"}', '--set: key "rope_scaling": found {"rope_type": "linear"}'),
-    ],
-)
-def test_wrong_overrides_of_a_run(tmp_path, assignment, sentence):
-    assert run_refusal(tmp_path, overrides=[assignment]).startswith(sentence)
-
-
-def test_an_unknown_architecture(tmp_path):
-    told = run_refusal(tmp_path, '{"architecture": ["nano"]}')
-    assert 'model.json: key "architecture": found ["nano"]; needs one of "nano"' in told
-
-
 # ---- the reference -----------------------------------------------------------------------------------------
 
 
 def test_the_reference_is_up_to_date():
-    assert (ROOT / "doc" / "configuration.md").read_text("utf-8") == config.reference()
-    for name, schema in config.editor_schemas().items():
+    assert (ROOT / "doc" / "configuration.md").read_text("utf-8") == reference.reference_page()
+    for name, schema in reference.editor_schemas().items():
         text = (ROOT / "config" / f"{name}.schema.json").read_text("utf-8")
         assert json.loads(text) == schema
 
@@ -225,7 +194,7 @@ def test_every_configuration_that_comes_with_nano_is_sound():
     for path in paths:
         kind = path.name.partition("_")[0]
         if kind == "model":
-            check_model(read_json(path), shown(path))
+            models.check_config(read_json(path), display_path(path))
         else:
             load({"config": TrainConfig, "deepspeed": DeepSpeedConfig}[kind], path)
 
@@ -241,7 +210,7 @@ VALUES = (
 
 
 def damage(text, dice):
-    """A JSON object's text to which happened what happens under a person's, or a disk's, hands."""
+    """Damage the text of a JSON object as a person or a disk might."""
     entries = [[json.dumps(key), json.dumps(value)] for key, value in json.loads(text).items()]
     for _ in range(dice.choice((1, 1, 1, 2))):
         entry = dice.choice(entries)
@@ -277,8 +246,8 @@ def damage(text, dice):
 
 
 def is_small(model, run):
-    """Whether a test can wait for a step of it."""
-    run = run.model_copy(update=dict.fromkeys(run.automatic, 1))  # all of it follows from a small model
+    """Whether a training step is fast enough for a test."""
+    run = run.model_copy(update=dict.fromkeys(run.automatic, 1))  # these follow from the model
     return (
         model.n_layer * model.n_embd * model.implied()["head_dim"] * model.n_head <= 1 << 18
         and (model.n_hidden or 0) <= 1024
@@ -330,27 +299,28 @@ def test_damaged_configurations_are_refused_or_mean_what_they_say(train, seed):
 
 
 def test_what_is_not_implemented_is_named():
-    """Of keys within a key, too, where some of them are told apart."""
+    """Also for keys of a nested object, if the whitelist has entries for them."""
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
-    plain, stretched = (check_model({"rope_scaling": scaling}, "x") for scaling in (None, yarn))
+    plain, stretched = (models.check_config({"rope_scaling": scaling}, "x") for scaling in (None, yarn))
     all_keys = dict.fromkeys(type(plain).model_fields, ANY)
     inner = {f"rope_scaling.{key}": ANY for key in stretched.rope_scaling.model_dump()}
     for shape, implemented, reason in (
         (plain, all_keys, None),
         (stretched, all_keys, None),
         (stretched, all_keys | {"rope_scaling": (None,)},
-         'rope_scaling is "yarn" in this model, and X has only null: train with --set rope_scaling=null'),
+         'rope_scaling is "yarn" in this model, but X supports only null: train with --set rope_scaling=null'
+        ),
         (plain, all_keys | {"rope_scaling": (None,)} | inner, None),
         (stretched, all_keys | {"rope_scaling": (None,)} | inner, None),
         (stretched, all_keys | inner | {"rope_scaling.rope_type": ("llama3", "linear")},
-         'rope_scaling.rope_type is "yarn" in this model, and X has only "llama3" or "linear"'),
+         'rope_scaling.rope_type is "yarn" in this model, but X supports only "llama3" or "linear"'),
         (plain, all_keys | {"n_layer": (3,)},
-         "n_layer is 4 in this model, and X has only 3: train with --set n_layer=3"),
+         "n_layer is 4 in this model, but X supports only 3: train with --set n_layer=3"),
     ):  # fmt: skip
         assert unsupported(shape, implemented, "X") == reason
     for key in all_keys:
         reason = unsupported(plain, {k: v for k, v in all_keys.items() if k != key}, "X")
-        assert re.fullmatch(f"{key} is .* in this model, and X does not know the key: .*", reason)
+        assert re.fullmatch(f"{key} is .* in this model, but X does not know this key: .*", reason)
     for key in inner:
         reason = unsupported(stretched, all_keys | {k: v for k, v in inner.items() if k != key}, "X")
-        assert re.fullmatch(f"{re.escape(key)} is .* in this model, and X does not know the key: .*", reason)
+        assert re.fullmatch(f"{re.escape(key)} is .* in this model, but X does not know this key: .*", reason)

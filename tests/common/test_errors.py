@@ -1,4 +1,4 @@
-"""common/errors.py: what a user is told."""
+"""common/errors.py: how messages are printed."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from common.errors import UserError, run
     ],
 )
 def test_what_is_told_can_be_read(sentence, told, capsys):
-    """Whatever a hostile file has brought into it."""
+    """Even if the message quotes a hostile file."""
 
     def main():
         raise UserError(sentence)

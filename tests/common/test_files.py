@@ -1,4 +1,4 @@
-"""common/files.py and all that writes with it: whatever fails, and whenever, old files stay as they were."""
+"""common/files.py and everything that writes with it: whichever call fails, old files stay unchanged."""
 
 import contextlib
 import errno
@@ -16,17 +16,18 @@ from test_tokenizer import CHAR
 
 import common.config
 import common.log
+import config.reference
 import engine.checkpoint
 import models
 import plot_loss
 import problem
 from common import files
 from common.errors import UserError, run
-from common.files import Together, whole, whole_folder
+from common.files import AtomicFiles, atomic_folder, atomic_write
 from config.schema import ModelConfig
-from data import prepare
 from engine.checkpoint import Checkpoint
 from formats import gguf_file, huggingface, llama2c
+from preparation.corpus import prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dataset"))
 import sample_world
@@ -38,8 +39,8 @@ CODES = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 
 
 class System:
-    """What common/files.py asks the system for, noted. One operation fails as that of a full disk does:
-    what is written is there in part, and what is closed is closed."""
+    """Stands for `os` in common/files.py and records the calls. One of them fails as on a full disk: a write
+    has written a part of the data, and a close has closed the file."""
 
     def __init__(self, failing=None, code=None):
         self.failing, self.code, self.asked = failing, code, []
@@ -52,7 +53,7 @@ class System:
         def operation(*args, **options):
             self.asked.append((name, *map(str, args)))
             if len(self.asked) - 1 != self.failing:
-                return None if name == "fsync" else real(*args, **options)  # which takes long
+                return None if name == "fsync" else real(*args, **options)  # a real fsync is slow
             if name == "write":
                 real(args[0], args[1][: len(args[1]) // 2])
             if name == "close":
@@ -63,7 +64,7 @@ class System:
 
 
 def content(folder):
-    """{path: bytes} of all files; those of safetensors sorted, as it writes its header in any order."""
+    """{path: bytes} of all files. Sorted bytes for safetensors, whose header comes in any order."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     found = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
     return {name: bytes(sorted(was)) if "safetensors" in name else was for name, was in found.items()}
@@ -79,7 +80,7 @@ def checkpoint(seed=0):
     )
 
 
-# Each writes into a folder; `new` is 0 for what is there first, and 1 for what is to replace it.
+# Each writes into a folder: with `new` 0 the old content, with 1 the new one.
 
 
 def write_checkpoint(folder, new):
@@ -91,7 +92,7 @@ def write_tokenizer(folder, new):
 
 
 def write_tokens(folder, new):
-    prepare([], [folder.parent / "in.jsonl"], folder / "prepared", seed=new, tokenizer=CHAR)
+    prepare({"sft": [folder.parent / "in.jsonl"]}, folder / "prepared", seed=new, tokenizer=CHAR)
 
 
 def write_chart(folder, new):
@@ -99,7 +100,7 @@ def write_chart(folder, new):
 
 
 def write_results(folder, new):
-    files.append(problem.RESULTS, json.dumps({"run": new}) + "\n")
+    files.append_line(problem.RESULTS, json.dumps({"run": new}) + "\n")
 
 
 def write_world(folder, new):
@@ -109,7 +110,7 @@ def write_world(folder, new):
 def write_reference(folder, new):
     for name in ("doc", "config"):
         (folder / name).mkdir(exist_ok=True)
-    common.config.write_reference()
+    config.reference.write_reference()
 
 
 def write_huggingface(folder, new):
@@ -131,13 +132,13 @@ def read_huggingface(folder, new):
 WRITERS = {
     name: work for name, work in list(globals().items()) if name.startswith(("write_", "read_"))
 }  # fmt: skip
-# What exists is not written over by these, or has another name each time.
+# These do not replace existing files.
 ONCE = ("write_huggingface", "write_llama2c", "write_gguf", "read_huggingface")
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder to write into, and beside it what is read."""
+    """A folder to write into; its parent holds the input."""
     folder = tmp_path / "盘 full"
     folder.mkdir()
     lines = (json.dumps({"question": f"{i}?", "answer": f"{i}."}) for i in range(9))
@@ -148,10 +149,11 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(common.log, "ROOT", folder)
     monkeypatch.setattr(problem, "RESULTS", folder / "checkpoint" / "results.jsonl")
     monkeypatch.setattr("time.strftime", lambda *_: "20260102_030405")
-    # To draw, to describe the keys and to invent a world takes long; here it is about writing.
+    # Replace what is slow (charts, reference, sample world) by something short: only writing matters here.
     monkeypatch.setattr(plot_loss, "draw", lambda figure, logs: figure.text(0, 0, *logs))
-    monkeypatch.setattr(common.config, "reference", lambda: "the keys")
-    monkeypatch.setattr(common.config, "editor_schemas", lambda: {"one": {}, "two": {}})
+    monkeypatch.setattr(config.reference, "ROOT", folder)
+    monkeypatch.setattr(config.reference, "reference_page", lambda: "the keys")
+    monkeypatch.setattr(config.reference, "editor_schemas", lambda: {"one": {}, "two": {}})
     monkeypatch.setattr(sample_world, "build_world", functools.cache(sample_world.build_world))
     monkeypatch.setattr(sample_world, "pretraining_documents", lambda world, draw: [str(draw._random())])
     monkeypatch.setattr(sample_world, "conversations", lambda world, draw: [])
@@ -184,7 +186,7 @@ def test_each_operation_fails_once(name, place, monkeypatch, capsys):
             monkeypatch.setattr(files, "os", System())
             write(place, 1)
             assert content(place) == after
-        else:  # what is on the disk already is closed; or what was there before stays until the next time
+        else:  # closing a synced file, or removing a backup, may fail: no harm done
             operation, path = system.asked[failing]
             assert (operation, path[-4:]) == ("unlink", ".old") or name == "write_results", system.asked
             assert {path: was for path, was in content(place).items() if not path.endswith(".old")} == after
@@ -193,7 +195,7 @@ def test_each_operation_fails_once(name, place, monkeypatch, capsys):
 
 @contextlib.contextmanager
 def room_for(n_bytes):
-    """No file can grow beyond this: the system writes what fits, as a disk does that is nearly full."""
+    """Limit the size of files. The system then writes what fits, like a disk that is nearly full."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, most))
     try:
@@ -227,29 +229,29 @@ def test_a_disk_of_any_size_may_be_full(name, place, capsys):
 
 
 def test_an_error_that_a_library_hides_is_told(tmp_path):
-    """... and what it makes of one, too; unless somebody wants to leave."""
+    """Also if the library raises another exception instead, but not if the user interrupts."""
     path = tmp_path / "x"
     for disguise in (None, RuntimeError("[enforce fail at inline_container.cc:664]"), OSError("1 requested")):
-        with room_for(3), pytest.raises(OSError) as error, whole(path) as file:
+        with room_for(3), pytest.raises(OSError) as error, atomic_write(path) as file:
             with contextlib.suppress(OSError):
                 file.write(b"123456")
             with pytest.raises(OSError):
-                file.write(b"")  # nor is anything written behind the gap
+                file.write(b"")  # after a failed write, nothing more is written
             if disguise:
                 raise disguise
         assert error.value.errno == errno.EFBIG and error.value.filename == str(path)
-    with room_for(3), pytest.raises(KeyboardInterrupt), whole(path) as file:
+    with room_for(3), pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
         with contextlib.suppress(OSError):
             file.write(b"123456")
         raise KeyboardInterrupt
-    with pytest.raises(ZeroDivisionError), whole(path) as file:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
         file.write(b"1")
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_has_left_is_in_nobodys_way(tmp_path):
-    """Of several files the last one makes the others valid: where that is missing, nothing is."""
+    """The last of several files marks the others as valid; without it, none of them counts."""
     names = ("a", "b", "valid")
     for name in names:
         (tmp_path / f"{name}.part").write_text("half")
@@ -263,7 +265,7 @@ def test_what_a_killed_process_has_left_is_in_nobodys_way(tmp_path):
 
     for text in (b"1", b"2"):
         states.clear()
-        with pytest.MonkeyPatch.context() as patch, Together() as group:
+        with pytest.MonkeyPatch.context() as patch, AtomicFiles() as group:
             patch.setattr(files, "os", Watched())
             for name in names:
                 group.open(tmp_path / name).write(text)
@@ -286,17 +288,17 @@ def test_a_single_file_is_never_missing(tmp_path, monkeypatch):
 
 
 def test_two_at_once_do_not_mix(tmp_path):
-    """The one that began last wins; the other says so."""
+    """The process that started last wins; the other one reports it."""
     path = tmp_path / "x"
-    with pytest.raises(UserError, match="x is being written by another process, too; try again"):
-        with whole(path) as first:
+    with pytest.raises(UserError, match="another process is writing .*x, too; try again"):
+        with atomic_write(path) as first:
             first.write(b"11")
-            with whole(path) as second:
+            with atomic_write(path) as second:
                 second.write(b"2")
                 first.write(b"1")
     assert content(tmp_path) == {"x": b"2"}
-    with pytest.raises(ZeroDivisionError), whole(path) as second:
-        with pytest.raises(UserError), whole(path) as first:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as second:
+        with pytest.raises(UserError), atomic_write(path) as first:
             os.unlink(tmp_path / "x.part")
             (tmp_path / "x.part").write_text("of another one")
         assert content(tmp_path) == {"x": b"2", "x.part": b"of another one"}
@@ -304,7 +306,7 @@ def test_two_at_once_do_not_mix(tmp_path):
 
 
 def test_where_files_cannot_be_linked_or_folders_flushed(tmp_path, monkeypatch):
-    """A memory card; a system that opens no folders."""
+    """As on a memory card (no hard links), or a system that cannot open folders."""
     files.write_text(tmp_path / "x", "1")
     for operation, code in (("link", errno.EPERM), ("fsync", errno.EINVAL), ("open", errno.EACCES)):
 
@@ -323,18 +325,18 @@ def test_where_files_cannot_be_linked_or_folders_flushed(tmp_path, monkeypatch):
 def test_a_folder_in_the_way(tmp_path):
     (tmp_path / "x").mkdir()
     for more in ((), ("y",)):
-        with pytest.raises(IsADirectoryError), Together() as group:
+        with pytest.raises(IsADirectoryError), AtomicFiles() as group:
             for name in (*more, "x"):
                 group.open(tmp_path / name).write(b"1")
         assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_nothing_is_left_of_a_folder_that_fails(tmp_path):
-    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("1")
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
-    with whole_folder(tmp_path / "out") as folder:
+    with atomic_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("1")
     assert content(tmp_path) == {"out/x": b"1"}
     os.mkdir(tmp_path / "usual")
@@ -342,21 +344,25 @@ def test_nothing_is_left_of_a_folder_that_fails(tmp_path):
 
 
 def test_a_log_has_whole_lines_only(place, capsys):
-    """A log without its first line is none."""
+    """A log whose first line could not be written is removed."""
     sizes = set()
 
     def run_log():
         return common.log.RunLog("20260102_030405", {"task": "x"}, 9, 0)
 
-    for n_bytes in range(0, 800, 7):
+    for n_bytes in range(0, 1600, 7):
         with room_for(n_bytes), contextlib.suppress(OSError), run_log() as log:
             for step in range(9):
-                log.event("Val", (0, step), {"Loss": f"{step}.0"})
-        logs = list(place.glob("train_*.log"))
+                log.write("val", 0, step, {"loss": step + 0.5})
+        logs, metrics = list(place.glob("train_*.log")), list(place.glob("train_*.metrics.jsonl"))
         lines = logs[0].read_text().splitlines(keepends=True) if logs else []
         assert logs or n_bytes < 60
-        assert all(line.endswith("\n") for line in lines) and all(line.endswith(".0\n") for line in lines[1:])
-        sizes.add(len(lines))
-        for log in logs:
+        assert all(line.endswith(end) for line, end in zip(lines, ["\n", *[".500000\n"] * 9], strict=False))
+        events = metrics[0].read_text().splitlines(keepends=True) if metrics else []
+        assert all(line.endswith("\n") for line in events)
+        assert all(json.loads(line)["loss"] for line in events[1:])
+        sizes.add(len(events))
+        assert len(events) <= len(lines) <= len(events) + 1
+        for log in [*logs, *metrics]:
             log.unlink()
     assert sizes == {0, *range(1, 1 + max(sizes))} and max(sizes) > 5

@@ -1,4 +1,4 @@
-"""What "auto" means, held against a table of pretended machines; and what is refused by hand."""
+"""What "auto" means on a table of made-up machines, and which settings are refused."""
 
 import dataclasses
 import functools
@@ -15,11 +15,11 @@ from common.hardware import (
     Machine,
     attention_context,
     autocast_context,
-    choose,
-    describe,
-    detect,
+    describe_compute,
+    detect_machine,
+    measure_dtype,
     measure_matmul_flops,
-    measured_dtype,
+    resolve_compute,
     synchronize,
     with_dtype,
 )
@@ -93,37 +93,37 @@ MACHINES = [
 @pytest.mark.parametrize("row", MACHINES, ids=lambda row: row[0].gpus[0].name if row[0].gpus else row[0].cpu)
 def test_auto(row):
     machine, device, dtype, kernel, grad_scaling = row
-    compute = choose(machine)
+    compute = resolve_compute(machine)
     assert compute.undecided is (dtype == "auto")
     dtype = "float32" if compute.undecided else dtype
     assert (compute.device, compute.dtype, compute.sdp_kernel) == (device, dtype, kernel)
     assert compute.grad_scaling is grad_scaling
     assert compute.autocast is (dtype != "float32")
-    assert len(describe(compute)) == 4
+    assert len(describe_compute(compute)) == 4
     for dtype in ("float32", "bfloat16") if compute.undecided else ():
         decided = with_dtype(compute, CONFIG, dtype, "measured")
         assert (decided.device, decided.dtype, decided.sdp_kernel) == (device, dtype, kernel)
         assert decided.autocast is (dtype != "float32") and not decided.undecided
-        about, device_line, _, attention = describe(compute)
-        assert describe(decided) == [about, device_line, f"dtype {dtype}: measured", attention]
+        about, device_line, _, attention = describe_compute(compute)
+        assert describe_compute(decided) == [about, device_line, f"dtype {dtype}: measured", attention]
 
 
 @pytest.mark.parametrize("row", MACHINES, ids=lambda row: row[0].gpus[0].name if row[0].gpus else row[0].cpu)
 def test_without_loss_scaling_there_is_no_float16(row):
     machine, _, dtype, _, grad_scaling = row
-    compute = choose(machine, loss_scaling=False)
+    compute = resolve_compute(machine, loss_scaling=False)
     dtype = "float32" if grad_scaling or compute.undecided else dtype
     assert compute.dtype == dtype and not compute.grad_scaling
     with pytest.raises(UserError, match="float16"):
-        choose(machine, dtype="float16", loss_scaling=False)
+        resolve_compute(machine, dtype="float16", loss_scaling=False)
 
 
 @pytest.mark.parametrize("row", MACHINES, ids=lambda row: row[0].gpus[0].name if row[0].gpus else row[0].cpu)
 def test_without_mixed_precision_the_weights_stay_float32(row):
-    compute = choose(row[0], use_amp=False)
+    compute = resolve_compute(row[0], use_amp=False)
     assert compute.dtype == "float32" and not compute.undecided
     assert not compute.autocast and not compute.grad_scaling
-    assert compute.sdp_kernel != "flash"  # which CUDA has in half precision only
+    assert compute.sdp_kernel != "flash"  # on CUDA only in half precision
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_without_mixed_precision_the_weights_stay_float32(row):
 )
 def test_refused_by_hand(machine, settings, says):
     with pytest.raises(UserError, match=says):
-        choose(machine, **settings)
+        resolve_compute(machine, **settings)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_refused_by_hand(machine, settings, says):
     ],
 )
 def test_obeyed_by_hand(machine, settings):
-    compute = choose(machine, **settings)
+    compute = resolve_compute(machine, **settings)
     assert settings == {key: getattr(compute, key) for key in settings} and not compute.undecided
     assert compute.grad_scaling is (compute.dtype == "float16")
     if "sdp_kernel" in settings:
@@ -188,7 +188,7 @@ def test_obeyed_by_hand(machine, settings):
 
 def test_auto_skips_a_gpu_that_torch_was_not_built_for():
     machine = dataclasses.replace(A100, gpus=P40.gpus + A100.gpus, cuda_architectures=("sm_80", "sm_90"))
-    compute = choose(machine)
+    compute = resolve_compute(machine)
     assert (compute.device, compute.name) == ("cuda:1", "NVIDIA A100")
 
 
@@ -200,25 +200,25 @@ def test_code_for_a_gpu_may_be_of_an_older_minor_or_ptx():
         ("sm_70", "cpu"),
         ("gfx90a", "cuda"),
     ]:
-        assert choose(dataclasses.replace(P40, cuda_architectures=(built,))).device == device
+        assert resolve_compute(dataclasses.replace(P40, cuda_architectures=(built,))).device == device
 
 
 def test_describe_tells_the_machine_and_each_reason():
-    assert describe(choose(P40)) == [
+    assert describe_compute(resolve_compute(P40)) == [
         "machine Tesla P40, 24 GiB, torch 2.7.0+cu126",
         "device cuda: the first CUDA GPU that torch can use",
         "dtype float32: compute capability 6.1 has no fast half precision",
         "attention math: the fastest for this device and dtype",
     ]
-    assert "16 GiB shared with the CPU" in describe(choose(ORIN))[0]
-    assert "shared" not in describe(choose(ORIN, device="cpu"))[0]
+    assert "16 GiB shared with the CPU" in describe_compute(resolve_compute(ORIN))[0]
+    assert "shared" not in describe_compute(resolve_compute(ORIN, device="cpu"))[0]
 
 
 def test_this_machine():
-    machine = detect()
+    machine = detect_machine()
     assert machine.cpu and machine.cores >= 1 and machine.memory > 2**28
-    json.dumps(dataclasses.asdict(choose(machine)))  # goes into the log's first line
-    assert detect("cpu").gpus == ()
+    json.dumps(dataclasses.asdict(resolve_compute(machine)))  # goes into the log's first line
+    assert detect_machine("cpu").gpus == ()
 
 
 @pytest.mark.parametrize(
@@ -233,13 +233,13 @@ def test_this_machine():
     ],
 )
 def test_a_container_may_have_less(monkeypatch, tmp_path, told, cores):
-    torch, before = pytest.importorskip("torch"), detect()
+    torch, before = pytest.importorskip("torch"), detect_machine()
     n_threads = torch.get_num_threads()
     (tmp_path / "cpu.max").write_text(told)
     (tmp_path / "memory.max").write_text("300000000" if cores else "-1" if told == "1 0" else "max")
-    monkeypatch.setattr(hardware, "CONTAINER", tmp_path)
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
     try:
-        machine = detect()
+        machine = detect_machine()
         assert machine.cores == min(before.cores, cores or before.cores)
         assert torch.get_num_threads() == min(n_threads, machine.cores)
         assert machine.memory == (300000000 if cores else before.memory)
@@ -251,11 +251,11 @@ def test_contexts():
     torch = pytest.importorskip("torch")
     q = torch.randn(1, 2, 8, 16)
     for kernel in ("auto", "flash", "math"):
-        with attention_context(choose(ZEN3, sdp_kernel=kernel)):
+        with attention_context(resolve_compute(ZEN3, sdp_kernel=kernel)):
             assert torch.backends.cuda.flash_sdp_enabled() is (kernel != "math")
             torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     for dtype in ("float32", "bfloat16"):
-        with autocast_context(choose(AMX, dtype=dtype)):
+        with autocast_context(resolve_compute(AMX, dtype=dtype)):
             assert (q @ q.transpose(-1, -2)).dtype == getattr(torch, dtype)
 
 
@@ -265,22 +265,22 @@ def test_matmul_flops_are_plausible():
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch, as_before, capsys):
     machine = dataclasses.replace(A100, gpus=A100.gpus * 2)
-    monkeypatch.setattr(hardware, "detect", lambda device: machine)
-    assert hardware.prepare(CONFIG, place=(1, 2)).device == "cuda:1"
-    assert "device cuda:1: each process on this machine has its own\n" in capsys.readouterr().out
+    monkeypatch.setattr(hardware, "detect_machine", lambda device: machine)
+    assert hardware.set_up_compute(CONFIG, local=(1, 2)).device == "cuda:1"
+    assert "device cuda:1: each process on this machine has its own GPU\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="the last of the 2 GPUs here is cuda:1"):
-        hardware.prepare(CONFIG, place=(2, 3))
+        hardware.set_up_compute(CONFIG, local=(2, 3))
     by_hand = CONFIG.model_copy(update={"device": "cuda:1"})
-    assert hardware.prepare(by_hand, place=(0, 1)).device == "cuda:1"
-    with pytest.raises(UserError, match='"cuda:1" for 2 processes; with "cuda" each has its own'):
-        hardware.prepare(by_hand, place=(0, 2))
+    assert hardware.set_up_compute(by_hand, local=(0, 1)).device == "cuda:1"
+    with pytest.raises(UserError, match='"cuda:1", but this machine runs 2 processes; set "cuda"'):
+        hardware.set_up_compute(by_hand, local=(0, 2))
     machine = dataclasses.replace(machine, cuda_architectures=("sm_90",))  # torch can use neither
-    assert hardware.prepare(CONFIG, place=(1, 2)).device == "cpu"
+    assert hardware.set_up_compute(CONFIG, local=(1, 2)).device == "cpu"
 
 
 @pytest.fixture
 def as_before():
-    """What a test makes of these settings of torch, and of the environment, ends with it."""
+    """Restore the settings of torch and the environment variable after a test."""
     torch, name = pytest.importorskip("torch"), "CUBLAS_WORKSPACE_CONFIG"
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     n_threads = torch.get_num_threads()
@@ -295,11 +295,11 @@ def as_before():
 def test_what_a_gpu_adds_up_is_the_same_each_time(monkeypatch, as_before, workspace, then):
     if workspace:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
-    monkeypatch.setattr(hardware, "detect", lambda device: A100)
+    monkeypatch.setattr(hardware, "detect_machine", lambda device: A100)
     assert not as_before.are_deterministic_algorithms_enabled()
-    hardware.prepare(CONFIG.model_copy(update={"device": "cpu"}))
+    hardware.set_up_compute(CONFIG.model_copy(update={"device": "cpu"}))
     assert not as_before.are_deterministic_algorithms_enabled()
-    hardware.prepare(CONFIG)
+    hardware.set_up_compute(CONFIG)
     assert as_before.are_deterministic_algorithms_enabled()
     assert not as_before.utils.deterministic.fill_uninitialized_memory
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == then
@@ -319,8 +319,8 @@ def test_a_clock_waits_for_the_gpu_that_it_times(monkeypatch):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """passes(float32=3, bfloat16=1): what `measured_dtype` makes of passes that take so many seconds, or
-    raise; and in which order it has called them."""
+    """passes(float32=3, bfloat16=1): call `measure_dtype` with passes that take so many seconds, or raise.
+    Returns its result, and the order in which it called them."""
     now, called = [0.0], []
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])
 
@@ -331,7 +331,7 @@ def passes(monkeypatch):
         now[0] += next(seconds) if hasattr(seconds, "__next__") else seconds
 
     def measure(**times):
-        found = measured_dtype({dtype: functools.partial(one_pass, dtype, t) for dtype, t in times.items()})
+        found = measure_dtype({dtype: functools.partial(one_pass, dtype, t) for dtype, t in times.items()})
         return (*found, called)
 
     return measure
@@ -340,12 +340,12 @@ def passes(monkeypatch):
 def test_bfloat16_is_for_where_it_is_clearly_faster(passes):
     dtype, why, _ = passes(float32=0.152, bfloat16=0.131)
     assert dtype == "bfloat16"
-    assert why == "measured 131.0 ms a forward and backward pass, float32 152.0 ms"
+    assert why == "measured 131.0 ms per forward and backward pass, float32 152.0 ms"
     dtype, why, _ = passes(float32=0.131, bfloat16=0.152)
     assert dtype == "float32"
-    assert why == "measured 131.0 ms a forward and backward pass, bfloat16 152.0 ms"
+    assert why == "measured 131.0 ms per forward and backward pass, bfloat16 152.0 ms"
     dtype, why, _ = passes(float32=0.100, bfloat16=0.096)
-    assert dtype == "float32" and why.endswith("bfloat16 96.0 ms; it would have to gain 5%, being less exact")
+    assert dtype == "float32" and "bfloat16 96.0 ms; a gain below 5% is not worth the rounding errors" in why
 
 
 def test_the_passes_take_turns_and_the_first_ones_and_odd_ones_do_not_count(passes):
@@ -375,9 +375,9 @@ from common import hardware
 from model import GPT
 
 def pretend(slow, features=("avx512_bf16",)):
-    # This machine has instructions for bfloat16, and in one dtype its clock is 20 seconds late a pass.
-    machine, forward, late = hardware.detect("cpu"), GPT.forward, [0]
-    hardware.detect = lambda device: dataclasses.replace(machine, cpu_features=features)
+    # A machine with bfloat16 instructions, on which each pass in dtype `slow` seems to take 20 seconds more.
+    machine, forward, late = hardware.detect_machine("cpu"), GPT.forward, [0]
+    hardware.detect_machine = lambda device: dataclasses.replace(machine, cpu_features=features)
     hardware.time = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0])
     def slower(self, *args, **kwargs):
         dtype = "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"
@@ -389,12 +389,12 @@ def pretend(slow, features=("avx512_bf16",)):
 
 @pytest.fixture
 def slow_in(monkeypatch):
-    """slow_in(dtype): from now on this machine has instructions for bfloat16, and is slow in this dtype."""
+    """slow_in(dtype): from now on this machine has bfloat16 instructions, and is slow in this dtype."""
     from model import GPT
 
     forward, names = GPT.forward, {}
-    for place, name in ((hardware, "detect"), (hardware, "time"), (GPT, "forward")):
-        monkeypatch.setattr(place, name, getattr(place, name))  # to be as it was when the test ends
+    for place, name in ((hardware, "detect_machine"), (hardware, "time"), (GPT, "forward")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # so that it is restored after the test
     exec(PRETEND, names)
 
     def slow_in(dtype):

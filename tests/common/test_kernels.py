@@ -1,4 +1,4 @@
-"""common/kernels.py against PyTorch's own operations and autograd, in float64."""
+"""common/kernels.py compared with PyTorch's own operations and autograd, in float64."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_causal_attention(length):
 
 
 def test_causal_attention_of_heads_that_lie_apart():
-    """As the model has them: [B, T, heads, D] with queries, keys and values side by side."""
+    """As in the model: queries, keys and values are views of one tensor [B, T, heads, D]."""
     torch.manual_seed(0)
     qkv = draw(2, 9, 6, 4)
     q, k, v = qkv.transpose(1, 2).split(2, dim=1)
@@ -77,7 +77,7 @@ def test_linear_cross_entropy_has_gradients_through_its_logits_too(softcap):
 @pytest.mark.parametrize("sizes", [(3, 0, 5, 2), (0, 0, 0, 1), (10, 0, 0, 0)])
 @pytest.mark.parametrize("shape", [(16, 12), (15, 11)], ids=["aligned", "odd"])
 def test_grouped_products(monkeypatch, sizes, shape):
-    """In float32: PyTorch's grouped_mm knows no float64."""
+    """In float32, because PyTorch's grouped_mm does not support float64."""
     sizes = torch.tensor(sizes)
     x = torch.randn(int(sizes.sum()), shape[0], requires_grad=True)
     weight = torch.randn(4, *shape, requires_grad=True)
@@ -88,7 +88,7 @@ def test_grouped_products(monkeypatch, sizes, shape):
     for way in ("as it is", "without PyTorch's"):
         if way != "as it is":
             monkeypatch.delattr(F, "grouped_mm", raising=False)
-        y = kernels.grouped_product(x, weight, sizes)
+        y = kernels.grouped_matmul(x, weight, sizes)
         found = y.detach(), *torch.autograd.grad((y * g).sum(), (x, weight))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""common/patterns.py: every pattern of a released model is taken, and none that goes on for years."""
+"""common/patterns.py: the patterns of released models are accepted, and none that may take years."""
 
 # ruff: noqa: E501 (patterns are as long as they are)
 
@@ -8,7 +8,7 @@ import time
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
-from common.patterns import MOST, _alternatives, trouble
+from common.patterns import MAX_STEPS, cost_of, why_unsafe
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORDS = (
@@ -35,7 +35,7 @@ def made(pattern, number, end=""):
     return [pattern.replace("NUMBER", number).replace("END", end)]
 
 
-# As they stand in the tokenizer.json of these models, or of their families, and in tiktoken.
+# As in the tokenizer.json of these models or their families, and in tiktoken.
 RELEASED = {
     "GPT-2, OLMo, MPT": [GPT2],
     "SmolLM, StarCoder, Command R": [r"\p{N}", GPT2],
@@ -92,9 +92,9 @@ RELEASED = {
 
 
 @pytest.mark.parametrize("model", RELEASED)
-def test_those_of_released_models_are_taken(model):
-    assert trouble(RELEASED[model]) is None
-    assert all(_alternatives(pattern, 0)[0].lost < MOST / 3 for pattern in RELEASED[model])
+def test_patterns_of_released_models_are_accepted(model):
+    assert why_unsafe(RELEASED[model]) is None
+    assert all(cost_of(pattern)[0].fail < MAX_STEPS / 3 for pattern in RELEASED[model])
 
 
 YEARS = [
@@ -111,16 +111,16 @@ NONE = ["(", ")", "a)", "(a", "[a", "*a", "a{2", "{2}", "(?", "|*", r"\p{Nothing
 
 
 @pytest.mark.parametrize("pattern", [*YEARS, *UNKNOWN, *NONE])
-def test_what_may_take_years_or_is_unknown_is_not(pattern):
-    why = trouble([pattern])
+def test_slow_or_unknown_patterns_are_refused(pattern):
+    why = why_unsafe([pattern])
     assert why and (pattern not in YEARS or why.startswith("would take years on some texts: "))
 
 
-def test_lists_are_bounded_in_all():
-    assert trouble([3]) == "is no text"
-    assert trouble(["a" * 100] * 100) is None
-    assert "too long" in trouble(["a" * 100] * 101)
-    assert "nested too deeply" in trouble(["(" * 40 + "a" + ")" * 40])
+def test_lists_of_patterns_are_bounded():
+    assert why_unsafe([3]) == "is not text"
+    assert why_unsafe(["a" * 100] * 100) is None
+    assert "too long" in why_unsafe(["a" * 100] * 101)
+    assert "nested too deeply" in why_unsafe(["(" * 40 + "a" + ")" * 40])
 
 
 TEXTS = ["a" * 3000, " " * 3000, "aB" * 1500, "1" * 3000, "\n" * 3000, " \n" * 1500, "中" * 3000, "a 1\n" * 750,
@@ -128,8 +128,8 @@ TEXTS = ["a" * 3000, " " * 3000, "aB" * 1500, "1" * 3000, "\n" * 3000, " \n" * 1
 
 
 @pytest.mark.parametrize("n_invented", [150, pytest.param(1500, marks=pytest.mark.slow)])
-def test_those_that_are_taken_are_fast(n_invented):
-    """Of patterns put together at random, and of all of them above."""
+def test_accepted_patterns_are_fast(n_invented):
+    """All of those above, and random combinations of pieces."""
     dice, taken, refused = random.Random(0), 0, 0
     pieces = [
         "a",
@@ -157,7 +157,7 @@ def test_those_that_are_taken_are_fast(n_invented):
     patterns = [pattern for some in RELEASED.values() for pattern in some]
     patterns += [invented() for _ in range(n_invented)]
     for pattern in patterns:
-        if trouble([pattern]):
+        if why_unsafe([pattern]):
             refused += 1
             continue
         taken += 1

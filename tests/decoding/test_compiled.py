@@ -1,4 +1,4 @@
-"""decoding/compiled.py, decoding/compiled_steps.py and decoding/packed.py: the same numbers as PyTorch's."""
+"""The compiled backend, and packed weights: the same numbers as PyTorch's."""
 
 import gc
 import os
@@ -17,13 +17,14 @@ from torch import nn
 from common.config import ROOT
 from config.schema import ModelConfig
 from decoding import compile_cache
+from decoding.backend import supports
 from decoding.compile_cache import CACHE
-from decoding.engine import Decoder, supports
+from decoding.engine import BatchedDecoder
 from decoding.packed import GROUP, ROWS, Int8Linear, quantize
 from model import GPT, MLP
 
-compiled = pytest.importorskip("decoding.compiled_steps", reason="Numba is not installed")
-product = pytest.importorskip("decoding.compiled").product
+compiled = pytest.importorskip("decoding.compiled_backend", reason="Numba is not installed")
+multiply = pytest.importorskip("decoding.compiled").multiply
 LLAMA3 = dict(rope_type="llama3", factor=4.0, original_max_position_embeddings=16)
 SHAPES = {
     "plain": dict(),
@@ -47,54 +48,54 @@ def network(**fields):
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_those_of_the_model(shape, int8, n_threads):
-    """Whatever heads and features a thread has, if it has any."""
+    """However heads and features are divided among the threads; some may have none."""
     model, tokens = network(**SHAPES[shape]), random_tokens(9, 24, vocab_size=29)
     if int8:
         quantize(model)
-    expected = model(tokens)[0]
+    expected = model(tokens)
     assert expected.std() > 0.5
-    steps = compiled.CompiledSteps(model, 10, n_threads)
-    assert torch.equal(model(tokens)[0], expected)  # the weights lie elsewhere, and are the same
+    backend = compiled.CompiledBackend(model, 10, n_threads)
+    assert torch.equal(model(tokens), expected)  # the weights were moved and are the same
     for batch in (1, 2, 9):
         rows = torch.arange(batch)
-        for row in rows.tolist():  # which are not in step
-            steps.read(row, tokens[row, : 3 - row % 3].tolist())
+        for row in rows.tolist():  # rows of different lengths
+            backend.refill(row, tokens[row, : 3 - row % 3].tolist())
         for _ in range(21):
-            places = torch.from_numpy(steps.lengths[:batch].copy())
-            found, likeliest = steps.next(tokens[rows, places].tolist())
+            places = torch.from_numpy(backend.lengths[:batch].copy())
+            found, likeliest = backend.step(tokens[rows, places].tolist())
             # Beside int8 weights, activations have 16 bits; with bfloat16's 8, it would be 0.2.
             assert differ(found[:batch], expected[rows, places]) < (1e-2 * expected.std() if int8 else 1e-4)
             assert likeliest == found[:batch].argmax(-1).tolist()
-            assert (steps.lengths[:batch] == (places + 1).numpy()).all()
-    assert steps.lengths[9] == 0 and not steps.job.cache[:, 9].any()
+            assert (backend.lengths[:batch] == (places + 1).numpy()).all()
+    assert backend.lengths[9] == 0 and not backend.buffers.cache[:, 9].any()
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_token_does_not_know_of_the_others(shape, int8):
-    """To the last bit: one at a time or many, in whatever row, in a prompt or drawn."""
+def test_a_token_does_not_depend_on_the_others(shape, int8):
+    """To the last bit: one at a time or many, in any row, read as a prompt or step by step."""
     sizes = dict(n_embd=256, n_hidden=512, block_size=48) if shape == "plain" else dict(block_size=48)
     model, tokens = network(**(sizes | SHAPES[shape])), random_tokens(40, 48, vocab_size=29)
-    steps = compiled.CompiledSteps(quantize(model) if int8 else model, 41, 2)
-    expected = torch.stack([steps.next(column)[0].clone() for column in tokens.T.tolist()])
+    backend = compiled.CompiledBackend(quantize(model) if int8 else model, 41, 2)
+    expected = torch.stack([backend.step(column)[0].clone() for column in tokens.T.tolist()])
     for batch in (1, 2, 5, 16, 24):
-        steps.lengths[:] = 0
+        backend.lengths[:] = 0
         for t in range(4):
-            assert torch.equal(steps.next(tokens[:batch, t].tolist())[0][:batch], expected[t, :batch])
+            assert torch.equal(backend.step(tokens[:batch, t].tolist())[0][:batch], expected[t, :batch])
         for length in (1, 2, 7, 33, 40):
-            steps.read(batch - 1, tokens[batch - 1, :length].tolist())
-            steps.move(batch - 1, batch)
+            backend.refill(batch - 1, tokens[batch - 1, :length].tolist())
+            backend.copy_row(batch - 1, batch)
             last = tokens[: batch + 1, 4].tolist()
             last[batch - 1 :] = [tokens[batch - 1, length].item()] * 2
-            found = steps.next(last)[0]
+            found = backend.step(last)[0]
             for row in (batch - 1, batch):
                 assert torch.equal(found[row], expected[length, batch - 1])
-                assert steps.lengths[row] == length + 1
+                assert backend.lengths[row] == length + 1
 
 
 @pytest.mark.parametrize("columns", [(0, 200), (128, 192), (70, 200), (64, 64)])
 @pytest.mark.parametrize("n", [1, 3, 4, 9])
-def test_int8_products_lose_nothing_but_what_16_bits_of_the_activations_do(n, columns):
+def test_int8_products_are_exact_but_for_the_16_bits_of_activations(n, columns):
     torch.manual_seed(n)
     small = Int8Linear(nn.Linear(200, 37).requires_grad_(False))
     x, out = torch.zeros(16, 256), torch.full((16, 192), torch.nan)
@@ -103,27 +104,27 @@ def test_int8_products_lose_nothing_but_what_16_bits_of_the_activations_do(n, co
     largest = groups.abs().amax(-1, keepdim=True)
     rounded = (groups * (32767 / largest.clamp(min=1e-30))).round() * (largest / 32767)
     expected = rounded.flatten(1)[:n, :200].double() @ small.weight.T.double() + small.bias
-    scratch = compiled.scratch_of(ModelConfig(n_embd=256).resolved(2), 16)
+    scratch = compiled.make_scratch(ModelConfig(n_embd=256).resolved(2), 16)
     matrix = small.w.numpy(), small.scales.numpy(), small.bias.numpy()
-    product(out.numpy(), matrix, x.numpy(), n, (0, 16), columns, False, scratch)
+    multiply(out.numpy(), matrix, x.numpy(), n, (0, 16), columns, False, scratch)
     assert differ(out[:n, :16] + small.bias[:16], expected[:, :16]) < 1e-6 * expected.abs().max()
     assert out[:, 16:].isnan().all() and out[n:].isnan().all()
-    product(out.numpy(), matrix, x.numpy(), n, (17, 37), columns, True, scratch)
+    multiply(out.numpy(), matrix, x.numpy(), n, (17, 37), columns, True, scratch)
     assert differ(out[:n, 16:37], expected[:, 16:]) < 1e-6 * expected.abs().max()
 
 
 @pytest.mark.slow
-def test_int8_in_the_order_that_arm_likes(tmp_path):
-    """Arm's instructions are not here, but the order and the sums are."""
+def test_int8_in_the_order_for_arm(tmp_path):
+    """The order of the weights and the sums, without Arm's instructions."""
     code = (
         "import platform; platform.machine = lambda: 'aarch64'\n"
         "from test_compiled import *\n"
-        "from decoding.packed import NEIGHBOURS\n"
-        "assert not NEIGHBOURS\n"
+        "from decoding.packed import PAIRS_ARE_NEIGHBOURS\n"
+        "assert not PAIRS_ARE_NEIGHBOURS\n"
         "test_rounding_is_less_than_half_a_step(130)\n"
         "test_logits_are_those_of_the_model('groups', True, 2)\n"
     )
-    places = f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests' / 'engine'}"
+    places = f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests' / 'decoding'}"
     env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": places}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
@@ -135,7 +136,7 @@ def test_weights_are_in_memory_once(tied):
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     model = network(tie_embeddings=tied)
-    before, weights = n_bytes(), compiled.CompiledSteps(model, 1).job.weights
+    before, weights = n_bytes(), compiled.CompiledBackend(model, 1).buffers.weights
     assert before <= n_bytes() < before + 50_000  # rows are filled up to blocks
     model.blocks[1].attn.qkv.w.fill_(5.0)
     assert (weights.qkv[0][1] == 5).all() and not (weights.qkv[0][0] == 5).any()
@@ -145,7 +146,7 @@ def test_weights_are_in_memory_once(tied):
     assert tied == bool((model.wte(torch.tensor([3])) == 7).all())
 
 
-def test_what_it_is_not_for():
+def test_unsupported_models_are_recognised():
     assert supports(network())
     assert not supports(network().bfloat16())
     assert not supports(type("Other", (GPT,), {})(network().config))
@@ -157,19 +158,19 @@ def test_what_it_is_not_for():
 
 def test_threads_end_with_the_model():
     before = threading.active_count()
-    steps = compiled.CompiledSteps(network(), 1, 3)
-    steps.next([1])
+    backend = compiled.CompiledBackend(network(), 1, 3)
+    backend.step([1])
     assert threading.active_count() == before + 2
-    del steps
+    del backend
     gc.collect()
     assert threading.active_count() == before
 
 
 def test_ctrl_c_may_come_at_any_time():
-    """The others never wait for a thread that has gone; the next step is sound."""
+    """The other threads never wait for one that was interrupted; the next step is correct."""
     model, n_interrupted = network(), 0
-    expected = model(torch.tensor([[1, 2]]))[0][0]
-    steps = compiled.CompiledSteps(model, 1, 3)
+    expected = model(torch.tensor([[1, 2]]))[0]
+    backend = compiled.CompiledBackend(model, 1, 3)
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
@@ -180,15 +181,15 @@ def test_ctrl_c_may_come_at_any_time():
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + i % 30))
                 while True:
-                    steps.lengths[0] = 0
-                    steps.next([1])
+                    backend.lengths[0] = 0
+                    backend.step([1])
             except KeyboardInterrupt:
                 n_interrupted += 1
             if i % 50 == 0:
-                time.sleep(0.01)  # the others have fallen asleep
-            steps.lengths[0] = 0
-            assert differ(steps.next([1])[0][0], expected[0]) < 1e-4
-            assert differ(steps.next([2])[0][0], expected[1]) < 1e-4
+                time.sleep(0.01)  # the other threads have fallen asleep
+            backend.lengths[0] = 0
+            assert differ(backend.step([1])[0][0], expected[0]) < 1e-4
+            assert differ(backend.step([2])[0][0], expected[1]) < 1e-4
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
@@ -196,12 +197,14 @@ def test_ctrl_c_may_come_at_any_time():
 
 
 def test_a_program_may_end_at_any_time():
-    """While Numba loads, while a team waits: no crash, and the exit code is the program's own."""
+    """While Numba loads or threads wait: no crash, and the program's own exit code."""
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); from decoding.engine import *\n"
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from config.schema import ModelConfig\n"
-        "def main():\n"  # so that nothing but the thread has the model at the end
-        "    decoder = Decoder(GPT(ModelConfig(n_embd=64).resolved(30)).eval())\n"
+        "from decoding.engine import BatchedDecoder, Request\n"
+        "from model import GPT\n"
+        "def main():\n"  # so that only the thread refers to the model at the end
+        "    decoder = BatchedDecoder(GPT(ModelConfig(n_embd=64).resolved(30)).eval())\n"
         "    decoder.compile(); time.sleep(float(sys.argv[2])); decoder.run([Request([1], 5)])\n"
         "main(); sys.exit(7)"
     )
@@ -213,11 +216,11 @@ def test_a_program_may_end_at_any_time():
 
 
 @pytest.mark.parametrize("trouble", ["damaged", "nowhere"])
-def test_without_its_cache_the_steps_are_pytorchs(tmp_path, trouble):
-    """What is damaged is deleted, so that the next start compiles anew."""
+def test_without_its_cache_pytorch_runs_the_model(tmp_path, trouble):
+    """A damaged cache is deleted, so that the next start compiles again."""
     folder = tmp_path / CACHE.name
     if trouble == "damaged":
-        Decoder(network()).compile(wait=True)
+        BatchedDecoder(network()).compile(wait=True)
         shutil.copytree(CACHE, folder)
         for index in folder.rglob("*.nbi"):
             os.truncate(index, index.stat().st_size // 2)
@@ -225,9 +228,11 @@ def test_without_its_cache_the_steps_are_pytorchs(tmp_path, trouble):
         tmp_path.joinpath("file").touch()
         folder = tmp_path / "file" / CACHE.name
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from decoding.engine import *\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from config.schema import ModelConfig\n"
-        "decoder = Decoder(GPT(ModelConfig(n_embd=64).resolved(30)).eval())\n"
+        "from decoding.engine import BatchedDecoder, Request\n"
+        "from model import GPT\n"
+        "decoder = BatchedDecoder(GPT(ModelConfig(n_embd=64).resolved(30)).eval())\n"
         "decoder.compile(wait=True); decoder.run([request := Request([1], 5)]); print(len(request.tokens))"
     )
     env = os.environ | {"NUMBA_CACHE_DIR": str(folder.parent)}
@@ -236,7 +241,7 @@ def test_without_its_cache_the_steps_are_pytorchs(tmp_path, trouble):
     assert not folder.exists()
 
 
-# ---- eight bits ------------------------------------------------------------------------------------
+# ---- 8 bits ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [1, 63, GROUP, 130])
@@ -255,24 +260,24 @@ def test_rounding_is_less_than_half_a_step(width):
     assert differ(small(x), x @ small.weight.T + linear.bias) < 1e-5
 
 
-def test_the_whole_model_becomes_smaller_and_says_nearly_the_same():
+def test_a_quantized_model_is_smaller_and_nearly_the_same():
     model, tokens = network(n_embd=256, tie_embeddings=False), random_tokens(2, 24, vocab_size=29)
     for parameter in model.blocks.parameters():
         parameter.mul_(0.2)
-    expected, n_bytes = model(tokens)[0], sum(t.nbytes for t in model.state_dict().values())
+    expected, n_bytes = model(tokens), sum(t.nbytes for t in model.state_dict().values())
     assert quantize(model) is model
     assert not any(type(module) is nn.Linear for module in model.modules())
     assert sum(t.nbytes for t in model.state_dict().values()) < 0.3 * n_bytes
-    assert differ(model(tokens)[0], expected) < 0.05 * expected.std()
+    assert differ(model(tokens), expected) < 0.05 * expected.std()
 
 
-def test_what_was_compiled_of_other_code_is_not_taken(tmp_path, monkeypatch):
-    """Numba tells by the time of decoding/compiled.py, but numbers of decoding/packed.py are in it, too."""
-    shutil.copytree(ROOT / "engine", tmp_path / "engine")
+def test_code_compiled_from_other_source_is_not_used(tmp_path, monkeypatch):
+    """Numba only looks at decoding/compiled.py, but the constants of decoding/packed.py matter, too."""
+    shutil.copytree(ROOT / "decoding", tmp_path / "decoding", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(compile_cache, "ROOT", tmp_path)
     names = [compile_cache.cache_folder().name]
-    for file in ("blocks", "compiled"):
-        path = tmp_path / "engine" / f"{file}.py"
+    for file in ("packed", "compiled"):
+        path = tmp_path / "decoding" / f"{file}.py"
         times = path.stat()
         path.write_bytes(path.read_bytes() + b"# another one\n")
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))

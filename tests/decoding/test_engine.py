@@ -1,4 +1,4 @@
-"""decoding/engine.py: what a request gets does not depend on who shares the batch."""
+"""decoding/engine.py: the result of a request does not depend on who shares the batch."""
 
 import random
 
@@ -11,12 +11,14 @@ from test_tokenizer import BPE, CHAR, any_text, awkward
 
 import decoding.engine
 import models
-from common.config import check_model
-from decoding.engine import Decoder, Request, StopStrings, TextStream, TorchSteps
+from decoding.backend import TorchBackend
+from decoding.engine import BatchedDecoder, Request
+from decoding.sampling import generate
+from decoding.text import StopStrings, TextStream
 from model import GPT
 from tokenizer import CharTokenizer
 
-# Also with decoding/compiled.py, where it is for that network.
+# Also with the compiled backend, for the networks that it supports.
 COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
 ARCHITECTURES = {
     "nano": {},
@@ -31,7 +33,7 @@ ARCHITECTURES = {
 def network(name="nano", block_size=24, vocab_size=29):
     torch.manual_seed(0)
     fields = dict(architecture="nano", block_size=block_size, n_layer=3, n_head=4, n_embd=32, n_hidden=40)
-    config = check_model(fields | ARCHITECTURES[name], "the test")
+    config = models.check_config(fields | ARCHITECTURES[name], "the test")
     model = models.build(config.resolved(vocab_size)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -45,7 +47,7 @@ def prompts(count, seed=0):
 
 
 def decoder_of(model, n_slots, compiled=False):
-    decoder = Decoder(model, n_slots)
+    decoder = BatchedDecoder(model, n_slots)
     if compiled:
         pytest.importorskip("numba")
         decoder.compile(wait=True)
@@ -56,9 +58,9 @@ def decoder_of(model, n_slots, compiled=False):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("n_slots", [1, pytest.param(3, marks=pytest.mark.slow), 16])
 def test_alone_or_together_greedy_text_is_the_same(name, n_slots, compiled):
-    """Of prompts of all lengths, which come and go and outgrow the context; `generate` is the definition.
+    """For prompts of all lengths, which come and go and outgrow the context; `generate` is the reference.
 
-    Whether logprobs are told makes no difference.
+    Reporting logprobs makes no difference.
     """
     model, requests = network(name), []
     decoder, texts = decoder_of(model, n_slots, compiled), prompts(20)
@@ -72,26 +74,26 @@ def test_alone_or_together_greedy_text_is_the_same(name, n_slots, compiled):
         advanced = decoder.step()
         assert len(advanced) <= n_slots and len(decoder.running) <= n_slots
     for prompt, request in zip(texts, requests, strict=True):
-        expected = list(model.generate(prompt, request.max_tokens, temperature=0, stop_tokens=stop))
+        expected = list(generate(model, prompt, request.max_tokens, temperature=0, stop_tokens=stop))
         assert request.tokens == expected
         assert request.finish_reason == ("length" if len(expected) == request.max_tokens else "stop")
-    assert isinstance(decoder.steps, TorchSteps) != (compiled and type(model) is GPT)
+    assert isinstance(decoder.backend, TorchBackend) != (compiled and type(model) is GPT)
 
 
 @pytest.mark.parametrize("n_before", [0, 3, 30, 60])
-def test_steps_may_become_compiled_ones_at_any_time(n_before):
-    """Also while texts are under way that have outgrown the context."""
+def test_the_backend_may_be_switched_at_any_time(n_before):
+    """Also while running texts have outgrown the context."""
     pytest.importorskip("numba")
     model, texts = network(), prompts(5)
-    decoder = Decoder(model, 3)
+    decoder = BatchedDecoder(model, 3)
     requests = [decoder.add(Request(prompt, 70, temperature=0)) for prompt in texts]
     for _ in range(n_before):
         decoder.step()
     decoder.compile(wait=True)
     decoder.run([])
-    assert not isinstance(decoder.steps, TorchSteps)
+    assert not isinstance(decoder.backend, TorchBackend)
     for prompt, request in zip(texts, requests, strict=True):
-        assert request.tokens == list(model.generate(prompt, 70, temperature=0))
+        assert request.tokens == list(generate(model, prompt, 70, temperature=0))
 
 
 SETTINGS = [
@@ -108,12 +110,12 @@ def test_each_draws_with_its_own_seed_and_settings(compiled):
     requests = [Request(prompt, 30, seed=i, **SETTINGS[i % len(SETTINGS)]) for i, prompt in enumerate(texts)]
     decoder_of(model, 5, compiled).run(requests)
     for i, (prompt, request) in enumerate(zip(texts, requests, strict=True)):
-        assert request.tokens == list(model.generate(prompt, 30, seed=i, **SETTINGS[i % len(SETTINGS)]))
-    Decoder(model, 2).run(again := [Request([5], 20) for _ in range(3)])
+        assert request.tokens == list(generate(model, prompt, 30, seed=i, **SETTINGS[i % len(SETTINGS)]))
+    BatchedDecoder(model, 2).run(again := [Request([5], 20) for _ in range(3)])
     assert len({tuple(request.tokens) for request in again}) == 3  # without a seed
 
 
-def test_penalties_do_not_look_through_the_text_for_every_token():
+def test_penalties_do_not_search_the_text_for_every_token():
     looks = []
 
     class Watched(list):
@@ -121,19 +123,19 @@ def test_penalties_do_not_look_through_the_text_for_every_token():
             looks.append(len(self))
             return super().__iter__()
 
-    decoder = Decoder(network(block_size=200))
+    decoder = BatchedDecoder(network(block_size=200))
     request = Request([1, 2, 3], 150, repetition_penalty=1.3, frequency_penalty=0.1, presence_penalty=0.1)
     request.context = Watched(request.context)
     decoder.run([request])
     assert len(request.tokens) == 150 and sum(looks) < 20
     plain = Request([1], 3, temperature=0.8, top_k=3)
     decoder.run([plain])
-    assert plain.counts is None  # nothing is counted that no penalty asks for
+    assert plain.counts is None  # nothing is counted unless a penalty needs it
 
 
-def test_one_that_is_removed_disturbs_nobody():
+def test_removing_a_request_does_not_affect_others():
     model, texts = network(), prompts(8)
-    decoder, ended = Decoder(model, 3), []
+    decoder, ended = BatchedDecoder(model, 3), []
     requests = [decoder.add(Request(prompt, 20, temperature=0)) for prompt in texts]
     for n_steps, victim in ((4, requests[1]), (1, requests[0]), (2, requests[7])):
         for _ in range(n_steps):
@@ -147,7 +149,7 @@ def test_one_that_is_removed_disturbs_nobody():
     assert len(requests[1].tokens) == n_tokens and requests[7].tokens == []
     assert {id(r) for r in ended} == {id(r) for r in requests} - {id(requests[i]) for i in (0, 1, 7)}
     for i in (2, 3, 4, 5, 6):
-        assert requests[i].tokens == list(model.generate(texts[i], 20, temperature=0))
+        assert requests[i].tokens == list(generate(model, texts[i], 20, temperature=0))
 
 
 @torch.no_grad()
@@ -158,11 +160,11 @@ def test_logprobs_are_the_models_own():
         for prompt in prompts(3)
         for n in (0, 5, 99)
     ]
-    Decoder(model, 4).run(requests)
+    BatchedDecoder(model, 4).run(requests)
     for request in requests:
         for i, (logprob, likeliest) in enumerate(request.logprobs):
             before = request.context[: request.n_prompt + i][-24:]
-            expected = model(torch.tensor([before]))[0][0, -1].log_softmax(-1)
+            expected = model(torch.tensor([before]))[0, -1].log_softmax(-1)
             assert logprob == pytest.approx(expected[request.tokens[i]].item(), abs=1e-4)
             found = sorted(expected.tolist(), reverse=True)[: request.n_logprobs]
             assert [value for _, value in likeliest] == pytest.approx(found, abs=1e-4)
@@ -170,30 +172,30 @@ def test_logprobs_are_the_models_own():
         assert len(request.logprobs) == len(request.tokens)
     assert Request([1], 1).logprobs == []
     stopped = Request([1], 9, n_logprobs=2, temperature=0, stop_tokens=range(29))
-    Decoder(model).run([stopped])
+    BatchedDecoder(model).run([stopped])
     assert stopped.finish_reason == "stop" and stopped.tokens == stopped.logprobs == []
 
 
 @COMPILED
 @torch.no_grad()
 def test_logprobs_of_prompts_are_those_of_one_pass(compiled, monkeypatch):
-    """Also where a prompt is read in pieces while others are answered, who get what they get without it."""
-    monkeypatch.setattr(decoding.engine, "PIECE", 5)
+    """Also where a prompt is read in pieces while others are answered, which do not change by that."""
+    monkeypatch.setattr(decoding.engine, "PREFILL_CHUNK", 5)
     model = network()
     decoder, texts = decoder_of(model, 4, compiled), prompts(9)
-    decoder.steps.n_logits = 3
+    decoder.backend.max_logits = 3
     requests = [
         Request(prompt, i % 3 * 6, n_logprobs=i % 4, temperature=0, scores_prompt=i % 2 == 0 or i % 3 == 0)
         for i, prompt in enumerate(texts)
     ]
     decoder.run(requests)
     for i, (prompt, request) in enumerate(zip(texts, requests, strict=True)):
-        assert request.tokens == list(model.generate(prompt, i % 3 * 6, temperature=0))
+        assert request.tokens == list(generate(model, prompt, i % 3 * 6, temperature=0))
         assert request.finish_reason == "length"
         if i % 2 and i % 3:
             assert request.prompt_logprobs == []
             continue
-        expected = model(torch.tensor([prompt]))[0][0].log_softmax(-1)
+        expected = model(torch.tensor([prompt]))[0].log_softmax(-1)
         assert len(request.prompt_logprobs) == len(prompt) - 1
         told = zip(expected, prompt[1:], request.prompt_logprobs, strict=False)
         for row, token, (logprob, likeliest) in told:
@@ -205,18 +207,18 @@ def test_logprobs_of_prompts_are_those_of_one_pass(compiled, monkeypatch):
 
 @COMPILED
 def test_a_long_prompt_is_read_in_pieces_while_others_go_on(compiled, monkeypatch):
-    """Every step gives a token to those that run, and reads no more than a piece."""
-    monkeypatch.setattr(decoding.engine, "PIECE", 4)
+    """Every step gives a token to each running request, and reads no more than one piece."""
+    monkeypatch.setattr(decoding.engine, "PREFILL_CHUNK", 4)
     model = network(block_size=64)
     decoder, n_read = decoder_of(model, 3, compiled), []
     decoder.step()
-    extend = decoder.steps.extend
+    extend = decoder.backend.extend
 
     def spy(row, tokens, *more):
         n_read.append(len(tokens))
         return extend(row, tokens, *more)
 
-    monkeypatch.setattr(decoder.steps, "extend", spy)
+    monkeypatch.setattr(decoder.backend, "extend", spy)
     first, second = (decoder.add(Request([n], 40, temperature=0)) for n in (1, 2))
     decoder.step()
     long = random_tokens(42, seed=5, vocab_size=29).tolist()
@@ -225,15 +227,15 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(compiled, monkeypatc
         assert decoder.step() == [first, second] and len(first.tokens) == n
     assert n_read == [4] * 4
     decoder.remove(gone)
-    decoder.remove(first)  # whose row the second one takes
+    decoder.remove(first)  # the second one moves to its row
     decoder.run([])
     assert max(n_read) == 4 and sum(n_read) == 4 * 4 + 41
-    assert second.tokens == list(model.generate([2], 40, temperature=0))
-    assert late.tokens == list(model.generate(long, 5, temperature=0)) and gone.tokens == []
+    assert second.tokens == list(generate(model, [2], 40, temperature=0))
+    assert late.tokens == list(generate(model, long, 5, temperature=0)) and gone.tokens == []
 
 
-def test_what_cannot_be_is_refused_and_the_others_go_on():
-    decoder = Decoder(network(), 2)
+def test_bad_requests_are_refused_and_the_others_go_on():
+    decoder = BatchedDecoder(network(), 2)
     good = decoder.add(Request([1, 2], 5, temperature=0))
     for prompt, options in (
         ([], {}),
@@ -251,8 +253,8 @@ def test_what_cannot_be_is_refused_and_the_others_go_on():
     assert len(good.tokens) == 5 and decoder.step() == []
 
 
-def test_an_option_is_never_passed_over():
-    """Whoever adds one need not know that greedy text takes a short cut."""
+def test_unknown_options_are_not_ignored():
+    """Somebody who adds an option need not know that greedy text takes a short cut."""
     assert Request([1], 5, temperature=0).is_greedy
     assert Request([1], 5, temperature=0, repetition_penalty=1.0, top_k=3, top_p=0.5, min_p=0.1).is_greedy
     for options in ({}, dict(temperature=1), dict(temperature=0, repetition_penalty=1.1)):
@@ -285,7 +287,7 @@ def test_a_stream_is_the_text_up_to_a_stop_string(tokenizer, text, stop):
     assert stream.is_stopped == bool(places)
 
 
-def test_a_stream_holds_nothing_back_that_is_certain():
+def test_a_stream_holds_back_only_what_is_uncertain():
     stream = TextStream(CHAR, ["fox."])
     fed = [stream.feed(i) for i in CHAR.encode("The fo brown").tolist()]
     assert fed == ["T", "h", "e", " ", "", "", "fo ", "b", "r", "o", "w", "n"]
@@ -295,8 +297,8 @@ def test_a_stream_holds_nothing_back_that_is_certain():
 @pytest.mark.parametrize(
     "text", ["a" * 20_000, "ab" * 10_000, ("a" * 255 + "c") * 80], ids=["a", "ab", "almost"]
 )
-def test_stop_strings_take_a_look_or_two_at_each_character(text):
-    """Whatever they are, and however many."""
+def test_stop_strings_take_constant_time_per_character(text):
+    """Whatever the stop strings are, and however many."""
     stop = ["a" * n + "b" * 3 for n in range(1, 253)] + ["b" * n for n in range(4, 253)]
     n_looks = 0
 

@@ -1,4 +1,4 @@
-"""engine/archive.py and what builds on it: no file costs more than its size allows, and none is believed."""
+"""engine/archive.py and its users: no file may cost more than its size justifies, and none is trusted."""
 
 import copy
 import io
@@ -18,7 +18,6 @@ import warm
 from conftest import ROOT, leaves
 
 import models
-from common.config import check_model
 from config.schema import ModelConfig
 from engine import archive
 from engine.checkpoint import Checkpoint, load
@@ -30,7 +29,7 @@ MIXTURE = dict(
     qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, n_routed_experts=4, n_group=2, topk_group=1,
     num_experts_per_tok=1, moe_intermediate_size=4, first_k_dense_replace=0,
 )  # fmt: skip
-# In a process of its own, which has little memory and time: what becomes of each file.
+# Loads each file in a separate process with limited memory and time, and prints the outcome.
 JUDGE = """
 import json, resource, signal, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -62,10 +61,10 @@ for path in sys.argv[3:]:
 
 
 def state(shape=None, **changes):
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
     torch.manual_seed(0)
     config = ModelConfig(block_size=8, n_layer=2, n_head=2, n_embd=8)
-    config = (check_model(shape, "the test") if shape else config).resolved(TOKENIZER.vocab_size)
+    config = (models.check_config(shape, "the test") if shape else config).resolved(TOKENIZER.vocab_size)
     model = models.build(config)
     moments = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
     optimizer = {"state": {0: moments}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0]}]}
@@ -82,7 +81,7 @@ def save(value, path):
 
 
 def save_pickle(data, path, records=()):
-    """A container as PyTorch writes it, with these bytes as its pickle."""
+    """Write a container as PyTorch does, with these bytes as its pickle."""
     writer = torch._C.PyTorchFileWriter(str(path))
     writer.write_record("data.pkl", data, len(data))
     for name, content in records:
@@ -91,7 +90,7 @@ def save_pickle(data, path, records=()):
 
 
 def judged(paths, folder, memory=300 << 20):
-    """[(what became of the file, seconds of a processor)]"""
+    """Load the files in a separate process. Returns [(outcome, CPU seconds)]."""
     script = folder / "judge.py"
     script.write_text(JUDGE)
     done = warm.run([script, ROOT, memory, *paths], {"OMP_NUM_THREADS": "1"}, cwd=folder, timeout=300)
@@ -104,7 +103,7 @@ def judged(paths, folder, memory=300 << 20):
 
 
 def laughs(kind, levels=40):
-    """Each holds the one before it ten times."""
+    """Billion laughs: each level contains the previous one ten times."""
     value = kind(["ha"] * 10)
     for _ in range(levels):
         value = kind([value] * 10)
@@ -118,17 +117,17 @@ def cycle(kind=list):
 
 
 def nested(depth=100_000):
-    """As pickle's own machine writes it, which needs no stack."""
+    """As a pickle, because to build such lists in Python would overflow the stack."""
     return b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
 
 
 def by_key(key):
-    """The pickle of a dictionary with this key. key: operations."""
+    """The pickle of a dictionary with one key. key: the pickle operations that make it."""
     return b"\x80\x02}" + key + b"Ns."
 
 
 def doubled(times=40):
-    """A tuple of the one before it, twice."""
+    """A tuple that contains the previous one twice, and so on."""
     return b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(times))
 
 
@@ -142,14 +141,14 @@ def number(value):
 
 
 def hexed(times=36):
-    """Bytes, written in hexadecimal digits, written in ..."""
+    """Bytes in hexadecimal digits, which are in hexadecimal digits again, and so on."""
     call = b"c_codecs\nencode\n"
     text = b"X\x01\x00\x00\x00aX\x06\x00\x00\x00latin1\x86R"
     return b"\x80\x02" + call * (times + 1) + text + b"X\x03\x00\x00\x00hex\x86R" * times + b"."
 
 
 def tensor_of(count, shape, stored=4, strides=None, offset=0, kind="FloatStorage"):
-    """A pickle that promises a storage of `count` numbers, and a tensor of it."""
+    """A pickle that declares a storage of `count` numbers, and a tensor that uses it."""
 
     def tuple_of(numbers):
         return b"(" + b"".join(map(number, numbers)) + b"t"
@@ -257,7 +256,7 @@ STATES = {
     "a pattern that takes memory": lambda: state(tokenizer=tokenizer_of([r"\p{L}" * 10**5])),
     "a version that is a book": lambda: state(tokenizer=tokenizer_of(version="x" * 10**6)),
 }
-# A shape that the weights do not have.
+# A configuration whose shapes the weights do not have.
 for shape, key, value in (
     (None, "n_embd", 65536), (None, "n_layer", 1024), (None, "n_head", 1024), (None, "head_dim", 4096),
     (None, "vocab_size", 1 << 24), (None, "n_hidden", 1 << 18), (None, "rope_theta", 1e308),
@@ -283,8 +282,8 @@ def test_states_that_would_cost_much(tmp_path):
 
 
 def test_tables_that_follow_from_a_few_weights(tmp_path):
-    """cos and sin of a million positions, for a head of 4096 numbers, are 17 GB; for an ordinary one they may
-    be there."""
+    """The rotary tables of a million positions take 17 GB for a head of width 4096, which is refused. For an
+    ordinary head they are allowed."""
     wide = dict(n_layer=1, n_head=1, n_embd=2, n_hidden=2, head_dim=4096)
     for shape, verdict in (
         (wide | dict(block_size=1 << 20), "refused: "),
@@ -313,7 +312,7 @@ def entries(content):
 
 
 def rewritten(content, twice=(), **options):
-    """By Python's library: it may have names twice, or be compressed."""
+    """Written by Python's library, which allows duplicate names and compression."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", **options) as container:
         for name, data in [*entries(content).items(), *twice]:
@@ -322,7 +321,7 @@ def rewritten(content, twice=(), **options):
 
 
 def listed(content, change):
-    """change(entry): of the list of what there is, an entry's bytes, 46 and its name."""
+    """Apply change(entry) to each entry of the central directory: a header of 46 bytes, then the name."""
     start = struct.unpack("<L", content[-6:-2])[0]
     directory, rest, at = b"", content[start:], 0
     while rest[at : at + 4] == b"PK\1\2":
@@ -346,7 +345,7 @@ def of_size(entry):
 
 
 def with_two_lists(content):
-    """Python's library looks right before the locator, PyTorch's where that says."""
+    """Python's library reads the directory right before the locator, PyTorch's the one it points to."""
     assert content[-42:-38] == b"PK\6\7"
     end64, locator, end = content[-98:-42], bytearray(content[-42:-22]), content[-22:]
     locator[8:16] = struct.pack("<Q", len(content) - 98 - 56)
@@ -385,7 +384,7 @@ def test_containers_that_are_not_as_pytorch_writes_them(name, sound):
 
 
 def test_a_container_of_countless_records(tmp_path):
-    """Their list alone would take ten times the memory of the file."""
+    """The directory alone would take ten times as much memory as the file has bytes."""
     directory = b"PK\1\2" + bytes(42)
     count = 1 << 18
     tail = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, len(directory) * count, 0, 0)
@@ -412,7 +411,7 @@ SMALL_TENSORS = [
 
 
 def containers(value):
-    """[(dictionary or list, key)] of all that lies within."""
+    """[(dictionary or list, key)] of everything in `value`."""
     found, waiting, seen = [], [value], set()
     while waiting:
         one = waiting.pop()
@@ -425,7 +424,7 @@ def containers(value):
 
 
 def mutated(made, dice):
-    """With one to three values replaced by any other, by one from elsewhere, by what holds it, or gone."""
+    """Replace one to three values by others, from a list or from elsewhere in the state, or delete them."""
     made = copy.deepcopy(made)
     made["tokenizer"] = json.loads(made["tokenizer"])
     for _ in range(dice.randint(1, 3)):
@@ -462,7 +461,7 @@ OPERATIONS = [bytes([code]) for code in range(256)] + [
 
 
 def mutated_pickle(data, dice):
-    """With operations of it copied, moved, taken out, or others between them."""
+    """Copy, swap, delete, insert, replace or damage one to four operations."""
     places = [place for _, _, place in pickletools.genops(data)] + [len(data)]
     parts = [data[start:end] for start, end in zip(places, places[1:], strict=False)]
     for _ in range(dice.randint(1, 4)):
@@ -518,7 +517,7 @@ def test_what_chance_makes_of_a_checkpoint(kind, seed, tmp_path):
 
 
 def test_a_checkpoint_is_what_was_saved(tmp_path, monkeypatch):
-    """With texts and numbers of all sizes; also by a script of one's own, or an older PyTorch."""
+    """Including strings and numbers of all sizes, and dtypes that training does not use."""
     monkeypatch.setattr("engine.checkpoint.FOLDER", tmp_path)
     numbers = [0, -1, 255, 65536, 1 << 40, -(1 << 40), 0.1]
     made = state(train_config={"texts": ["狐", "\n" * 300, ""], "numbers": numbers})

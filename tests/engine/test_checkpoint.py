@@ -209,7 +209,7 @@ def test_a_context_that_cannot_be_stretched_is_refused(train):
     done = train("sft", rope_scaling=STRETCH)
     assert done.returncode == 2 and done.stderr.endswith(
         f"error: checkpoint/{path.name}: model_config: rope_scaling is for rotary positions, "
-        "and use_rope is false\n"
+        "but use_rope is false\n"
     )
     done = train("sft", architecture="nanochat", rope_scaling=STRETCH)
     assert done.returncode == 2 and done.stderr.endswith(

@@ -1,4 +1,4 @@
-"""Who is named when processes stop. Whole runs, with their launchers: tests/test_faults.py."""
+"""Which processes are reported when some stop. tests/test_faults.py does it with real launchers."""
 
 import re
 
@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import free_port
 
-from engine.heartbeat import LAUNCHER, MINUTE, SHOWN, Watch
+from engine.heartbeat import ANSWER_TIMEOUT, LAUNCHER, MAX_NAMED, Watch
 
-TICK = MINUTE / 12  # between two looks
+TICK = ANSWER_TIMEOUT / 12  # between two updates
 
 
 class Processes:
-    """Processes that beat and watch. At each tick those that run look once, one after another.
+    """Simulated processes that beat and watch. On each tick, every running one updates its watch once.
 
     per_machine: how many are on each; owner: of the store, 0 or LAUNCHER.
     """
@@ -25,25 +25,25 @@ class Processes:
         self.watches = [Watch(rank, world, rank % per_machine, owner, address) for rank in range(world)]
         self.read, self.rounds = [{} for _ in range(world)], [0] * world
         self.owner, self.stored, self.step = owner, {}, 1
-        self.stopped, self.said = set(), []  # said: (minute, by whom, line)
+        self.stopped, self.said = set(), []  # said: (minute, reporting rank, line)
         self.now = 0.0
 
     def tick(self, n=1):
         for _ in range(n):
             self.now += TICK
             running = [rank for rank in range(len(self.watches)) if rank not in self.stopped]
-            self.step += len(running) == len(self.watches)  # as each step takes all
+            self.step += len(running) == len(self.watches)  # a step needs all processes
             for rank in running:
                 self.rounds[rank] += 1
                 if self.owner not in self.stopped:
                     self.stored[rank] = [self.rounds[rank], self.step, 4000 + rank, "box"]
                     self.read[rank] = {**self.stored, LAUNCHER: [self.rounds[rank]]}
             for rank in running:
-                for line in self.watches[rank].look(self.read[rank], self.step, TICK):
-                    self.said.append((self.now / MINUTE, rank, line))
+                for line in self.watches[rank].update(self.read[rank], self.step, TICK):
+                    self.said.append((self.now / ANSWER_TIMEOUT, rank, line))
 
     def names(self, since=0.0):
-        """{by whom: set of ranks, or of LAUNCHER, that were said to be waited for}"""
+        """{reporting rank: set of ranks (or LAUNCHER) that it reported as missing}"""
         found = {}
         for when, by, line in self.said:
             if when >= since and line.startswith("Waiting"):
@@ -86,7 +86,7 @@ def test_nobody_is_named_who_was_stopped_for_less_than_a_minute(world, owner, da
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2))
 def test_when_the_owner_of_the_store_is_stopped_each_machine_is_told(machines, per_machine, others):
-    """The first process has it, and may be stopped with others of its machine that came before it in that."""
+    """Rank 0 owns it. Other processes of its machine may have been stopped earlier."""
     world = machines * per_machine
     run = Processes(world, per_machine, owner=0)
     run.tick(3)
@@ -98,10 +98,10 @@ def test_when_the_owner_of_the_store_is_stopped_each_machine_is_told(machines, p
     run.tick(12 * 3)
     speakers = {min(set(range(first, first + per_machine)) - run.stopped, default=None)
                 for first in range(0, world, per_machine)} - {None}  # fmt: skip
-    assert run.names(since=run.now / MINUTE - 1) == {speaker: early | {0} for speaker in speakers}
+    assert run.names(since=run.now / ANSWER_TIMEOUT - 1) == {speaker: early | {0} for speaker in speakers}
     run.stopped, run.said = set(), []
     run.tick(2)
-    assert {by for _, by, _ in run.said} <= speakers | {0}  # which knows of those before it
+    assert {by for _, by, _ in run.said} <= speakers | {0}  # rank 0 knows who was stopped before it
     run.said = []
     run.tick(12 * 3)
     assert not run.said
@@ -110,10 +110,10 @@ def test_when_the_owner_of_the_store_is_stopped_each_machine_is_told(machines, p
 def test_a_launcher_that_is_stopped_is_named_only_if_no_step_goes_on():
     run = Processes(4, per_machine=2, owner=LAUNCHER)
     run.tick(3)
-    run.stopped = {LAUNCHER}  # by Ctrl-Z, which reaches PyTorch's launcher and not the processes
+    run.stopped = {LAUNCHER}  # Ctrl-Z stops PyTorch's launcher, but not the processes
     run.tick(40)
     assert not run.said
-    run.stopped = {LAUNCHER, 0, 1}  # its machine sleeps
+    run.stopped = {LAUNCHER, 0, 1}  # its machine is asleep
     run.tick(15)
     assert run.names() == {2: {LAUNCHER}}
     assert "Waiting for the launcher at 10.77.0.1:29500: no answer for 1 min 00 s." in run.said[0]
@@ -121,10 +121,10 @@ def test_a_launcher_that_is_stopped_is_named_only_if_no_step_goes_on():
 
 def test_who_has_not_arrived_and_where_somebody_was_seen_last():
     run = Processes(3, per_machine=3, owner=LAUNCHER)
-    run.stored[2] = [77, 500, 3999, "box"]  # left by a process before the launcher began anew
+    run.stored[2] = [77, 500, 3999, "box"]  # left in the store from before the launcher restarted
     run.stopped = {2}
     run.tick(15)
-    assert [line for _, _, line in run.said] == ["Waiting for process 2: not there after 1 min 00 s."]
+    assert [line for _, _, line in run.said] == ["Waiting for process 2: it has not joined after 1 min 00 s."]
     run.stopped, run.said = set(), []
     run.tick(3)
     assert [line for _, _, line in run.said] == ["No longer waiting for process 2, after 1 min 10 s."]
@@ -147,7 +147,7 @@ def test_many_are_counted():
     run.tick(3)
     run.stopped = set(range(2, 40))
     run.tick(14)
-    assert len(run.said) == SHOWN + 1 and run.said[-1][2] == f"... and for {38 - SHOWN} more."
+    assert len(run.said) == MAX_NAMED + 1 and run.said[-1][2] == f"... and for {38 - MAX_NAMED} more."
 
 
 # ---- with a store, threads and SIGSTOP ---------------------------------------------------------------------
@@ -157,7 +157,7 @@ import os, signal, time
 import torch.distributed as dist
 from engine import heartbeat
 
-heartbeat.MINUTE = 2.4
+heartbeat.ANSWER_TIMEOUT = 2.4
 rank, victim, port = (int(os.environ[name]) for name in ("RANK", "VICTIM", "MASTER_PORT"))
 heart = heartbeat.Heartbeat(rank, 3)
 heart.step = 7
@@ -172,7 +172,7 @@ if rank == victim:
     os.kill(os.getpid(), signal.SIGSTOP)
 ends = time.monotonic() + (1.5 if rank == victim else 5.5)
 while time.monotonic() < ends:
-    sum(range(1_000_000)) if rank == 2 else time.sleep(0.1)  # a long validation, or somebody who waits
+    sum(range(1_000_000)) if rank == 2 else time.sleep(0.1)  # rank 2 is busy, rank 1 waits
 heart.stop()
 time.sleep(0.5)  # the others need the store to stop
 os._exit(0)
@@ -181,7 +181,7 @@ os._exit(0)
 
 @pytest.mark.parametrize("owner", ["first process", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_a_process_that_is_stopped_and_goes_on(shared_project, owner):
-    """It is the first one, with whose store the calls of all others stop. Who is busy is not named."""
+    """Rank 0 is stopped: the others' calls to its store block. A busy process is not reported."""
     script = shared_project.root / "beats.py"
     script.write_text(BEATS, "utf-8")
     port = int(free_port())

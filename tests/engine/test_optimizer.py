@@ -1,4 +1,4 @@
-"""Which parameters take which steps at which rate; Muon against PyTorch's; the schedules in numbers."""
+"""Parameter groups and their rates; Muon compared with PyTorch's; numbers of the schedules."""
 
 import copy
 import math
@@ -56,7 +56,7 @@ def test_rate_and_decay_of_each_parameter(optimizer, tied):
 
 
 def test_without_rates_of_their_own_there_are_as_few_groups_as_can_be():
-    """And the order of the parameters, by whose numbers a checkpoint has their state, is always the same."""
+    """And the order of the parameters never changes: a checkpoint stores their state by number."""
     orders = []
     for settings, n_groups in [({}, 2), ({"embedding_lr": 1.0, "unembedding_lr": 0.1}, 4)]:
         model = model_of(tie_embeddings=False)
@@ -129,7 +129,7 @@ def test_pytorchs_own_takes_the_steps_of_a_run_in_bfloat16():
         train_a_step(model, optimizer, seed=0)
     for one, two, start in zip(ours.matrices(), theirs.matrices(), before.matrices(), strict=True):
         steps = ((matrix - start).flatten() for matrix in (one, two))
-        assert nn.functional.cosine_similarity(*steps, dim=0) > 0.95  # rounded to 8 bits at each product
+        assert nn.functional.cosine_similarity(*steps, dim=0) > 0.95  # each product is rounded to 8 bits
 
 
 def test_the_two_in_one_are_muon_and_adamw():
@@ -137,7 +137,7 @@ def test_the_two_in_one_are_muon_and_adamw():
     joined, apart = model_of(), model_of()
     one, two = make_optimizer(joined, config), make_optimizer(apart, config)
     for step in range(4):
-        if step == 2:  # on with a new one that takes over the state
+        if step == 2:  # continue with a new optimizer that loads the state
             state = copy.deepcopy(one.state_dict())
             one = make_optimizer(joined, config)
             one.load_state_dict(state)

@@ -9,7 +9,7 @@ import torch
 from lm_pass import lm_pass
 
 from common.errors import UserError
-from common.hardware import Gpu, Machine, attention_context, choose
+from common.hardware import Gpu, Machine, attention_context, resolve_compute
 from config.schema import ModelConfig, TrainConfig
 from config.stages import STAGES
 from data import TokenBatches, TokenFile
@@ -21,7 +21,7 @@ SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64).resolved(100)
 
 
 def choice_of(memory=8 * GIB, **settings):
-    return choose(Machine("a CPU", 4, memory, "2.7.0"), **settings)
+    return resolve_compute(Machine("a CPU", 4, memory, "2.7.0"), **settings)
 
 
 def facts_of(compute, **settings):
@@ -173,7 +173,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_built():
     refuse_too_large(SHAPE, choice_of())
     gpu = Gpu("A100", (8, 0), 8 * GIB)
     with pytest.raises(UserError, match="8.00 GiB"):
-        refuse_too_large(huge, choose(Machine("a CPU", 4, 999 * GIB, "2.7.0", gpus=(gpu,))))
+        refuse_too_large(huge, resolve_compute(Machine("a CPU", 4, 999 * GIB, "2.7.0", gpus=(gpu,))))
 
 
 @pytest.mark.parametrize(

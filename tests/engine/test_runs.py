@@ -16,9 +16,10 @@ import torch
 import engine.checkpoint
 import tokenizer as tokenizers
 from common.errors import UserError
-from data import TokenBatches, TokenFile, prepare
+from data import TokenBatches, TokenFile
 from engine.checkpoint import load
 from engine.runs import Run, newest, saved
+from preparation.corpus import prepare
 
 # ---- names and locks -------------------------------------------------------------------------------------
 
@@ -229,7 +230,7 @@ def test_a_checkpoint_of_version_1_goes_on(train):
 def write_data(train, name, texts):
     tokenizer = tokenizers.load(train.root / "dataset" / "prepared" / "tokenizer.json")
     (train.root / "text.txt").write_text("<|eos|>".join(texts), "utf-8")
-    prepare([train.root / "text.txt"], [], train.root / name, val_fraction=0.2, tokenizer=tokenizer)
+    prepare({"pretrain": [train.root / "text.txt"]}, train.root / name, val_fraction=0.2, tokenizer=tokenizer)
     return [[f"{name}/pretrain_{split}.bin" for split in ("train", "val")]]
 
 

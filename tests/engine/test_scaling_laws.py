@@ -1,4 +1,4 @@
-"""What "auto" in the configuration of a run stands for, and that it stays so."""
+"""The numbers that "auto" stands for in a run, and that a resumed run keeps them."""
 
 import json
 from types import SimpleNamespace
@@ -18,12 +18,12 @@ def numbers(n_params, block_size=256, largest_batch=None, **settings):
     model = SimpleNamespace(n_params=n_params, config=SimpleNamespace(block_size=block_size))
     found = {key: number for key, (number, _) in chosen(config, model, largest_batch).items()}
     assert set(found) == set(KEYS)
-    assert TrainConfig(dataset_path=[("a", "b")], **found)  # sound together
+    assert TrainConfig(dataset_path=[("a", "b")], **found)  # a valid configuration
     return found
 
 
 def test_the_laws():
-    """By hand: 20 million parameters, so 400 million tokens and batches of 0.58 * 4e8^0.571 = 47,377."""
+    """Computed by hand: 20 million parameters, 400 million tokens, batches of 0.58 * 4e8^0.571 = 47,377."""
     assert numbers(20_000_000) == {
         "batch_size": 256,  # 185 sequences of 256, to the nearest power of two
         "gradient_accumulation_steps": 1,
@@ -80,11 +80,11 @@ def test_a_run_has_numbers_and_keeps_them(train):
     header = json.loads(log.read_text("utf-8").partition("\n")[0].removeprefix("# "))
     assert {key: header["train_config"][key] for key in KEYS} == written
 
-    # Gone on with, it is the same run; what is set by hand then is obeyed.
+    # A resumed run keeps its numbers, except those that are set by hand now.
     train.checkpoints()[4].unlink()
     done = train("pretrain", "--resume", **settings)
     assert done.returncode == 0 and "changed since then" not in done.stderr
-    assert done.stdout.count("as the run began") == 3
+    assert done.stdout.count("as at the start of the run") == 3
     assert train.same(load(train.checkpoints()[4]), whole)
     done = train("pretrain", "--resume", **{**settings, "max_steps": 5, "learning_rate": 0.004})
     changed = f"changed since then: max_steps: 4 -> 5, learning_rate: {written['learning_rate']} -> 0.004\n"

@@ -1,4 +1,4 @@
-"""What ends a run before its end. Whole runs that are ended so: tests/test_train.py, tests/test_faults.py."""
+"""Signals and dying launchers. Real runs are stopped in tests/test_train.py and tests/test_faults.py."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture
 def caught():
-    """What is left of the signals that a test sends, where nobody else handles them."""
+    """The signals that reached the previous handlers."""
     numbers, before = [], {number: signal.getsignal(number) for number in ENDING}
     for number in ENDING:
         signal.signal(number, lambda number, frame: numbers.append(number))
@@ -29,9 +29,9 @@ def caught():
 def test_a_signal_asks_and_a_second_one_insists(caught, number):
     stop = StopRequest()
     signal.raise_signal(number)
-    assert stop.asked and not caught
+    assert stop.requested and not caught
     signal.raise_signal(number)
-    # Shell and terminal send one SIGHUP each, and mean the same.
+    # Shell and terminal send one SIGHUP each, so a second one means nothing new.
     assert caught == ([] if number == signal.SIGHUP else [number])
 
 
@@ -40,14 +40,14 @@ def test_a_launcher_may_send_it_twice(caught, number):
     stop = StopRequest(launcher=object())
     for _ in range(3):
         signal.raise_signal(number)
-    assert stop.asked and not caught
+    assert stop.requested and not caught
 
 
 def test_what_nohup_ignores_stays_ignored(caught):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopRequest()
     signal.raise_signal(signal.SIGHUP)
-    assert not stop.asked and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 # ---- the launcher is killed --------------------------------------------------------------------------------
@@ -64,11 +64,11 @@ STARTS = 'print("started", flush=True)\ntime.sleep(60)'
 TRAINS = """
 request = stop.StopRequest(launcher)
 print("started", flush=True)
-while not request.asked:
+while not request.requested:
     time.sleep(0.1)
 """
-STUCK = TRAINS + "time.sleep(60)"  # with its peers gone
-SAVES = TRAINS + 'request.heard()\ntime.sleep(2.5)\nprint("saved", flush=True)'
+STUCK = TRAINS + "time.sleep(60)"  # because the other processes are gone
+SAVES = TRAINS + 'request.loop_ended()\ntime.sleep(2.5)\nprint("saved", flush=True)'
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def test_a_process_ends_when_its_launcher_is_killed(works, output, errors):
     )
     assert launcher.stdout.readline() == "started\n"
     launcher.kill()
-    stdout, stderr = launcher.communicate(timeout=20)  # to their end, which is that of the other process
-    said = "The launcher has ended, and so does this run.", "Process 3 cannot end its step; it ends at once."
+    stdout, stderr = launcher.communicate(timeout=20)  # until the child ends, too: it has the same pipes
+    said = "The launcher has ended, and so does this run.", "Process 3 cannot finish its step and ends now."
     assert stdout == output and tuple(stderr.splitlines()) == said[:errors]
 
 
 def test_both_launchers_of_deepspeed_are_watched(tmp_path):
-    """`deepspeed` starts a process that starts those that train; killed alone, it would leave them all."""
+    """`deepspeed` starts a second launcher, and that the training processes. Killing the first stops all."""
     (tmp_path / "works.py").write_text(LAUNCHED + STARTS)
     command = [sys.executable, "-m", *deepspeed(), tmp_path / "works.py"]
     runner = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""export.py and formats/huggingface.py: Transformers opens what we write, and we read what it saves."""
+"""export.py and formats/huggingface.py: Transformers opens what Nano writes, and Nano reads what it saves."""
 
 import functools
 import json
@@ -22,9 +22,9 @@ from tokenizers import models as library_models
 import engine.checkpoint
 import inference
 import models
-from common.config import check_model
+from decoding.sampling import generate
 from engine.checkpoint import Checkpoint, build, load
-from formats import huggingface, load_tokenizer, tokenizer_and_rows
+from formats import huggingface, load_tokenizer, load_tokenizer_and_rows
 from inference import TextGenerator
 from model import GPT
 from tokenizer import SPECIAL_TOKENS, BPETokenizer, byte_alphabet, from_dict, render_chat
@@ -59,9 +59,9 @@ CASES = {
 
 
 def random_checkpoint(fields, tokenizer, task="sft"):
-    """Of a model whose weights are so large that what is wrong shows."""
+    """A model whose weights are large enough for mistakes to show."""
     torch.manual_seed(0)
-    model = models.build(check_model(fields, "the test").resolved(tokenizer.vocab_size))
+    model = models.build(models.check_config(fields, "the test").resolved(tokenizer.vocab_size))
     for name, tensor in model.state_dict().items():
         tensor.normal_(float("norm" in name), 0.2)
     return Checkpoint(
@@ -70,13 +70,13 @@ def random_checkpoint(fields, tokenizer, task="sft"):
 
 
 def newest():
-    """The checkpoint that was written last."""
+    """The most recently written checkpoint."""
     return load(max(engine.checkpoint.FOLDER.glob("*.pt"), key=lambda path: path.stat().st_mtime_ns))
 
 
 @pytest.fixture
 def written(command, tmp_path):
-    """written(checkpoint): the folder that export.py makes of it."""
+    """written(checkpoint): the folder that export.py writes."""
 
     def written(checkpoint):
         done = command("-m", checkpoint.save(), "-o", tmp_path / "交给 others")
@@ -103,7 +103,7 @@ def test_transformers_opens_what_is_written(case, written):
     assert case.replace(" ", "").lower().startswith(other.config.model_type.replace("_", ""))
     tokens = random_tokens(2, 40, vocab_size=tokenizer.vocab_size)
     ours = model(tokens)[0]
-    assert ours.std() > 0.5  # not equal for being small
+    assert ours.std() > 0.5  # not equal merely because all are small
     assert differ(ours, other(tokens).logits) < 1e-4
 
     text_generator = TextGenerator(model, tokenizer)
@@ -125,7 +125,7 @@ def test_transformers_opens_what_is_written(case, written):
         answer = other.generate(**prompt, do_sample=False, max_new_tokens=20)[0, len(ids) :].tolist()
         if answer[-1] in other.generation_config.eos_token_id:
             answer.pop()
-        assert answer == list(model.generate(ids, 20, temperature=0, stop_tokens=text_generator.stop_tokens))
+        assert answer == list(generate(model, ids, 20, temperature=0, stop_tokens=text_generator.stop_tokens))
         answer = [i for i in answer if i < tokenizer.vocab_size]
         assert its_tokenizer.decode(answer) == tokenizer.decode(answer)
         length += len(answer)
@@ -133,8 +133,8 @@ def test_transformers_opens_what_is_written(case, written):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back(case, written, command):
-    """Everything is equal to the bit, also after Transformers has opened and saved it, in several files."""
+def test_round_trip(case, written, command):
+    """All is equal bit for bit, even after Transformers has opened it and saved it in several files."""
     checkpoint = random_checkpoint(*CASES[case])
     folder = written(checkpoint)
     done = command("--read", folder)
@@ -155,7 +155,7 @@ def test_there_and_back(case, written, command):
     assert done.returncode == 0, done.stderr
     back = newest()
     assert back.task == "pretrain" and back.tokenizer == checkpoint.tokenizer
-    # Transformers does not keep the module of multi-token prediction.
+    # Transformers does not keep the multi-token prediction module.
     lost = {name for name in checkpoint.model if name.startswith("mtp.")}
     assert back.model.keys() == checkpoint.model.keys() - lost
     assert all(torch.equal(back.model[name], checkpoint.model[name]) for name in back.model)
@@ -163,8 +163,8 @@ def test_there_and_back(case, written, command):
 
 
 @torch.no_grad()
-def test_the_prediction_module_is_theirs(written, monkeypatch):
-    """Transformers reads it for drafting; which layer it is stands in the class, for the released size."""
+def test_the_prediction_module_is_the_same(written, monkeypatch):
+    """Transformers reads it for drafting; its class hard-codes the layer number of the released model."""
     from transformers import modeling_layers
 
     if not hasattr(modeling_layers, "MtpModel"):
@@ -218,10 +218,10 @@ def test_a_model_of_transformers_is_read(family, command, tmp_path):
     answer = other.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20, eos_token_id=None
     )
-    assert list(model.generate(prompt[0], 20, temperature=0)) == answer[0, 5:].tolist()
+    assert list(generate(model, prompt[0], 20, temperature=0)) == answer[0, 5:].tolist()
 
 
-# The regular expressions in the tokenizer.json of released models.
+# Regular expressions in the tokenizer.json of released models.
 QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -252,7 +252,7 @@ NUMBERS = "12345 a1b22c333\r\n\r\n  don't DON'T 2026年 é e\u0301 !!\n"
 
 @functools.cache
 def foreign(name):
-    """A byte-level BPE of the `tokenizers` library that cuts text as the released one of this name."""
+    """A byte-level BPE of the `tokenizers` library that splits text like the released one of this name."""
     normalizer, cuts, options = FOREIGN[name]
     library = Library(library_models.BPE(**options))
     if normalizer is not None:
@@ -267,7 +267,7 @@ def foreign(name):
     library.train_from_iterator([SAMPLE + NUMBERS] * 3, trainer)
     content = json.loads(library.to_str())
     if options.get("ignore_merges"):
-        # Some of Llama 3's tokens are made by no merge; only whole words are these.
+        # Some of Llama 3's tokens are not the result of a merge; they only match whole words.
         vocabulary = content["model"]["vocab"]
         vocabulary |= {word: len(vocabulary) + i for i, word in enumerate(["Ġzebra", "zz"])}
     return Library.from_str(json.dumps(content))
@@ -275,18 +275,18 @@ def foreign(name):
 
 @functools.cache
 def read_foreign(name):
-    """(our tokenizer, rows) of it."""
+    """(Nano's tokenizer, rows) of the same one."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         foreign(name).save(str(path))
-        return huggingface.from_library(path, dict(bos_token_id=0, eos_token_id=1))
+        return huggingface.from_hf_tokenizer(path, dict(bos_token_id=0, eos_token_id=1))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", ["GPT-2", "Llama 3", "Qwen3", "DeepSeek V3"])
-def test_a_tokenizer_of_others_is_read(name, tied, command, tmp_path):
-    """Byte-level BPE: its numbers become ours, and the rows of the embedding follow."""
+def test_a_foreign_tokenizer_is_read(name, tied, command, tmp_path):
+    """Byte-level BPE: ids become Nano's, and the rows of the embedding are reordered accordingly."""
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=foreign(name), bos_token="<s>", eos_token="</s>"
     )
@@ -299,19 +299,19 @@ def test_a_tokenizer_of_others_is_read(name, tied, command, tmp_path):
         part.save_pretrained(tmp_path / "theirs")
     done = command("--read", tmp_path / "theirs")
     assert done.returncode == 0, done.stderr
-    assert "new to it are <|padding|>, <|unknown|>, <|instruct_mark|>" in done.stdout
+    assert "new to the model: <|padding|>, <|unknown|>, <|instruct_mark|>" in done.stdout
     model, tokenizer = build(newest(), "the test")
     assert model.config.vocab_size == tokenizer.vocab_size == len(theirs) - 3 + len(SPECIAL_TOKENS)
     assert model.config.tie_embeddings == tied
-    left_out = [2, *range(len(theirs), 440)]  # <mask>, and rows that no token has
+    left_out = [2, *range(len(theirs), 440)]  # <mask>, and rows without a token
     for text in ("The fox", "狐狸 é\r\n", SAMPLE[:20]):
         prompt = theirs(text, return_tensors="pt")
         ids = tokenizer.encode(text).tolist()
         assert theirs.convert_ids_to_tokens(prompt["input_ids"][0]) == [
-            huggingface.to_library(tokenizer).id_to_token(i) for i in ids
+            huggingface.to_hf_tokenizer(tokenizer).id_to_token(i) for i in ids
         ]
         answer = other.generate(**prompt, do_sample=False, max_new_tokens=10, suppress_tokens=left_out)
-        ours = model.generate(ids, 10, temperature=0, stop_tokens=[tokenizer.eos_id])
+        ours = generate(model, ids, 10, temperature=0, stop_tokens=[tokenizer.eos_id])
         answer = theirs.decode(answer[0, len(ids) :], skip_special_tokens=True)
         assert answer == tokenizer.decode(list(ours))
     first = model(torch.tensor([[tokenizer.bos_id]]))[0][0, 0, tokenizer.eos_id]
@@ -319,8 +319,8 @@ def test_a_tokenizer_of_others_is_read(name, tied, command, tmp_path):
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_tokenizer_is_the_same_from_wherever_it_is_read(name, command, tmp_path):
-    """From a folder of others, from its tokenizer.json, from a checkpoint, and from Nano's JSON."""
+def test_a_tokenizer_is_the_same_wherever_it_is_read_from(name, command, tmp_path):
+    """From a Transformers folder, from its tokenizer.json, from a checkpoint, and from Nano's JSON."""
     ours, rows = read_foreign(name)
     (tmp_path / "theirs").mkdir()
     foreign(name).save(str(tmp_path / "theirs" / "tokenizer.json"))
@@ -329,12 +329,12 @@ def test_a_tokenizer_is_the_same_from_wherever_it_is_read(name, command, tmp_pat
     paths.append(random_checkpoint(SMALL, ours).save())
     for path in paths:
         assert load_tokenizer(path).fingerprint == ours.fingerprint
-    assert tokenizer_and_rows(paths[0], dict(bos_token_id=0, eos_token_id=1))[1] == rows
-    assert tokenizer_and_rows(paths[2], {})[1] == list(range(ours.vocab_size))
+    assert load_tokenizer_and_rows(paths[0], dict(bos_token_id=0, eos_token_id=1))[1] == rows
+    assert load_tokenizer_and_rows(paths[2], {})[1] == list(range(ours.vocab_size))
 
 
-def test_a_model_of_others_is_fine_tuned(project, tmp_path):
-    """By the commands of doc/elsewhere.md."""
+def test_a_foreign_model_is_fine_tuned(project, tmp_path):
+    """With the commands in doc/elsewhere.md."""
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=foreign("Qwen3"), bos_token="<s>", eos_token="</s>"
     )
@@ -363,7 +363,7 @@ def test_a_model_of_others_is_fine_tuned(project, tmp_path):
 
 
 def test_old_keys_of_a_config_mean_the_same(written, command):
-    """rope_type was once "type", and keys that have a default may be missing."""
+    """rope_type was once named "type", and keys with a default may be missing."""
     folder = written(random_checkpoint(SMALL | dict(qk_norm=False, rope_scaling=YARN, norm_eps=1e-6,
                                                     tie_embeddings=False), CHAR))  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
@@ -375,7 +375,7 @@ def test_old_keys_of_a_config_mean_the_same(written, command):
     assert newest().model_config == load(max(engine.checkpoint.FOLDER.glob("*_step_7.pt"))).model_config
 
 
-def test_what_stands_there_twice_may_stay(written, command):
+def test_redundant_tensors_are_accepted(written, command):
     checkpoint = random_checkpoint(SMALL | dict(qk_norm=False), CHAR)
     folder = written(checkpoint)
     other_tensors(
@@ -385,7 +385,7 @@ def test_what_stands_there_twice_may_stay(written, command):
     assert all(torch.equal(newest().model[name], checkpoint.model[name]) for name in checkpoint.model)
 
 
-def test_half_precision_stays(written, command):
+def test_half_precision_is_kept(written, command):
     checkpoint = random_checkpoint(*CASES["Qwen3"], task="pretrain")
     checkpoint.model = {name: tensor.bfloat16() for name, tensor in checkpoint.model.items()}
     folder = written(checkpoint)
@@ -397,7 +397,7 @@ def test_half_precision_stays(written, command):
 
 
 def test_from_training_to_the_folder_and_back_to_fine_tuning(train, command, monkeypatch, tmp_path):
-    """The whole way on the command lines: the newest model, into a folder beside it."""
+    """The whole way with the command lines, beginning with the newest model."""
     monkeypatch.setattr(engine.checkpoint, "FOLDER", train.root / "checkpoint")
     assert train("pretrain", max_steps=4).returncode == 0
     (path,) = train.checkpoints().values()
@@ -422,12 +422,11 @@ KEPT = {}
 
 
 def counterpart(ours, name=None):
-    """The same tokenizer, as Transformers reads it. `name`: which one, if it is none of ours."""
+    """The same tokenizer as Transformers reads it. name: that of a foreign tokenizer."""
     name = name or ours.kind
     if name not in KEPT:
-        library = huggingface.to_library(ours)
         KEPT[name] = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=library,
+            tokenizer_object=huggingface.to_hf_tokenizer(ours),
             chat_template=huggingface.CHAT_TEMPLATE,
             clean_up_tokenization_spaces=False,
         )
@@ -448,8 +447,8 @@ def test_text_has_the_same_ids(ours, text):
 @settings(deadline=None, max_examples=40)
 @pytest.mark.parametrize("name", FOREIGN)
 @given(text=any_text | awkward | st.just(SAMPLE + NUMBERS + " zebra zebras zz"))
-def test_a_tokenizer_of_others_has_the_same_ids(name, text):
-    """... as it is read, as it is written again, and after it lay in a checkpoint."""
+def test_a_foreign_tokenizer_has_the_same_ids(name, text):
+    """... when it is read, when it is written again, and after it was saved in a checkpoint."""
     theirs, (ours, rows) = foreign(name), read_foreign(name)
     expected = [] if any(token in text for token in ("<s>", "</s>", "<mask>")) else theirs.encode(text).ids
     ids = ours.encode(text).tolist() if expected else []
@@ -463,7 +462,7 @@ def test_a_tokenizer_of_others_has_the_same_ids(name, text):
 
 def test_special_tokens_are_special():
     for ours in (CHAR, BPE):
-        marked = json.loads(huggingface.to_library(ours).to_str())["added_tokens"]
+        marked = json.loads(huggingface.to_hf_tokenizer(ours).to_str())["added_tokens"]
         assert [(token["content"], token["id"], token["special"]) for token in marked] == [
             (content, i, True) for i, content in enumerate(SPECIAL_TOKENS)
         ]
@@ -485,7 +484,7 @@ def test_conversations_have_the_same_ids(ours, turns, system):
         assert theirs["input_ids"] == render_chat(ours, messages, prompted)[0].tolist()
 
 
-# ---- what cannot be ----------------------------------------------------------------------------------
+# ---- what is refused ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -497,7 +496,7 @@ def test_conversations_have_the_same_ids(ours, turns, system):
         (dict(qk_norm=False, is_causal=False), "is_causal is false in this model, and a LlamaForCausalLM"),
         (
             dict(qk_norm=False, n_embd=26, head_dim=6),
-            "a LlamaForCausalLM needs an n_embd that n_head divides, and this model has none",
+            "a LlamaForCausalLM needs an n_embd divisible by n_head, which this model does not have",
         ),
     ],
 )
@@ -510,16 +509,16 @@ def test_a_model_without_counterpart(fields, sentence, command, tmp_path):
 def test_a_mixture_without_counterpart(command):
     for fields, sentence in (
         (dict(n_shared_experts=0), "needs a shared expert"),
-        (dict(n_group=8, topk_group=4), "needs groups of two experts or more"),
+        (dict(n_group=8, topk_group=4), "needs groups of at least two experts"),
     ):
         assert sentence in told(command("-m", random_checkpoint(MIXTURE | fields, CHAR).save()))
 
 
-def test_a_folder_is_never_written_over(command, tmp_path):
+def test_an_existing_folder_is_never_overwritten(command, tmp_path):
     path = random_checkpoint(*CASES["Qwen3"]).save()
     (tmp_path / "there").mkdir()
     assert told(command("-m", path, "-o", "there")) == (
-        "there is there already; remove it, or name another with --output"
+        "there already exists; remove it, or choose another name with --output"
     )
     assert not list((tmp_path / "there").iterdir())
 
@@ -532,7 +531,7 @@ def test_a_word_spelled_like_a_special_token(command, tmp_path):
 
 
 def change(file, **values):
-    """Damage: these keys of a JSON file; None takes one away."""
+    """Damage: set keys of a JSON file; None removes one."""
 
     def damage(folder):
         content = json.loads((folder / file).read_text("utf-8")) | values
@@ -556,7 +555,7 @@ def replaced(file, content):
 
 
 def other_tensors(**tensors):
-    """Damage: these tensors of the file (dots as __); None takes one away."""
+    """Damage: replace tensors of the file (__ stands for a dot); None removes one."""
     from safetensors.torch import load_file, save_file
 
     def damage(folder):
@@ -591,9 +590,9 @@ def foreign_tokenizer(folder):
         (replaced("config.json", b"{"), "config.json: broken JSON at line 1"),
         (replaced("config.json", b"[]"), "a JSON object {...} is needed"),
         (replaced("tokenizer.json", b"{}"), "tokenizer.json could not be read"),
-        (replaced("model.safetensors", b"no weights"), "is damaged, or no safetensors file"),
-        (replaced("model.safetensors", b""), "is damaged, or no safetensors file"),
-        (cut, "model.safetensors is damaged, or no safetensors file"),
+        (replaced("model.safetensors", b"no weights"), "is damaged, or not a safetensors file"),
+        (replaced("model.safetensors", b""), "is damaged, or not a safetensors file"),
+        (cut, "model.safetensors is damaged, or not a safetensors file"),
         (change("config.json", model_type="gpt2"), 'its model_type is "gpt2"; Nano reads qwen3, llama, nano'),
         (change("config.json", model_type=["llama"]), 'its model_type is ["llama"]; Nano reads qwen3'),
         (change("config.json", model_type=None), "its model_type is null"),
@@ -605,25 +604,28 @@ def foreign_tokenizer(folder):
         (change("config.json", hidden_act="x" * 10**6), 'hidden_act is "xxxxxxx'),
         (change("config.json", num_hidden_layers=1024), "weights lack model.layers.1023.self_attn.o_proj.we"),
         (change("config.json", hidden_size="24"), 'key "n_embd": found "24"; needs an integer >= 1'),
-        (change("config.json", hidden_size=32), "model.embed_tokens.weight is [50, 24], and [50, 32] by con"),
+        (change("config.json", hidden_size=32), "weight has shape [50, 24]; by config.json it is [50, 32]"),
         (change("config.json", num_hidden_layers=10**9), 'key "n_layer": found 1000000000'),
         (change("config.json", num_hidden_layers=3), "weights lack model.layers.2.self_attn.o_proj.weight"),
-        (change("config.json", num_hidden_layers=1), "the weights hold model.layers.1.input_layernorm"),
-        (change("config.json", vocab_size=40), "the tokenizer has 50 tokens, and the model only 40"),
-        (change("config.json", attention_bias=True), "mlp_bias differs from what else is bias in Nano"),
-        (change("config.json", rope_scaling=[1]), "its rope_parameters are no JSON object"),
+        (change("config.json", num_hidden_layers=1), "weights contain model.layers.1.input_layernorm"),
+        (change("config.json", vocab_size=40), "the tokenizer has 50 tokens, but the model only 40"),
+        (change("config.json", attention_bias=True), "mlp_bias contradicts another key; Nano has one"),
+        (change("config.json", rope_scaling=[1]), "its rope_parameters is not a JSON object"),
         (change("config.json", rope_scaling={"rope_type": "linear", "factor": 2.0}), 'key "rope_scaling"'),
         (change("config.json", rope_scaling=YARN | {"mscale": 0.7}), 'its key "mscale"'),
         (change("config.json", partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; Nano has only 1.0"),
-        (other_tensors(model__norm__weight=torch.ones(24, 1)), "model.norm.weight is [24, 1], and [24] by"),
-        (other_tensors(model__norm__weight=torch.ones(24).int()), "is torch.int32; float32, bfloat16 or"),
+        (
+            other_tensors(model__norm__weight=torch.ones(24, 1)),
+            "has shape [24, 1]; by config.json it is [24]",
+        ),
+        (other_tensors(model__norm__weight=torch.ones(24).int()), "is torch.int32; only float32, bfloat16"),
         (other_tensors(model__norm__weight=None), "the weights lack model.norm.weight"),
-        (other_tensors(more=torch.ones(1)), "the weights hold more, for which config.json leaves no place"),
-        (index(a="../model.safetensors"), "its weight_map names no file of the folder for some tensor"),
-        (index(a=[1]), "its weight_map names no file of the folder for some tensor"),
+        (other_tensors(more=torch.ones(1)), "weights contain more, which config.json does not account"),
+        (index(a="../model.safetensors"), "its weight_map contains something other than file names"),
+        (index(a=[1]), "its weight_map contains something other than file names"),
         (index(a="model-2.safetensors"), "there is no "),
-        (foreign_tokenizer, "tokenizer.json cuts text in a way that"),
-        (change("tokenizer.json", normalizer={"type": "NFC"}), "tokenizer.json cuts text in a way that"),
+        (foreign_tokenizer, "tokenizer.json splits text in a way that"),
+        (change("tokenizer.json", normalizer={"type": "NFC"}), "tokenizer.json splits text in a way that"),
     ],
 )
 def test_a_damaged_folder(damage, sentence, written, command):
@@ -634,8 +636,8 @@ def test_a_damaged_folder(damage, sentence, written, command):
     assert set(engine.checkpoint.FOLDER.iterdir()) == before
 
 
-def cutting(*patterns):
-    """A change of a tokenizer.json: its text is cut by these, too."""
+def splits(*patterns):
+    """A change to a tokenizer.json: these patterns split the text, too."""
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     steps = [split | {"pattern": {"Regex": pattern}} for pattern in patterns]
 
@@ -646,7 +648,7 @@ def cutting(*patterns):
 
 
 def wordless(content):
-    """Merges of tokens that no merge makes."""
+    """A merge of a token that is not the result of a merge."""
     content["model"]["merges"].insert(0, ["zebra", "s"])
     content["model"]["vocab"] |= {"zebra": 500, "zebras": 501}
 
@@ -658,9 +660,9 @@ def panicking(content):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (cutting("(a+)+$"), "could not be read (one of its patterns would take years on some texts: (a+)+$)"),
-        (cutting(r"\p{L}" * 100_000), "could not be read (one of its patterns is too long: they may have 10"),
-        (cutting(*["a"] * 100, "("), "could not be read (one of its patterns is no regular expression: ()"),
+        (splits("(a+)+$"), "could not be read (one of its patterns would take years on some texts: (a+)+"),
+        (splits(r"\p{L}" * 100_000), "could not be read (one of its patterns is too long: they may have 10"),
+        (splits(*["a"] * 100, "("), "could not be read (one of its patterns is no regular expression: ()"),
         (wordless, "this is not a sound Nano tokenizer: one of its merges is no pair of known tokens"),
         (panicking, "could not be read ("),
         (lambda content: content.update(normalizer={"type": "Replace", "pattern": {"Regex": r"(.*)*\d"},
@@ -675,17 +677,17 @@ def test_a_hostile_tokenizer(change, sentence, written, command):
     assert sentence in told(command("--read", folder))
 
 
-def test_what_is_not_read_is_named(written, command):
+def test_unknown_keys_are_reported(written, command):
     folder = written(random_checkpoint(SMALL | dict(qk_norm=False), CHAR))
     assert "does not know" not in command("--read", folder).stdout
     change("config.json", logit_scale=0.25, attention_sinks=4, parallel=False)(folder)
     done = command("--read", folder)
     assert done.returncode == 0
-    assert "Nano does not know attention_sinks, logit_scale, and leaves that out.\n" in done.stdout
+    assert "Nano does not know attention_sinks, logit_scale, and ignores that.\n" in done.stdout
 
 
-def test_a_part_that_has_no_place_is_refused(command, monkeypatch):
-    """Of a network that was changed without a key of the configuration."""
+def test_an_unknown_tensor_is_refused(command, monkeypatch):
+    """... if the network was changed without a key in its configuration."""
 
     class Changed(GPT):
         def make_rest(self):
@@ -704,8 +706,8 @@ def test_a_part_that_has_no_place_is_refused(command, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["-t", "sft"], "--task and --tokenizer are for --read"),
-        (["--tokenizer", "x.json"], "--task and --tokenizer are for --read"),
+        (["-t", "sft"], "--task and --tokenizer need --read"),
+        (["--tokenizer", "x.json"], "--task and --tokenizer need --read"),
         (["--read", ".", "-o", "x"], "it takes neither --model nor --output"),
         (["--read", "nowhere"], "there is no folder nowhere"),
         (["-m", "nowhere.pt"], "there is no file nowhere.pt"),
@@ -719,7 +721,7 @@ def test_wrong_arguments(args, sentence, command, tmp_path):
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
 
 
-def test_arguments_do_not_wait_for_torch(shared_project):
+def test_arguments_are_checked_before_torch_is_imported(shared_project):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import export; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, shared_project.root], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""formats/llama2c.py: the bytes lie where llama2.c reads them, and (slow) its run.c says the same."""
+"""formats/llama2c.py: bytes are where llama2.c reads them, and (slow) its run.c generates the same."""
 
 import errno
 import math
@@ -17,6 +17,7 @@ from test_bad_input import told
 from test_huggingface import LLAMA3, MIXTURE, SMALL, random_checkpoint
 from test_tokenizer import BPE, CHAR, SAMPLE, any_text, awkward
 
+from decoding.sampling import generate
 from engine.checkpoint import build
 from formats import llama2c
 from inference import TextGenerator
@@ -32,7 +33,7 @@ CASES = {
 
 @pytest.fixture
 def written(command, tmp_path):
-    """written(checkpoint, "--type", "q8_0"): the folder that export.py makes of it."""
+    """written(checkpoint, "--type", "q8_0"): the folder that export.py writes."""
 
     def written(checkpoint, *args):
         folder = tmp_path / "交给 C"
@@ -45,11 +46,11 @@ def written(command, tmp_path):
     return written
 
 
-# ---- a reader of its own ---------------------------------------------------------------------------
+# ---- an independent reader ---------------------------------------------------------------------------
 
 
 class Model:
-    """What lies in a model.bin, of either version, read at the offsets that run.c and runq.c count."""
+    """The content of a model.bin of either version, read at the offsets that run.c and runq.c use."""
 
     def __init__(self, path):
         self.data, self.at = path.read_bytes(), 0
@@ -82,7 +83,7 @@ class Model:
                 for shape in ((C, C), (G * D, C), (G * D, C), (C, C), (M, C), (C, M), (M, C))
             )
             self.head = self.embedding if shared else self.int8(V, C)
-        assert self.at == len(self.data)  # no byte is left
+        assert self.at == len(self.data)
 
     def take(self, kind):
         values = struct.unpack_from(kind, self.data, self.at)
@@ -91,7 +92,7 @@ class Model:
 
     def floats(self, *shape):
         count = math.prod(shape)
-        assert self.at % 4 == 0  # where a C compiler takes a float to be
+        assert self.at % 4 == 0  # the alignment that C expects of a float
         found = np.frombuffer(self.data, "<f4", count, self.at).reshape(shape)
         self.at += 4 * count
         return torch.tensor(found)
@@ -105,7 +106,7 @@ class Model:
         return (numbers.view(-1, self.group) * scales).view(shape)
 
     def logits(self, tokens):
-        """What run.c computes of tokens [T]: [T, V]."""
+        """The logits [T, V] that run.c computes for tokens [T]."""
         T, H, D = len(tokens), self.heads, self.size
         angles = torch.arange(T)[:, None] * 10000.0 ** -(torch.arange(0, D, 2) / D)
         by = torch.polar(torch.ones_like(angles), angles)[:, None]
@@ -132,7 +133,7 @@ class Model:
 
 
 class Text:
-    """What lies in a tokenizer.bin of so many tokens, and how run.c cuts text with it."""
+    """The content of a tokenizer.bin with n_tokens tokens, and how run.c tokenizes with it."""
 
     def __init__(self, data, n_tokens):
         (self.longest,), at = struct.unpack_from("<i", data), 4
@@ -146,7 +147,7 @@ class Text:
         self.number = {word: i for i, word in reversed(list(enumerate(self.words)))}
 
     def encode(self, text):
-        """[numbers] of a prompt: <s>, a space, the characters or their bytes, and then the best pairs."""
+        """Ids of a prompt: <s>, a space, the characters or their bytes, then merges by highest score."""
         ids = [1]
         if text:
             ids.append(self.number[b" "])
@@ -155,18 +156,18 @@ class Text:
             ids += [self.number[word]] if word in self.number else [byte + 3 for byte in word]
         while True:
             pairs = [
-                (self.scores[i], -place, i)
-                for place, pair in enumerate(zip(ids, ids[1:], strict=False))
+                (self.scores[i], -at, i)
+                for at, pair in enumerate(zip(ids, ids[1:], strict=False))
                 if (i := self.number.get(self.words[pair[0]] + self.words[pair[1]])) is not None
             ]
             if not pairs or max(pairs)[0] <= -1e10:
                 return ids
-            _, place, i = max(pairs)
-            ids[-place : 2 - place] = [i]
+            _, at, i = max(pairs)
+            ids[-at : 2 - at] = [i]
 
 
 def text_of(tokenizer, n_rows=0):
-    """(Text, rows): the embedding's row of each number of llama2.c's."""
+    """(Text, rows): rows[i] is the embedding row of llama2.c's token i."""
     tokens = llama2c.vocabulary(tokenizer, n_rows or tokenizer.vocab_size)
     return Text(llama2c.tokenizer_file(tokens), len(tokens)), [row for _, _, row, _ in tokens]
 
@@ -191,15 +192,15 @@ def test_the_file_computes_the_same(case, kind, written):
     assert there.vocab == len(tokens)
 
     theirs = torch.randint(there.vocab, (40,), generator=torch.Generator().manual_seed(1))
-    read, said = (torch.tensor(rows) for rows in list(zip(*tokens, strict=True))[2:])
-    ours = model(read[theirs][None])[0][0][:, said]
+    read, generated = (torch.tensor(rows) for rows in list(zip(*tokens, strict=True))[2:])
+    ours = model(read[theirs][None])[0][0][:, generated]
     off = (there.logits(theirs) - ours) / ours.std()
     if kind == "float32":
         assert ours.std() > 0.3 and off.abs().max() < 1e-4
         assert torch.equal(there.cos, model.rotary_cos) and torch.equal(there.sin, model.rotary_sin)
     else:
         assert off.std() < 0.1
-        # Half a step of the largest number in its group; 24 and 40 are whole groups of 8.
+        # The error is at most half a step; 24 and 40 are multiples of 8.
         groups = checkpoint.model["blocks.1.mlp.down.weight"].view(-1, 8)
         found = there.w2[1].view(-1, 8)
         assert there.group == 8
@@ -207,7 +208,7 @@ def test_the_file_computes_the_same(case, kind, written):
 
 
 def test_offsets_of_a_file(written):
-    """Some bytes at places that are counted by hand: 24 wide, 40 in the MLP, 2 layers, 4 heads, V tokens."""
+    """Some bytes at offsets computed by hand: 24 wide, 40 in the MLP, 2 layers, 4 heads, V tokens."""
     checkpoint = random_checkpoint(*CASES["characters"])
     data = (written(checkpoint) / "model.bin").read_bytes()
     V = len(llama2c.vocabulary(CHAR, CHAR.vocab_size))
@@ -220,7 +221,7 @@ def test_offsets_of_a_file(written):
     assert torch.equal(at(24), state["wte.weight"][CHAR.bos_id])  # token 1
     assert torch.equal(at(24 * V), state["blocks.0.attn_norm.weight"])
     q = 24 * V + 2 * 24
-    # The second row of queries is the first one's other half: row 3 of a head of 6.
+    # The second row of the queries is the partner of the first: row 3 of a head of 6.
     assert torch.equal(at(q + 24), state["blocks.0.attn.qkv.weight"][3])
     norms = q + 4 * 2 * 24 * 24
     assert torch.equal(at(norms + 24), state["blocks.1.mlp_norm.weight"])
@@ -230,7 +231,7 @@ def test_offsets_of_a_file(written):
     end = gate + 6 * 40 * 24
     assert torch.equal(at(end), state["norm.weight"])
     head = end + 24 + 2 * 64 * 3
-    assert torch.equal(at(head + 24), state["wte.weight"][CHAR.eos_id])  # token 1 ends what is said
+    assert torch.equal(at(head + 24), state["wte.weight"][CHAR.eos_id])  # token 1 ends an answer
     assert len(data) == 28 + 4 * (head + 24 * V)
 
 
@@ -242,7 +243,7 @@ def test_a_checkpoint_in_half_precision(kind, written):
     assert torch.equal(there.norm, checkpoint.model["norm.weight"].float())
 
 
-def test_an_empty_group_of_numbers(written):
+def test_a_group_of_zeros(written):
     checkpoint = random_checkpoint(*CASES["characters"])
     checkpoint.model["blocks.0.attn.proj.weight"].zero_()
     assert not Model(written(checkpoint, "--type", "q8_0") / "model.bin").o[0].any()
@@ -255,7 +256,7 @@ TEXTS = {tokenizer.kind: text_of(tokenizer) for tokenizer in (CHAR, BPE)}
 
 @settings(deadline=None)
 @given(text=any_text | awkward)
-def test_a_prompt_of_characters_is_ours(text):
+def test_a_prompt_of_characters_is_the_same(text):
     theirs, rows = TEXTS["char"]
     text = re.sub("[\0\ue000-\ue007]", "", text)
     assert [rows[i] for i in theirs.encode(text)] == [CHAR.bos_id, *CHAR.encode(text).tolist()]
@@ -263,8 +264,8 @@ def test_a_prompt_of_characters_is_ours(text):
 
 @settings(deadline=None, max_examples=50)
 @given(corpus=any_text, text=any_text)
-def test_a_prompt_of_any_characters_is_ours(corpus, text):
-    """... also where even the space is unknown."""
+def test_a_prompt_of_any_characters_is_the_same(corpus, text):
+    """... even if the space is unknown."""
     corpus, text = (re.sub("[\0\ue000-\ue007]", "", part) for part in (corpus, text))
     tokenizer = CharTokenizer.train([corpus])
     theirs, rows = text_of(tokenizer)
@@ -272,7 +273,7 @@ def test_a_prompt_of_any_characters_is_ours(corpus, text):
 
 
 def typed(messages):
-    """A conversation as it is typed: a mark is one character."""
+    """A conversation as it is typed: each special token is one character."""
     mark = {"system": chr(0xE006), "user": chr(0xE004), "assistant": chr(0xE005)}
     end = {"assistant": chr(0xE003)}
     turns = [mark[m["role"]] + m["content"] + end.get(m["role"], "") for m in messages]
@@ -281,7 +282,7 @@ def typed(messages):
 
 @settings(deadline=None, max_examples=50)
 @given(contents=st.lists(st.text(st.sampled_from(sorted(set(SAMPLE))), max_size=20), min_size=1, max_size=3))
-def test_a_conversation_is_ours(contents):
+def test_a_conversation_is_the_same(contents):
     roles = ("user", "assistant", "user")
     messages = [dict(role=role, content=text) for role, text in zip(roles, contents, strict=False)]
     messages = messages[: len(messages) - (len(messages) + 1) % 2]  # the user's turn is the last
@@ -290,19 +291,19 @@ def test_a_conversation_is_ours(contents):
         assert [rows[i] for i in theirs.encode(typed(chat))] == render_chat(CHAR, chat, True)[0].tolist()
 
 
-def test_most_bpe_prompts_are_ours():
-    """run.c does not cut text into words, so a few pairs join otherwise."""
+def test_most_bpe_prompts_are_the_same():
+    """run.c does not split text into words first, so it merges a few pairs differently."""
     theirs, rows = TEXTS["bpe"]
     pieces = [SAMPLE[i : i + 20] for i in range(0, len(SAMPLE) // 3, 5)]
     same = 0
     for piece in pieces:
         ids = [rows[i] for i in theirs.encode(piece)]
-        assert ids[0] == BPE.bos_id and BPE.decode(ids[1:]) == piece  # nothing is lost in any case
+        assert ids[0] == BPE.bos_id and BPE.decode(ids[1:]) == piece  # the text is always the same
         same += ids[1:] == BPE.encode(piece).tolist()
     assert same >= 0.6 * len(pieces)
 
 
-# ---- what cannot be --------------------------------------------------------------------------------
+# ---- what is refused --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_most_bpe_prompts_are_ours():
             'rope_scaling is "llama3" in this model, and llama2.c has only n',
         ),
         (PLAIN | dict(norm_eps=1e-6), "norm_eps is 1e-06 in this model, and llama2.c has only 1e-05"),
-        (PLAIN | dict(head_dim=8), "only heads of n_embd / n_head numbers; --format huggingface writes this"),
+        (PLAIN | dict(head_dim=8), "needs head_dim to be n_embd / n_head; --format huggingface writes this"),
         (MIXTURE, 'architecture is "deepseek_v3" in this model, and llama2.c has only "nano": train with'),
         (SMALL | dict(architecture="nanochat"), ': train with --set architecture="nano"; --format huggingfa'),
     ],
@@ -329,25 +330,25 @@ def test_a_model_without_counterpart(fields, sentence, command):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_widths_that_no_group_fits(command):
+def test_widths_without_a_group_size(command):
     path = random_checkpoint(PLAIN | dict(n_hidden=42), CHAR).save()
     sentence = told(command("-m", path, "--format", "llama2c", "--type", "q8_0"))
-    assert sentence == "n_embd and n_hidden must be multiples of 4 for int8; take --type float32"
+    assert sentence == "n_embd and n_hidden must be multiples of 4 for int8; use --type float32"
     assert command("-m", path, "--format", "llama2c").returncode == 0
 
 
-def test_characters_that_are_marks(command):
+def test_characters_that_stand_for_special_tokens(command):
     path = random_checkpoint(PLAIN, CharTokenizer.train([SAMPLE + "\ue004"])).save()
-    assert "has characters from U+E000 on, which are marks" in told(
+    assert "has characters from U+E000 on, which are special" in told(
         command("-m", path, "--format", "llama2c")
     )
 
 
-def test_a_folder_is_never_written_over(command):
+def test_an_existing_folder_is_never_overwritten(command):
     path = random_checkpoint(PLAIN, CHAR).save()
     there = path.with_name(f"{path.stem}_llama2c")
     there.mkdir()
-    assert f"{there.name} is there already; remove it" in told(command("-m", path, "--format", "llama2c"))
+    assert f"{there.name} already exists; remove it" in told(command("-m", path, "--format", "llama2c"))
     assert not list(there.iterdir())
 
 
@@ -363,7 +364,7 @@ def test_nothing_is_left_of_half_a_folder(command, monkeypatch):
 
 # ---- llama2.c --------------------------------------------------------------------------------------
 
-# Lines of hexadecimal text in, the numbers that run.c makes of each out.
+# Reads lines of text in hexadecimal; prints the ids that run.c makes of each.
 ENCODE = r"""
 #define TESTING
 #include "run.c"
@@ -382,7 +383,7 @@ int main(int argc, char *argv[]) {
     }
 }
 """
-# Numbers in, the scores of what follows each out.
+# Reads ids; writes the logits after each.
 SCORES = r"""
 #define TESTING
 #include SOURCE
@@ -397,7 +398,7 @@ int main(int argc, char *argv[]) {
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """{name: path} of run, runq and the two programs above, compiled of llama2.c's source."""
+    """{name: path} of run, runq and the two programs above, compiled from llama2.c's source."""
     source = os.environ.get("LLAMA2C")
     if not source:
         pytest.skip("LLAMA2C does not name a folder with run.c and runq.c of github.com/karpathy/llama2.c")
@@ -423,19 +424,19 @@ def output(*command, **options):
     return subprocess.run(list(map(str, command)), capture_output=True, check=True, **options).stdout
 
 
-def said(program, folder, text):
-    """What it writes when it takes the likeliest token each time, up to the end of the context."""
+def generated_text(program, folder, text):
+    """The program's greedy output up to the end of the context."""
     return output(program, folder / "model.bin", "-z", folder / "tokenizer.bin", "-t", 0, "-n", 0, "-i", text)
 
 
 def printed(words):
-    """What run.c prints of these: no single byte that is neither a letter nor white space."""
+    """What run.c prints of these words: it leaves out single bytes that are not printable or white space."""
     spaces = (b"\t", b"\n", b"\v", b"\f", b"\r")
     return b"".join(w for w in words if len(w) > 1 or 0x20 <= w[0] < 0x7F or w in spaces)
 
 
 def talkative(case):
-    """The case's checkpoint, with marks made unlikely, so that it seldom stops."""
+    """The case's checkpoint, with special tokens made unlikely, so that it stops rarely."""
     checkpoint = random_checkpoint(*CASES[case])
     checkpoint.model["lm_head.weight"][: N_SPECIAL - 3] *= 0.1
     return checkpoint
@@ -444,8 +445,8 @@ def talkative(case):
 PROMPTS = ("The fox", " 狐狸 é  x", "1 + 1 = 2\n", "\t敏捷", "<|eos|> 1", "")
 
 
-def check_speech(checkpoint, folder, program, prompts):
-    """prompts: {what is typed: our ids of it}. Returns how many tokens were said."""
+def check_generation(checkpoint, folder, program, prompts):
+    """prompts: {typed text: Nano's ids}. Returns how many tokens were generated."""
     model, tokenizer = build(checkpoint, "the test")
     theirs, rows = text_of(tokenizer, model.config.vocab_size)
     number = {row: i for i, row in reversed(list(enumerate(rows)))}
@@ -453,11 +454,13 @@ def check_speech(checkpoint, folder, program, prompts):
     for text, ids in prompts.items():
         numbers = theirs.encode(text)
         if tokenizer.kind == "bpe":
-            ids = [rows[i] for i in numbers]  # which need not be ours: see above
+            ids = [rows[i] for i in numbers]  # may differ from Nano's: see above
         assert [rows[i] for i in numbers] == ids
-        answer = list(model.generate(ids, 64 - len(ids), temperature=0, stop_tokens=[tokenizer.eos_id]))
+        answer = list(generate(model, ids, 64 - len(ids), temperature=0, stop_tokens=[tokenizer.eos_id]))
         expected = printed([theirs.words[i] for i in (*numbers[1:], *(number[row] for row in answer))])
-        assert said(program, folder, text).removesuffix(b"\n").startswith(expected.removesuffix(b"\n"))
+        assert (
+            generated_text(program, folder, text).removesuffix(b"\n").startswith(expected.removesuffix(b"\n"))
+        )
         length += len(answer)
     return length
 
@@ -465,11 +468,11 @@ def check_speech(checkpoint, folder, program, prompts):
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
-def test_run_c_says_the_same(case, written, programs):
+def test_run_c_generates_the_same(case, written, programs):
     checkpoint = talkative(case)
     text_generator = TextGenerator(*build(checkpoint, "the test"))
     prompts = {text: text_generator.completion_prompt(text)[0] for text in PROMPTS}
-    assert check_speech(checkpoint, written(checkpoint), programs["run"], prompts) > 60
+    assert check_generation(checkpoint, written(checkpoint), programs["run"], prompts) > 60
 
 
 @pytest.mark.slow
@@ -483,7 +486,7 @@ def test_run_c_answers_as_the_chat_does(written, programs):
         [dict(role="user", content="1"), dict(role="assistant", content="2"), dict(role="user", content="3")],
     ]
     prompts = {typed(chat): text_generator.chat_prompt(chat)[0] for chat in chats}
-    assert check_speech(checkpoint, written(checkpoint), programs["run"], prompts) > 30
+    assert check_generation(checkpoint, written(checkpoint), programs["run"], prompts) > 30
 
 
 @pytest.mark.slow
@@ -499,13 +502,13 @@ def test_run_c_computes_the_same(case, kind, written, programs):
     ours = there.logits(tokens)
     off = (ours - theirs) / ours.std()
     print(f"{case}, {kind}: off by {off.std():.1e} of their spread, at most {off.abs().max():.1e}")
-    # runq rounds what flows between the matrices to int8, too.
+    # runq also rounds activations to int8.
     assert off.std() < {"float32": 1e-5, "q8_0": 0.1}[kind]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_run_c_cuts_text_as_the_reader_here(case, written, programs):
+def test_run_c_tokenizes_like_the_reader_here(case, written, programs):
     checkpoint = random_checkpoint(*CASES[case])
     theirs, _ = text_of(CASES[case][1], checkpoint.model_config["vocab_size"])
     folder = written(checkpoint)
@@ -518,13 +521,15 @@ def test_run_c_cuts_text_as_the_reader_here(case, written, programs):
     lines = "\n".join("x" + text.encode().hex() for text in texts)
     found = output(programs["encode"], folder / "tokenizer.bin", len(theirs.words), input=lines.encode())
     found = [list(map(int, line.split())) for line in found.decode().splitlines()]
-    # Of several tokens with the same bytes any one may be found: they read the same.
+    # Of several tokens with the same bytes, any may be found; they have the same embedding.
     word = [theirs.words[i] for i in range(len(theirs.words))]
     assert [[word[i] for i in ids] for ids in found] == [[word[i] for i in theirs.encode(t)] for t in texts]
 
 
 @pytest.mark.parametrize("task", ["pretrain", "sft"])
-def test_the_example_is_a_word_of_the_shell(task):
-    told = subprocess.run(["sh", "-c", f"printf %s {llama2c.example(task)}"], capture_output=True, check=True)
+def test_the_example_prompt_is_quoted_for_the_shell(task):
+    told = subprocess.run(
+        ["sh", "-c", f"printf %s {llama2c.example_prompt(task)}"], capture_output=True, check=True
+    )
     chat = typed([dict(role="user", content="Who are you?")])
     assert told.stdout.decode() == {"pretrain": "Once upon a time", "sft": chat}[task]

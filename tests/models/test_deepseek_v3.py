@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from decoding.sampling import generate
 from engine.checkpoint import load
 from models.deepseek_v3 import Config, Model
 
@@ -175,7 +176,7 @@ def test_greedy_text_is_that_of_transformers(fields):
     theirs = in_transformers(model).generate(
         prompt[None], attention_mask=torch.ones(1, 6), do_sample=False, max_new_tokens=30, pad_token_id=0
     )
-    assert list(model.generate(prompt, 30, temperature=0)) == theirs[0, 6:].tolist()
+    assert list(generate(model, prompt, 30, temperature=0)) == theirs[0, 6:].tolist()
 
 
 def test_gradients_are_those_of_transformers():
@@ -524,7 +525,7 @@ def test_weights_in_bfloat16():
     tokens = random_tokens(2, 16)
     assert (model(tokens).float() - exact(tokens)).norm() < 0.05 * exact(tokens).norm()
     assert model.mixtures()[0][1].gate.e_score_correction_bias.dtype == torch.float32
-    assert len(list(model.generate([1, 2], 30, temperature=0))) == 30
+    assert len(list(generate(model, [1, 2], 30, temperature=0))) == 30
 
 
 # ---- drafting --------------------------------------------------------------------------------------------
@@ -560,20 +561,20 @@ def test_drafted_text_is_the_greedy_text(make):
     """Beyond the context, too, where the older half is forgotten, and up to any number of tokens."""
     model = make()
     for prompt in ([1, 2, 3], [5], [(3 * n) % 23 for n in range(40)]):
-        plain = list(model.generate(prompt, 60, temperature=0, draft=False))
+        plain = list(generate(model, prompt, 60, temperature=0, draft=False))
         assert plain == greedy_without_cache(model, prompt, 60)
-        assert list(model.generate(prompt, 60, temperature=0)) == plain
+        assert list(generate(model, prompt, 60, temperature=0)) == plain
         for stop in plain[11], plain[20]:
             expected = plain[: plain.index(stop)]
-            assert list(model.generate(prompt, 60, temperature=0, stop_tokens=[stop])) == expected
+            assert list(generate(model, prompt, 60, temperature=0, stop_tokens=[stop])) == expected
         for count in range(5):
-            assert list(model.generate(prompt, count, temperature=0)) == plain[:count]
+            assert list(generate(model, prompt, count, temperature=0)) == plain[:count]
 
 
 def test_a_good_drafter_saves_passes():
     (model, _), passes = trained(), []
     hook = model.blocks[0].register_forward_hook(lambda _, inputs, __: passes.append(inputs[0].shape[1]))
-    assert len(list(model.generate([1, 3, 5, 7], 20, temperature=0))) == 20
+    assert len(list(generate(model, [1, 3, 5, 7], 20, temperature=0))) == 20
     hook.remove()
     assert passes[0] == 4 and set(passes[1:]) <= {1, 2}
     assert len(passes) <= 14  # of the 20 that one token at a time takes
@@ -583,19 +584,19 @@ def test_drafting_is_for_greedy_text_alone(monkeypatch):
     model, prompt = build(), [1, 2]
     monkeypatch.setattr(model, "drafter", None)
     for options in (dict(temperature=0.5, seed=1), dict(temperature=0, repetition_penalty=1.2)):
-        assert list(model.generate(prompt, 9, **options)) == list(
-            model.generate(prompt, 9, **options, draft=False)
+        assert list(generate(model, prompt, 9, **options)) == list(
+            generate(model, prompt, 9, **options, draft=False)
         )
     plain = build(num_nextn_predict_layers=0)
-    assert len(list(plain.generate(prompt, 9, temperature=0))) == 9
+    assert len(list(generate(plain, prompt, 9, temperature=0))) == 9
     with pytest.raises(ValueError, match="no token"):
-        next(model.generate([], 5))
+        next(generate(model, [], 5))
 
 
 def test_a_prompt_is_checked_before_it_is_drafted_from():
     for tokens, words in (([], "no token"), ([23], "outside 0 .. 22")):
         with pytest.raises(ValueError, match=words):
-            next(build().generate(tokens, 5, temperature=0))
+            next(generate(build(), tokens, 5, temperature=0))
 
 
 # ---- size and operations ---------------------------------------------------------------------------------

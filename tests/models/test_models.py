@@ -10,7 +10,6 @@ from lm_pass import lm_pass
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from common.config import check_model
 from engine.checkpoint import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +67,7 @@ def test_gradients_of_each_are_the_same_each_time_with_several_threads(name):
     try:
         torch.manual_seed(0)
         shape = {"architecture": name, "block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64}
-        model = models.build(check_model(shape, "the test").resolved(99)).train()
+        model = models.build(models.check_config(shape, "the test").resolved(99)).train()
         model.use_custom_kernels(True)
         x, y = torch.randint(99, (2, 8, 256))
         gradients = []
@@ -143,23 +142,67 @@ SQUARED = {
 # ... and who is told of it.
 TABLE = ['"architecture": ("nano",),', '"architecture": ("nano",), "activation": ("swiglu",),']
 TOLD = {
-    **dict.fromkeys(("decoding/engine.py", "formats/gguf_file.py", "formats/llama2c.py"), [TABLE]),
+    **dict.fromkeys(("decoding/backend.py", "formats/gguf_file.py", "formats/llama2c.py"), [TABLE]),
     "formats/families.py": [
         ('ours={"qk_norm": True,', 'ours={"activation": "swiglu", "qk_norm": True,'),
         ('ours={"qk_norm": False,', 'ours={"activation": "swiglu", "qk_norm": False,'),
     ],
 }  # fmt: skip
 DECODED = """
-import engine.checkpoint, decoding.engine, sys
+import sys
+import engine.checkpoint
+from decoding.backend import supports
+from decoding.engine import BatchedDecoder, Request
+from decoding.sampling import generate
 model, _ = engine.checkpoint.build(engine.checkpoint.load(sys.argv[1]), "it")
-print(decoding.engine.supports(model))
-decoder = decoding.engine.Decoder(model, 2)
+print(supports(model))
+decoder = BatchedDecoder(model, 2)
 if "compile" in sys.argv:
     decoder.compile(wait=True)
-requests = [decoding.engine.Request([2, 9 + i], 40, temperature=0) for i in range(3)]
+requests = [Request([2, 9 + i], 40, temperature=0) for i in range(3)]
 decoder.run(requests)
 print([request.tokens for request in requests])
-print([list(model.generate(request.context[:2], 40, temperature=0)) for request in requests])
+print([list(generate(model, request.context[:2], 40, temperature=0)) for request in requests])
+"""
+# The same change without a key, as a class of one's own.
+OWN_CLASS = {
+    "model.py": [
+        (
+            "class Block(",
+            """class SquaredMLP(MLP):
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(gate.relu().square() * up)
+
+
+class Block(""",
+        ),
+        (" MLP(config)", " SquaredMLP(config)"),
+    ],
+}
+# What inference.py answers where the compiled backend, if it takes the model, is ready for the first token;
+# and what `generate` writes.
+CHATTED = """
+import sys
+import inference
+from decoding.backend import TorchBackend
+from decoding.engine import BatchedDecoder
+from decoding.sampling import generate
+from decoding.text_generator import TextGenerator
+def compile_and_step(decoder, step=BatchedDecoder.step):
+    decoder.compile(wait=True)
+    advanced = step(decoder)
+    assert type(decoder.backend) is TorchBackend
+    return advanced
+BatchedDecoder.step = compile_and_step
+question, path = "7 + 1?", sys.argv[1]
+sys.argv[1:] = ["-i", "-m", path, "--prompt", question, "-t", "0", "-r", "1"]
+inference.main()
+writer = TextGenerator.load(path)
+ids, _ = writer.chat_prompt([{"role": "user", "content": question}])
+n, stops = writer.max_length - len(ids), writer.stop_tokens
+answer = generate(writer.model, ids, n, temperature=0, stop_tokens=stops)
+print(writer.tokenizer.decode(list(answer)))
 """
 
 
@@ -197,15 +240,34 @@ def test_a_key_of_ones_own_is_never_passed_over(tiny_project, activation):
 
     names = "huggingface", "gguf", "llama2c"
     assert not decoded("compile")
-    assert all(" does not know the key: doc/extending.md has where" in refused(name) for name in names)
+    assert all(" does not know this key: see doc/extending.md" in refused(name) for name in names)
     assert [*(tiny_project.root / "checkpoint").iterdir()] == [path]
 
     rewrite(tiny_project, TOLD)
     if activation == "relu2":
         assert not decoded("compile")
-        assert all('has only "swiglu": train with --set activation="swiglu"' in refused(n) for n in names)
+        assert all(
+            'supports only "swiglu": train with --set activation="swiglu"' in refused(n) for n in names
+        )
     else:
         assert decoded()
         for name in names:
             done = tiny_project.run("export.py", "--format", name)
             assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("change", ["key", "class"])
+def test_a_changed_network_is_the_one_that_chats(tiny_project, change):
+    """The compiled backend does not answer in its place."""
+    pytest.importorskip("numba")
+    rewrite(tiny_project, SQUARED if change == "key" else OWN_CLASS)
+    (tiny_project.root / "chatted.py").write_text(CHATTED, "utf-8")
+    sets = ["from_checkpoint=", "learning_rate=0.1", "max_steps=8", "decay_lr=false"]
+    sets += ["activation=relu2"] * (change == "key")
+    done = tiny_project.run("train.py", "-t", "sft", *(part for pair in sets for part in ("--set", pair)))
+    assert done.returncode == 0, done.stderr
+    *_, path = tiny_project.checkpoints("sft").values()
+    done = tiny_project.run("chatted.py", path, NUMBA_DISABLE_JIT="0")
+    assert done.returncode == 0, done.stderr
+    answer, expected = done.stdout.splitlines()
+    assert answer == expected and len(answer) > 3

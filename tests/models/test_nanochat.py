@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import inference
 import models
-from common.config import ROOT, check_model, read_json
+from common.config import ROOT, read_json
 from common.errors import UserError
+from decoding.sampling import generate
 from engine.checkpoint import build as open_checkpoint
 from engine.checkpoint import load
 from models.nanochat import Config, Model
@@ -106,7 +107,7 @@ def test_greedy_generation_is_equal():
     theirs = in_transformers(model).generate(
         prompt[None], attention_mask=torch.ones(1, 6), do_sample=False, max_new_tokens=30, pad_token_id=0
     )
-    assert list(model.generate(prompt, 30, temperature=0)) == theirs[0, 6:].tolist()
+    assert list(generate(model, prompt, 30, temperature=0)) == theirs[0, 6:].tolist()
 
 
 @pytest.mark.parametrize("fields", [{}, dict(block_size=257, n_layer=1, head_dim=10)])
@@ -272,7 +273,7 @@ def test_what_is_set_by_hand_is_obeyed():
 )
 def test_a_shape_that_cannot_be_is_refused(fields, sentence):
     with pytest.raises(UserError) as refusal:
-        check_model({"architecture": "nanochat", **fields}, "a file")
+        models.check_config({"architecture": "nanochat", **fields}, "a file")
     assert str(refusal.value).startswith(f"a file: {sentence}")
 
 
@@ -281,7 +282,7 @@ def test_a_shape_that_cannot_be_is_refused(fields, sentence):
     [("_small", 49_016_832), ("_base", 161_734_656), ("_large", 776_454_144), ("", 28_745_728)],
 )
 def test_the_presets_have_these_parameters_with_a_vocabulary_of_50000(preset, n_params):
-    config = check_model(read_json(ROOT / f"config/nanochat/model_config{preset}.json"), "a preset")
+    config = models.check_config(read_json(ROOT / f"config/nanochat/model_config{preset}.json"), "a preset")
     with torch.device("meta"):
         assert models.build(config.resolved(50_000)).n_params == n_params
 
@@ -312,5 +313,5 @@ def test_from_pretraining_to_answers(train, capsys, monkeypatch):
     model, tokenizer = open_checkpoint(load(path), "a test's")
     tokens = [tokenizer.bos_id, *tokenizer.encode("3 + 4")]
     stop = (tokenizer.eos_id, tokenizer.padding_id)
-    answer = model.generate(tokens, 32, temperature=0, repetition_penalty=1.2, stop_tokens=stop)
+    answer = generate(model, tokens, 32, temperature=0, repetition_penalty=1.2, stop_tokens=stop)
     assert tokenizer.decode(list(answer)).strip() in said

@@ -1,4 +1,4 @@
-"""sources/kinds.py: what a file is decides its content, everything else is refused, and the advice works."""
+"""sources/kinds.py: the content decides what a file is, others are refused, and the advised commands work."""
 
 import bz2
 import gzip
@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from sources import Found, Source
-from sources.kinds import kind_of
-from sources.records import words_of
+from sources import ReadReport, Source
+from sources.kinds import detect_kind
+from sources.records import texts_in
 
 TEXT = '天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。\nPlain text, as "it" is.\n' * 4
 RECORDS = [{"text": "Anna lives in Rome.\n罗马"}, {"text": 'Bob, "in Oslo"'}]
@@ -81,18 +81,18 @@ OTHERS = {
     "a.rtf": (rb"{\rtf1 text}", "an RTF document", None, None),
     "a.pkl": (pickle.dumps([TEXT]), "a Python pickle", None, None),
     "b.pkl": (pickle.dumps([TEXT], protocol=0), "a Python pickle", None, None),
-    "bytes": (bytes(range(128, 256)) * 9, "no text in UTF-8", None, None),
+    "bytes": (bytes(range(128, 256)) * 9, "not text in UTF-8", None, None),
     "ints.bin": (b"\7\0\x50\1\x33\2" * 99, "NUL bytes", None, None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_files_are_refused_and_the_advice_works(name, tmp_path, monkeypatch):
+def test_other_kinds_are_refused_and_the_advised_command_works(name, tmp_path, monkeypatch):
     content, what, new, texts = OTHERS[name]
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(content)
     with pytest.raises(UserError) as error:
-        kind_of(name)
+        detect_kind(name)
     sentence = str(error.value)
     assert sentence.startswith(f"{name} ") and what in sentence and "\n" not in sentence
     if new is None:
@@ -102,19 +102,19 @@ def test_other_files_are_refused_and_the_advice_works(name, tmp_path, monkeypatc
         pytest.skip(f"there is no {command.split()[0]} here")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `python` is this one
     subprocess.run(command, shell=True, check=True, env={**os.environ, "PATH": path})
-    found = [text for batch, _ in Source(new, words_of).documents(Found()) for text in batch]
+    found = [text for batch, _ in Source(new, texts_in).documents(ReadReport()) for text in batch]
     if texts is not None:
         assert [text for part in found for text in ([part] if isinstance(part, str) else part)] == texts
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_beginning_of_another_file_is_never_a_surprise(name, tmp_path):
-    """Every truncation (of the first bytes each, then some) is refused, or holds nothing but text."""
+def test_a_truncated_file_of_another_kind_is_refused_or_text(name, tmp_path):
+    """At every length (each of the first ones, then some) it is refused, or it holds nothing but text."""
     content, path = OTHERS[name][0], tmp_path / name
     for length in {*range(40), *range(40, len(content), 1 + len(content) // 40)}:
         path.write_bytes(content[:length])
         try:
-            kind = kind_of(path)
+            kind = detect_kind(path)
         except UserError as error:
             assert str(path) in str(error)
         else:
@@ -126,9 +126,9 @@ def test_the_beginning_of_another_file_is_never_a_surprise(name, tmp_path):
 def test_any_bytes_are_read_or_refused(content, name, tmp_path_factory):
     path = tmp_path_factory.mktemp("any") / name
     path.write_bytes(content)
-    found, read = Found(skip_bad_lines=True), []
+    found, read = ReadReport(skip_bad_lines=True), []
     try:
-        for documents, _ in Source(path, words_of).documents(found):
+        for documents, _ in Source(path, texts_in).documents(found):
             read += documents
     except UserError as error:
         assert str(path) in str(error)
@@ -157,7 +157,7 @@ PROSE = {
 @pytest.mark.parametrize("name", PROSE)
 def test_text_stays_text(name, tmp_path):
     (tmp_path / name).write_text(PROSE[name], "utf-8")
-    assert kind_of(tmp_path / name) == "text"
+    assert detect_kind(tmp_path / name) == "text"
 
 
 LINE = '{"text": "one"}\n'
@@ -182,19 +182,19 @@ LINE = '{"text": "one"}\n'
         ("a.jsonl", ""),
     ],
 )
-def test_json_lines_are_known_by_their_lines(name, content, tmp_path):
+def test_json_lines_are_recognised_by_their_lines(name, content, tmp_path):
     (tmp_path / name).write_text(content, "utf-8")
-    assert kind_of(tmp_path / name) == "JSON lines"
+    assert detect_kind(tmp_path / name) == "JSON lines"
 
 
 def test_some_bad_lines_do_not_make_it_another_kind(tmp_path):
     path = tmp_path / "x.txt"
     for content in (b"one\n\xff\ntwo\n" * 30, ("好\n" * 20).encode() + b"caf\xe9 au lait\n", b"sch\xf6n\n"):
         path.write_bytes(content)
-        assert kind_of(path) == "text"
+        assert detect_kind(path) == "text"
 
 
-def test_what_is_no_file_at_all(tmp_path):
+def test_what_is_not_a_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     with socket.socket(socket.AF_UNIX) as server:
@@ -206,7 +206,7 @@ def test_what_is_no_file_at_all(tmp_path):
             (".", "is a folder"),
         ):
             with pytest.raises(UserError, match=sentence):
-                kind_of(tmp_path / name)
+                detect_kind(tmp_path / name)
     for name in ("loop", "nowhere"):
         with pytest.raises(OSError):  # which a script tells in a sentence
-            kind_of(tmp_path / name)
+            detect_kind(tmp_path / name)

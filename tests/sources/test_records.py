@@ -1,11 +1,11 @@
-"""sources/records.py: the shapes people write, and nothing in them that is dropped without a word."""
+"""sources/records.py: the shapes in use are read, and nothing in them is dropped silently."""
 
 from collections import Counter
 
 import pytest
 
 from common.errors import UserError
-from sources.records import messages_of, text_of, words_of
+from sources.records import messages_of, text_of, texts_in
 
 
 def said(*turns):
@@ -56,7 +56,7 @@ SHAPES = [
 @pytest.mark.parametrize(("record", "shape", "messages"), SHAPES)
 def test_shapes(record, shape, messages):
     assert messages_of(record) == (messages, [("read", f"conversations {shape}")])
-    assert words_of(record)[0] == [message["content"] for message in messages]
+    assert texts_in(record)[0] == [message["content"] for message in messages]
 
 
 def test_what_is_not_read_is_named():
@@ -78,13 +78,13 @@ def test_what_is_not_read_is_named():
     )  # fmt: skip
 
 
-def test_names_of_fields_are_fit_to_print():
+def test_names_of_fields_are_printable():
     _, notes = text_of({"text": "words", "\x1b[31m": 1, "\ud800": 1, "": 1, "n" * 100: 1})
     names = [name for what, name in notes if what == "not read"]
     assert names == [r"'\x1b[31m'", r"'\ud800'", "''", "n" * 40]
 
 
-def test_byte_order_marks_go():
+def test_byte_order_marks_are_removed():
     text, notes = text_of({"text": "\ufeffa\ufeffb"})
     assert text == "ab" and notes.count(("marks", "")) == 2
     messages, notes = messages_of({"question": "\ufeffq", "answer": "a", "system": "s\ufeff"})

@@ -1,4 +1,4 @@
-"""sources/text.py: nothing that is sound is lost, and where a block of bytes ends makes no difference."""
+"""sources/text.py: no valid text is lost, and it makes no difference where a block of bytes ends."""
 
 import io
 import tracemalloc
@@ -9,21 +9,21 @@ from hypothesis import strategies as st
 from test_tokenizer import any_text, awkward
 
 from common.errors import UserError
-from sources import BadLine, Found, Source, reading, text
+from sources import BadLine, ReadReport, Source, reading, text
 from sources.text import DELIMITER
 
 
 def batches_of(path, chunk=None, long=None, **options):
-    """([(texts, is_open), ...], Found) of a file, read in blocks of `chunk` bytes."""
+    """([(texts, is_open), ...], ReadReport) of a file, read in blocks of `chunk` bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "CHUNK", chunk or reading.CHUNK)
         patch.setattr(text, "LONG", long or text.LONG)
-        found = Found(**options)
+        found = ReadReport(**options)
         return list(Source(path).documents(found)), found
 
 
 def joined(batches):
-    """The documents of batches, and each one's parts."""
+    """The documents in batches, and the parts of each."""
     documents, was_open = [], False
     for texts, is_open in batches:
         parts = [[part] for part in texts]
@@ -36,7 +36,7 @@ def joined(batches):
 
 
 def documents_of(written):
-    """By hand."""
+    """The documents in a text, found in the simplest way."""
     parts = DELIMITER.split(written.replace("\ufeff", ""))
     return [part for part in parts if part and not part.isspace()]
 
@@ -46,7 +46,7 @@ def documents_of(written):
 @example(written="[", chunk=1, bom=True)
 @settings(max_examples=200, deadline=None)
 def test_every_byte_is_kept(written, chunk, bom, tmp_path_factory):
-    """But for byte-order marks, delimiters and blank documents."""
+    """Except byte-order marks, delimiters and blank documents."""
     path = tmp_path_factory.mktemp("read") / "x.txt"
     written = written.replace("\0", "")
     path.write_bytes(b"\xef\xbb\xbf" * bom + written.encode())
@@ -82,7 +82,7 @@ pieces = st.sampled_from(
 @given(content=st.lists(pieces, min_size=1, max_size=60).map(b"".join), chunk=st.integers(1, 70))
 @settings(max_examples=300, deadline=None)
 def test_blocks_make_no_difference(content, chunk, tmp_path_factory):
-    """The same documents, in the same parts, and the same lines left out, as by hand from the whole file."""
+    """The same documents, in the same parts, and the same lines left out as when the file is read at once."""
     path = tmp_path_factory.mktemp("x") / "x.txt"
     path.write_bytes(b"text of some length " * 40 + b"\n" + content)  # so that it is recognised as text
     sound, n_bad, n_bad_bytes = "", 0, 0
@@ -119,7 +119,7 @@ BAD = {"a bad byte": b"\xff", "a NUL": b"\0", "half a character": b"\xe4\xb8"}
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("place", [0, 3000, 5_000_001, 6_720_000])
 def test_a_long_line_is_left_out_whole(bad, place, tmp_path):
-    """Whatever block of it the bad byte is in."""
+    """Whichever block the bad byte is in."""
     path, line = tmp_path / "x.txt", "天地玄黄宇宙洪荒".encode() * 280_000
     line = line[:place] + BAD[bad] + line[place:]
     path.write_bytes(b"first\n" * 20_000 + line + b"\nlast\n")
@@ -145,7 +145,7 @@ def test_bad_lines_are_found_and_left_out(tmp_path):
 def test_a_line_of_any_length_takes_little_memory(end, tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes("天地玄黄宇宙洪荒".encode() * (1 << 20) + end + b"\nend\n")
-    source, found = Source(path), Found(skip_bad_lines=True)
+    source, found = Source(path), ReadReport(skip_bad_lines=True)
     tracemalloc.start()
     n_characters = sum(len(part) for texts, _ in source.documents(found) for part in texts)
     peak = tracemalloc.get_traced_memory()[1]
@@ -155,7 +155,7 @@ def test_a_line_of_any_length_takes_little_memory(end, tmp_path):
 
 
 class Counting:
-    """A file that counts what is read of it."""
+    """A file that counts the bytes read from it."""
 
     def __init__(self, file):
         self.file, self.n_read = file, 0
@@ -180,10 +180,10 @@ def test_only_long_lines_are_read_more_than_once(tmp_path):
         path.write_bytes(line * (1 + 9_000_000 // len(line)))
         with open(path, "rb") as file:
             counting = Counting(file)
-            list(text.documents(reading.Reader(counting, path, lambda n: None), None, Found()))
+            list(text.documents(reading.Reader(counting, path, lambda n: None), None, ReadReport()))
         assert counting.n_read <= times * path.stat().st_size
 
 
-def test_delimiters_take_the_white_space_between_them():
+def test_delimiters_include_the_white_space_between_them():
     delimited = "<|bos|> a<|eos|> \n<|bos|>\nb\n<|endoftext|>\n"
     assert DELIMITER.split(delimited) == ["", " a", "\nb\n", "\n"]

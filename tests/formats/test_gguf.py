@@ -1,4 +1,4 @@
-"""formats/gguf_file.py: what lies in the file, and (slow) llama.cpp computes and says the same with it."""
+"""formats/gguf.py: the content of the file, and (slow) that llama.cpp computes and generates the same."""
 
 import errno
 import math
@@ -17,8 +17,9 @@ from test_huggingface import FOREIGN, LLAMA3, MIXTURE, SMALL, YARN, random_check
 from test_tokenizer import BPE, CHAR, SAMPLE, any_text, awkward
 
 from common.errors import UserError
+from decoding.sampling import generate
 from engine.checkpoint import build
-from formats import gguf_file
+from formats import gguf as gguf_format
 from formats.huggingface import CHAT_TEMPLATE
 from inference import TextGenerator
 from tokenizer import SPECIAL_TOKENS, BPETokenizer, CharTokenizer, byte_alphabet
@@ -46,7 +47,7 @@ CASES = NANO | {
 
 @pytest.fixture
 def written(command, tmp_path):
-    """written(checkpoint, "--type", "q8_0"): the file that export.py makes of it."""
+    """written(checkpoint, "--type", "q8_0"): the file that export.py writes."""
 
     def written(checkpoint, *args):
         path = tmp_path / "交给 others.gguf"
@@ -79,8 +80,8 @@ def tensors_of(path):
 # ---- the network -----------------------------------------------------------------------------------
 
 
-def turned(x, frequencies, gain, pairs):
-    """x [T, heads, D] with pairs of numbers turned by position x frequency, by the rule of `pairs`."""
+def rotate(x, frequencies, gain, pairs):
+    """Rotary embedding of x [T, heads, D]. pairs: "neighbours" or "halves" are rotated together."""
     angles = torch.arange(len(x))[:, None] * frequencies
     by = torch.polar(torch.full_like(angles, gain), angles)[:, None]  # [T, 1, D / 2]
     shape = (-1, 2) if pairs == "neighbours" else (2, -1)
@@ -90,7 +91,7 @@ def turned(x, frequencies, gain, pairs):
 
 
 def logits_of(keys, tensors, tokens):
-    """What a llama or qwen3 of GGUF computes of tokens [T]: [T, V], written after llama.cpp's description."""
+    """Logits [T, V] of tokens [T] for a llama or qwen3 in GGUF, written from llama.cpp's description."""
     architecture = keys["general.architecture"]
     key = {name.removeprefix(architecture + "."): value for name, value in keys.items()}
     H, G = key["attention.head_count"], key["attention.head_count_kv"]
@@ -123,7 +124,7 @@ def logits_of(keys, tensors, tokens):
         if architecture == "qwen3":
             q, k = norm(q, block + "attn_q_norm"), norm(k, block + "attn_k_norm")
         pairs = "halves" if architecture == "qwen3" else "neighbours"
-        q, k = (turned(heads, frequencies, gain, pairs) for heads in (q, k))
+        q, k = (rotate(heads, frequencies, gain, pairs) for heads in (q, k))
         k, v = (heads.repeat_interleave(H // G, dim=1) for heads in (k, v))
         scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(D)
         scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)
@@ -146,7 +147,7 @@ def test_the_file_computes_the_same(case, written):
     ours, theirs = model(tokens[None])[0][0], logits_of(keys_of(path), tensors_of(path), tokens)
     n_rows = model.config.vocab_size
     assert ours.std() > 0.5 and (ours - theirs[:, :n_rows]).abs().max() < 1e-4
-    # What stands for unknown characters is said as rarely as <|padding|>.
+    # The tokens for unknown characters are as unlikely as <|padding|>.
     torch.testing.assert_close(theirs[:, n_rows:], theirs[:, :1].expand(-1, theirs.shape[1] - n_rows))
 
 
@@ -169,7 +170,7 @@ def test_keys(written):
     }  # fmt: skip
     assert {key: keys.get(key) for key in expected} == expected
     assert keys["qwen3.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
-    # All marks end what is said: the kinds of tokens at which llama.cpp stops.
+    # All special tokens but <|unknown|> have one of the kinds at which llama.cpp stops.
     kinds = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
     assert sorted(keys[f"tokenizer.ggml.{kind}_token_id"] for kind in kinds) == [0, 2, 3, 4, 5, 6]
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
@@ -186,8 +187,8 @@ ASCII = CharTokenizer.train(["abc "])
 
 @pytest.mark.parametrize("tokenizer", [ASCII, BPETokenizer([])], ids=["char", "bpe"])
 def test_there_always_is_a_merge(tokenizer):
-    """llama.cpp does not open a file without one; it joins two bytes that no UTF-8 has."""
-    merges = gguf_file.vocabulary(tokenizer, tokenizer.vocab_size)[2]
+    """llama.cpp does not open a file without merges, so there is one of two bytes that UTF-8 never has."""
+    merges = gguf_format.vocabulary(tokenizer, tokenizer.vocab_size)[2]
     assert merges == ["À Á"]
 
 
@@ -200,7 +201,7 @@ def test_a_pretrained_model_begins_with_bos_and_has_no_template(written):
 def test_names_and_shapes_of_experts(written):
     checkpoint = random_checkpoint(*CASES["deepseek2"])
     tensors = tensors_of(written(checkpoint))
-    assert not [name for name in tensors if name.startswith("blk.3.")]  # multi-token prediction
+    assert not [name for name in tensors if name.startswith("blk.3.")]  # the multi-token prediction module
     assert tensors["blk.1.ffn_gate_exps.weight"].shape == (8, 16, 24)
     assert tensors["blk.1.ffn_down_exps.weight"].shape == (8, 24, 16)
     assert tensors["blk.1.exp_probs_b.bias"].shape == (8,)
@@ -213,8 +214,8 @@ def test_names_and_shapes_of_experts(written):
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "q8_0"])
 def test_types(kind, written, command):
-    """Matrices are stored as asked for, where their rows allow it; vectors stay float32."""
-    fields = SMALL | dict(n_embd=64, n_hidden=96, head_dim=12)  # 48 numbers to the output projection
+    """Matrices have the requested type if their rows allow it; vectors stay float32."""
+    fields = SMALL | dict(n_embd=64, n_hidden=96, head_dim=12)  # the output projection has rows of 48
     checkpoint = random_checkpoint(fields, BPE)
     path = written(checkpoint, "--type", kind)
     stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
@@ -227,7 +228,7 @@ def test_types(kind, written, command):
     bound = {
         "float32": 0.0,
         "float16": 2**-11 * groups.abs(),
-        # half a step, and the scale itself is a float16
+        # half a step, plus the rounding of the scale to float16
         "q8_0": (0.5 + 127 * 2**-11) * groups.abs().amax(1, keepdim=True) / 127,
     }[kind]
     assert ((groups - theirs.view(-1, 32)).abs() <= bound).all()
@@ -240,11 +241,11 @@ def test_a_checkpoint_in_half_precision(written):
     assert torch.equal(tensors["token_embd.weight"], checkpoint.model["wte.weight"].float())
 
 
-def test_what_float16_cannot_hold(command):
+def test_values_too_large_for_float16(command):
     checkpoint = random_checkpoint(*NANO["qwen3"])
     checkpoint.model["blocks.0.mlp.down.weight"][0, 0] = 1e5
     path = checkpoint.save()
-    assert "blk.0.ffn_down.weight holds numbers beyond float16's; take --type float32" in told(
+    assert "blk.0.ffn_down.weight has values too large for float16; use --type float32" in told(
         command("-m", path, "--format", "gguf", "--type", "float16")
     )
     assert not path.with_suffix(".gguf").exists()
@@ -254,7 +255,7 @@ def test_what_float16_cannot_hold(command):
 
 
 def ids_of(keys, text):
-    """How llama.cpp's BPE cuts one word, all of `text`: the best pair first, of equals the first one."""
+    """llama.cpp's BPE of a single word: merges the pair of lowest rank first, the leftmost of equals."""
     letters = byte_alphabet()
     number = {token: i for i, token in enumerate(keys["tokenizer.ggml.tokens"])}
     rank = {tuple(pair.split(" ")): i for i, pair in enumerate(keys["tokenizer.ggml.merges"])}
@@ -272,7 +273,7 @@ KEYS = {}
 
 def keys_of_tokenizer(tokenizer, n_rows):
     if tokenizer.fingerprint not in KEYS:
-        tokens, _, merges, _ = gguf_file.vocabulary(tokenizer, n_rows)
+        tokens, _, merges, _ = gguf_format.vocabulary(tokenizer, n_rows)
         KEYS[tokenizer.fingerprint] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
     return KEYS[tokenizer.fingerprint]
 
@@ -286,11 +287,11 @@ def check_characters(tokenizer, text):
 
 @settings(deadline=None)
 @given(text=any_text | awkward)
-def test_characters_are_put_together(text):
+def test_characters_are_assembled_from_bytes(text):
     check_characters(CHAR, text)
 
 
-# Neighbours in the table, whose bytes are much alike, and such as repeat a byte.
+# Characters whose UTF-8 bytes are nearly the same, or repeat.
 alike = st.text(st.sampled_from(
     "aé\u00ff\u0100\u0800\u0801\u0888\u4e00\u4e40\u8000\U00010000\U00010001\U00020820"
     "\U00010410\U0001f642\U0001f643\U0001f602\U0010ffff\U00088888"
@@ -299,40 +300,42 @@ alike = st.text(st.sampled_from(
 
 @settings(deadline=None)
 @given(corpus=alike, text=alike)
-def test_characters_that_are_much_alike(corpus, text):
+def test_characters_with_similar_bytes(corpus, text):
     KEYS.clear()
     check_characters(CharTokenizer.train([corpus]), text)
 
 
 @pytest.mark.parametrize(
-    ("name", "cut"),
+    ("name", "expected"),
     [
         ("GPT-2", "gpt-2"), ("Llama 3", "llama-bpe"), ("Qwen3", "qwen2"), ("DeepSeek V3", "deepseek-v3"),
         ("SmolLM", "smollm"), ("nanochat", None), ("uncut", None),
     ],
 )  # fmt: skip
-def test_cuts_have_names(name, cut):
+def test_names_of_pre_tokenizers(name, expected):
     tokenizer = read_foreign(name)[0]
-    if cut is None:
-        with pytest.raises(UserError, match="llama.cpp has no name for; --format huggingface keeps it"):
-            gguf_file.cut_of(tokenizer)
+    if expected is None:
+        with pytest.raises(
+            UserError, match="cannot split text the way this tokenizer does; --format hugging"
+        ):
+            gguf_format.pre_tokenizer_name(tokenizer)
     else:
-        assert gguf_file.cut_of(tokenizer) == cut
+        assert gguf_format.pre_tokenizer_name(tokenizer) == expected
         rules = tokenizer.rules | dict(ignore_merges=not tokenizer.rules.get("ignore_merges"), words=[])
         other = BPETokenizer(tokenizer.merges, **rules)
         if name == "Llama 3":
-            assert gguf_file.cut_of(other) == "smaug-bpe"
+            assert gguf_format.pre_tokenizer_name(other) == "smaug-bpe"
         else:
-            with pytest.raises(UserError, match="no name for"):
-                gguf_file.cut_of(other)
+            with pytest.raises(UserError, match="cannot split text"):
+                gguf_format.pre_tokenizer_name(other)
 
 
-def test_letters_and_accents_are_told_of(command, tmp_path):
+def test_missing_normalization_is_reported(command, tmp_path):
     path = random_checkpoint(SMALL, read_foreign("Qwen3")[0]).save()
-    assert "does not join letters and accents (NFC)" in command("-m", path, "--format", "gguf").stdout
+    assert "does not normalise text to NFC" in command("-m", path, "--format", "gguf").stdout
 
 
-# ---- what cannot be --------------------------------------------------------------------------------
+# ---- what is refused --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -343,9 +346,9 @@ def test_letters_and_accents_are_told_of(command, tmp_path):
         (SMALL | dict(bias=True), "bias is true in this model"),
         (SMALL | dict(rope_scaling=LLAMA3), 'rope_scaling.rope_type is "llama3" in this model, and llama'),
         (SMALL | dict(architecture="nanochat"), "llama.cpp does not know nanochat; --format huggingface"),
-        (LATENT | dict(q_lora_rank=None), "llama.cpp has deepseek_v3 only with a q_lora_rank; --format hugg"),
+        (LATENT | dict(q_lora_rank=None), "llama.cpp supports deepseek_v3 only with a q_lora_rank; --format"),
         (LATENT | dict(norm_eps=1e-5), "norm_eps is 1e-05 in this model, and llama.cpp's deepseek2 has only"),
-        (LATENT | dict(n_layer=26), "of 26 or 27 layers only without a q_lora_rank; --format huggingface"),
+        (LATENT | dict(n_layer=26), "with 26 or 27 layers only without a q_lora_rank; --format hugging"),
     ],
 )
 def test_a_model_without_counterpart(fields, sentence, command):
@@ -361,12 +364,12 @@ def test_a_word_spelled_like_a_special_token(command):
     assert "spelled like one of its special tokens" in told(command("-m", path, "--format", "gguf"))
 
 
-def test_a_file_is_never_written_over(command):
+def test_an_existing_file_is_never_overwritten(command):
     path = random_checkpoint(*NANO["qwen3"]).save()
     there = path.with_suffix(".gguf")
     there.write_text("mine")
     sentence = told(command("-m", path, "--format", "gguf"))
-    assert sentence.endswith(f"{there.name} is there already; remove it, or name another with --output")
+    assert sentence.endswith(f"{there.name} already exists; remove it, or choose another name with --output")
     assert there.read_text() == "mine"
 
 
@@ -383,16 +386,19 @@ def test_nothing_is_left_of_half_a_file(command, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--type", "q8_0"], "huggingface does not write --type q8_0: a folder keeps those of the check"),
-        (["--format", "llama2c", "--type", "float16"], "--type float16: it has float32 and q8_0"),
+        (["--type", "q8_0"], "huggingface cannot write --type q8_0: it keeps the number type of the c"),
+        (
+            ["--format", "llama2c", "--type", "float16"],
+            "llama2c cannot write --type float16: choose float32 or q8_0",
+        ),
         (["--format", "onnx"], "argument --format: invalid choice: 'onnx'"),
-        (["--format", "gguf", "--type", "int4"], "argument --type: invalid choice: 'int4'"),
+        (["--format", "gguf", "--type", "int4"], "gguf cannot write --type int4: choose float32 or"),
         (["--read", ".", "--format", "gguf"], "it takes neither --format nor --type"),
-        (["-o", "there", "--format", "gguf"], "there is there already"),
+        (["-o", "there", "--format", "gguf"], "there already exists"),
     ],
 )
 def test_wrong_arguments(args, sentence, shared_project):
-    """... are told before torch is loaded."""
+    """... are reported before torch is imported."""
     (shared_project.elsewhere / "there").mkdir(exist_ok=True)
     code = (
         "import runpy, sys; script = sys.argv.pop(1)\n"
@@ -424,25 +430,25 @@ CHAT = [
 
 @pytest.fixture
 def opened():
-    """opened(path): the model of a file, in llama.cpp."""
+    """opened(path): the model in llama.cpp."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
     def opened(path):
-        # Keys and values in float32 (0), as ours are.
+        # Keys and values in float32 (type 0), as in Nano.
         exact = dict(n_threads=1, type_k=0, type_v=0, flash_attn=False)
         return llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, **exact)
 
     return opened
 
 
-def ends(llama, token):
+def is_stop_token(llama, token):
     import llama_cpp
 
     return llama_cpp.llama_vocab_is_eog(llama._model.vocab, token)
 
 
-def known(ids, n_rows):
-    """The first bytes of unknown characters are what <|unknown|> is here."""
+def as_nano_ids(ids, n_rows):
+    """Replace the first bytes of unknown characters with <|unknown|>."""
     return [1 if i >= n_rows else i for i in ids]
 
 
@@ -451,25 +457,25 @@ def test_a_tokenizer_without_merges_opens_in_llama_cpp(written, opened):
     for tokenizer in (ASCII, BPETokenizer([])):
         llama = opened(written(random_checkpoint(NANO["llama"][0], tokenizer)))
         ids = llama.tokenize(b"fox cab", add_bos=False, special=False)
-        assert known(ids, tokenizer.vocab_size) == tokenizer.encode("fox cab").tolist()
+        assert as_nano_ids(ids, tokenizer.vocab_size) == tokenizer.encode("fox cab").tolist()
 
 
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["float32", "float16", "q8_0"])
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_computes_and_says_the_same(case, kind, written, opened):
+def test_llama_cpp_computes_and_generates_the_same(case, kind, written, opened):
     fields, tokenizer = CASES[case]
     if kind == "q8_0" and not case.startswith("deepseek2"):
         fields = fields | dict(n_embd=64, n_hidden=96)
     checkpoint = random_checkpoint(fields, tokenizer)
-    checkpoint.model["lm_head.weight"][:7] *= 0.1  # so that it seldom stops
+    checkpoint.model["lm_head.weight"][:7] *= 0.1  # make it stop rarely
     model, tokenizer = build(checkpoint, "the test")
     llama = opened(written(checkpoint, "--type", kind))
     n_rows = model.config.vocab_size
     for text in TEXTS:
         ids = llama.tokenize(text.encode(), add_bos=False, special=False)
-        assert known(ids, n_rows) == tokenizer.encode(text).tolist(), text
+        assert as_nano_ids(ids, n_rows) == tokenizer.encode(text).tolist(), text
 
     tokens = torch.randint(tokenizer.vocab_size, (60,), generator=torch.Generator().manual_seed(1))
     llama.eval(tokens.tolist())
@@ -477,38 +483,38 @@ def test_llama_cpp_computes_and_says_the_same(case, kind, written, opened):
     off = (ours - theirs) / ours.std()
     usual, largest = off.std().item(), off.abs().max().item()
     print(f"{case}, {kind}: logits differ by {usual:.1e} of their spread, at most {largest:.1e}")
-    # A little less precision, and a token may come to another expert.
+    # With less precision, a token may be routed to another expert.
     assert usual < {"float32": 1e-5, "float16": 0.03, "q8_0": 0.15}[kind]
     if kind != "float32":
         return
 
     text_generator = TextGenerator(model, tokenizer)
-    said = 0
+    length = 0
     for text in ("The fox", " 狐狸 é\n", "🦊 1 + 1 ="):
         ids = text_generator.completion_prompt(text)[0]
-        expected = list(model.generate(ids, 40, temperature=0, stop_tokens=text_generator.stop_tokens))
-        # A prompt of a model that has learned to answer is what it is: here, a completion's.
+        expected = list(generate(model, ids, 40, temperature=0, stop_tokens=text_generator.stop_tokens))
+        # llama.cpp adds nothing to the prompt of a chat model, so begin with <|bos|> like a completion.
         theirs = llama.tokenize(b"<|bos|>" + text.encode(), add_bos=False, special=True)
-        assert known(theirs, n_rows) == ids
+        assert as_nano_ids(theirs, n_rows) == ids
         drawn = []
         for token in llama.generate(theirs, temp=0.0, repeat_penalty=1.0):
-            if ends(llama, token) or len(drawn) == 40:
+            if is_stop_token(llama, token) or len(drawn) == 40:
                 break
             drawn.append(token)
         assert drawn == expected
-        said += len(drawn)
-    assert said > 60
-    stops = [i for i in range(n_rows) if ends(llama, i)]
+        length += len(drawn)
+    assert length > 60
+    stops = [i for i in range(n_rows) if is_stop_token(llama, i)]
     assert stops == sorted(text_generator.stop_tokens)
 
     ids = text_generator.chat_prompt([dict(message) for message in CHAT])[0]
-    answer = list(model.generate(ids, 30, temperature=0, stop_tokens=text_generator.stop_tokens))
-    # What is not text is not printed there: <|unknown|>, and rows without a token.
+    answer = list(generate(model, ids, 30, temperature=0, stop_tokens=text_generator.stop_tokens))
+    # llama.cpp does not print <|unknown|> and rows without a token.
     whole = [i for i in answer if i != tokenizer.unknown_id and i < tokenizer.vocab_size]
     expected = tokenizer.decode_bytes(whole).decode("utf-8", "ignore")
     done = llama.create_chat_completion(CHAT, temperature=0, repeat_penalty=1.0, max_tokens=30)
     assert done["usage"]["prompt_tokens"] == len(ids)
-    # It may go on for a token or two, where the last one has left a character unfinished.
+    # It may generate a few tokens more to complete a character.
     content = done["choices"][0]["message"]["content"]
     assert content.startswith(expected) and len(content) <= len(expected) + 10
 
@@ -520,8 +526,8 @@ def test_a_pretrained_model_continues_in_llama_cpp(written, opened):
     llama, text_generator = opened(written(checkpoint)), TextGenerator(model, tokenizer)
     for text in ("The fox", " 狐狸 "):
         ids = text_generator.completion_prompt(text)[0]
-        assert llama.tokenize(text.encode()) == ids  # <|bos|> comes by itself
-        answer = list(model.generate(ids, 30, temperature=0, stop_tokens=text_generator.stop_tokens))
+        assert llama.tokenize(text.encode()) == ids  # <|bos|> is added automatically
+        answer = list(generate(model, ids, 30, temperature=0, stop_tokens=text_generator.stop_tokens))
         expected = tokenizer.decode([i for i in answer if i != tokenizer.unknown_id])
         done = llama.create_completion(text, temperature=0, repeat_penalty=1.0, max_tokens=30)
         assert done["choices"][0]["text"] == expected and done["usage"]["prompt_tokens"] == len(ids)
@@ -529,7 +535,7 @@ def test_a_pretrained_model_continues_in_llama_cpp(written, opened):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FOREIGN if name not in ("nanochat", "uncut")])
-def test_tokenizers_of_others_cut_the_same_in_llama_cpp(name, written, opened):
+def test_foreign_tokenizers_split_the_same_in_llama_cpp(name, written, opened):
     tokenizer = read_foreign(name)[0]
     llama = opened(written(random_checkpoint(SMALL, tokenizer)))
     texts = [text for text in TEXTS if name != "Qwen3" or "e\u0301" not in text]

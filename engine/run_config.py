@@ -1,0 +1,27 @@
+"""The configuration of a run, from the command line."""
+
+from __future__ import annotations
+
+import argparse
+
+from common.config import display_path, load, read_json
+from common.errors import UserError
+from config.schema import ArchitectureConfig, TrainConfig
+from models import check_config
+
+
+def load_run(args: argparse.Namespace) -> tuple[TrainConfig, ArchitectureConfig]:
+    """Read the files of --config and --model, with the overrides of --set.
+
+    A key of --set that is not one of the training configuration belongs to the model. Raises UserError.
+    """
+    config = load(TrainConfig, args.config, args.set)
+    others = {k: v for k, v in args.set.items() if k not in TrainConfig.model_fields}
+    shape = read_json(args.model)
+    # The model's configuration used to have this key, too.
+    if shape.pop("dropout", config.dropout) != config.dropout:
+        raise UserError(
+            f'{display_path(args.model)}: key "dropout" belongs to the run: remove it here, and set it in '
+            f"{display_path(args.config)}, where it is {config.dropout}"
+        )
+    return config, check_config({**shape, **others}, display_path(args.model), others)
