@@ -28,9 +28,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from common.errors import UserError, run  # first: it explains an import that fails
+
+# isort: split
 import numpy as np
 
-from common.errors import UserError, run
 from preparation import DATASET, default_inputs, default_names, stages_with_files
 from preparation.token_file import TokenFile
 from tokenizer import Tokenizer

@@ -31,11 +31,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from reprlib import repr as short_repr
 from typing import Any, ClassVar
 
+from common.errors import UserError, run  # first: it explains an import that fails
+
+# isort: split
 import numpy as np
 
 from common import bpe
 from common.bpe import byte_alphabet
-from common.errors import UserError, run
 from common.files import write_text
 
 SPECIAL_TOKENS = ("<|padding|>", "<|unknown|>", "<|bos|>", "<|eos|>",

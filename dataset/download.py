@@ -36,17 +36,18 @@ from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common.errors import UserError, run  # first: it explains an import that fails
+
+# isort: split
 import pycurl
 from rich import progress
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from common.errors import UserError, run  # noqa: E402
 
 CONNECT_TIMEOUT = 30  # seconds to connect, including name lookup, proxy and TLS
 MIN_SPEED, SPEED_WINDOW = 1000, 60  # bytes per second, averaged over this many seconds; less is a failure

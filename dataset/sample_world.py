@@ -32,8 +32,8 @@ from typing import NamedTuple, TypeVar
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.errors import UserError, run  # noqa: E402
-from common.files import AtomicFiles  # noqa: E402
+from common.errors import UserError, run
+from common.files import AtomicFiles
 
 T = TypeVar("T")
 Turns = list[tuple[str, str]]  # a conversation: (question, answer), ...
