@@ -196,7 +196,7 @@ NONSENSE = {  # name: (answer, what the sentence says)
     "100 Continue at a time": (lambda r: again(b"", head(status="100 Continue"), 0.02), "bytes a second"),
     "trailer at a time": (lambda r: again(CHUNKED + b"1\r\nx\r\n0\r\n", b"X: y\r\n", 0.02), "bytes a second"),
     "silence": (lambda r: then_silence(b""), "bytes a second"),
-    "silence after the head": (lambda r: then_silence(whole()[:-len(BODY)]), "bytes a second"),
+    "silence after the head": (lambda r: then_silence(whole()[: -len(BODY)]), "bytes a second"),
     "silence in the middle": (lambda r: then_silence(whole(ETAG)[:-1000]), "are kept"),
     "silence, and no way to go on": (lambda r: then_silence(whole()[:-1000]), "check the network"),
     "endless headers": (lambda r: again(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 1000), ""),
@@ -731,6 +731,7 @@ def test_two_at_once(tmp_path):
 
 def test_the_other_one_was_faster(tmp_path, monkeypatch):
     """The file arrives between the check and the lock."""
+
     @contextlib.contextmanager
     def other(target):
         target.write_bytes(BODY)
@@ -802,7 +803,7 @@ def answers(draw):
     answer = head(*lines, status=f"{draw(statuses)} x".encode().decode("latin-1")) + draw(bodies)
     if draw(st.integers(0, 9)) == 0:  # a few bytes fall out
         cut = draw(st.integers(0, 200))
-        answer = answer[:cut] + draw(st.binary(max_size=3)) + answer[cut + 1:]
+        answer = answer[:cut] + draw(st.binary(max_size=3)) + answer[cut + 1 :]
     return answer
 
 

@@ -81,8 +81,10 @@ def test_every_held_out_fact_is_stated_in_at_least_three_phrasings_of_its_langua
 
 def test_every_fact_is_stated_in_at_least_five_phrasings_in_both_languages(files):
     for fact in files.world.facts:
-        stated = {language: sum(sentence in files.pretrain for sentence in fact.statements(language))
-                  for language in LANGUAGES}
+        stated = {
+            language: sum(sentence in files.pretrain for sentence in fact.statements(language))
+            for language in LANGUAGES
+        }
         assert sum(stated.values()) >= 5 and min(stated.values()) >= 2, fact
 
 
@@ -178,8 +180,11 @@ def recompute(question):
 
 def test_the_score_means_knowledge(files):
     """Most held-out questions are about arbitrary facts, and guessing the most frequent value fails."""
-    held_out = {(fact.key, language): fact.value(language)
-                for fact in files.world.evaluated() for language in LANGUAGES}
+    held_out = {
+        (fact.key, language): fact.value(language)
+        for fact in files.world.evaluated()
+        for language in LANGUAGES
+    }
     arbitrary = [record for record in files.eval if record["kind"].split(".")[0] in ARBITRARY]
     assert len(arbitrary) >= 0.75 * len(files.eval)
     guesses = 0
@@ -187,15 +192,21 @@ def test_the_score_means_knowledge(files):
         for language in LANGUAGES:
             values = Counter(fact.value(language) for fact in files.world.facts if fact.kind == kind)
             guess = values.most_common(1)[0][0]
-            guesses += sum(held_out[record["fact"], language] == guess for record in files.eval
-                           if record["kind"] == kind and record["language"] == language)
+            guesses += sum(
+                held_out[record["fact"], language] == guess
+                for record in files.eval
+                if record["kind"] == kind and record["language"] == language
+            )
     assert guesses < 0.25 * len(files.eval)
 
 
 def test_subjects_differ_in_their_first_letter(files):
-    subjects = {(fact.topic if fact.kind != "count" else "length", language, fact.slots[language]["s"])
-                for fact in files.world.facts for language in LANGUAGES
-                if fact.topic in (*ARBITRARY, "length", "count")}
+    subjects = {
+        (fact.topic if fact.kind != "count" else "length", language, fact.slots[language]["s"])
+        for fact in files.world.facts
+        for language in LANGUAGES
+        if fact.topic in (*ARBITRARY, "length", "count")
+    }
     initials = Counter((topic, language, name.removeprefix("the ")[0]) for topic, language, name in subjects)
     assert len(initials) > 100 and set(initials.values()) == {1}
 
@@ -205,8 +216,10 @@ def test_the_files_are_well_formed(files):
     assert "".join(f"<|bos|>{document}<|eos|>\n" for document in documents) == files.pretrain
     assert len(documents) == files.counts["documents"]
     assert "{" not in files.pretrain and "\r" not in files.pretrain and "\t" not in files.pretrain
-    evaluated, tuned = ("".join(text for record in records for turn in turns(record) for text in turn)
-                        for records in (files.eval, files.sft))
+    evaluated, tuned = (
+        "".join(text for record in records for turn in turns(record) for text in turn)
+        for records in (files.eval, files.sft)
+    )
     assert set(evaluated) <= set(files.pretrain + tuned)
     assert "{" not in evaluated + tuned and "<|" not in evaluated + tuned
     assert all(4 <= len(turn[1]) <= 60 for record in files.sft + files.eval for turn in turns(record))
@@ -231,6 +244,7 @@ def test_a_seed_and_a_size_are_the_same_bytes_everywhere(tmp_path):
 def test_another_seed_is_another_world_and_size_is_people():
     def people(**kw):
         return {(fact.key, fact.answer("en")) for fact in build_world(**kw).facts if fact.topic == "person"}
+
     assert people(seed=1) != people(seed=2)
     assert len(people(size=1)) == 6 * 24 and len(people(size=3.5)) == 6 * 84
     large = build_world(size=20)
