@@ -8,8 +8,7 @@ stream of token vectors, and each of the two reads the stream through an RMSNorm
 Good to know before you read on:
 - Positions are rotary (RoPE), or learned if `use_rope` is false.
 - With `n_kv_head` < `n_head`, groups of query heads share keys and values (grouped-query attention), and the
-KV
-  cache holds only `n_kv_head` heads.
+  KV cache holds only `n_kv_head` heads.
 - Queries, keys and values come from one matrix, and so do both halves of the gated MLP: a few large matrix
   products are faster than many small ones.
 - The model computes vectors and logits. What to do with them is up to an objective (objectives/).

@@ -165,26 +165,24 @@ class DeviceBatch(NamedTuple):
     counts: dict[str, int]
 
 
-def device_batches(setup: "TrainSetup", parallel: Any, state: TrainState) -> Iterator[DeviceBatch]:
-    """The global batches from this state to the last step, each prepared while the step before it
-    computes."""
+def device_batches(setup: "TrainSetup", parallel: Any, first: int, count: int) -> Iterator[DeviceBatch]:
+    """`count` global batches from sequence `first` on, each prepared while the step before it computes."""
     from engine.setup import to_device
 
     rows = parallel.rows(setup.config)
 
-    def load(first: int) -> DeviceBatch:
-        batch = setup.train(first)
+    def load(number: int) -> DeviceBatch:
+        batch = setup.train(first + number * setup.train.batch_size)
         shape, weight = batch["x"].shape, setup.objective.weight(batch)
         tensors = to_device(batch, rows, setup.compute.device)
         return DeviceBatch(tensors, shape, weight, {"sequences": shape[0], "tokens": int(weight)})
 
-    first, last = state.step, setup.config.max_steps or LAST_STEP
     with ThreadPoolExecutor(1) as background:
-        pending = background.submit(load, sequence := state.consumed["sequences"])
-        for step in range(first + 1, last + 1):
+        pending = background.submit(load, 0)
+        for number in range(1, count + 1):
             batch = pending.result()
-            if step < last:
-                pending = background.submit(load, sequence := sequence + batch.shape[0])
+            if number < count:
+                pending = background.submit(load, number)
             yield batch
 
 
@@ -329,7 +327,8 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
     header = {**estimate.header(), "run": run_name, "resumed_from_step": state.step}
     if start.branched_from:
         header["branched_from"] = start.branched_from
-    batches = device_batches(setup, parallel, state)
+    n_steps = (config.max_steps or LAST_STEP) - state.step
+    batches = device_batches(setup, parallel, state.consumed["sequences"], n_steps)
     results, speed, on_cpu = [], Speedometer(setup.model), setup.compute.device_type == "cpu"
     first_step = last_saved = state.step
     stopping, path = False, None
@@ -468,7 +467,7 @@ def main() -> None:
     estimate = plan.RunEstimate.of(setup)
     with estimate.advice_when_out_of_memory():
         state = initial_state(setup, parallel)
-        batches = device_batches(setup, parallel, state)
+        batches = device_batches(setup, parallel, state.consumed["sequences"], LAST_STEP)
 
         def one_step() -> tuple[int, ...]:
             batch = next(batches)

@@ -67,8 +67,8 @@ class RunEstimate:
 
     def bits_per_byte(self, nats_per_token):
         """Loss in a unit that does not depend on the tokenizer."""
-        metas = [file.meta for source in self.val for file in source.files]
-        tokens_per_byte = sum(m["n_tokens"] for m in metas) / sum(m["n_bytes"] for m in metas)
+        tokens, n_bytes = zip(*(source.text_size for source in self.val), strict=True)
+        tokens_per_byte = sum(tokens) / sum(n_bytes)
         return nats_per_token / math.log(2) * tokens_per_byte
 
     def memory(self, batch_size=None):

@@ -251,6 +251,7 @@ class ProblemSource:
     """What the two sources of a problem's batches share."""
 
     notes: list[str] = []
+    text_size = None
 
     def __init__(self, problem: Problem, tokenizer: Tokenizer, batch_size: int):
         self.problem, self.tokenizer, self.batch_size = problem, tokenizer, batch_size
