@@ -24,13 +24,13 @@ In Python:
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import re
 import sys
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError, run
@@ -45,6 +45,8 @@ from decoding.text_generator import (
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from tasks import Example, Task
 
 # ---- the command line ------------------------------------------------------------------------------
 
@@ -223,80 +225,58 @@ def talk(text_generator: TextGenerator, instruct: bool, profile: bool) -> None:
 
 # ---- questions with known answers ------------------------------------------------------------------
 
-Question = tuple[list[dict[str, str]], str]  # (messages, which end with the right answer; kind of question)
 
-
-def read_questions(path: Path) -> list[Question]:
-    """Read a file in any format that `python data.py` accepts for SFT. A record may also have a "kind"."""
-    from data import conversation_of
-    from sources import Found, Source
-
-    def question_of(record):
-        messages, notes = conversation_of(record)
-        kind = record.get("kind", "question") if isinstance(record, dict) else "question"
-        return (messages, str(kind)), [note for note in notes if note != ("not read", "kind")]
-
-    source, found = Source(path, question_of, needs_records=True), Found()
-    questions = [question for questions, _ in source.documents(found) for question in questions]
-    for sentence in found.told(path):
-        print_notice(sentence)
-    return questions
-
-
-def evaluate(text_generator: TextGenerator, questions: list[Question]) -> None:
-    """Ask all questions, greedily and without penalties; print some answers and the score of every kind."""
+def evaluate(text_generator: TextGenerator, task: Task) -> None:
+    """Ask all questions of a task, greedily and without penalties; print some answers and the scores."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    tokenizer = text_generator.tokenizer
-    prompts = [text_generator.chat_prompt(messages[:-1]) for messages, _ in questions]
+    tokenizer, examples = text_generator.tokenizer, list(task.examples("test", seed=0))
+    prompts = [text_generator.chat_prompt(list(task.prompt(example))) for example in examples]
     if n_cut := sum(left_out > 0 for _, left_out in prompts):
         print_notice(f"{n_cut:,} questions are too long for the context: their oldest tokens are left out")
-    expected = [messages[-1]["content"].strip() for messages, _ in questions]
     # An answer that is longer than the right one is wrong already, so it may stop there.
-    max_tokens = [len(ids) + 1 for ids in tokenizer.encode_batch(expected)]
+    max_tokens = [len(ids) + 1 for ids in tokenizer.encode_batch([e.answer.strip() for e in examples])]
     columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     start, stderr = time.perf_counter(), Console(stderr=True)
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task("", total=len(questions))
+        row = bar.add_task("", total=len(examples))
         answers = answer_greedily(
             text_generator.model,
             [ids for ids, _ in prompts],
             max_tokens,
             text_generator.stop_tokens,
-            on_answer=lambda: bar.advance(task),
+            on_answer=lambda: bar.advance(row),
         )
     seconds = time.perf_counter() - start
 
     given, is_right = [], []
-    for (ids, has_stopped), answer in zip(answers, expected, strict=True):
+    for (ids, has_stopped), example in zip(answers, examples, strict=True):
         ids = [i if i < tokenizer.vocab_size else tokenizer.unknown_id for i in ids]
         text = tokenizer.decode(ids).strip()
         given.append(text if has_stopped else text + " …")
-        is_right.append(has_stopped and text == answer)
+        is_right.append(has_stopped and task.score(example, text) == 1)
     console = Console(highlight=False)
-    print_samples(console, questions, given, is_right)
-    print_scores(console, [kind for _, kind in questions], is_right)
-    n, total = len(questions), sum(is_right)
+    print_samples(console, examples, given, is_right)
+    print_scores(console, [example.kind for example in examples], is_right)
+    n, total = len(examples), sum(is_right)
     console.print(f"exact match: {total:,} of {n:,} = {100 * total / n:.1f} % in {seconds:.1f} s")
 
 
-def print_samples(
-    console: Console, questions: list[Question], given: list[str], is_right: list[bool]
-) -> None:
+def print_samples(console: Console, examples: list[Example], given: list[str], is_right: list[bool]) -> None:
     """A table of ten questions, spread over all kinds, with the model's answers."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table("question", "the model's answer", "", title="some of the questions")
-    by_kind = sorted(range(len(questions)), key=lambda i: questions[i][1])
-    n_samples = min(10, len(questions))
+    by_kind = sorted(range(len(examples)), key=lambda i: examples[i].kind)
+    n_samples = min(10, len(examples))
     for i in (by_kind[k * len(by_kind) // n_samples] for k in range(n_samples)):
-        *before, question, expected = (message["content"] for message in questions[i][0])
+        *before, question = (message["content"] for message in examples[i].question)
         asked = Text("".join(f"({text})\n" for text in before), style="dim").append(question, "not dim")
         answer, mark = Text(given[i]), Text("✓", style="green")
         if not is_right[i]:
-            answer.append(f"\nnot: {expected.strip()}", style="dim")
+            answer.append(f"\nnot: {examples[i].answer.strip()}", style="dim")
             mark = Text("✗", style="red")
         table.add_row(asked, answer, mark)
     console.print(table)
@@ -346,23 +326,31 @@ def main() -> None:
 
     if sys.stdin is None and args.prompt is None and args.eval is None:
         raise UserError("standard input is closed, so nothing can be asked; use --prompt")
-    questions = read_questions(resolve_path(args.eval)) if args.eval is not None else None
+    task = None
+    if args.eval is not None:
+        from tasks.questions import Questions
+
+        task = Questions(resolve_path(args.eval))
+        for sentence in task.notes:
+            print_notice(sentence)
     for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
         # Pipes get UTF-8; a terminal that cannot show a character gets a question mark.
         stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
-    instruct = args.instruct or questions is not None
+    instruct = args.instruct or task is not None
     text_generator, about, attention = load_text_generator(args, instruct)
     is_talk = args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if is_talk:
         text_generator.decoder.compile()  # in the background, while the first question is typed
     with attention:
-        if questions is not None:
+        if task is not None:
             print(about)
-            evaluate(text_generator, questions)
+            evaluate(text_generator, task)
         elif args.prompt is not None:
             answer_once(text_generator, args.prompt, instruct, args.profile)
         elif is_talk:
+            assert isinstance(sys.stdin, io.TextIOWrapper)
             sys.stdin.reconfigure(errors="replace")
             print(about)
             print(

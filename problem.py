@@ -27,7 +27,7 @@ from pydantic import ConfigDict, Field, ValidationError
 import tasks
 from common.config import ROOT, check, display_path, resolve_path
 from common.files import append_line
-from config.schema import ModelConfig, Schema, TrainConfig
+from config.schema import ModelConfig, ResolvedTrainConfig, Schema
 from config.stages import Stage
 
 RESULTS = ROOT / "checkpoint" / "results.jsonl"
@@ -85,7 +85,7 @@ def learn(args):
     values["max_steps"] = values["max_steps"] if args.steps is None else args.steps
     values["warmup_iters"] = max(0, min(100, values["max_steps"] // 10))
     values["eval_iters"] = -(-N_TEST_MEANWHILE // values["batch_size"])
-    config = check(TrainConfig, values, "problem.py")
+    config = check(ResolvedTrainConfig, values, "problem.py")
     shape = {"block_size": problem.block_size, "is_causal": problem.is_causal, **problem.model()}
     shape = check(ModelConfig, shape, here)
     # Only now, when the arguments are known to be good, is it worth waiting for torch.

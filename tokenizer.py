@@ -254,9 +254,8 @@ class BPETokenizer(Tokenizer):
     def build_library(self, vocabulary: dict[str, int], **options: Any) -> bpe.LibraryTokenizer:
         """This tokenizer as one of the `tokenizers` library, with the ids of `vocabulary`."""
         rules = {key: value for key, value in self.rules.items() if key != "words"}
-        return bpe.build_library(
-            vocabulary, [(left, right) for left, right in self.merges], **rules, **options
-        )
+        merges = [(left, right) for left, right in self.merges]
+        return bpe.build_library(vocabulary, merges, **rules, **options)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 32000) -> BPETokenizer:

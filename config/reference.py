@@ -1,6 +1,6 @@
 """Write doc/configuration.md and the JSON Schemas for editors from the classes that check the JSON files.
 
-python -m config.reference
+Run it with `python -m config.reference` after a change to a key.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ Number = TypeVar("Number", int, float)
 def number(value: Number | Auto) -> Number:
     """The value of a key that may be "auto", once engine/scaling_laws.py has resolved it."""
     assert value != "auto"
-    return value  # type: ignore[return-value]  # mypy does not narrow a union by ==
+    return value
 
 
 class Schema(BaseModel):
@@ -277,6 +277,17 @@ class TrainConfig(Schema):
             if self.optimizer != "muon" and getattr(self, key) is not None:
                 raise ValueError(f'{key} is for optimizer "muon", but optimizer is "{self.optimizer}"')
         return self
+
+
+class ResolvedTrainConfig(TrainConfig):
+    """A `TrainConfig` in which no number is "auto" any more."""
+
+    batch_size: int
+    gradient_accumulation_steps: int = 1
+    max_steps: int
+    learning_rate: float
+    warmup_iters: int
+    min_lr: float
 
 
 class DeepSpeedConfig(Schema):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def word_of(tokenizer: Tokenizer, token: int) -> bytes:
     """The bytes of a token. Rows of a model beyond its tokenizer's vocabulary are <|unknown|>."""
-    return tokenizer.words[token if token < tokenizer.vocab_size else tokenizer.unknown_id]
+    return tokenizer.token_bytes[token if token < tokenizer.vocab_size else tokenizer.unknown_id]
 
 
 class StopStrings:

@@ -82,7 +82,9 @@ class RunEstimate:
         weight = 4 if self.compute.autocast else BYTES[self.compute.dtype]
         tokens = (batch_size or self.config.batch_size) * c.block_size
         costs = self.model.costs(c.block_size, training=True)
-        keeps_scores = self.compute.sdp_kernel == "math" or (self.model.custom_kernels and c.block_size >= 256)
+        keeps_scores = self.compute.sdp_kernel == "math" or (
+            self.model.custom_kernels and c.block_size >= 256
+        )
         numbers = costs.activations + costs.attention_scores * keeps_scores
         per_token = numbers * BYTES[self.compute.dtype] + 3 * 4 * c.vocab_size + 2 * 4 * c.n_embd
         return {

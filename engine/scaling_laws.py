@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from common.config import check
 from common.errors import UserError
-from config.schema import Number, TrainConfig
+from config.schema import Number, ResolvedTrainConfig, TrainConfig
 from engine.plan import RunEstimate
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ FROM_MODEL = ("batch_size", "gradient_accumulation_steps", "max_steps", "learnin
 
 def resolved(
     config: TrainConfig, model: GPT, compute: ComputeConfig, stage: Stage, start: Start
-) -> TrainConfig:
+) -> ResolvedTrainConfig:
     """Replace every "auto" of `config.automatic` by a number. Prints the numbers and their reasons.
 
     start: where the run begins; a run that is resumed keeps its numbers.
@@ -40,7 +40,7 @@ def resolved(
     do not hold.
     """
     if not config.automatic:
-        return config
+        return check(ResolvedTrainConfig, config.model_dump(mode="json"), start.name)
     if stage.follows:
         raise UserError(f'{config.automatic[0]} is "auto", which is for pretraining; give it a number')
     values = config.model_dump(mode="json")
@@ -54,7 +54,7 @@ def resolved(
     for key in config.automatic:
         values[key], reason = numbers[key]
         print(f"{key} {values[key]}: {reason}")
-    return check(TrainConfig, values, 'with numbers for "auto"')
+    return check(ResolvedTrainConfig, values, 'with numbers for "auto"')
 
 
 def chosen(config: TrainConfig, model: GPT, largest_batch: int | None) -> dict[str, tuple[int | float, str]]:

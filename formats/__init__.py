@@ -60,7 +60,9 @@ def refuse_to_overwrite(path: Path) -> None:
     from common.config import display_path
 
     if path.exists() or path.is_symlink():
-        raise UserError(f"{display_path(path)} already exists; remove it, or choose another name with --output")
+        raise UserError(
+            f"{display_path(path)} already exists; remove it, or choose another name with --output"
+        )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -93,7 +95,7 @@ def load_tokenizer_and_rows(
             tokenizer = tokenizers.from_dict(content)
         except UserError as error:
             raise UserError(f"{display_path(path)}: {error}") from None
-    elif _is_hf_tokenizer(path, tokenizers.LARGEST):
+    elif _is_hf_tokenizer(path, tokenizers.MAX_JSON_LENGTH):
         from formats.huggingface import from_hf_tokenizer
 
         return from_hf_tokenizer(path, hf_config)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.files import atomic_folder, write_text
-from common.patterns import trouble
+from common.patterns import why_unsafe
 from config.stages import STAGES
 from formats import check_supported, families, load_tokenizer_and_rows, refuse_to_overwrite
 from formats.families import (
@@ -69,14 +69,14 @@ def to_hf_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
     if isinstance(tokenizer, BPETokenizer):
         letters = byte_alphabet()
-        words = ["".join(letters[byte] for byte in word) for word in tokenizer.words[N_SPECIAL:]]
+        words = ["".join(letters[byte] for byte in word) for word in tokenizer.token_bytes[N_SPECIAL:]]
     else:
-        words = [word.decode() for word in tokenizer.words[N_SPECIAL:]]
+        words = [word.decode() for word in tokenizer.token_bytes[N_SPECIAL:]]
     vocabulary = {word: i for i, word in enumerate([*SPECIAL_TOKENS, *words])}
     if len(vocabulary) < tokenizer.vocab_size:
         raise UserError("one of the tokenizer's learned tokens is spelled like one of its special tokens")
     if isinstance(tokenizer, BPETokenizer):
-        converted = tokenizer.in_library(vocabulary, unk_token="<|unknown|>")
+        converted = tokenizer.build_library(vocabulary, unk_token="<|unknown|>")
         converted.decoder = decoders.ByteLevel()
     else:
         converted = Tokenizer(models.BPE(vocabulary, [], unk_token="<|unknown|>"))
@@ -104,7 +104,7 @@ def from_hf_tokenizer(path: Path, hf_config: dict[str, Any]) -> tuple[Tokenizer,
         if len(text) > MAX_CHARACTERS:
             raise ValueError("it is too large")
         patterns = list(patterns_in(json.loads(text)))  # checked before the library compiles them
-        if reason := patterns and trouble(patterns):
+        if reason := patterns and why_unsafe(patterns):
             raise ValueError(f"one of its patterns {reason}")
         original = Tokenizer.from_str(text)
         # The library does not expose merges and patterns other than as JSON.
@@ -353,7 +353,15 @@ def read_folder(folder: Path, stage: str | None, tokenizer_path: Path | None) ->
     template = STAGES[stage].chat_template
     with Run() as run:
         checkpoint = Checkpoint(
-            stage, run.name, 0, config.model_dump(), {}, tokenizer.to_dict(), state, {}, chat_template=template
+            stage,
+            run.name,
+            0,
+            config.model_dump(),
+            {},
+            tokenizer.to_dict(),
+            state,
+            {},
+            chat_template=template,
         )
         path = display_path(checkpoint.save())
     print(f"{path}: {config.architecture}, from a {family.class_name}")

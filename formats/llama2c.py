@@ -94,7 +94,7 @@ def vocabulary(tokenizer: Tokenizer, n_rows: int) -> list[Token]:
     """
     t = Tokenizer
     marks = [chr(PRIVATE_USE + i).encode() for i in range(N_SPECIAL + 1)]
-    words = tokenizer.words[N_SPECIAL:]
+    words = tokenizer.token_bytes[N_SPECIAL:]
     if set(marks) & set(words):
         raise UserError(
             f"the tokenizer has characters from U+{PRIVATE_USE:X} on, which are special tokens in llama2.c"
@@ -252,9 +252,12 @@ def write(checkpoint: Checkpoint, name: str, path: Path, number_type: str | None
         with atomic_write(folder / "tokenizer.bin") as file:
             file.write(tokenizer_file(tokens))
     print(
-        f"{display_path(path)}: for llama2.c's {program}, {model.n_params / 1e6:.2f} M parameters in {number_type}"
+        f"{display_path(path)}: for llama2.c's {program}, {model.n_params / 1e6:.2f} M parameters "
+        f"in {number_type}"
     )
-    print(f"In that folder: {program} model.bin -t 0 -i {example_prompt(checkpoint.chat_template is not None)}")
+    print(
+        f"In that folder: {program} model.bin -t 0 -i {example_prompt(checkpoint.chat_template is not None)}"
+    )
 
 
 def example_prompt(is_chat: bool) -> str:

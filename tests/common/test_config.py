@@ -44,7 +44,6 @@ def refusal(schema, path, text, overrides=()):
         ({"zzz": 1}, 'unknown key "zzz"; known keys: backend, batch_size, beta1, '),
         ({"n_layer": 1}, 'unknown key "n_layer"'),
         ({"dataset_path": None}, 'key "dataset_path": found null; needs a list of [train, validation] pairs'),
-        ({"dataset_path": []}, 'key "dataset_path": found []; needs a list'),
         ({"dataset_path": [["a"]]}, 'key "dataset_path": found ["a"]; needs a list'),
         ({"dataset_path": [["a", 1]]}, 'key "dataset_path": found 1; needs a list'),
         ({"batch_size": "8"}, 'key "batch_size": found "8"; needs an integer >= 1 and <= 1048576'),

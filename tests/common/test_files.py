@@ -26,7 +26,7 @@ from common.errors import UserError, run
 from common.files import AtomicFiles, atomic_folder, atomic_write
 from config.schema import ModelConfig
 from engine.checkpoint import Checkpoint
-from formats import gguf_file, huggingface, llama2c
+from formats import gguf, huggingface, llama2c
 from preparation.corpus import prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dataset"))
@@ -122,7 +122,7 @@ def write_llama2c(folder, new):
 
 
 def write_gguf(folder, new):
-    gguf_file.write(checkpoint(), "the test", folder / "out.gguf", "float32")
+    gguf.write(checkpoint(), "the test", folder / "out.gguf", "float32")
 
 
 def read_huggingface(folder, new):

@@ -29,9 +29,20 @@ def refusal(*args, **options):
 def test_overrides_reach_the_file_that_has_the_key(tmp_path):
     run, model = load_from(tmp_path, '{"n_layer": 2}', ["batch_size=8", "n_head=2", "dropout=0.1"])
     assert (run.batch_size, run.max_steps, run.dropout) == (8, 1000, 0.1)
-    assert (model.n_layer, model.n_head, model.dropout) == (2, 2, 0.1)
+    assert (model.n_layer, model.n_head) == (2, 2)
     _, model = load_from(tmp_path, overrides=["architecture=nanochat"])
     assert model.architecture == "nanochat"
+
+
+def test_a_model_that_still_names_the_dropout_of_its_run(tmp_path):
+    load_from(tmp_path, '{"dropout": 0.1}', ["dropout=0.1"])
+    told = refusal(tmp_path, '{"dropout": 0.1}')
+    assert 'model.json: key "dropout" belongs to the run: remove it here' in told
+
+
+def test_a_run_without_data(train):
+    done = train("pretrain", dataset_path=[])
+    assert done.returncode == 2 and "dataset_path is empty: give at least one" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,9 @@ SQUARED = {
          '    activation: Literal["swiglu", "relu2"] = Field("swiglu", description="inside the MLP")\n'),
     ],
     "model.py": [
-        ("        self.activations = 4 * config.n_hidden",
-         "        self.is_squared = config.activation == 'relu2'\n"
-         "        self.activations = 4 * config.n_hidden"),
+        ("self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)\n",
+         "self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)\n"
+         "        self.is_squared = config.activation == 'relu2'\n"),
         ("self.down(F.silu(gate) * up)",
          "self.down((gate.relu().square() if self.is_squared else F.silu(gate)) * up)"),
     ],
@@ -142,7 +142,7 @@ SQUARED = {
 # ... and who is told of it.
 TABLE = ['"architecture": ("nano",),', '"architecture": ("nano",), "activation": ("swiglu",),']
 TOLD = {
-    **dict.fromkeys(("decoding/backend.py", "formats/gguf_file.py", "formats/llama2c.py"), [TABLE]),
+    **dict.fromkeys(("decoding/backend.py", "formats/gguf.py", "formats/llama2c.py"), [TABLE]),
     "formats/families.py": [
         ('ours={"qk_norm": True,', 'ours={"activation": "swiglu", "qk_norm": True,'),
         ('ours={"qk_norm": False,', 'ours={"activation": "swiglu", "qk_norm": False,'),

@@ -6,7 +6,7 @@ import time
 import pytest
 from handmade import handmade_service
 
-from decoding.engine import StopStrings
+from decoding.text import StopStrings
 from server.openai_api import ApiError, ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from server.service import Choice, token_name
 from tokenizer import BPETokenizer
