@@ -155,7 +155,7 @@ def prepare(weights: str) -> None:
                 compiled_backend.warm_up(weights)
             except (
                 Exception
-            ):  # a damaged cache raises all kinds: delete it, and the next start compiles again
+            ):  # of any kind, if the cache is damaged; the next start compiles again
                 shutil.rmtree(CACHE, ignore_errors=True)
 
 

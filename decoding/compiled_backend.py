@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import DTypeLike
 from torch import nn
 
 from config.schema import ModelConfig
 from decoding.backend import DecodeBackend
-from decoding.compile_cache import compiled_mark, delete_outdated
+from decoding.compile_cache import CACHE, compiled_mark, delete_outdated, is_compiled
 from decoding.compiled import ASLEEP, STATE, ModelSizes, Scratch, StepBuffers, Weights, lead, work
 from decoding.packed import GROUP, ROWS, Int8Linear, TiedEmbedding, pack, quantize
 from model import GPT
@@ -245,7 +246,9 @@ def warm_up(weights: str) -> None:
 
 
 if __name__ == "__main__":
-    for weights in sys.argv[1:] or ("float32", "int8"):
-        warm_up(weights)
-        compiled_mark(weights).touch()
-    delete_outdated()
+    with FileLock(CACHE / "lock"):  # of several processes that start at once, only one compiles
+        for weights in sys.argv[1:] or ("float32", "int8"):
+            if not is_compiled(weights):
+                warm_up(weights)
+                compiled_mark(weights).touch()
+        delete_outdated()
