@@ -28,9 +28,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from common.errors import UserError, run  # first: it explains an import that fails
+
+# isort: split
 import numpy as np
 
-from common.errors import UserError, run
 from preparation import DATASET, default_inputs, default_names, stages_with_files
 from preparation.token_file import TokenFile
 from tokenizer import Tokenizer
@@ -62,6 +64,10 @@ class BatchSource(Protocol):
     @property
     def n_loss_tokens(self) -> float:
         """About how many tokens of an epoch count in the loss: the weight of a source among several."""
+
+    @property
+    def text_size(self) -> tuple[int, int] | None:
+        """(tokens, bytes) of its text, for the loss in bits per byte; None: it has no text."""
 
     @property
     def description(self) -> str:
@@ -169,7 +175,9 @@ class TokenBatches:
         self._bounds = np.cumsum([0, *counts])  # of the files, among the sequences of an epoch
         self.sequences_per_epoch = int(self._bounds[-1])
         # What will be cut off counts here, too: for the weights of validation files that is near enough.
-        self.n_loss_tokens = sum(file.meta["n_loss_tokens"] for file in self.files)
+        metas = [file.meta for file in self.files]
+        self.n_loss_tokens = sum(meta["n_loss_tokens"] for meta in metas)
+        self.text_size = sum(meta["n_tokens"] for meta in metas), sum(meta["n_bytes"] for meta in metas)
 
     @property
     def description(self) -> str:

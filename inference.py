@@ -24,6 +24,7 @@ In Python:
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import re
 import sys
@@ -224,6 +225,7 @@ def talk(text_generator: TextGenerator, instruct: bool, profile: bool) -> None:
 
 # ---- questions with known answers ------------------------------------------------------------------
 
+
 def evaluate(text_generator: TextGenerator, task: Task) -> None:
     """Ask all questions of a task, greedily and without penalties; print some answers and the scores."""
     from rich.console import Console
@@ -261,9 +263,7 @@ def evaluate(text_generator: TextGenerator, task: Task) -> None:
     console.print(f"exact match: {total:,} of {n:,} = {100 * total / n:.1f} % in {seconds:.1f} s")
 
 
-def print_samples(
-    console: Console, examples: list[Example], given: list[str], is_right: list[bool]
-) -> None:
+def print_samples(console: Console, examples: list[Example], given: list[str], is_right: list[bool]) -> None:
     """A table of ten questions, spread over all kinds, with the model's answers."""
     from rich.table import Table
     from rich.text import Text
@@ -334,6 +334,7 @@ def main() -> None:
         for sentence in task.notes:
             print_notice(sentence)
     for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
         # Pipes get UTF-8; a terminal that cannot show a character gets a question mark.
         stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
@@ -349,6 +350,7 @@ def main() -> None:
         elif args.prompt is not None:
             answer_once(text_generator, args.prompt, instruct, args.profile)
         elif is_talk:
+            assert isinstance(sys.stdin, io.TextIOWrapper)
             sys.stdin.reconfigure(errors="replace")
             print(about)
             print(

@@ -7,8 +7,8 @@ stream of token vectors, and each of the two reads the stream through an RMSNorm
 
 Good to know before you read on:
 - Positions are rotary (RoPE), or learned if `use_rope` is false.
-- With `n_kv_head` < `n_head`, groups of query heads share keys and values (grouped-query attention), and the KV
-  cache holds only `n_kv_head` heads.
+- With `n_kv_head` < `n_head`, groups of query heads share keys and values (grouped-query attention), and the
+  KV cache holds only `n_kv_head` heads.
 - Queries, keys and values come from one matrix, and so do both halves of the gated MLP: a few large matrix
   products are faster than many small ones.
 - The model computes vectors and logits. What to do with them is up to an objective (objectives/).
@@ -357,8 +357,8 @@ class Block(nn.Module):
 
 
 def embedding(number: int, size: int) -> nn.Embedding:
-    """An nn.Embedding. On the "meta" device, where it has no memory, it skips the random initialization, which
-    would load torch's compiler."""
+    """An nn.Embedding. On the "meta" device, where it has no memory, it skips the random initialization,
+    which would load torch's compiler."""
     weight = torch.empty(number, size)
     return (
         nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(number, size)
@@ -416,8 +416,8 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
-            # 2 n_layer sublayers add to the stream: scale them down so that its variance at the start does not
-            # grow with the depth (Radford et al. 2019, GPT-2, section 2.3).
+            # 2 n_layer sublayers add to the stream: scale them down so that its variance at the start does
+            # not grow with the depth (Radford et al. 2019, GPT-2, section 2.3).
             for linear in (block.attn.proj, block.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
@@ -439,12 +439,14 @@ class GPT(nn.Module):
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits
 
-    def auxiliary_loss(self, x: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
+    def auxiliary_loss(
+        self, x: Tensor, targets: Tensor, mask: Tensor
+    ) -> tuple[Tensor | None, dict[str, Any]]:
         """Further losses of this architecture: (their sum over the batch, or None; other_vars).
 
         An objective adds it to its own loss in training. x [B, T, C] are the final vectors, targets and mask
-        [B, T]. other_vars: {name: scalar tensor} of what is worth watching; training logs each one's mean over
-        the forward passes of a step. A name such as "expert_load/2" is a curve of layer 2.
+        [B, T]. other_vars: {name: scalar tensor} of what is worth watching; training logs each one's mean
+        over the forward passes of a step. A name such as "expert_load/2" is a curve of layer 2.
         """
         return None, {}
 
@@ -481,7 +483,8 @@ class GPT(nn.Module):
         return (cos * factor).to(weight.device), (sin * factor).to(weight.device)
 
     def matrices(self) -> list[nn.Parameter]:
-        """The matrices [outputs, inputs] of the blocks, and stacks of them [E, inputs, outputs]: Muon's part."""
+        """The matrices [outputs, inputs] of the blocks, and stacks of them [E, inputs, outputs]: Muon's
+        part."""
         return [p for p in self.blocks.parameters() if p.dim() >= 2]
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
@@ -505,7 +508,8 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Final vectors x [N, C] and the tokens that followed [N] -> their negative log-likelihoods in nats [N]"""
+        """Final vectors x [N, C] and the tokens that followed [N] -> their negative log-likelihoods in nats
+        [N]"""
         # The kernel computes the usual head: no other class, no bias, no `logits` of an architecture's own.
         is_usual = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
         if self.custom_kernels and is_usual and type(self).logits is GPT.logits:
@@ -553,14 +557,16 @@ class GPT(nn.Module):
         return positions, (positions[:, :, None] >= slots)[:, None]  # [B, 1, T, S]
 
     def set_dropout(self, p: float) -> "GPT":
-        """Dropout probability in training: of the embeddings, the attention weights, and what a block adds."""
+        """Dropout probability in training: of the embeddings, the attention weights, and what a block
+        adds."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
         return self
 
     def use_custom_kernels(self, on: bool) -> None:
-        """Train with the attention and loss of common/kernels.py (float32 on a CPU only), or with PyTorch's."""
+        """Train with the attention and loss of common/kernels.py (float32 on a CPU only), or with
+        PyTorch's."""
         for module in self.modules():
             if hasattr(module, "custom_kernels"):
                 module.custom_kernels = on
@@ -569,8 +575,8 @@ class GPT(nn.Module):
         """Floating-point operations per token, counted from the shapes.
 
         2 per weight of each matrix product and, for attention over `length` tokens (default: block_size),
-        4 * length per query dimension. That is the full square, as PaLM (Chowdhery et al. 2022, appendix B) and
-        nanoGPT count it, although a causal kernel may skip half of it. The backward pass costs twice the
+        4 * length per query dimension. That is the full square, as PaLM (Chowdhery et al. 2022, appendix B)
+        and nanoGPT count it, although a causal kernel may skip half of it. The backward pass costs twice the
         forward pass.
         """
         costs = self.costs(length or self.config.block_size, training)

@@ -19,11 +19,13 @@ import time
 from dataclasses import fields
 from typing import Annotated
 
+from common.errors import UserError, run  # first: it explains an import that fails
+
+# isort: split
 from pydantic import ConfigDict, Field, ValidationError
 
 import tasks
 from common.config import ROOT, check, display_path, resolve_path
-from common.errors import UserError, run
 from common.files import append_line
 from config.schema import ModelConfig, ResolvedTrainConfig, Schema
 from config.stages import Stage

@@ -17,6 +17,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 from common.errors import UserError, is_out_of_memory, run
+from common.packages import require
 
 if TYPE_CHECKING:
     from server.service import Service
@@ -99,13 +100,7 @@ def main() -> None:
     from decoding.text_generator import check_model_file
 
     check_model_file(args.model)
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        packages = "fastapi uvicorn prometheus-client"
-        raise UserError(f"{error.name} is missing: python -m pip install {packages}") from None
+    require("fastapi", "uvicorn", "prometheus_client")
     from server.connections import bind, make_server
 
     listener = bind(args.host, args.port)

@@ -31,11 +31,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from reprlib import repr as short_repr
 from typing import Any, ClassVar
 
+from common.errors import UserError, run  # first: it explains an import that fails
+
+# isort: split
 import numpy as np
 
 from common import bpe
 from common.bpe import byte_alphabet
-from common.errors import UserError, run
 from common.files import write_text
 
 SPECIAL_TOKENS = ("<|padding|>", "<|unknown|>", "<|bos|>", "<|eos|>",
@@ -252,9 +254,8 @@ class BPETokenizer(Tokenizer):
     def build_library(self, vocabulary: dict[str, int], **options: Any) -> bpe.LibraryTokenizer:
         """This tokenizer as one of the `tokenizers` library, with the ids of `vocabulary`."""
         rules = {key: value for key, value in self.rules.items() if key != "words"}
-        return bpe.build_library(
-            vocabulary, [(left, right) for left, right in self.merges], **rules, **options
-        )
+        merges = [(left, right) for left, right in self.merges]
+        return bpe.build_library(vocabulary, merges, **rules, **options)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 32000) -> BPETokenizer:

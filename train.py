@@ -3,18 +3,18 @@
     python train.py -t pretrain                         from config/config_pretrain.json
     python train.py -t sft                              from config/config_sft.json
     python train.py -t pretrain --resume                go on where the newest run ended
-    python train.py -t pretrain --resume 20260102_030405      ... or a certain run, by its name or a checkpoint
-    python train.py -t pretrain --plan                  no training: size, memory, speed, time to finish
-    python train.py -t pretrain --plan --world 2 --link 1     the same for two machines, 1 Gbit/s between them
-    python train.py -t pretrain --set batch_size=8 --set device=cpu
+    python train.py -t pretrain --resume 20260102_030405      ... or a certain run, by its name or a
+    checkpoint python train.py -t pretrain --plan                  no training: size, memory, speed, time to
+    finish python train.py -t pretrain --plan --world 2 --link 1     the same for two machines, 1 Gbit/s
+    between them python train.py -t pretrain --set batch_size=8 --set device=cpu
 
-A step takes one global batch of batch_size x gradient_accumulation_steps sequences. What it computes follows from
-the configuration, the number of the step and how many sequences the run has consumed. So a run that was killed
-continues, bit for bit, from any of its checkpoints.
+A step takes one global batch of batch_size x gradient_accumulation_steps sequences. What it computes follows
+from the configuration, the number of the step and how many sequences the run has consumed. So a run that was
+killed continues, bit for bit, from any of its checkpoints.
 
-The file reads from top to bottom: what changes in training (TrainState), one step, a validation, a checkpoint,
-then the loop. What a step passes through outside this file: the batch comes from data.py, the loss from
-objectives/, and engine/parallel.py spreads it over processes.
+The file reads from top to bottom: what changes in training (TrainState), one step, a validation, a
+checkpoint, then the loop. What a step passes through outside this file: the batch comes from data.py, the
+loss from objectives/, and engine/parallel.py spreads it over processes.
 """
 
 import argparse
@@ -165,25 +165,24 @@ class DeviceBatch(NamedTuple):
     counts: dict[str, int]
 
 
-def device_batches(setup: "TrainSetup", parallel: Any, state: TrainState) -> Iterator[DeviceBatch]:
-    """The global batches from this state to the last step, each prepared while the step before it computes."""
+def device_batches(setup: "TrainSetup", parallel: Any, first: int, count: int) -> Iterator[DeviceBatch]:
+    """`count` global batches from sequence `first` on, each prepared while the step before it computes."""
     from engine.setup import to_device
 
     rows = parallel.rows(setup.config)
 
-    def load(first: int) -> DeviceBatch:
-        batch = setup.train(first)
+    def load(number: int) -> DeviceBatch:
+        batch = setup.train(first + number * setup.train.batch_size)
         shape, weight = batch["x"].shape, setup.objective.weight(batch)
         tensors = to_device(batch, rows, setup.compute.device)
         return DeviceBatch(tensors, shape, weight, {"sequences": shape[0], "tokens": int(weight)})
 
-    first, last = state.step, setup.config.max_steps or LAST_STEP
     with ThreadPoolExecutor(1) as background:
-        pending = background.submit(load, sequence := state.consumed["sequences"])
-        for step in range(first + 1, last + 1):
+        pending = background.submit(load, 0)
+        for number in range(1, count + 1):
             batch = pending.result()
-            if step < last:
-                pending = background.submit(load, sequence := sequence + batch.shape[0])
+            if number < count:
+                pending = background.submit(load, number)
             yield batch
 
 
@@ -197,7 +196,9 @@ def check_finite(when: str, numbers: dict[str, float], step: int, setup: "TrainS
     if not all(map(math.isfinite, numbers.values())):
         what = ", ".join(f"{name} {number}" for name, number in numbers.items())
         good = [entry.path for entry in runs.saved(setup.stage.name, run_name) if entry.step < step]
-        last = f" The last good checkpoint is {display_path(good[-1])}: --resume it," if good else " Begin again"
+        last = (
+            f" The last good checkpoint is {display_path(good[-1])}: --resume it," if good else " Begin again"
+        )
         raise UserError(
             f"{when}: {what}; training stopped and nothing was saved over.{last} with a lower learning_rate, "
             "or look for odd texts in the data."
@@ -225,7 +226,9 @@ def read_results(results: list[StepResult], state: TrainState, setup: "TrainSetu
     return numbers
 
 
-def evaluate(state: TrainState, setup: "TrainSetup", parallel: Any) -> tuple[float, list[float], dict[str, float]]:
+def evaluate(
+    state: TrainState, setup: "TrainSetup", parallel: Any
+) -> tuple[float, list[float], dict[str, float]]:
     """Validate. Returns (loss over all files, loss of each file, metrics), the losses per token in nats.
 
     Each time the same sequences of every file are taken, more of them from a longer file.
@@ -280,10 +283,10 @@ def save_checkpoint(
         return None
     saved = Checkpoint(
         setup.stage.name, run_name, model_config=setup.model.config.model_dump(),
-        train_config=setup.config.model_dump(mode="json"), tokenizer=setup.tokenizer.to_dict(), data=setup.data,
-        chat_template=setup.stage.chat_template, problem=setup.problem, model=model, optimizer=optimizer,
-        scaler=state.scaler.state_dict(), step=state.step, consumed=state.consumed, best=state.best,
-        validation=state.validation,
+        train_config=setup.config.model_dump(mode="json"), tokenizer=setup.tokenizer.to_dict(),
+        data=setup.data, chat_template=setup.stage.chat_template, problem=setup.problem, model=model,
+        optimizer=optimizer, scaler=state.scaler.state_dict(), step=state.step, consumed=state.consumed,
+        best=state.best, validation=state.validation,
     )  # fmt: skip
     path = saved.save()
     log.write("save", epoch, state.step, {"path": display_path(path)})
@@ -324,7 +327,8 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
     header = {**estimate.header(), "run": run_name, "resumed_from_step": state.step}
     if start.branched_from:
         header["branched_from"] = start.branched_from
-    batches = device_batches(setup, parallel, state)
+    n_steps = (config.max_steps or LAST_STEP) - state.step
+    batches = device_batches(setup, parallel, state.consumed["sequences"], n_steps)
     results, speed, on_cpu = [], Speedometer(setup.model), setup.compute.device_type == "cpu"
     first_step = last_saved = state.step
     stopping, path = False, None
@@ -363,7 +367,9 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
                     state.best, saves = state.validation, True
                 each = {f"loss/{i}": value for i, value in enumerate(losses)} if len(losses) > 1 else {}
                 bpb = {"bpb": estimate.bits_per_byte(loss)} if setup.stage.documents == "text" else {}
-                log.write("val", epoch, step, {"loss": loss, "best": state.best["loss"], **each, **metrics, **bpb})
+                log.write(
+                    "val", epoch, step, {"loss": loss, "best": state.best["loss"], **each, **metrics, **bpb}
+                )
             if saves:
                 path, last_saved = save_checkpoint(state, setup, parallel, run_name, log, epoch), step
             if saves or evaluates:
@@ -385,7 +391,9 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
 # ---- the command line ------------------------------------------------------------------------------
 
 
-def parse_arguments(doc: str, extend: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    doc: str, extend: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
     """doc: the script's, a first line and then examples. extend(parser) may add arguments."""
     description, _, examples = doc.partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -423,7 +431,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_launched(args: argparse.Namespace, strategy: Callable[..., Any], place: tuple[int, int],
                    loss_scaling: bool = True) -> None:  # fmt: skip
-    """Train in one of several processes. strategy(config, compute): how the run is spread (engine/parallel.py)."""
+    """Train in one of several processes. strategy(config, compute): how the run is spread
+    (engine/parallel.py)."""
     from engine.stop import Launcher
 
     launcher = Launcher()
@@ -458,7 +467,7 @@ def main() -> None:
     estimate = plan.RunEstimate.of(setup)
     with estimate.advice_when_out_of_memory():
         state = initial_state(setup, parallel)
-        batches = device_batches(setup, parallel, state)
+        batches = device_batches(setup, parallel, state.consumed["sequences"], LAST_STEP)
 
         def one_step() -> tuple[int, ...]:
             batch = next(batches)

@@ -17,6 +17,7 @@ import re
 import train
 from common.config import display_path, load, resolve_path
 from common.errors import UserError, run_launched
+from common.packages import require
 from config.schema import DeepSpeedConfig
 from config.stages import STAGES
 from engine.launch import launched_place
@@ -27,6 +28,7 @@ EXAMPLE = "deepspeed --num_gpus 2 train_deepspeed.py -t pretrain"
 
 def main():
     args = train.parse_arguments(__doc__, more_arguments)
+    require("deepspeed")
     if args.convert:
         return convert(args)
     place = launched_place(EXAMPLE)

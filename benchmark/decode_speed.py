@@ -114,7 +114,7 @@ def prefill(checkpoint: Checkpoint, int8: bool, compiled: bool) -> Measure:
     decoder = make_decoder(checkpoint, 1, int8, compiled)
     backend, prompt = decoder.backend, [i % decoder.model.config.vocab_size for i in range(200)]
 
-    def measure():
+    def measure() -> float:
         start = time.perf_counter()
         backend.refill(0, prompt)
         return len(prompt) / (time.perf_counter() - start)
@@ -128,7 +128,7 @@ def nano(checkpoint: Checkpoint, n_tokens: int, n_requests: int = 1, int8: bool 
 
     decoder = make_decoder(checkpoint, n_requests, int8)
 
-    def measure():
+    def measure() -> float:
         requests = [Request(range(1, 2 + i), n_tokens, temperature=0) for i in range(n_requests)]
         for request in requests:
             decoder.add(request)
@@ -147,7 +147,7 @@ def nano_generate(checkpoint: Checkpoint, n_tokens: int) -> Measure:
 
     model, _ = build(checkpoint, "the benchmark")
 
-    def measure():
+    def measure() -> float:
         tokens = generate(model, [1], n_tokens, temperature=0)
         next(tokens)
         start = time.perf_counter()
@@ -165,7 +165,7 @@ def transformers(folder: Path, n_tokens: int) -> Measure:
     prompt = torch.tensor([[1]])
     options = dict(attention_mask=torch.ones_like(prompt), do_sample=False, eos_token_id=None)
 
-    def measure():
+    def measure() -> float:
         start = time.perf_counter()
         model.generate(prompt, max_new_tokens=1, **options)
         first = time.perf_counter()
@@ -176,9 +176,10 @@ def transformers(folder: Path, n_tokens: int) -> Measure:
 
 
 def llama2c(program: Path, folder: Path, n_tokens: int, n_threads: int) -> Measure:
-    command = [program, folder / "model.bin", "-z", folder / "tokenizer.bin", "-t", "0", "-n", str(n_tokens)]
+    files: list[str | Path] = [program, folder / "model.bin", "-z", folder / "tokenizer.bin"]
+    command = [*files, "-t", "0", "-n", str(n_tokens)]
 
-    def measure():
+    def measure() -> float:
         env = os.environ | {"OMP_NUM_THREADS": str(n_threads)}
         done = subprocess.run(command, env=env, capture_output=True)
         if not (found := re.search(rb"tok/s: (\d+\.?\d*)", done.stderr)):
@@ -193,7 +194,7 @@ def llama_cpp(file: Path, n_tokens: int, n_threads: int) -> Measure:
 
     model = Llama(str(file), n_ctx=256, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
 
-    def measure():
+    def measure() -> float:
         model.reset()
         tokens = model.generate([1], temp=0.0, repeat_penalty=1.0)
         next(tokens)
@@ -246,11 +247,11 @@ def core_to_core_seconds(n_times: int = 20_000) -> float | None:
     from decoding.compiled import atomic_load, atomic_store
 
     @njit(nogil=True)
-    def ping_pong(ball, rank):
+    def ping_pong(ball, rank):  # type: ignore[no-untyped-def]  # compiled by Numba
         for i in range(n_times):
-            while atomic_load(ball, 0) != 2 * i + rank:
+            while atomic_load(ball, 0) != 2 * i + rank:  # type: ignore[call-arg]
                 pass
-            atomic_store(ball, 0, 2 * i + rank + 1)
+            atomic_store(ball, 0, 2 * i + rank + 1)  # type: ignore[call-arg]
 
     for _ in range(2):  # compiled the first time
         ball = np.zeros(8, np.int64)
@@ -275,15 +276,15 @@ def main() -> None:
         w.numel() for name, w in checkpoint.model.items() if name != "lm_head.weight" and w.dim() > 1
     )
     n_bytes = {"float32": 4 * n_weights, "int8": n_weights * (1 + 4 / 64)}
-    with tempfile.TemporaryDirectory() as place, console.status("preparing") as status:
-        place = Path(place)
+    with tempfile.TemporaryDirectory() as name, console.status("preparing") as status:
+        place = Path(name)
         from formats import gguf, huggingface
-        from formats import llama2c as llama2c_files
+        from formats import llama2c as llama2c_format
 
         with contextlib.redirect_stdout(sys.stderr):
-            huggingface.write_folder(checkpoint, "the benchmark", place / "hf")
+            huggingface.write(checkpoint, "the benchmark", place / "hf")
         # Neighbours in this list are measured within the same second, so compare those.
-        runs = {
+        runs: dict[str, tuple[str, int | None, Measure]] = {
             "Transformers": ("float32", 1, transformers(place / "hf", n)),
             "Nano, generate": ("float32", 1, nano_generate(checkpoint, n)),
         }
@@ -292,7 +293,7 @@ def main() -> None:
                 gguf.write(checkpoint, "the benchmark", place / f"{kind}.gguf", kind)
                 runs[f"llama.cpp, {kind}"] = size, 1, llama_cpp(place / f"{kind}.gguf", n, args.threads)
             if args.llama2c and (args.llama2c / program).is_file():
-                llama2c_files.write_folder(checkpoint, "the benchmark", place / program, kind)
+                llama2c_format.write(checkpoint, "the benchmark", place / program, kind)
                 measure = llama2c(args.llama2c / program, place / program, n, args.threads)
                 runs[f"llama2.c, {program}"] = size, 1, measure
             name, is_int8 = "Nano int8" if size == "int8" else "Nano", size == "int8"
@@ -303,18 +304,18 @@ def main() -> None:
             for who, compiled in (("PyTorch", False), ("Nano", True)):
                 measure = prefill(checkpoint, size == "int8", compiled)
                 runs[f"{who} prompt, {size}"] = size, None, measure
-        speeds, distances = {name: [] for name in runs}, []
-        steps = {"float32": [], "int8": [], "multiplying": []}  # possible per second
+        speeds: dict[str, list[float]] = {name: [] for name in runs}
+        distances: list[float] = []
+        steps: dict[str, list[float]] = {"float32": [], "int8": [], "multiplying": []}  # possible per second
         for number in range(1, args.rounds + 1):
             status.update(f"round {number} of {args.rounds}")
             for name, (_, _, measure) in runs.items():
-                speeds[name].append(
-                    max(measure(), measure())
-                )  # a pause slows the processor
+                speeds[name].append(max(measure(), measure()))  # a pause slows the processor
             for kind, size in n_bytes.items():
                 steps[kind].append(bandwidth(size) / size)
             steps["multiplying"].append(multiplications() / n_weights)
-            distances.append(core_to_core_seconds())
+            if (seconds := core_to_core_seconds()) is not None:
+                distances.append(seconds)
     table = Table("", "tokens/s", "x HF", "x Nano", "x int8", "of limit")
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
@@ -323,16 +324,16 @@ def main() -> None:
         f"{kind} {statistics.median(steps[kind]):,.0f} tokens/s" for kind in n_bytes
     )
     table.caption += f"; of many: float32 {statistics.median(steps['multiplying']):,.0f}"
-    if distances[0]:
+    if distances:
         table.caption += f"; from core to core {statistics.median(distances) * 1e9:,.0f} ns"
 
-    def limit(kind, count):
+    def limit(kind: str, count: int) -> list[float]:
         """The limit in each round"""
         if count == 1:
             return steps[kind]
         return [min(count * a, b) for a, b in zip(steps[kind], steps["multiplying"], strict=True)]
 
-    def ratio(name, others):
+    def ratio(name: str, others: list[float]) -> float:
         """The median of the ratios in each round, as both were measured within the same minute"""
         return statistics.median(a / b for a, b in zip(speeds[name], others, strict=True))
 

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 def loss_of(model: GPT, tokens: torch.Tensor) -> float:
     """Loss in nats per token. tokens [N]"""
     import torch
+    import torch.nn.functional as F
+
+    def total_loss(x: torch.Tensor, y: torch.Tensor) -> float:
+        return F.cross_entropy(model(x).float().flatten(0, 1), y.flatten(), reduction="sum").item()
 
     size, total, n_rows = model.config.block_size, 0.0, 16
     n_targets = len(tokens) - 1
@@ -36,9 +40,9 @@ def loss_of(model: GPT, tokens: torch.Tensor) -> float:
         n_blocks = n_targets // size
         inputs, targets = (tokens[i : i + n_blocks * size].view(-1, size) for i in (0, 1))
         for x, y in zip(inputs.split(n_rows), targets.split(n_rows), strict=True):
-            total += model(x, y)[1].item() * y.numel()
+            total += total_loss(x, y)
         if n_left := n_targets - n_blocks * size:
-            total += model(tokens[-n_left - 1 : -1][None], tokens[-n_left:][None])[1].item() * n_left
+            total += total_loss(tokens[-n_left - 1 : -1][None], tokens[-n_left:])
     return total / n_targets
 
 
@@ -67,9 +71,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("-m", "--model", required=True, metavar="FILE", help="a checkpoint")
-    parser.add_argument(
-        "--data", required=True, metavar="FILE", help="a token file (.bin) of data.py"
-    )
+    parser.add_argument("--data", required=True, metavar="FILE", help="a token file (.bin) of data.py")
     parser.add_argument("--limit", type=int, default=100_000, help="read at most this many tokens (100,000)")
     args = parser.parse_args()
     if args.limit < 2:
@@ -77,15 +79,15 @@ def main() -> None:
     import torch
 
     from common.config import display_path, resolve_path
-    from data import TokenFile
     from decoding.backend import supports
     from decoding.packed import quantize
     from engine import checkpoint
+    from preparation.token_file import TokenFile
 
     loaded = checkpoint.load(resolve_path(args.model))
     model, tokenizer = checkpoint.build(loaded, display_path(resolve_path(args.model)))
-    tokens = TokenFile(resolve_path(args.data), tokenizer.fingerprint).tokens[: args.limit]
-    tokens = torch.from_numpy(tokens.astype("int64"))
+    file = TokenFile(resolve_path(args.data), tokenizer.fingerprint)
+    tokens = torch.from_numpy(file.tokens[: args.limit].astype("int64"))
     exact = loss_of(model, tokens)
     losses = {"int8": loss_of(quantize(model), tokens)}
     if supports(model):

@@ -3,10 +3,10 @@
     python benchmark/same_losses.py --before COMMIT             that commit beside the working tree
     python benchmark/same_losses.py --before COMMIT --only nano --only muon --steps 10
 
-Both versions train on the same token files (the sample world, prepared by the earlier version), each in a folder
-of its own: every kind of run below, for so many steps, in float32 on the CPU. The table says whether the losses in
-the two logs are equal in every printed digit, and whether all weights of the two last checkpoints are equal in
-every bit.
+Both versions train on the same token files (the sample world, prepared by the earlier version), each in a
+folder of its own: every kind of run below, for so many steps, in float32 on the CPU. The table says whether
+the losses in the two logs are equal in every printed digit, and whether all weights of the two last
+checkpoints are equal in every bit.
 """
 
 import argparse
@@ -29,7 +29,15 @@ RUNS = {
     "nanochat": ("train.py", "-t", "pretrain", "-m", "config/nanochat/model_config_small.json"),
     "deepseek_v3": ("train.py", "-t", "pretrain", "-m", "config/deepseek_v3/model_config.json"),
     "muon": ("train.py", "-t", "pretrain", "--set", "optimizer=muon"),
-    "dropout": ("train.py", "-t", "pretrain", "--set", "dropout=0.1", "--set", "gradient_accumulation_steps=2"),
+    "dropout": (
+        "train.py",
+        "-t",
+        "pretrain",
+        "--set",
+        "dropout=0.1",
+        "--set",
+        "gradient_accumulation_steps=2",
+    ),
     "ddp x 2": (*DDP, "-t", "pretrain"),
 }
 
@@ -38,7 +46,9 @@ def command(folder: Path, *args: str) -> None:
     """Run `python ARGS` in a version's folder. Raises UserError with its output if it fails."""
     done = subprocess.run([sys.executable, *args], cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"in {folder.name}: {' '.join(args)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise UserError(
+            f"in {folder.name}: {' '.join(args)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
 
 
 def trained(folder: Path, args: tuple[str, ...], steps: int) -> tuple[list[str], str]:
@@ -46,8 +56,8 @@ def trained(folder: Path, args: tuple[str, ...], steps: int) -> tuple[list[str],
     import torch
 
     logs = set(folder.glob("train_*.log"))
-    settings = {"max_steps": steps, "warmup_iters": 2, "log_interval": 1, "eval_interval": 25, "dtype": "float32",
-                "device": "cpu"}  # fmt: skip
+    settings = {"max_steps": steps, "warmup_iters": 2, "log_interval": 1, "eval_interval": 25}
+    settings |= {"dtype": "float32", "device": "cpu"}
     command(folder, *args, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")))
     [log] = set(folder.glob("train_*.log")) - logs
     text = log.read_text("utf-8")
@@ -61,7 +71,9 @@ def trained(folder: Path, args: tuple[str, ...], steps: int) -> tuple[list[str],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--before", required=True, metavar="COMMIT", help="the version to compare with")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps of each run (50)")
     parser.add_argument("--only", action="append", choices=[*RUNS], help="this kind of run; may be repeated")
@@ -77,8 +89,8 @@ def main() -> None:
         subprocess.run(["git", "worktree", "add", "--detach", before, args.before], cwd=ROOT, check=True,
                        capture_output=True)  # fmt: skip
         try:
-            files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, check=True,
-                                   capture_output=True, text=True).stdout.split("\0")  # fmt: skip
+            list_files = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+            files = subprocess.check_output(list_files, cwd=ROOT, text=True).split("\0")
             for name in filter(lambda name: name and (ROOT / name).is_file(), files):
                 (now / name).parent.mkdir(parents=True, exist_ok=True)
                 (now / name).write_bytes((ROOT / name).read_bytes())

@@ -36,23 +36,27 @@ def train(text: str, steps: int) -> tuple[GPT, CharTokenizer]:
     import torch
 
     import models
+    import objectives
     from tokenizer import CharTokenizer
 
     tokenizer = CharTokenizer.train([text])
     torch.manual_seed(0)
     model = models.build(models.check_config(SHAPE, "SHAPE").resolved(tokenizer.vocab_size))
     ids, size = torch.from_numpy(tokenizer.encode(text).astype("int64")), model.config.block_size
+    objective = objectives.find("lm")
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99))
     for step in range(steps):
         starts = torch.randint(len(ids) - size - 1, (BATCH,)).tolist()
         batch = torch.stack([ids[start : start + size + 1] for start in starts])
         for group in optimizer.param_groups:
             group["lr"] = RATE * min((step + 1) / WARM_UP, 1 - step / steps)
-        model(batch[:, :-1], batch[:, 1:])[1].backward()
+        y = batch[:, 1:]
+        loss, _ = objective.loss(model, {"x": batch[:, :-1], "y": y, "mask": torch.ones_like(y).float()})
+        (loss / y.numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        model.after_step(lambda *numbers: numbers)
+        model.after_step(lambda counts: counts)
     return model.eval(), tokenizer
 
 

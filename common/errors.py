@@ -24,8 +24,8 @@ class UserError(Exception):
 def run(main: Callable[[], object]) -> None:
     """Call `main()` as a script: exit code 0 when it returns, 2 with a sentence on stderr for a UserError.
 
-    A full disk, a missing permission or too little memory is something the user can fix, so it is
-    reported the same way. Any other exception is a bug and keeps its traceback.
+    A full disk, a missing permission, too little memory or a package that is not installed is something
+    the user can fix, so it is reported the same way. Any other exception is a bug and keeps its traceback.
     """
     _prepare_terminal()
     try:
@@ -45,6 +45,12 @@ def run(main: Callable[[], object]) -> None:
         _exit_with_error(OUT_OF_MEMORY)
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        from common import packages
+
+        if not packages.is_missing(error):
+            raise
+        _exit_with_error(str(packages.not_installed(str(error.name))))
 
 
 def run_launched(main: Callable[[], object]) -> NoReturn:

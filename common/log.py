@@ -26,9 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common import errors
 from common.config import ROOT
-from common.errors import UserError
 from common.files import LineFile
 from common.metrics import METRICS_SUFFIX, Metric, field, readable, to_json
+from common.packages import require
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -103,12 +103,9 @@ class RunLog:
         return open(os.devnull, "w", encoding="utf-8") if muted else LineFile(path)
 
     def _summary_writer(self, first_step: int) -> SummaryWriter:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "tensorboard is true, but the package is missing: pip install tensorboard, or set it to false"
-            ) from None
+        require("tensorboard", otherwise=', or set the key "tensorboard" to false')
+        from torch.utils.tensorboard import SummaryWriter
+
         # Drop what a killed process wrote about later steps: they are trained again.
         return SummaryWriter(ROOT / "runs" / self.path.stem, purge_step=first_step + 1)
 

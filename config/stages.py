@@ -11,7 +11,8 @@ from dataclasses import dataclass
 class Stage:
     """One stage of training.
 
-    name           what `-t` takes; part of the names of its configuration, its checkpoints and its token files
+    name           what `-t` takes; part of the names of its configuration, its checkpoints and its token
+                   files
     title          the same in words
     objective      the file in objectives/ that computes the loss
     documents      what its token files hold: "text" (a stream of documents) or "chats" (with a loss mask)

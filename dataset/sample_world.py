@@ -2,53 +2,59 @@
 
     python dataset/sample_world.py            # dataset/pretrain.txt, sft.jsonl, eval.jsonl
 
-The world is a list of *facts*. A fact belongs to a *relation* ("person.city", "sum", ...), which knows
-several ways to state it and several ways to ask for it, in Chinese and in English. From the facts come
+The world is a list of *facts*. A fact belongs to a *relation* ("person.city", "sum", ...), which has several
+ways to state it and several ways to ask for it, in Chinese and in English. The facts make up three files:
 
-- `pretrain.txt`: every fact, in every phrasing, in both languages: alone, in biographies whose sentences
-  come in changing order, on cards, in lists and as the answer to a question asked in passing ("Where does
-  Anna live? Anna lives in Paris."). Saying one thing in many ways, and some questions among them, is what
-  makes it possible to ask for it later (Allen-Zhu & Li, "Physics of Language Models: Part 3.1", 2023);
-- `sft.jsonl`: questions and answers, single- and multi-turn, about three quarters of the facts;
-- `eval.jsonl`: questions about the other facts. No conversation of fine-tuning asks for them in any wording
-  or language, and each is asked for in words that the running text does not ask for it in. Fine-tuning
-  shows how to answer; what to answer can only come from what the running text states.
+- `pretrain.txt`: every fact, in every phrasing, in both languages: by itself, in biographies with sentences
+  in varying order, on cards, in lists, and as the answer to a question asked in passing ("Where does Anna
+  live? Anna lives in Paris."). A model can be asked for a fact later only if it has seen it in many
+  phrasings, some questions among them (Allen-Zhu & Li, "Physics of Language Models: Part 3.1", 2023).
+- `sft.jsonl`: questions and answers, single- and multi-turn, about three quarters of the facts.
+- `eval.jsonl`: questions about the other facts. No fine-tuning conversation asks for these in any phrasing or
+  language, and the questions are phrased as they never are in pretrain.txt. So fine-tuning teaches how to
+  answer, but what to answer can only come from the statements in pretrain.txt.
 
-Who lives where is drawn at random, so that it can be known but not guessed. The same seed and size give
-the same bytes on every machine.
+Who lives where is drawn at random, so it can be known but not guessed. The same seed and size give the same
+bytes on every machine.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.errors import UserError, run  # noqa: E402
-from common.files import AtomicFiles  # noqa: E402
+from common.errors import UserError, run
+from common.files import AtomicFiles
+
+T = TypeVar("T")
+Turns = list[tuple[str, str]]  # a conversation: (question, answer), ...
 
 LANGUAGES = ("zh", "en")
 PEOPLE = 24  # at size 1.0
 HELD_OUT = 0.25  # share of each relation's facts that fine-tuning never asks for
 BIOGRAPHIES, CARDS = 4, 2  # per person and language
-NOTES = {"person": 1}  # how often each phrase is written; other topics, with fewer subjects: 2
-# How often running text asks for a held-out fact in each wording, and how often for a taught one besides the
-# conversations. The fewer subjects a topic has, the more often: what "where does ... live" means, 24 people
-# show. Others, which have a pattern: 6 and 0.
+NOTES = {"person": 1}  # how often each phrasing is written; for other topics, which have fewer subjects: 2
+# How often pretrain.txt asks for a held-out fact in each phrasing, and how often for a taught fact besides
+# the conversations. Topics with fewer subjects need more: for "Where does ... live?", 24 people are enough
+# examples. For other topics, which follow a pattern: 6 and 0.
 ASIDES = {"person": (1, 0), "weather": (10, 2)} | dict.fromkeys(("place", "job", "animal", "word"), (10, 1))
-DIALOGUES = 10  # of each sort, per person and language
-ARBITRARY = ("person", "place", "job", "animal", "word")  # topics where the answer cannot be worked out
-FEW = 4  # held-out questions of each other kind
+DIALOGUES = 10  # of each kind, per person and language
+ARBITRARY = ("person", "place", "job", "animal", "word")  # topics with answers that cannot be derived
+FEW = 4  # held-out questions of each other relation
 
-# --- What there is ------------------------------------------------------------------------------------
+# --- The things ------------------------------------------------------------------------------------
 # Each table row is "Chinese English", or a subject followed by its values in the order of its relations.
-# What is asked about begins with a letter of its own within its topic: spelling by characters, a model of
-# this size learns to tell a dog from a duck long after it knows both.
+# Within a topic, each thing that questions ask about begins with a different letter: a small character-level
+# model confuses "dog" and "duck" long after it knows both.
 
 WOMEN = ("安娜 Anna, 克莱尔 Claire, 爱玛 Emma, 格蕾丝 Grace, 艾薇 Ivy, 凯特 Kate, 玛丽 Mary, 奥尔加 Olga, "
          "罗莎 Rosa, 蒂娜 Tina, 温蒂 Wendy, 佐伊 Zoe")
@@ -114,12 +120,12 @@ ANIMALS = """
 WORDS = ("apple banana cheese dinner eleven giggle hammer letter mirror needle pepper rabbit summer "
          "tomato").split()
 
-# --- How to say it ------------------------------------------------------------------------------------
+# --- The phrasings ------------------------------------------------------------------------------------
 # Per relation and language: the noun, statements, questions. {s} is the subject ("Anna", "she"), {p} its
-# possessive ("Anna's", "her"), {v} the value; relations about two things name their own slots.
+# possessive ("Anna's", "her"), {v} the value; relations about two things have slots of their own.
 
 class Phrases(NamedTuple):
-    """One relation in one language: its name, and the ways to state it and to ask for it, parted by "|"."""
+    """One relation in one language: its name, statements and questions, separated by "|"."""
 
     noun: str
     statements: str
@@ -319,45 +325,45 @@ PRONOUNS = {"zh": {"f": ("她", "她的"), "m": ("他", "他的")}, "en": {"f": 
 class Fact:
     """One thing that is true in the world.
 
-    `kind` names the relation. `key` is the fact's identity: facts with one key (3+4 and 4+3) are asked for
-    in fine-tuning together or not at all. `slots[language]` fills the relation's phrases; its "v" is the
-    answer. `gender` ("f", "m") is set for people, whom a pronoun may stand for.
+    `kind` is the relation. Facts with the same `key` (3+4 and 4+3) are either all in the fine-tuning data or
+    all held out. `slots[language]` fills the relation's phrases; its "v" is the answer. `gender` ("f", "m")
+    is set for people, who can be replaced by a pronoun.
     """
 
     kind: str
     key: str
-    slots: dict
+    slots: dict[str, dict[str, str]]
     gender: str = ""
 
     @property
-    def topic(self):
+    def topic(self) -> str:
         return self.kind.split(".")[0]
 
-    def value(self, language):
-        """What the fact adds to its question: "Paris"."""
+    def value(self, language: str) -> str:
+        """The essential part of the answer: "Paris"."""
         return self.slots[language]["v"]
 
-    def answer(self, language):
-        """The answer, a whole sentence: the first way to state the fact."""
+    def answer(self, language: str) -> str:
+        """The answer as a sentence: the first way to state the fact."""
         return self.statements(language)[0]
 
-    def statements(self, language, pronoun=False):
+    def statements(self, language: str, pronoun: bool = False) -> list[str]:
         """Every way to state the fact in `language`, with the subject's name or its pronoun."""
         return self._fill(PHRASES[self.kind][language].statements.split("|"), language, pronoun)
 
-    def questions(self, language, pronoun=False):
+    def questions(self, language: str, pronoun: bool = False) -> list[str]:
         """Every way to ask for the fact in `language`."""
         return self._fill(PHRASES[self.kind][language].questions.split("|"), language, pronoun)
 
-    def same_subject(self, language):
+    def same_subject(self, language: str) -> str:
         """The short question that follows one about the same subject: "And his job?"."""
         return self._fill([SAME_SUBJECT[language]], language, pronoun=True)[0]
 
-    def next_subject(self, language):
+    def next_subject(self, language: str) -> list[str]:
         """The short questions that follow the same question about another subject: "What about Tom?"."""
         return self._fill(NEXT_SUBJECT[language], language, pronoun=False)
 
-    def _fill(self, templates, language, pronoun):
+    def _fill(self, templates: Iterable[str], language: str, pronoun: bool) -> list[str]:
         slots = dict(self.slots[language], noun=PHRASES[self.kind][language].noun)
         if pronoun:
             slots["s"], slots["p"] = PRONOUNS[language][self.gender]
@@ -366,49 +372,51 @@ class Fact:
 
 
 class Draw:
-    """Random choices built on `random()` alone, whose numbers Python promises to keep across versions."""
+    """Random choices based only on `random()`, which Python guarantees to be the same in all versions."""
 
-    def __init__(self, seed):
+    def __init__(self, seed: int):
         self._random = Random(seed).random
 
-    def below(self, n):
+    def below(self, n: int) -> int:
         return int(self._random() * n)
 
-    def choice(self, items):
+    def choice(self, items: Sequence[T]) -> T:
         return items[self.below(len(items))]
 
-    def shuffled(self, items):
-        items = list(items)
-        for i in range(len(items) - 1, 0, -1):
+    def shuffled(self, items: Iterable[T]) -> list[T]:
+        shuffled = list(items)
+        for i in range(len(shuffled) - 1, 0, -1):
             j = self.below(i + 1)
-            items[i], items[j] = items[j], items[i]
-        return items
+            shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
+        return shuffled
 
 
 @dataclass
 class World:
-    """All facts, and which of their keys fine-tuning leaves for the evaluation.
+    """All facts, and the keys of those that are held out for the evaluation.
 
-    `held_out[key]` says which wording of the question, counted round, is the evaluation's own.
+    held_out: {key: which phrasing of the question only the evaluation uses, modulo how many there are}
     """
 
-    facts: list
-    held_out: dict
+    facts: list[Fact]
+    held_out: dict[str, int]
 
-    def taught(self):
+    def taught(self) -> list[Fact]:
+        """The facts that the fine-tuning data asks for."""
         return [fact for fact in self.facts if fact.key not in self.held_out]
 
-    def asked(self):
+    def evaluated(self) -> list[Fact]:
+        """The held-out facts."""
         return [fact for fact in self.facts if fact.key in self.held_out]
 
-    def own_question(self, fact, language):
-        """How the evaluation asks for a held-out fact, and the running text does not."""
+    def evaluation_question(self, fact: Fact, language: str) -> str:
+        """The phrasing that the evaluation uses for a held-out fact, and pretrain.txt does not."""
         questions = fact.questions(language)
         return questions[self.held_out[fact.key] % len(questions)]
 
 
-def build_world(seed=1337, size=1.0):
-    """The world of `seed` with `PEOPLE * size` people. Raises UserError for a size or seed out of range."""
+def build_world(seed: int = 1337, size: float = 1.0) -> World:
+    """The world of a seed, with `PEOPLE * size` people. Raises UserError for a size or seed out of range."""
     if not 0.1 <= size <= 20:
         raise UserError(f"size must be between 0.1 and 20 (1.0 is {PEOPLE} people), found {size:g}")
     if seed < 0:
@@ -417,19 +425,19 @@ def build_world(seed=1337, size=1.0):
     facts = people_facts(draw, round(PEOPLE * size))
     facts += table_facts("place", PLACES) + table_facts("job", JOBS) + table_facts("animal", ANIMALS)
     facts += word_facts() + weather_facts(draw) + number_facts(draw) + letter_facts()
-    held_out = {}
+    held_out: dict[str, int] = {}
     for kind in PHRASES:
         keys = draw.shuffled(sorted({fact.key for fact in facts if fact.kind == kind}))
         held_out.update((key, draw.below(1000)) for key in keys[:round(HELD_OUT * len(keys))])
     return World(facts, held_out)
 
 
-def people_facts(draw, n):
-    """Six facts a person; values are dealt like cards, so that none is more likely than another."""
+def people_facts(draw: Draw, n: int) -> list[Fact]:
+    """Six facts per person. Values are dealt like cards, so that all are equally likely."""
     people = draw_people(draw, n)
     tables = {"city": PLACES, "job": JOBS, "pet": PETS, "food": FOODS, "colour": COLOURS}
     dealt = {attribute: deal(draw, pairs(table), n) for attribute, table in tables.items()}
-    circle = draw.shuffled(range(n))  # each one's best friend is the next in the circle
+    circle = draw.shuffled(range(n))  # each person's best friend is the next in the circle
     friend = {a: people[b] for a, b in zip(circle, circle[1:] + circle[:1], strict=True)}
     facts = []
     for i, (zh, en, gender) in enumerate(people):
@@ -440,8 +448,8 @@ def people_facts(draw, n):
     return facts
 
 
-def draw_people(draw, n):
-    """`n` distinct (Chinese name, English name, "f" or "m"), half women; above size 1.0 with surnames."""
+def draw_people(draw: Draw, n: int) -> list[tuple[str, str, str]]:
+    """n distinct (Chinese name, English name, "f" or "m"), half women; with surnames if size is above 1.0."""
     given = {"f": draw.shuffled(pairs(WOMEN)), "m": draw.shuffled(pairs(MEN))}
     surnames = [("", ""), *(("·" + zh, " " + en) for zh, en in pairs(SURNAMES))]
     people = []
@@ -453,20 +461,22 @@ def draw_people(draw, n):
     return people
 
 
-def deal(draw, values, n):
-    """`n` values in random order, each equally often (give or take one)."""
+def deal(draw: Draw, values: list[T], n: int) -> list[T]:
+    """n values in random order, each equally often (give or take one)."""
     return draw.shuffled((draw.shuffled(values) * (n // len(values) + 1))[:n])
 
 
-def pairs(table):
+def pairs(table: str) -> list[tuple[str, str]]:
     """(Chinese, English) pairs of a comma-separated list, or of the subjects of a table."""
     if "\n" in table:
-        return [tuple(row.split(":")[0].split(" ", 1)) for row in table.strip().split("\n")]
-    return [tuple(pair.split(" ", 1)) for pair in table.split(", ")]
+        items = [row.split(":")[0] for row in table.strip().split("\n")]
+    else:
+        items = table.split(", ")
+    return [(zh, en) for zh, en in (item.split(" ", 1) for item in items)]
 
 
-def table_facts(topic, table):
-    """The facts of PLACES, JOBS or ANIMALS: one a value. English animals and jobs carry an article."""
+def table_facts(topic: str, table: str) -> list[Fact]:
+    """The facts of PLACES, JOBS or ANIMALS, one per value. English animals and jobs have an article."""
     kinds = [kind for kind in PHRASES if kind.startswith(topic + ".")]
     article = "" if topic == "place" else "the "
     facts = []
@@ -480,9 +490,9 @@ def table_facts(topic, table):
     return facts
 
 
-def word_facts():
-    """What each word is called in the other language."""
-    words = {}
+def word_facts() -> list[Fact]:
+    """The translations of words."""
+    words: dict[str, str] = {}
     for zh, en in pairs(PETS) + pairs(FOODS) + pairs(COLOURS):
         if not any(en[0] == other[0] for other in words):
             words[en] = zh
@@ -490,7 +500,7 @@ def word_facts():
             for en, zh in sorted(words.items())]
 
 
-def weather_facts(draw):
+def weather_facts(draw: Draw) -> list[Fact]:
     """The weather of a week in three cities."""
     facts = []
     for city_zh, city_en in pairs(PLACES)[:3]:
@@ -501,7 +511,7 @@ def weather_facts(draw):
     return facts
 
 
-def number_facts(draw):
+def number_facts(draw: Draw) -> list[Fact]:
     """Sums and differences of numbers up to 5, and comparisons up to 9."""
     facts = []
     for a in range(6):
@@ -516,12 +526,12 @@ def number_facts(draw):
     return facts
 
 
-def letter_facts():
+def letter_facts() -> list[Fact]:
     """How long each word is, and how often its most frequent letter appears."""
     return [letter_fact(kind, word) for word in WORDS for kind in ("length", "count")]
 
 
-def letter_fact(kind, word):
+def letter_fact(kind: str, word: str) -> Fact:
     if kind == "length":
         return numeric(kind, f"length {word}", s=word, v=len(word))
     letter = max(sorted(set(word)), key=word.count)
@@ -530,20 +540,20 @@ def letter_fact(kind, word):
     return numeric(kind, f"count {word}", s=word, letter=letter, v=n, times=times)
 
 
-def numeric(kind, key, **slots):
-    slots = {name: str(value) for name, value in slots.items()}
+def numeric(kind: str, key: str, **values: int | str) -> Fact:
+    slots = {name: str(value) for name, value in values.items()}
     return Fact(kind, key, {"zh": slots, "en": slots})
 
 
-def capitalise(sentence):
-    """First letter upper case; the rest untouched (str.capitalize would lower it)."""
+def capitalise(sentence: str) -> str:
+    """Make the first letter upper case (str.capitalize would also lower the rest)."""
     return sentence[:1].upper() + sentence[1:]
 
 
 # --- Texts --------------------------------------------------------------------------------------------
 
-def pretraining_documents(world, draw):
-    """The running text: a shuffled list of documents, each a paragraph of a few sentences."""
+def pretraining_documents(world: World, draw: Draw) -> list[str]:
+    """The content of pretrain.txt: a shuffled list of documents, each a paragraph of a few sentences."""
     documents = []
     for language in LANGUAGES:
         documents += biographies(world, draw, language) + cards(world, draw, language)
@@ -552,8 +562,8 @@ def pretraining_documents(world, draw):
     return draw.shuffled(documents + bilingual_notes(world, draw))
 
 
-def biographies(world, draw, language):
-    """Paragraphs that tell all that is known of one person, place, job or animal, in changing order."""
+def biographies(world: World, draw: Draw, language: str) -> list[str]:
+    """Paragraphs with all facts about one person, place, job or animal, in varying order."""
     documents = []
     for facts in by_subject(world.facts, ("person", "place", "job", "animal")):
         for _ in range(BIOGRAPHIES):
@@ -565,8 +575,8 @@ def biographies(world, draw, language):
     return documents
 
 
-def cards(world, draw, language):
-    """All that is known of one person, a line each."""
+def cards(world: World, draw: Draw, language: str) -> list[str]:
+    """Two facts about one person, one per line."""
     documents = []
     for facts in by_subject(world.facts, ("person",)) * CARDS:
         rows = [PHRASES[fact.kind][language].noun + COLON[language] + fact.value(language)
@@ -575,8 +585,8 @@ def cards(world, draw, language):
     return documents
 
 
-def lists(world, draw, language):
-    """One attribute of several people, a line each."""
+def lists(world: World, draw: Draw, language: str) -> list[str]:
+    """One attribute of several people, one per line."""
     documents = []
     for kind in PHRASES:
         facts = draw.shuffled(fact for fact in world.facts if fact.kind == kind and fact.topic == "person")
@@ -587,41 +597,38 @@ def lists(world, draw, language):
     return documents
 
 
-def notes(world, draw, language):
-    """Every fact in every phrasing, a few sentences on one topic at a time.
-
-    What biographies do not tell is told more often here.
-    """
-    topics = {}
+def notes(world: World, draw: Draw, language: str) -> list[str]:
+    """Every fact in every phrasing, a few sentences on one topic per document."""
+    topics: dict[str, list[str]] = {}
     for fact in world.facts:
         topics.setdefault(fact.topic, []).extend(fact.statements(language) * NOTES.get(fact.topic, 2))
     documents = []
-    for sentences in topics.values():
-        sentences = draw.shuffled(sentences)
+    for statements in topics.values():
+        sentences = draw.shuffled(statements)
         documents += [SPACE[language].join(sentences[i:i + 6]) for i in range(0, len(sentences), 6)]
     return documents
 
 
-def asides(world, draw, language):
-    """Facts asked for and told in one breath: "Where does Anna live? Anna lives in Paris."
+def asides(world: World, draw: Draw, language: str) -> list[str]:
+    """Questions with their answers: "Where does Anna live? Anna lives in Paris."
 
-    All facts in all wordings, but for the evaluation's own; the taught ones also in conversations.
+    All facts in all phrasings except those of the evaluation; taught facts also as conversations.
     """
-    told = [turns for its_language, turns in conversations(world, draw) if its_language == language]
+    found = [turns for its_language, turns in conversations(world, draw) if its_language == language]
     for fact in world.facts:
         times_held_out, times_taught = ASIDES.get(fact.topic, (6, 0))
         questions, times = fact.questions(language), times_taught
         if fact.key in world.held_out:
-            questions.remove(world.own_question(fact, language))
+            questions.remove(world.evaluation_question(fact, language))
             times = times_held_out
-        told += [[(question, fact.answer(language))] for question in questions] * times
+        found += [[(question, fact.answer(language))] for question in questions] * times
     space = SPACE[language]
     lines = [space.join(question + space + answer for question, answer in turns)
-             for turns in draw.shuffled(told)]
+             for turns in draw.shuffled(found)]
     return ["\n".join(lines[i:i + 3]) for i in range(0, len(lines), 3)]
 
 
-def bilingual_notes(world, draw):
+def bilingual_notes(world: World, draw: Draw) -> list[str]:
     """A fact about a person in one language, then in the other."""
     documents = []
     for fact in world.facts:
@@ -631,20 +638,17 @@ def bilingual_notes(world, draw):
     return documents
 
 
-def by_subject(facts, topics):
-    """The facts of `topics` in groups: one group a person, place, ..."""
-    groups = {}
+def by_subject(facts: Iterable[Fact], topics: Sequence[str]) -> list[list[Fact]]:
+    """The facts of some topics, grouped by their subject: a person, place, ..."""
+    groups: dict[tuple[str, str], list[Fact]] = {}
     for fact in facts:
         if fact.topic in topics:
             groups.setdefault((fact.topic, fact.slots["zh"]["s"]), []).append(fact)
     return list(groups.values())
 
 
-def conversations(world, draw):
-    """Questions and answers about the taught facts: a shuffled list of (language, conversation).
-
-    A conversation is a list of (question, answer), most of length one.
-    """
+def conversations(world: World, draw: Draw) -> list[tuple[str, Turns]]:
+    """Conversations about the taught facts, most with one turn: a shuffled list of (language, turns)."""
     facts = world.taught()
     found = []
     for fact in facts:
@@ -663,20 +667,21 @@ def conversations(world, draw):
     return draw.shuffled(found)
 
 
-def held_out_questions(world, draw):
-    """The evaluation: (fact, language, conversation), whose last answer is the one to give.
+def held_out_questions(world: World, draw: Draw) -> list[tuple[Fact, str, Turns]]:
+    """The evaluation: (fact, language, turns); the last answer is the one that the model has to give.
 
-    All held-out facts that are arbitrary are asked for, those of people also in conversations; of the rest
-    (numbers, letters, weather), where a pattern or a lucky guess may do, a few of each kind.
+    It asks for all held-out facts that are arbitrary, and for those about people also in conversations. Of
+    the rest (numbers, letters, weather), where a pattern or a lucky guess may suffice, it asks for a few.
     """
-    questions, asked = [], {}
-    for fact in draw.shuffled(world.asked()):
+    questions: list[tuple[Fact, str, Turns]] = []
+    asked: dict[str, int] = {}
+    for fact in draw.shuffled(world.evaluated()):
         asked[fact.kind] = asked.get(fact.kind, 0) + 1
         if fact.topic in ARBITRARY or asked[fact.kind] <= FEW:
             for language in LANGUAGES if fact.topic == "person" else [draw.choice(LANGUAGES)]:
-                question = world.own_question(fact, language)
+                question = world.evaluation_question(fact, language)
                 questions.append((fact, language, [(question, fact.answer(language))]))
-    people = draw.shuffled(fact for fact in world.asked() if fact.topic == "person")
+    people = draw.shuffled(fact for fact in world.evaluated() if fact.topic == "person")
     taught = [fact for fact in world.taught() if fact.topic == "person"]
     for i, fact in enumerate(people[:(len(people) + 3) // 4]):
         subject = fact.slots["zh"]["s"]
@@ -688,17 +693,18 @@ def held_out_questions(world, draw):
     return questions
 
 
-def dialogue(draw, language, facts):
-    """A conversation about `facts`, one after the other; its later questions lean on the earlier ones."""
-    turns, previous = [], None
+def dialogue(draw: Draw, language: str, facts: Iterable[Fact]) -> Turns:
+    """A conversation about some facts in order; later questions refer to the earlier ones."""
+    turns: Turns = []
+    previous = None
     for fact in facts:
         if previous is None:
             question = draw.choice(fact.questions(language))
         elif fact.kind == previous.kind:
             question = draw.choice(fact.next_subject(language))
         else:
-            long = draw.choice(fact.questions(language, pronoun=True))
-            question = draw.choice([fact.same_subject(language), long])
+            full = draw.choice(fact.questions(language, pronoun=True))
+            question = draw.choice([fact.same_subject(language), full])
         turns.append((question, fact.answer(language)))
         previous = fact
     return turns
@@ -706,8 +712,8 @@ def dialogue(draw, language, facts):
 
 # --- Files --------------------------------------------------------------------------------------------
 
-def write_world(out, seed=1337, size=1.0):
-    """Write `pretrain.txt`, `sft.jsonl` and `eval.jsonl` into the folder `out`; returns what to report."""
+def write_world(out: str | Path, seed: int = 1337, size: float = 1.0) -> dict[str, int]:
+    """Write `pretrain.txt`, `sft.jsonl` and `eval.jsonl` into the folder `out`; returns what they contain."""
     world = build_world(seed, size)
     draw = Draw(seed + 1)
     documents = pretraining_documents(world, draw)
@@ -734,7 +740,7 @@ def write_world(out, seed=1337, size=1.0):
     }
 
 
-def as_record(turns):
+def as_record(turns: Turns) -> dict[str, object]:
     """{"question", "answer"} for one turn, {"messages": [...]} for several."""
     if len(turns) == 1:
         return {"question": turns[0][0], "answer": turns[0][1]}
@@ -742,11 +748,11 @@ def as_record(turns):
                          for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]}
 
 
-def json_line(record):
+def json_line(record: dict[str, object]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write a small bilingual world to learn from: pretrain.txt, sft.jsonl and eval.jsonl.",
         epilog="examples:\n  python dataset/sample_world.py\n"

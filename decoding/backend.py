@@ -28,8 +28,8 @@ from model import GPT, MLP, Attention, Block, RMSNorm
 class DecodeBackend(Protocol):
     """A model with a KV cache that has one row per text.
 
-    lengths: [n_rows], how many tokens each row holds; set one to 0 to start over. capacity: how many it can
-    hold. max_logits: `extend` returns logits for at most this many tokens.
+    lengths: [n_rows], how many tokens each row holds. capacity: how many fit into a row. max_logits: `extend`
+    returns logits for at most this many tokens.
     """
 
     lengths: np.ndarray
@@ -52,9 +52,12 @@ class DecodeBackend(Protocol):
     def copy_row(self, source: int, target: int) -> None:
         """Overwrite row `target` with row `source`."""
 
+    def clear_row(self, row: int) -> None:
+        """Empty a row, for another text."""
+
     def refill(self, row: int, tokens: list[int]) -> None:
         """Replace the contents of a row."""
-        self.lengths[row] = 0
+        self.clear_row(row)
         if tokens:
             self.extend(row, tokens)
 
@@ -83,6 +86,9 @@ class TorchBackend(DecodeBackend):
 
     def copy_row(self, source: int, target: int) -> None:
         self.cache.copy_row(source, target)
+
+    def clear_row(self, row: int) -> None:
+        self.cache.clear_row(row)
 
 
 # ---- the compiled backend --------------------------------------------------------------------------

@@ -26,8 +26,8 @@ the result on disk. It compares the time of one source file to see whether that 
 code is in this file.
 """
 
-# mypy: allow-untyped-defs
-# Numba infers the types of compiled functions; type hints would mean nothing to it.
+# mypy: ignore-errors
+# Numba compiles these functions, with its own types: type checkers do not know what a vector is.
 
 from __future__ import annotations
 

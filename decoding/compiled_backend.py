@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class CompiledBackend(DecodeBackend):
         control = np.zeros(STATE + 8 * self.n_threads, np.int64)
         control[STATE::8] = ASLEEP
         n, n_blocks = max(n_rows, CHUNK), -(-c.block_size // ROWS)
-        shared = dict(
+        shared: dict[str, Any] = dict(
             control=control,
             counts=np.zeros(2, np.int64),
             tokens=np.zeros(n, np.int64),
@@ -102,6 +103,9 @@ class CompiledBackend(DecodeBackend):
         self.lengths[target] = self.lengths[source]
         cache, n_blocks = self.buffers.cache, -(-self.lengths[source] // ROWS)
         cache[:, target, :, :n_blocks] = cache[:, source, :, :n_blocks]
+
+    def clear_row(self, row: int) -> None:
+        self.lengths[row] = 0  # what lies behind a row's length is never read
 
 
 # ---- threads ---------------------------------------------------------------------------------------
@@ -161,8 +165,8 @@ def padded_zeros(size: int, *shape: int) -> np.ndarray:
     return aligned_zeros(*shape, round_up(size, GROUP) + ROWS)
 
 
-def make_scratch(c: ModelConfig, n: int) -> Scratch:
-    """The Scratch of one thread, for n tokens at once."""
+def make_scratch(c: Any, n: int) -> Scratch:
+    """The Scratch of one thread, for n tokens at once. c: the model's configuration."""
     heads, head_size = c.n_head * c.head_dim, round_up(c.head_dim)
     widest = round_up(max(c.n_embd, heads, c.n_hidden), GROUP) + ROWS
     return Scratch(
@@ -183,7 +187,7 @@ def make_scratch(c: ModelConfig, n: int) -> Scratch:
 
 def collect_weights(model: GPT) -> Weights:
     """The weights of a packed model in the arrays that compiled code takes."""
-    c, layers = model.config, model.blocks
+    c, layers = model.config, list[Any](model.blocks)
 
     def moved(tensors: Sequence[torch.Tensor]) -> np.ndarray:
         """Move the data of L tensors into one array [L, ...]; the tensors become views of it."""
@@ -192,7 +196,7 @@ def collect_weights(model: GPT) -> Weights:
             tensor.data = part.copy_(tensor.detach())
         return stack
 
-    def linear(modules: Sequence[nn.Module]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def linear(modules: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(weights, scales, biases) of L modules; without scales or biases, arrays of size 0."""
         nothing = np.empty((len(modules), 0), f32)
         return (
@@ -206,7 +210,7 @@ def collect_weights(model: GPT) -> Weights:
         stack = torch.stack([tensor.detach() for tensor in tensors])
         return nn.functional.pad(stack, (0, -stack.shape[-1] % ROWS)).numpy()
 
-    def gains(norms: Sequence[nn.Module]) -> np.ndarray:
+    def gains(norms: Sequence[Any]) -> np.ndarray:
         return copied([norm.weight for norm in norms])
 
     nothing = np.empty((c.n_layer, 0), f32)
@@ -223,16 +227,18 @@ def collect_weights(model: GPT) -> Weights:
         k_norm=gains([layer.attn.k_norm for layer in layers]) if c.qk_norm else nothing,
         norm=gains([model.norm]),
         wte=head[0][0] if is_tied else model.wte.weight.detach().numpy()[:, :, None],
-        wpe=np.empty((0, 0), f32) if c.use_rope else model.wpe.weight.detach().numpy(),
-        rotary=copied([model.rotary_cos, model.rotary_sin]) if c.use_rope else np.empty((2, 0, 0), f32),
+        wpe=np.empty((0, 0), f32) if model.wpe is None else model.wpe.weight.detach().numpy(),
+        rotary=copied([*map(model.get_buffer, ("rotary_cos", "rotary_sin"))])
+        if c.use_rope
+        else np.empty((2, 0, 0), f32),
         head=head,
     )
 
 
 def warm_up(weights: str) -> None:
     """Make Numba compile everything for a weight format, or load it from its cache, with a tiny model."""
-    config = ModelConfig(block_size=2, n_layer=1, n_head=1, n_embd=2, n_hidden=2)
-    model = GPT(config.resolved(vocab_size=2))
+    sizes = dict(block_size=2, n_layer=1, n_head=1, n_embd=2, n_hidden=2, vocab_size=2)
+    model = GPT(ModelConfig.model_validate(sizes))
     backend = CompiledBackend(quantize(model) if weights == "int8" else model, 1, 1)
     backend.step([0])
     work(backend.buffers, 0, 1)  # otherwise only called by the other threads of a team

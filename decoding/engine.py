@@ -228,7 +228,7 @@ class BatchedDecoder:
             row = len(self.running)
             if not self.reading:
                 self.reading = self.waiting.popleft()
-                self.backend.lengths[row] = 0
+                self.backend.clear_row(row)
             request = self.reading
             n_left -= self._read_chunk(request, row)
             # The last token of the prompt is left to `step`, which needs the logits after it.

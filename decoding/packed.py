@@ -13,7 +13,7 @@ place of rows). Activations are not quantized ("weight-only"), except that decod
 """
 
 import platform
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -114,10 +114,9 @@ def quantize(model: Model) -> Model:
     return model
 
 
-def pack(model: Model) -> Model:
-    """Pack the weights, in place; returns the model. It can no longer be trained."""
+def pack(model: Any) -> None:
+    """Pack the weights of a GPT, in place. It can no longer be trained."""
     is_tied = model.lm_head.weight is model.wte.weight
     replace_linears(model, PackedLinear)
     if is_tied:
         model.wte = TiedEmbedding(model.lm_head)
-    return model

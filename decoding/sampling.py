@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from model import GPT
+    from model import GPT, Cache
 
 
 @torch.inference_mode()
@@ -41,14 +41,16 @@ def generate(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     counts = TokenCounts(context, model.config.vocab_size, device) if has_penalty(options) else None
     draft = draft and is_greedy(options)
-    cache, pending = None, []
+    cache: Cache | None = None
+    pending: list[int] = []  # tokens of the text that the cache does not hold yet
+    guesses: list[int] = []  # drafted tokens after them
     while max_tokens > 0:
-        if cache is None or cache.uniform_length + len(pending) > cache.capacity:
+        if cache is None or cache.lengths[0] + len(pending) > cache.capacity:
             keep = model.config.block_size if cache is None else max(1, model.config.block_size // 2)
             pending, guesses = context[-keep:], []
             cache, drafter = model.new_cache(), model.drafter() if draft else None
         # Reading a few guesses together with the last token takes hardly longer than reading the token alone.
-        room = min(max_tokens, cache.capacity - cache.uniform_length)
+        room = min(max_tokens, cache.capacity - int(cache.lengths[0]))
         read = pending + guesses[: room - len(pending)]
         x = model.hidden(torch.tensor([read], device=device), cache)
         n_right = len(pending)  # how many of the tokens in `read` belong to the text

@@ -150,7 +150,7 @@ class TextGenerator:
         # A quarter is left for the answer. Once turns must go, make the conversation much shorter than
         # necessary, so that the next turns fit without dropping again.
         limit, shorter = self.max_prompt - self.max_prompt // 4, self.max_prompt // 2
-        # Drop what cannot fit before encoding it: a message has at least its mark and `fewest` tokens.
+        # Drop what cannot fit before encoding it: a message has at least its mark and `min_tokens`.
         sizes = [1 + self.tokenizer.min_tokens(message["content"]) for message in messages]
         if sum(sizes) > limit:
             limit = shorter
@@ -257,7 +257,9 @@ def check_model_file(path: str) -> None:
     from common.config import display_path, resolve_path
 
     if path not in NAMED_MODELS and not resolve_path(path).is_file():
-        raise UserError(f"there is no file {display_path(resolve_path(path))}; without -m the newest model is taken")
+        raise UserError(
+            f"there is no file {display_path(resolve_path(path))}; without -m the newest model is taken"
+        )
 
 
 def load_checkpoint(path: str, instruct: bool) -> tuple[Checkpoint, str]:

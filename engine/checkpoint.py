@@ -109,7 +109,9 @@ class Checkpoint:
             and (consumed["tokens"] is None or _is_count(consumed["tokens"]))
             and self.data.keys() in ({"train", "validation"}, set())
             and all(isinstance(kind, list) and all(map(_is_data, kind)) for kind in files)
-            and all(re.fullmatch("[a-z_]{1,40}", str(name)) and type(n) is int for name, n in self.problem.items())
+            and all(
+                re.fullmatch("[a-z_]{1,40}", str(name)) and type(n) is int for name, n in self.problem.items()
+            )
         )
 
     def save(self):
@@ -175,7 +177,7 @@ def load(path):
         raise UserError(f"{name} lacks parts of a checkpoint of Nano")
     if checkpoint.chat_template not in (None, tokenizers.CHAT_TEMPLATE):
         raise UserError(
-            f"{name} answers in the chat template {checkpoint.chat_template!r}, which this version of Nano lacks"
+            f"{name} uses the chat template {checkpoint.chat_template!r}, which this version of Nano lacks"
         )
     if shared := _shared(checkpoint):
         raise UserError(f"{name} is not a checkpoint of Nano: {shared} shares numbers with another tensor")
@@ -195,7 +197,8 @@ def _is_data(value):
 
 
 def _updated(state, version):
-    """The state of a file of an earlier version with the fields that it lacks, as far as they follow from others."""
+    """The state of a file of an earlier version with the fields that it lacks, as far as they follow from
+    others."""
     stage, config = state.pop("task", None), state.get("train_config")
     state["stage"] = stage
     if version == 1:
@@ -292,7 +295,11 @@ def _belong_to(weights, config):
 
 
 class Uninitialized(TorchFunctionMode):
-    """Within it, torch.nn.init leaves weights as they are: they will be read from a file."""
+    """Within it, torch.nn.init leaves weights as they are: they will be read from a file.
+
+    By hand, because `load_state_dict(assign=True)` into a model on the "meta" device would leave the buffers
+    that an architecture computes for itself (rotary tables) without values.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -1,4 +1,5 @@
-"""What a script knows that a launcher (torch.distributed.run, deepspeed) has started once for every device."""
+"""What a script knows that a launcher (torch.distributed.run, deepspeed) has started once for every
+device."""
 
 import os
 import re

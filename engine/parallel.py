@@ -4,12 +4,12 @@
     DataParallel       one process per device, each with the whole model (DDP): train_ddp.py
     Zero               the same with weights, gradients and optimizer state spread out: engine/zero.py
 
-Every process draws the same global batch and computes its own `rows` of it, and the gradient is the sum over all
-rows, wherever they were computed. So the number of processes changes how fast a run is and nothing else: data
-order, losses (up to rounding) and checkpoint files stay the same.
+Every process draws the same global batch and computes its own `rows` of it, and the gradient is the sum over
+all rows, wherever they were computed. So the number of processes changes how fast a run is and nothing else:
+data order, losses (up to rounding) and checkpoint files stay the same.
 
-A strategy wraps the module that computes the loss, says which rows are its own, reduces and gathers. The rest of
-a training step is in train.py.
+A strategy wraps the module that computes the loss, says which rows are its own, reduces and gathers. The rest
+of a training step is in train.py.
 """
 
 import contextlib
@@ -86,7 +86,9 @@ class SingleProcess:
         micro_batch = next(size for size in range(min(config.batch_size, share), 0, -1) if share % size == 0)
         return range(self.rank * share, (self.rank + 1) * share, micro_batch)
 
-    def wrap(self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig) -> tuple[Any, Any]:
+    def wrap(
+        self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig
+    ) -> tuple[Any, Any]:
         """(the module to call in training, the optimizer to step with)"""
         return (torch.compile(module) if config.compile else module), optimizer
 
@@ -108,7 +110,8 @@ class SingleProcess:
     # ---- checkpoints
 
     def load_optimizer(self, optimizer: Any, state: dict[int, dict[str, torch.Tensor]]) -> None:
-        """Put back what the optimizer kept of each parameter. Its settings stay those of the configuration."""
+        """Put back what the optimizer kept of each parameter. Its settings stay those of the
+        configuration."""
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
     def state_dicts(self, model: Any, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -132,8 +135,8 @@ def wait_for_name(host: str, seconds: float = 60) -> Any:
 
 
 class DataParallel(SingleProcess):
-    """Every process has the whole model. Gradients are exchanged during the backward pass of the last micro-batch
-    of a step only (Li et al. 2020, "PyTorch Distributed", section 3.2)."""
+    """Every process has the whole model. Gradients are exchanged during the backward pass of the last
+    micro-batch of a step only (Li et al. 2020, "PyTorch Distributed", section 3.2)."""
 
     launcher_store: Any = None  # the launcher's key-value store, which outlives the processes
 
@@ -155,9 +158,9 @@ class DataParallel(SingleProcess):
     def _store(self) -> Any:
         """The key-value store through which the processes find each other; None: PyTorch's default.
 
-        torch.distributed.run has a store that outlives the processes. After a restart it still holds the addresses
-        of the processes that have ended, and PyTorch 2.13 connects to those. So rank 0 opens a new store each
-        time, and only its address goes through the launcher's.
+        torch.distributed.run has a store that outlives the processes. After a restart it still holds the
+        addresses of the processes that have ended, and PyTorch 2.13 connects to those. So rank 0 opens a new
+        store each time, and only its address goes through the launcher's.
         """
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return None
@@ -234,11 +237,15 @@ class DataParallel(SingleProcess):
         dist.all_reduce(tensor)
         return tensor
 
-    def wrap(self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig) -> tuple[Any, Any]:
+    def wrap(
+        self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig
+    ) -> tuple[Any, Any]:
         module, optimizer = super().wrap(module, optimizer, config, compute)
         devices = [torch.device(compute.device)] if compute.device_type == "cuda" else None
         # Buffers change in the same way in all processes: no need to send them with every pass.
-        self.ddp = torch.nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        self.ddp = torch.nn.parallel.DistributedDataParallel(
+            module, device_ids=devices, broadcast_buffers=False
+        )
         return self.ddp, optimizer
 
     def begin_step(self, step: int) -> None:

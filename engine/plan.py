@@ -67,8 +67,8 @@ class RunEstimate:
 
     def bits_per_byte(self, nats_per_token):
         """Loss in a unit that does not depend on the tokenizer."""
-        metas = [file.meta for source in self.val for file in source.files]
-        tokens_per_byte = sum(m["n_tokens"] for m in metas) / sum(m["n_bytes"] for m in metas)
+        tokens, n_bytes = zip(*(source.text_size for source in self.val), strict=True)
+        tokens_per_byte = sum(tokens) / sum(n_bytes)
         return nats_per_token / math.log(2) * tokens_per_byte
 
     def memory(self, batch_size=None):
@@ -82,7 +82,9 @@ class RunEstimate:
         weight = 4 if self.compute.autocast else BYTES[self.compute.dtype]
         tokens = (batch_size or self.config.batch_size) * c.block_size
         costs = self.model.costs(c.block_size, training=True)
-        keeps_scores = self.compute.sdp_kernel == "math" or (self.model.custom_kernels and c.block_size >= 256)
+        keeps_scores = self.compute.sdp_kernel == "math" or (
+            self.model.custom_kernels and c.block_size >= 256
+        )
         numbers = costs.activations + costs.attention_scores * keeps_scores
         per_token = numbers * BYTES[self.compute.dtype] + 3 * 4 * c.vocab_size + 2 * 4 * c.n_embd
         return {

@@ -270,7 +270,9 @@ def _resume(stage, wanted, config):
     else:
         checkpoint, run, notices = load(path), None, []
     if checkpoint.stage != stage:
-        raise UserError(f"--resume {display_path(path)} is a checkpoint of {checkpoint.stage}, not of {stage}")
+        raise UserError(
+            f"--resume {display_path(path)} is a checkpoint of {checkpoint.stage}, not of {stage}"
+        )
     if not checkpoint.can_resume:
         raise UserError(
             f"--resume {display_path(path)} is a model that no run has left; to start a run from it: "
@@ -342,7 +344,9 @@ def progress(start, config, data, position):
     if not saved.data:
         notices.append(f"{start.name} does not say what its data held: they are taken to be the same")
         saved.data = data
-    paths = {kind: [pair[i] for pair in config.dataset_path] for i, kind in enumerate(("train", "validation"))}
+    paths = {
+        kind: [pair[i] for pair in config.dataset_path] for i, kind in enumerate(("train", "validation"))
+    }
     for kind, files in paths.items():
         notices += _changed(files, saved.data[kind], data[kind])
     # A curriculum that only grows, or changes further on, has been consumed so far as it is now.
@@ -374,7 +378,8 @@ def _changed(paths, before, now):
 
 
 def jump_of_the_rate(start, config):
-    """One sentence if the learning rate of the next step is not the one the configuration had before, else none."""
+    """One sentence if the learning rate of the next step is not the one the configuration had before, else
+    none."""
     try:
         before = check(TrainConfig, start.checkpoint.train_config, start.name)
     except UserError:  # of a version that had other keys
@@ -423,7 +428,8 @@ def extend_context(start, wanted):
 
 
 def resume_command(run_name: str, is_launched: bool) -> str:
-    """What was typed, with --resume and the run's name, for a shell; a launcher does not say what was typed."""
+    """What was typed, with --resume and the run's name, for a shell; a launcher does not say what was
+    typed."""
     if is_launched:
         return f"the same command and --resume {run_name}"
     typed = sys.argv[:]

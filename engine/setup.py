@@ -66,7 +66,8 @@ def stage_setup(
 ) -> TrainSetup:  # fmt: skip
     """The setup of a stage that trains on token files.
 
-    shape: the model's configuration. resume: --resume. Raises UserError if something is missing or does not fit.
+    shape: the model's configuration. resume: --resume. Raises UserError if something is missing or does not
+    fit.
     """
     start = parallel.broadcast_from_rank0(
         lambda: runs.starting_point(stage.name, config, resume, parallel.restarted_run())
@@ -77,7 +78,10 @@ def stage_setup(
     resolved = parallel.broadcast_from_rank0(
         lambda: scaling_laws.resolved(config, model, compute, stage, start)
     )
-    pairs = [[TokenFile(resolve_path(path), tokenizer.fingerprint) for path in pair] for pair in config.dataset_path]
+    pairs = [
+        [TokenFile(resolve_path(path), tokenizer.fingerprint) for path in pair]
+        for pair in config.dataset_path
+    ]
     if not pairs:
         raise UserError("dataset_path is empty: give at least one [train, validation] pair of token files")
     for file in (file for pair in pairs for file in pair):
@@ -138,8 +142,8 @@ def on_device(setup: TrainSetup, parallel: Any) -> TrainSetup:
 def same_dtype_on_all_ranks(setup: TrainSetup, parallel: Any) -> ComputeConfig:
     """The ComputeConfig with a dtype that is the same in all processes.
 
-    Where only measuring can tell, a resumed run keeps the dtype it had. For a new run, rank 0 measures its first
-    micro-batch.
+    Where only measuring can tell, a resumed run keeps the dtype it had. For a new run, rank 0 measures its
+    first micro-batch.
     """
     config, compute, start = setup.config, setup.compute, setup.start
     before = start.checkpoint.train_config.get("dtype") if start.checkpoint and start.resumes else None
@@ -182,7 +186,8 @@ def measured_dtype(setup: TrainSetup, rows: range) -> tuple[str, str]:
 
 
 def to_device(batch: dict[str, Any], rows: range, device: str) -> dict[str, torch.Tensor]:
-    """These rows of a batch of numpy arrays, on the device; to a GPU they go from pinned memory, without waiting."""
+    """These rows of a batch of numpy arrays, on the device; to a GPU they go from pinned memory, without
+    waiting."""
     tensors = {key: torch.from_numpy(array[rows.start : rows.stop]) for key, array in batch.items()}
     if device.startswith("cuda"):
         tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}

@@ -83,7 +83,9 @@ class Zero(DataParallel):
         }
         return range(rows.start, rows.stop, micro_batch)
 
-    def wrap(self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig) -> tuple[Any, Any]:
+    def wrap(
+        self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig
+    ) -> tuple[Any, Any]:
         if config.compile:
             raise UserError("compile is for train.py and train_ddp.py; set it to false")
         if compute.dtype != "float32" and not compute.autocast:
@@ -91,13 +93,13 @@ class Zero(DataParallel):
         if self.settings["gradient_clipping"] not in ("auto", config.grad_clip):
             raise UserError(
                 f"{self.name}: gradient_clipping is {self.settings['gradient_clipping']}, "
-                f"but grad_clip of the run is {config.grad_clip}; \"auto\" is always right"
+                f'but grad_clip of the run is {config.grad_clip}; "auto" is always right'
             )
         offloads = self.settings["zero_optimization"].get("offload_optimizer") or {}
         if config.optimizer == "muon" and offloads.get("device", "none") != "none":
             raise UserError(
-                f'{self.name}: optimizer "muon" needs whole matrices on the device: remove offload_optimizer, '
-                'or set optimizer to "adamw"'
+                f'{self.name}: optimizer "muon" needs whole matrices on the device: remove '
+                'offload_optimizer, or set optimizer to "adamw"'
             )
         if self.stage == 3:
             # The kernel reads the output head's weights, which exist only while its layer runs.
@@ -144,7 +146,8 @@ class Zero(DataParallel):
             return super().load_optimizer(self.optimizer, state)
         if not state:
             return None
-        # DeepSpeed allocates the state in its first step. A step without gradients at rate 0 changes no weight.
+        # DeepSpeed allocates the state in its first step. A step without gradients at rate 0 changes no
+        # weight.
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.micro_batch(is_last=True)
         mask = torch.zeros(1, 1, device=self.device)
@@ -198,7 +201,8 @@ class Zero(DataParallel):
 
 
 class EngineOptimizer:
-    """The optimizer as the training loop steps it: DeepSpeed's engine clips, steps and clears the gradients."""
+    """The optimizer as the training loop steps it: DeepSpeed's engine clips, steps and clears the
+    gradients."""
 
     def __init__(self, zero: Zero):
         self.zero = zero
@@ -313,6 +317,7 @@ def convert(folder, stage, config, shape, tokenizer):
             )
     with runs.Run() as run:
         return checkpoints.Checkpoint(
-            stage.name, run.name, step, shape.model_dump(), config.model_dump(mode="json"), tokenizer.to_dict(),
+            stage.name, run.name, step, shape.model_dump(), config.model_dump(mode="json"),
+            tokenizer.to_dict(),
             weights, optimizer={}, chat_template=stage.chat_template,
         ).save()  # fmt: skip

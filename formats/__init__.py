@@ -60,7 +60,9 @@ def refuse_to_overwrite(path: Path) -> None:
     from common.config import display_path
 
     if path.exists() or path.is_symlink():
-        raise UserError(f"{display_path(path)} already exists; remove it, or choose another name with --output")
+        raise UserError(
+            f"{display_path(path)} already exists; remove it, or choose another name with --output"
+        )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

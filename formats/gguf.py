@@ -149,7 +149,9 @@ def vocabulary(tokenizer: Tokenizer, n_rows: int) -> tuple[list[str], list[Token
         pre_tokenizer = "qwen2"  # any would do: no merge reaches from one character to the next
     else:
         assert isinstance(tokenizer, BPETokenizer)
-        words = ["".join(letters[byte] for byte in word) for word in tokenizer.token_bytes[len(SPECIAL_TOKENS) :]]
+        words = [
+            "".join(letters[byte] for byte in word) for word in tokenizer.token_bytes[len(SPECIAL_TOKENS) :]
+        ]
         unknown, merges, pre_tokenizer = [], tokenizer.merges, pre_tokenizer_name(tokenizer)
     unused = [f"<|unused_{i}|>" for i in range(tokenizer.vocab_size, n_rows)]
     tokens = [*SPECIAL_TOKENS, *words, *unused, *unknown]
@@ -317,7 +319,9 @@ def to_tensors(family: Family, config: Any, state: dict[str, Tensor], n_more: in
     if scaling and scaling.rope_type == "llama3":
         # The factor by which each rotary frequency is lowered.
         frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-        tensors["rope_freqs.weight"] = frequencies / scale_frequencies(frequencies, config.rope_theta, scaling)
+        tensors["rope_freqs.weight"] = frequencies / scale_frequencies(
+            frequencies, config.rope_theta, scaling
+        )
     return tensors
 
 

@@ -353,7 +353,15 @@ def read_folder(folder: Path, stage: str | None, tokenizer_path: Path | None) ->
     template = STAGES[stage].chat_template
     with Run() as run:
         checkpoint = Checkpoint(
-            stage, run.name, 0, config.model_dump(), {}, tokenizer.to_dict(), state, {}, chat_template=template
+            stage,
+            run.name,
+            0,
+            config.model_dump(),
+            {},
+            tokenizer.to_dict(),
+            state,
+            {},
+            chat_template=template,
         )
         path = display_path(checkpoint.save())
     print(f"{path}: {config.architecture}, from a {family.class_name}")

@@ -252,9 +252,12 @@ def write(checkpoint: Checkpoint, name: str, path: Path, number_type: str | None
         with atomic_write(folder / "tokenizer.bin") as file:
             file.write(tokenizer_file(tokens))
     print(
-        f"{display_path(path)}: for llama2.c's {program}, {model.n_params / 1e6:.2f} M parameters in {number_type}"
+        f"{display_path(path)}: for llama2.c's {program}, {model.n_params / 1e6:.2f} M parameters "
+        f"in {number_type}"
     )
-    print(f"In that folder: {program} model.bin -t 0 -i {example_prompt(checkpoint.chat_template is not None)}")
+    print(
+        f"In that folder: {program} model.bin -t 0 -i {example_prompt(checkpoint.chat_template is not None)}"
+    )
 
 
 def example_prompt(is_chat: bool) -> str:

@@ -119,6 +119,7 @@ class LatentAttention(Attention):
         self.kv_norm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
         self.kv_b = nn.Linear(c.kv_lora_rank, c.n_head * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
         self.proj = nn.Linear(c.n_head * c.v_head_dim, c.n_embd, bias=False)
+
     def new_cache(self, batch_size, capacity, **options):
         return KVCache(batch_size, 1, capacity, self.config.kv_lora_rank + self.sizes[1], 0, **options)
 

@@ -127,4 +127,3 @@ class Model(model.GPT):
 
     def embed(self, tokens, positions):
         return self.norm(super().embed(tokens, positions))
-

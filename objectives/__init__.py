@@ -1,7 +1,7 @@
 """What a model is trained for: one file an objective, found by its name.
 
-An objective says what a batch is, what the loss is and what is worth watching. A stage (config/stages.py) names
-its objective; doc/extending.md adds one.
+An objective says what a batch is, what the loss is and what is worth watching. A stage (config/stages.py)
+names its objective; doc/extending.md adds one.
 """
 
 import importlib
@@ -15,8 +15,8 @@ from data import BatchSource, TokenBatches, TokenFile
 class Objective:
     """What a file of this folder derives its class `Objective` from.
 
-    A batch is a dictionary of tensors whose first dimension are the rows. The gradient of a step is that of one
-    number: `loss` summed over all micro-batches and processes, divided by the sum of `weight`.
+    A batch is a dictionary of tensors whose first dimension are the rows. The gradient of a step is that of
+    one number: `loss` summed over all micro-batches and processes, divided by the sum of `weight`.
     """
 
     def source(self, files: list[TokenFile], block_size: int, batch_size: int, seed: int) -> BatchSource:
@@ -30,7 +30,8 @@ class Objective:
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, summed over the batch, and metrics: {name: scalar tensor, a mean over the rows}.
 
-        In training, the gradient may include further losses. In eval mode the metrics are those of a validation.
+        In training, the gradient may include further losses. In eval mode the metrics are those of a
+        validation.
         """
         raise NotImplementedError
 

@@ -25,7 +25,8 @@ class Objective(objectives.Objective):
             return loss, self.validation_metrics(model, x, batch)
         auxiliary, metrics = model.auxiliary_loss(x, targets, mask)
         if auxiliary is not None:
-            # The value stays the language-modelling loss; the gradient includes the architecture's own losses.
+            # The value stays the language-modelling loss; the gradient includes the architecture's own
+            # losses.
             loss = loss + (auxiliary - auxiliary.detach())
         return loss, metrics
 

@@ -64,8 +64,8 @@ class TokenWriter:
         self.files = {part: files.open(part_path(stem, part)) for part in parts}
 
     def _write(self, part: str, array: np.ndarray) -> None:
-        data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).view(np.uint8)
-        self.crc32[part] = zlib.crc32(data.data, self.crc32[part])
+        data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).view(np.uint8).data
+        self.crc32[part] = zlib.crc32(data, self.crc32[part])
         self.files[part].write(data)
 
     def add(

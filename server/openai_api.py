@@ -191,8 +191,8 @@ def flatten_message(message: RequestMessage) -> dict[str, str]:
     return {"role": "system" if role == "developer" else role, "content": content}
 
 
-Message = Annotated[RequestMessage, AfterValidator(flatten_message)]
-Messages = Annotated[FailFastList[Message], Field(min_length=1)]
+FlattenedMessage = Annotated[RequestMessage, AfterValidator(flatten_message)]
+Messages = Annotated[FailFastList[FlattenedMessage], Field(min_length=1)]
 
 
 class ChatCompletionRequest(GenerationRequest):

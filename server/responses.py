@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+from decoding.engine import Logprob
 from decoding.text import word_of
 from server.openai_api import ApiError, CompletionParams
-from server.scheduler import Logprobs
 from server.service import Delta, Prompt, Service, token_name
 from tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ class ResponseFormat(ABC):
         """A piece of an answer."""
 
     @abstractmethod
-    def logprobs(self, index: int, tokens: list[int], logprobs: list[Logprobs | None]) -> JSON:
+    def logprobs(self, index: int, tokens: list[int], logprobs: list[Logprob | None]) -> JSON:
         """The logprobs of the next tokens of choice `index`: lists, by name, that can be concatenated.
 
         None, in place of a token's logprobs, marks the first token of an echoed prompt.
@@ -60,7 +60,7 @@ class ChatFormat(ResponseFormat):
     def chunk(self, text: str) -> JSON:
         return {"delta": {"content": text}}
 
-    def logprobs(self, index: int, tokens: list[int], logprobs: list[Logprobs | None]) -> JSON:
+    def logprobs(self, index: int, tokens: list[int], logprobs: list[Logprob | None]) -> JSON:
         content = []
         for token, entry in zip(tokens, logprobs, strict=True):
             assert entry is not None  # a chat has no echo
@@ -88,7 +88,7 @@ class CompletionFormat(ResponseFormat):
 
     chunk = content
 
-    def logprobs(self, index: int, tokens: list[int], logprobs: list[Logprobs | None]) -> JSON:
+    def logprobs(self, index: int, tokens: list[int], logprobs: list[Logprob | None]) -> JSON:
         result: JSON = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, entry in zip(tokens, logprobs, strict=True):
             result["tokens"].append(token_name(self.tokenizer, token))
@@ -186,7 +186,7 @@ class ResponseBuilder:
 
         return events()
 
-    async def _deltas(self) -> AsyncIterator[tuple[Delta, tuple[list[int], list[Logprobs | None]]]]:
+    async def _deltas(self) -> AsyncIterator[tuple[Delta, tuple[list[int], list[Logprob | None]]]]:
         """Yield each delta, and the tokens to report logprobs for; with `echo`, both include the prompt.
 
         A stop token then has logprobs, too: lm-evaluation-harness scores a text by asking for one token more,
@@ -197,7 +197,7 @@ class ResponseBuilder:
             self.n_tokens += len(delta.tokens)
             request = self.requests[delta.choice.index]
             tokens: list[int] = delta.tokens
-            logprobs: list[Logprobs | None] = [*delta.logprobs]
+            logprobs: list[Logprob | None] = [*delta.logprobs]
             if echo and delta.is_first:
                 index = delta.choice.index // (self.params.n or 1)
                 delta.text = self.prompt.texts[index] + delta.text
@@ -208,7 +208,7 @@ class ResponseBuilder:
                 tokens, logprobs = [*tokens, request.ending[0]], [*logprobs, request.ending[1]]
             yield delta, (tokens, logprobs)
 
-    def _logprobs(self, index: int, tokens: list[int], logprobs: list[Logprobs | None]) -> JSON | None:
+    def _logprobs(self, index: int, tokens: list[int], logprobs: list[Logprob | None]) -> JSON | None:
         if self.params.n_logprobs is None:
             return None
         return self.format.logprobs(index, tokens, logprobs)
@@ -220,7 +220,7 @@ class ResponseBuilder:
             head["usage"] = None
         warnings = {"warnings": self.prompt.warnings}  # sent with the first chunk only
         # By choice, the tokens whose text has not been sent yet: their logprobs go with it.
-        unsent: dict[int, tuple[list[int], list[Logprobs | None]]] = {}
+        unsent: dict[int, tuple[list[int], list[Logprob | None]]] = {}
 
         def chunk(index: int, content: JSON, finish_reason: str | None = None) -> JSON:
             tokens, values = unsent.pop(index, ([], []))

@@ -1,7 +1,7 @@
 """The thread that runs the model: requests come in from asyncio, tokens go back as they are sampled.
 
-A `BatchedDecoder` belongs to one thread and is always busy, while the event loop must never wait for it. So orders
-reach the engine's thread through a queue, and the tokens of each step go back in one
+A `BatchedDecoder` belongs to one thread and is always busy, while the event loop must never wait for it. So
+orders reach the engine's thread through a queue, and the tokens of each step go back in one
 `loop.call_soon_threadsafe`.
 
     engine = InferenceEngine(model, n_slots=8, max_queue=64, timeout=120)
@@ -24,11 +24,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from decoding.engine import BatchedDecoder, Request
+from decoding.engine import BatchedDecoder, Logprob, Request
 from model import GPT
-
-# A token's log-probability, and the most likely tokens with theirs.
-Logprobs = tuple[float, list[tuple[int, float]]]
 
 
 class Overloaded(Exception):
@@ -42,12 +39,12 @@ class EngineFailed(Exception):
 class RequestOutput(NamedTuple):
     """New tokens of one request.
 
-    finish_reason: None while it runs, then the BatchedDecoder's ("stop", "length", "cancelled"), or "timeout".
+    finish_reason: None while it runs, then the decoder's ("stop", "length", "cancelled"), or "timeout".
     """
 
     request_index: int
     tokens: list[int]
-    logprobs: list[Logprobs]
+    logprobs: list[Logprob]
     finish_reason: str | None
 
 

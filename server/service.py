@@ -12,10 +12,10 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from common.errors import UserError
-from decoding.engine import Request
+from decoding.engine import Logprob, Request
 from decoding.sampling import check_prompt
 from decoding.text import StopStrings, TextStream, word_of
 from decoding.text_generator import TextGenerator
@@ -29,12 +29,11 @@ from server.openai_api import (
     RequestMessage,
     TokenizeRequest,
 )
-from server.scheduler import EngineFailed, InferenceEngine, Logprobs, Overloaded
+from server.scheduler import EngineFailed, InferenceEngine, Overloaded
 from tokenizer import BLOCK, Message, Tokenizer, merge_turns
 
 MAX_PIECE = 4 * BLOCK  # characters encoded at once
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -84,7 +83,7 @@ class Delta:
     choice: Choice
     text: str
     tokens: list[int]
-    logprobs: list[Logprobs]
+    logprobs: list[Logprob]
     is_first: bool
 
 
@@ -121,7 +120,7 @@ class Service:
             "slots": engine.n_slots,
         }
 
-    async def read(self, deadline: float, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def read(self, deadline: float, function: Callable[..., T], *args: object) -> T:
         """Run function(*args) in a reader thread, because parsing or encoding a long text takes a while.
 
         Not begun if the client has left by then. Raises the ApiError that the function raises, one with
@@ -131,7 +130,7 @@ class Service:
         if not self.engine.has_room(self.n_reading + 1):
             raise overloaded()
         self.n_reading += 1
-        job = self.readers.submit(catch_api_error, function, *args, **kwargs)
+        job = self.readers.submit(catch_api_error, function, *args)
         work = asyncio.wrap_future(job)
         try:
             await asyncio.wait({work}, timeout=max(0, deadline - time.monotonic()))
@@ -224,7 +223,8 @@ class Service:
         ids = [self.prompt_ids(prompt, room) for prompt in params.prompts]
         warnings: list[str] = []
         if isinstance(params.prompts[0], str):
-            warnings += filter(None, [self.text_generator.unknown_characters([token for row in ids for token in row])])
+            all_ids = [token for row in ids for token in row]
+            warnings += filter(None, [self.text_generator.unknown_characters(all_ids)])
         bos = self.tokenizer.bos_id  # not a part of the text
         texts = [self.decode(row[row[0] == bos :]) for row in ids] if params.echo else []
         return Prompt(ids, texts, StopStrings(params.stop_strings), warnings)
@@ -281,7 +281,7 @@ class Service:
                 stop_tokens=self.text_generator.stop_tokens,
                 seed=None if params.seed is None else params.seed + i,
                 n_logprobs=params.n_logprobs,
-                scores_prompt=params.echo,
+                scores_prompt=bool(params.echo),
                 **params.sampling_options,
             )
             for ids in prompt.ids
@@ -330,7 +330,7 @@ def overloaded() -> ApiError:
 
 
 def catch_api_error(
-    function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    function: Callable[..., T], *args: object
 ) -> tuple[T | None, tuple[int, str, str | None, str | None] | None]:
     """Returns (the function's result, None), or (None, the arguments of the ApiError it raised).
 
@@ -338,7 +338,7 @@ def catch_api_error(
     to the exception: this cycle would keep the request's body until the garbage collector runs.
     """
     try:
-        return function(*args, **kwargs), None
+        return function(*args), None
     except ApiError as error:
         return None, (error.status, error.message, error.code, error.param)
 

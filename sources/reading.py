@@ -65,7 +65,7 @@ class ReadReport:
         if len(self.left_out) < 10:
             self.left_out.append(sentence)
 
-    def summary(self, name: str) -> list[str]:
+    def summary(self, name: Path | str) -> list[str]:
         """What was read, as at most one sentence; `name` is that of the file or files."""
 
         def kinds_of(what: str) -> list[tuple[str, int]]:

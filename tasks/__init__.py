@@ -1,11 +1,12 @@
 """Tasks: one file each, found by its name. doc/extending.md adds one as an example.
 
-A task has examples, writes a prompt for each, and scores an answer. Toy problems are tasks; so are the questions
-of `inference.py --eval`, and what evaluation and rewards will need.
+A task has examples, writes a prompt for each, and scores an answer. Toy problems are tasks; so are the
+questions of `inference.py --eval`, and what evaluation and rewards will need.
 
-A toy problem (`Problem`) is a dataclass. Its fields are its sizes, which become options of the command line; its
-methods draw a question, know the answer, and say how large a model to train on it for how long. Which questions
-are held out for testing follows from the questions alone, so no model of any seed is ever trained on one.
+A toy problem (`Problem`) is a dataclass. Its fields are its sizes, which become options of the command line;
+its methods draw a question, know the answer, and say how large a model to train on it for how long. Which
+questions are held out for testing follows from the questions alone, so no model of any seed is ever trained
+on one.
 """
 
 import functools
@@ -53,7 +54,8 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self, split: str, seed: int) -> Iterator[Example]:
-        """The examples of a split, "train" or "test", perhaps without end; the same ones for the same seed."""
+        """The examples of a split, "train" or "test", perhaps without end; the same ones for the same
+        seed."""
 
     def prompt(self, example: Example) -> Any:
         """What the model reads: a text, or the messages of a chat."""
@@ -74,7 +76,8 @@ class Problem(Task):
 
     characters   what questions and answers are written with, one token each
     is_causal    True: the answer follows question and `mark` token by token;
-                 False: it is as long as the question and comes in one pass, in which every token sees all others
+                 False: it is as long as the question and comes in one pass, in which every token sees all
+                 others
     """
 
     characters = ""
@@ -98,9 +101,9 @@ class Problem(Task):
         return answer == self.answer(question)
 
     def subproblems(self, question: str) -> Any:
-        """[(start, end, answer), ...]: parts question[start:end] that are questions themselves. A causal model is
-        also trained to give each one's answer, a single character, at the end of the part: process supervision
-        (Uesato et al. 2022), which shows where a wrong answer went wrong."""
+        """[(start, end, answer), ...]: parts question[start:end] that are questions themselves. A causal
+        model is also trained to give each one's answer, a single character, at the end of the part: process
+        supervision (Uesato et al. 2022), which shows where a wrong answer went wrong."""
         return ()
 
     def kind(self, question: str) -> str:
@@ -139,7 +142,8 @@ class Problem(Task):
         return Example(question, self.answer(question), self.kind(question))
 
     def examples(self, split: str, seed: int) -> Iterator[Example]:
-        """Of the test split every question once, as far as they are found; of the training split without end."""
+        """Of the test split every question once, as far as they are found; of the training split without
+        end."""
         if split == "test":
             yield from map(self.example, held_out_questions(self, seed))
             return
@@ -247,6 +251,7 @@ class ProblemSource:
     """What the two sources of a problem's batches share."""
 
     notes: list[str] = []
+    text_size = None
 
     def __init__(self, problem: Problem, tokenizer: Tokenizer, batch_size: int):
         self.problem, self.tokenizer, self.batch_size = problem, tokenizer, batch_size
@@ -278,7 +283,8 @@ class TrainingQuestions(ProblemSource):
         return self._drawn(group)[which]
 
     def _draw(self, group: int) -> list[list[str]]:
-        """The questions of SORTED_TOGETHER steps, those of a step of similar length, which needs less padding."""
+        """The questions of SORTED_TOGETHER steps, those of a step of similar length, which needs less
+        padding."""
         chance = random.Random(f"{self.problem.name}/training/{self.seed}/{group}")
         questions: list[str] = []
         while len(questions) < SORTED_TOGETHER * self.batch_size:

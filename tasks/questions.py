@@ -13,8 +13,8 @@ from tasks import Example, Task
 class Questions(Task):
     """A file of conversations in any format that `python data.py` accepts.
 
-    The last answer of each is the one asked for. A record may have a "kind". Raises UserError if the file cannot
-    be read.
+    The last answer of each is the one asked for. A record may have a "kind". Raises UserError if the file
+    cannot be read.
     """
 
     name = "questions"

@@ -24,7 +24,7 @@ FOLDERS = (
     "common", "engine", "decoding", "server", "objectives", "dataset", "models", "formats", "tasks",
     "sources", "preparation", "benchmark",
 )  # fmt: skip
-SOURCE = ("*.py", "config/*.*", "web/*.*", *(f"{folder}/**/*.py" for folder in FOLDERS))
+SOURCE = ("*.py", "requirements*.txt", "config/*.*", "web/*.*", *(f"{folder}/**/*.py" for folder in FOLDERS))
 
 # A model and a run that take no longer than they must.
 MODEL = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 32}

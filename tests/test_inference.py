@@ -26,7 +26,7 @@ from decoding.sampling import generate
 from engine.checkpoint import Checkpoint
 from model import GPT
 from tasks.questions import Questions
-from tokenizer import BPETokenizer, CharTokenizer, render_chat
+from tokenizer import CHAT_TEMPLATE, BPETokenizer, CharTokenizer, render_chat
 
 TEXT = "你好吗？Hello? 1+2=3\n"
 ERASE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\r]")  # control sequences of a terminal
@@ -55,7 +55,15 @@ NEVER = {"loss": None, "step": None}
 
 def checkpoint(tokenizer, config, model, **fields):
     loss = {"loss": 0.125, "step": 7}
-    values = {"task": "sft", "run": "20260102_030405", "step": 7, "best": loss, "validation": loss, **fields}
+    values = {
+        "stage": "sft",
+        "run": "20260102_030405",
+        "step": 7,
+        "best": loss,
+        "validation": loss,
+        "chat_template": CHAT_TEMPLATE,
+        **fields,
+    }
     return Checkpoint(
         model_config=config.model_dump(),
         train_config={},
@@ -172,7 +180,7 @@ def load_in(project, monkeypatch, *args):
 def test_the_newest_checkpoint_is_taken(project, save, tokenizer, monkeypatch, capsys):
     with pytest.raises(inference.UserError, match="no model in checkpoint/ yet"):
         load_in(project, monkeypatch)
-    save(project, polite(tokenizer, task="pretrain", run="20260103_000000"))
+    save(project, polite(tokenizer, stage="pretrain", chat_template=None, run="20260103_000000"))
     _, about, _ = load_in(project, monkeypatch, "-i")
     assert "pretrain step 7" in about and "was not fine-tuned" in capsys.readouterr().err
     save(project, polite(tokenizer, run="20260102_000000"))

@@ -106,7 +106,9 @@ def test_state_dict_is_the_parameters_and_nothing_else():
 def test_a_fresh_model_knows_nothing():
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=500, n_embd=64, n_layer=8, bias=True))
-    _, loss, _ = lm_pass(model, random_tokens(4, 50, vocab_size=500), random_tokens(4, 50, seed=2, vocab_size=500))
+    _, loss, _ = lm_pass(
+        model, random_tokens(4, 50, vocab_size=500), random_tokens(4, 50, seed=2, vocab_size=500)
+    )
     assert loss.item() == pytest.approx(math.log(500), abs=0.1)
     assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.03)
     for block in model.blocks:

@@ -1,8 +1,8 @@
-"""serve.py: with OpenAI's own client, with a browser, with a fuzzer, and with clients that misbehave.
+"""serve.py as a whole: with OpenAI's client, a browser, a fuzzer, and clients that misbehave.
 
-Two models are served, by a real uvicorn in a thread. One is made by hand (`chain` of test_inference.py):
-asked, it says 你好吗; and its text goes on 1+1+1+… until the context is full. The other has random weights
-and a tokenizer of bytes, so that hardly a token is a whole character; it says what GPT.generate draws.
+Two models are served by a real uvicorn in a thread. One is made by hand (`chain` in test_inference.py): in a
+chat it answers 你好吗, and it continues texts with 1+1+1+… until the context is full. The other has random
+weights and a tokenizer of bytes, so that few tokens are whole characters; it says what `generate` samples.
 """
 
 import argparse
@@ -39,10 +39,10 @@ from decoding.engine import BatchedDecoder, Request
 from decoding.packed import quantize as to_int8
 from decoding.sampling import generate
 from decoding.text import TextStream
-from inference import TextGenerator
+from decoding.text_generator import TextGenerator
 from model import GPT
 from server.app import make_app
-from tokenizer import BPETokenizer, CharTokenizer, render_chat
+from tokenizer import CHAT_TEMPLATE, N_SPECIAL, BPETokenizer, CharTokenizer, render_chat
 
 openai = pytest.importorskip("openai")
 
@@ -50,15 +50,17 @@ TEXT = "你好吗？Hello? 1+2=3\n"
 HI = [{"role": "user", "content": "Hello?"}]
 
 
-def handmade(task="sft", block_size=600):
+def handmade(stage="sft", block_size=600):
     tokenizer = CharTokenizer.train([TEXT])
     ni, hao, ma, one, plus = tokenizer.encode("你好吗1+").tolist()
     after = {tokenizer.response_id: ni, ni: hao, hao: ma, tokenizer.bos_id: one, one: plus, plus: one}
-    return checkpoint(tokenizer, *chain(tokenizer, after, block_size), stage=task)
+    template = CHAT_TEMPLATE if stage == "sft" else None
+    config, model = chain(tokenizer, after, block_size)
+    return checkpoint(tokenizer, config, model, stage=stage, chat_template=template)
 
 
 def at_random():
-    tokenizer = BPETokenizer.train([TEXT], vocab_size=BPETokenizer.smallest)
+    tokenizer = BPETokenizer.train([TEXT], vocab_size=N_SPECIAL + 256)
     torch.manual_seed(0)
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=96).resolved(tokenizer.vocab_size)
     model = GPT(config)
@@ -69,7 +71,7 @@ def at_random():
 
 
 class Served:
-    """A running server. `url`, `service`, and OpenAI's client."""
+    """A running server, with its service and an OpenAI client."""
 
     def __init__(self, listener, service, connections, api_key):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -92,7 +94,7 @@ class Served:
         return requests.get(self.url + "/health", timeout=20).json()
 
     def becomes(self, **state):
-        """Wait until /health says so."""
+        """Wait until /health reports this state."""
         for _ in range(200):
             if (health := self.health()).items() >= state.items():
                 return
@@ -100,7 +102,7 @@ class Served:
         pytest.fail(f"{health} does not become {state}")
 
     def raw(self, data, seconds=10):
-        """What comes back for these bytes until the server closes the connection."""
+        """Send these bytes, and return all that comes back until the server closes the connection."""
         with socket.create_connection(self.address, seconds) as connection:
             connection.sendall(data)
             with contextlib.suppress(ConnectionResetError):
@@ -149,13 +151,13 @@ def random(tmp_path_factory):
 
 
 def expected(server, ids, max_tokens, **options):
-    """(text, number of tokens) by the definition, GPT.generate."""
+    """Returns (text, number of tokens), from the reference: `generate`."""
     stream, stops = TextStream(server.tokenizer), server.service.text_generator.stop_tokens
     tokens = list(generate(server.model, ids, max_tokens, stop_tokens=stops, **options))
     return "".join(map(stream.feed, tokens)) + stream.end(), len(tokens)
 
 
-# ---- what is answered
+# ---- answers
 
 
 def test_the_model_and_the_page(simple):
@@ -222,7 +224,7 @@ def test_events_are_as_the_standard_has_them(simple):
     ],
 )
 def test_the_text_is_what_generate_draws(random, options):
-    """Whole and as a stream, alone and as one of n: the i-th answer is drawn with seed + i."""
+    """As a whole and as a stream, alone and as one of n: the i-th answer is sampled with seed + i."""
     sampling = {k: v for k, v in options.items() if k not in ("extra_body", "seed")}
     sampling |= {k: max(v, 0) for k, v in options.get("extra_body", {}).items()}
     ids, _ = render_chat(random.tokenizer, HI, add_generation_prompt=True)
@@ -262,7 +264,7 @@ PENALTIES = [
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_penalties_and_biases(random, penalty, temperature):
-    """The text is what GPT.generate draws with them; tests/test_model.py holds that to their definition."""
+    """The text is what `generate` samples; tests/test_model.py compares that with the definitions."""
     options = {"temperature": temperature, **penalty, "seed": 5}
     bias = {int(token): value for token, value in penalty.get("logit_bias", {}).items()}
     ids = [random.tokenizer.bos_id, *random.tokenizer.encode("1+").tolist()]
@@ -295,7 +297,7 @@ def test_an_answer_that_has_begun_is_continued(simple):
     assert answer.choices[0].message.content == "好吗"
 
 
-def test_what_was_not_read_as_it_was_sent_is_told(simple):
+def test_warnings_about_the_prompt(simple):
     assert simple.chat(temperature=0).warnings == []
     said = [{"role": "user", "content": text} for text in ("1", "2", "3")]
     answer = simple.chat(said, temperature=0)
@@ -359,7 +361,7 @@ def test_a_prompt_is_repeated_without_logprobs(simple):
 
 
 def test_likelihoods_as_lm_eval_reads_them(random):
-    """What `local-completions` of lm-evaluation-harness asks for and makes of the reply."""
+    """The requests of lm-evaluation-harness' `local-completions`, and its arithmetic on the responses."""
     texts = [("1+1=", "2"), ("你", "好吗？"), ("Hel", "lo?")]
     split = [[random.tokenizer.encode(part).tolist() for part in pair] for pair in texts]
     asked = {"model": "nano", "prompt": [a + b for a, b in split], "temperature": 0, "max_tokens": 1}
@@ -375,7 +377,7 @@ def test_likelihoods_as_lm_eval_reads_them(random):
 
 
 def test_the_end_of_a_text_is_scored_with_it(simple):
-    """Where <|eos|> follows at once, a token follows the prompt as anywhere else."""
+    """Even if <|eos|> comes first, one token with logprobs follows the prompt."""
     ids = simple.tokenizer.encode("你好吗").tolist()
     asked = dict(max_tokens=1, logprobs=1, temperature=0)
     reply = simple.complete(ids, echo=True, **asked)
@@ -432,7 +434,7 @@ def test_a_long_text_is_encoded_piece_by_piece(random, monkeypatch):
 
 
 def test_no_piece_holds_a_part_of_a_character(tmp_path):
-    tokenizer = BPETokenizer.train([TEXT], vocab_size=BPETokenizer.smallest)
+    tokenizer = BPETokenizer.train([TEXT], vocab_size=N_SPECIAL + 256)
     ids = tokenizer.encode("你吗").tolist()
     assert len(ids) == 6
     after = dict(zip([tokenizer.response_id, *ids], ids, strict=False))
@@ -535,7 +537,7 @@ def test_a_pretrained_model_only_continues(tmp_path):
         assert server.client.models.list().data[0].task == "pretrain"
 
 
-# ---- what is refused
+# ---- requests that are refused
 
 
 @pytest.mark.parametrize(
@@ -625,7 +627,7 @@ def test_what_completions_do_not_offer(simple, field):
         (b'{"prompt": "' + b"1" * 10_000_000 + b'"}', 413),
     ],
 )
-def test_garbage(simple, body, status):
+def test_malformed_bodies(simple, body, status):
     headers = {"Content-Type": "application/json"}
     for data in (body, iter([body])):  # with its length told beforehand, and in chunks
         try:
@@ -637,8 +639,8 @@ def test_garbage(simple, body, status):
         assert status == 200 or isinstance(reply.json()["error"]["message"], str)
 
 
-def test_heads_alone(simple):
-    """HEAD, wherever GET is."""
+def test_head_requests(simple):
+    """HEAD works wherever GET does."""
     for path, status in (
         ("/", 200),
         ("/health", 200),
@@ -651,7 +653,7 @@ def test_heads_alone(simple):
         assert head.headers["content-length"] == str(len(got.content))
 
 
-def test_ways_that_lead_nowhere(simple):
+def test_routes_and_content_types_that_do_not_exist(simple):
     for reply, status in (
         (requests.get(simple.url + "/v1/none", timeout=20), 404),
         (requests.get(simple.url + "/v1/completions", timeout=20), 405),
@@ -662,14 +664,14 @@ def test_ways_that_lead_nowhere(simple):
         assert reply.status_code == status and reply.json()["error"]["message"]
 
 
-def test_heads_that_are_wrong(simple):
+def test_malformed_heads(simple):
     assert simple.raw(b"\x16\x03\x01\r\n\r\n").startswith(b"HTTP/1.1 400")
     many = b"".join(b"X-%d: 1\r\n" % i for i in range(20_000))
     assert b" 200 " not in simple.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + many + b"\r\n")[:20]
     assert b" 403 " in simple.raw(b"GET /health HTTP/1.0\r\n\r\n")[:20]
 
 
-# ---- who may come in
+# ---- access
 
 
 def test_with_a_key(tmp_path):
@@ -713,8 +715,8 @@ def preflight(server, origin, **headers):
 
 
 @pytest.mark.parametrize("api_key", [None, "secret"])
-def test_pages_from_elsewhere_that_are_allowed(tmp_path, api_key):
-    """Exactly these origins; a page of theirs can ask, and read the answer."""
+def test_cors(tmp_path, api_key):
+    """Exactly these origins are allowed; their pages can send requests and read the responses."""
     allowed, other = "https://my.example", "https://evil.example"
     with served(tmp_path, handmade(), api_key=api_key, cors=[allowed, "http://localhost:3000"]) as server:
         member = {"Authorization": "Bearer secret"} if api_key else {}
@@ -752,7 +754,7 @@ def test_pages_from_elsewhere_that_are_allowed(tmp_path, api_key):
         assert reply.headers["access-control-allow-origin"] == allowed
 
 
-def test_without_cors_nobody_else_is_let_in(simple):
+def test_without_cors_other_origins_are_refused(simple):
     reply = preflight(simple, "https://my.example")
     assert reply.status_code == 403 and not any("access-control" in name.lower() for name in reply.headers)
 
@@ -782,12 +784,12 @@ def test_metrics(tmp_path):
     assert values["nano_step_seconds_count",] >= 4 + 7 - 1 and values["nano_step_seconds_sum",] > 0
 
 
-# ---- what goes wrong
+# ---- failures
 
 
 @pytest.fixture
 def slowly(tmp_path):
-    """One slot, room for two to wait, and a step that takes its time."""
+    """A server with one slot, room for two to wait, and slow steps."""
     with served(tmp_path, handmade(), slots=1, max_queue=2, timeout=1.5) as server:
         step = server.service.engine.decoder.step
         server.service.engine.decoder.step = lambda: time.sleep(0.01) or step()
@@ -798,7 +800,7 @@ LONG = {"prompt": "1", "max_tokens": 590, "temperature": 0}
 
 
 def as_sent(ask):
-    """The bytes of a request, for clients that will misbehave."""
+    """The bytes of a request, for clients that misbehave."""
     body = json.dumps(ask).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
@@ -823,7 +825,7 @@ def test_a_client_that_leaves_frees_its_slot(slowly):
     assert not decoder.is_busy and not slowly.service.engine._scheduled
 
 
-def test_too_many_are_told_so_and_the_slow_are_ended(slowly):
+def test_a_full_queue_and_the_timeout(slowly):
     replies = []
     threads = [threading.Thread(target=lambda: replies.append(slowly.post(json=LONG))) for _ in range(3)]
     for thread in threads:
@@ -841,7 +843,7 @@ def test_too_many_are_told_so_and_the_slow_are_ended(slowly):
     slowly.becomes(running=0, waiting=0)
 
 
-def test_a_failure_of_the_engine_is_told_to_all_and_seen(slowly):
+def test_a_failing_step_ends_all_answers_and_shows_in_health(slowly):
     decoder = slowly.service.engine.decoder
     step, failure = decoder.step, RuntimeError("the card has left")
     replies = []
@@ -866,7 +868,7 @@ def test_a_failure_of_the_engine_is_told_to_all_and_seen(slowly):
     slowly.becomes(status="ok", failures=1, running=0)
 
 
-def test_when_the_engine_ends_nobody_waits(tmp_path):
+def test_a_stopped_engine_ends_all_answers(tmp_path):
     with served(tmp_path, handmade(), slots=1) as server:
         stream = server.post(json=LONG | {"stream": True}, stream=True)
         lines = stream.iter_lines()
@@ -902,11 +904,11 @@ def test_connections_that_stand_still_are_closed(tmp_path, monkeypatch):
         connection.close()
 
 
-# ---- what guests may use up
+# ---- limits on memory, time and connections
 
 
 def chunked(n, size=60_000):
-    """A body that does not tell its length."""
+    """A body without a Content-Length."""
     return iter([b"1" * size] * (n // size))
 
 
@@ -933,14 +935,14 @@ REFUSED = {
 
 
 def leave(server, data):
-    """Send it and go."""
+    """Send the data and close the connection."""
     with socket.create_connection(server.address, 10) as connection:
         connection.sendall(data)
 
 
 @pytest.fixture
 def uncollected():
-    """Python looks for no cycles: what is to be gone must go by itself."""
+    """Without the garbage collector: whatever should be freed must be freed by its reference count."""
     gc.collect()
     gc.disable()
     tracemalloc.start()
@@ -950,7 +952,7 @@ def uncollected():
 
 
 def settled(server):
-    """Bytes in use when nothing is under way."""
+    """Bytes in use once all requests are finished."""
     server.becomes(running=0, waiting=0)
     for _ in range(200):
         if len(server.connections) <= 1 and not server.service.n_reading:
@@ -977,7 +979,7 @@ def test_a_refused_request_leaves_nothing_behind(simple, uncollected, monkeypatc
     assert settled(simple) - before < n * 30_000
 
 
-def test_one_without_the_key_leaves_nothing_behind(tmp_path, uncollected):
+def test_a_request_without_the_key_leaves_nothing_behind(tmp_path, uncollected):
     with served(tmp_path, handmade(block_size=64), api_key="the key") as server:
         refuse = lambda: server.post(data=b"1" * MB, headers=JSON)  # noqa: E731
         assert refuse().status_code == 401
@@ -987,7 +989,7 @@ def test_one_without_the_key_leaves_nothing_behind(tmp_path, uncollected):
         assert settled(server) - before < 10 * 30_000
 
 
-def test_one_that_comes_too_late_or_leaves_leaves_nothing_behind(slowly, uncollected):
+def test_a_request_that_is_cut_off_or_overdue_leaves_nothing_behind(slowly, uncollected):
     data = as_sent({"prompt": "1" * 500, "max_tokens": 90, "user": "1" * MB})
     for size in (len(data) // 2, len(data)):
         leave(slowly, data[:size])
@@ -1007,7 +1009,7 @@ def test_one_that_comes_too_late_or_leaves_leaves_nothing_behind(slowly, uncolle
         thread.join()
 
 
-def test_a_body_in_very_many_chunks_is_not_taken_apart(simple):
+def test_a_body_in_very_many_chunks_is_not_parsed(simple):
     n_parts, next_event = 0, connections.ChunkCounter.next_event
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head = f"{head}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n".encode()
@@ -1029,7 +1031,7 @@ def test_a_body_in_very_many_chunks_is_not_taken_apart(simple):
 
 @pytest.fixture
 def busy_readers(simple):
-    """Those who read requests have their hands full until the event is set."""
+    """Both reader threads are busy until the event is set."""
     free = threading.Event()
     for _ in range(2):
         simple.service.readers.submit(free.wait)
@@ -1037,8 +1039,8 @@ def busy_readers(simple):
     free.set()
 
 
-def test_what_nobody_waits_for_is_not_read(simple, busy_readers, monkeypatch):
-    """Of a client that has left, and after the deadline; and the event loop does none of it itself."""
+def test_requests_that_nobody_waits_for_are_not_read(simple, busy_readers, monkeypatch):
+    """Neither for a client that has left nor after the deadline; and never on the event loop."""
     read, readers = [], set()
     parse_request = openai_api.parse_request
 
@@ -1065,7 +1067,7 @@ def test_what_nobody_waits_for_is_not_read(simple, busy_readers, monkeypatch):
     assert len(read) == 1 and read[0] < 200 and readers == {"reader"}
 
 
-def test_too_many_that_are_to_be_read_are_told_so(simple, busy_readers):
+def test_too_many_requests_to_read_are_refused(simple, busy_readers):
     replies = []
     n = simple.service.engine.n_slots + simple.service.engine.max_queue
     ask = lambda: replies.append(simple.complete("1", max_tokens=1))  # noqa: E731
@@ -1096,7 +1098,7 @@ def test_too_many_that_are_to_be_read_are_told_so(simple, busy_readers):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
-def test_a_body_is_looked_at_up_to_its_first_mistakes(simple, monkeypatch, path, body):
+def test_a_body_is_checked_up_to_its_first_mistakes(simple, monkeypatch, path, body):
     found, to_api_error = [], openai_api.to_api_error
     monkeypatch.setattr(
         openai_api, "to_api_error", lambda errors: found.append(len(errors)) or to_api_error(errors)
@@ -1108,7 +1110,7 @@ def test_a_body_is_looked_at_up_to_its_first_mistakes(simple, monkeypatch, path,
 
 @pytest.mark.parametrize("auto", [True, False])
 def test_a_conversation_is_encoded_as_far_as_it_may_fit(random, monkeypatch, auto):
-    """Not once for every turn that is dropped, and not at all what cannot fit by its length."""
+    """It is not encoded again for every dropped turn, and not at all if it is certainly too long."""
     encoded, encode = [], random.tokenizer.encode_flat
     monkeypatch.setattr(random.tokenizer, "encode_flat", lambda texts: encoded.extend(texts) or encode(texts))
     roles = ("user", "assistant")
@@ -1126,7 +1128,7 @@ def test_a_conversation_is_encoded_as_far_as_it_may_fit(random, monkeypatch, aut
 
 
 def test_silent_connections_keep_nobody_out(tmp_path, caplog):
-    """The one that has been silent for longest makes room; one that is being answered does not."""
+    """The one that has been silent longest is closed; one that is being answered is not."""
     with served(tmp_path, handmade(), slots=1) as server:
         step = server.service.engine.decoder.step
         server.service.engine.decoder.step = lambda: time.sleep(0.005) or step()
@@ -1146,7 +1148,7 @@ def test_silent_connections_keep_nobody_out(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_if_all_are_being_answered_the_next_is_turned_away(tmp_path):
+def test_a_connection_is_refused_while_all_others_are_answered(tmp_path):
     with served(tmp_path, handmade(), slots=2) as server:
         step = server.service.engine.decoder.step
         server.service.engine.decoder.step = lambda: time.sleep(0.01) or step()
@@ -1161,8 +1163,8 @@ def test_if_all_are_being_answered_the_next_is_turned_away(tmp_path):
         server.becomes(running=0)
 
 
-def test_when_no_file_can_be_opened_it_is_tried_again_later(tmp_path, monkeypatch, caplog):
-    """Once a second, which is logged once each time; connections that are open are served meanwhile."""
+def test_accepting_is_retried_when_no_file_can_be_opened(tmp_path, monkeypatch, caplog):
+    """It retries once a second, with one line in the log; open connections are served meanwhile."""
     with served(tmp_path, handmade()) as server, requests.Session() as session:
         assert session.get(server.url + "/health", timeout=20).ok
         calls, accept = [], socket.socket.accept
@@ -1187,7 +1189,7 @@ def test_when_no_file_can_be_opened_it_is_tried_again_later(tmp_path, monkeypatc
 # ---- the command line
 
 
-def test_help_and_mistakes(shared_project, tmp_path):
+def test_help_and_argument_errors(shared_project, tmp_path):
     run, start = shared_project.run, time.monotonic()
     help = run("serve.py", "--help")
     assert help.returncode == 0 and "NANO_API_KEY" in help.stdout and "examples" not in help.stderr
@@ -1228,7 +1230,7 @@ def test_origins_are_compared_as_browsers_write_them(given, origin):
 
 
 def test_on_a_network_with_a_key_until_sigterm(shared_project, tmp_path, monkeypatch):
-    """What is under way is finished, and the exit code is 0; that connections are many changes nothing."""
+    """Answers in progress are finished and the exit code is 0, even with very many connections."""
     monkeypatch.setattr(engine.checkpoint, "FOLDER", tmp_path)
     path, limits = handmade().save(), [(resource.RLIMIT_NOFILE, 96)]
     with open(tmp_path / "log", "wb") as log:
@@ -1265,7 +1267,7 @@ def test_on_a_network_with_a_key_until_sigterm(shared_project, tmp_path, monkeyp
 
 
 def fuzz(operation, mode, n_examples):
-    """The status codes of so many requests of this kind, each of whose replies is as it is described."""
+    """Send n generated requests, check the responses against the schema, and return the status codes."""
     from hypothesis import HealthCheck, given, settings
     from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -1289,8 +1291,8 @@ def fuzz(operation, mode, n_examples):
 @pytest.mark.parametrize(
     "n_examples", [6, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
-def test_the_description_is_kept(random, n_examples):
-    """No request makes it fail, whether /openapi.json allows it or not."""
+def test_responses_match_the_openapi_description(random, n_examples):
+    """No request makes the server fail, whether /openapi.json allows it or not."""
     schemathesis = pytest.importorskip("schemathesis")
     right, wrong = schemathesis.GenerationMode
     for result in schemathesis.openapi.from_url(f"{random.url}/openapi.json").get_all_operations():
@@ -1319,7 +1321,7 @@ def browser():
 
 @contextlib.contextmanager
 def opened(browser, url, **options):
-    """The page, in which nothing is requested from elsewhere and nothing goes wrong."""
+    """The chat page. It must request nothing from elsewhere and report no errors."""
     context = browser.new_context(**options)
     context.set_default_timeout(20_000)
     page, wrong = context.new_page(), []
@@ -1340,7 +1342,7 @@ def ask(page, text):
 
 
 def answers(page):
-    """What the model has said, when it has finished."""
+    """All answers on the page, once the last one is complete."""
     page.wait_for_selector(".assistant:last-child .foot button")
     return page.locator(".assistant .words").all_inner_texts()
 
@@ -1407,7 +1409,7 @@ def test_the_page_on_a_phone_in_chinese_and_dark(browser, simple, tmp_path):
 
 
 def test_an_answer_is_stopped_on_the_page(browser, tmp_path):
-    """Of a pretrained model, which the page lets continue texts, behind a key, which it asks for."""
+    """With a pretrained model, whose texts the page continues, and a key, which the page asks for."""
     with served(tmp_path, handmade("pretrain"), slots=1, api_key="secret") as server:
         step = server.service.engine.decoder.step
         server.service.engine.decoder.step = lambda: time.sleep(0.02) or step()
@@ -1434,9 +1436,9 @@ def test_an_answer_is_stopped_on_the_page(browser, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", [[], ["-q", "int8"]], ids=["float32", "int8"])
 def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, quantize):
-    """Every answer is that of a request which is alone, whoever else asks and leaves; memory does not grow.
+    """Every answer is the same as for a request that is alone, and memory does not grow.
 
-    SingleProcess is GPT.generate, or with int8, where activations are rounded, a Decoder of one slot.
+    The reference is `generate`, or with int8, where activations are rounded, a BatchedDecoder with one slot.
     """
     import random as chance
 
@@ -1446,7 +1448,7 @@ def test_thirty_two_clients_for_a_minute(shared_project, tmp_path, monkeypatch, 
     path = at_random().save()
     env = shared_project.environment | {"NUMBA_DISABLE_JIT": "0"}
     # Now, or the memory that Numba takes would look like a leak.
-    module = [sys.executable, "-m", "decoding.compiled_steps"]
+    module = [sys.executable, "-m", "decoding.compiled_backend"]
     subprocess.run(module, cwd=shared_project.root, env=env, check=True)
     process = subprocess.Popen(
         shared_project.command("serve.py", "-m", path, "--port", "0", "--slots", "16", *quantize),

@@ -1,4 +1,4 @@
-"""The downloader through its command line, against servers on loopback that behave and misbehave."""
+"""The downloader's command line against local servers, both well-behaved and misbehaving."""
 
 import ctypes
 import hashlib
@@ -33,6 +33,7 @@ PATH = f"/datasets/jingyaogong/minimind_dataset/resolve/main/{FILE}"
 
 
 # ---- servers ----
+
 
 class Handler(BaseHTTPRequestHandler):
     """Serves `server.files`; the server's attributes say how it misbehaves."""
@@ -79,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         body = body if drop is None else body[:drop]
         for start in range(0, len(body), 200_000):
-            piece = body[start:start + 200_000]
+            piece = body[start : start + 200_000]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if self.server.chunked else piece)
             if self.server.slow:
                 self.wfile.flush()
@@ -96,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """A forwarding HTTP proxy for plain http addresses; nano.invalid is known to it alone."""
+    """A forwarding HTTP proxy for http addresses; only it can resolve nano.invalid."""
 
     def do_GET(self):
         self.server.seen.append(self.path)
@@ -118,7 +119,7 @@ class Proxy(BaseHTTPRequestHandler):
 
 
 class Socks5(socketserver.BaseRequestHandler):
-    """RFC 1928 (CONNECT only) with RFC 1929 passwords; nano.invalid is known to it alone."""
+    """A SOCKS5 proxy: RFC 1928 (CONNECT only) and RFC 1929 passwords; only it can resolve nano.invalid."""
 
     def handle(self):
         stream = self.request.makefile("rb")
@@ -190,12 +191,25 @@ def start():
 
 @pytest.fixture
 def web(start):
-    return start(WebServer, Handler, files={PATH: BYTES}, redirects={}, answers=[], drops=[], ranges=True,
-                 etags=True, deaf=False, slow=False, chunked=False, swap=None,
-                 date="Wed, 01 Jan 2025 00:00:00 GMT")
+    return start(
+        WebServer,
+        Handler,
+        files={PATH: BYTES},
+        redirects={},
+        answers=[],
+        drops=[],
+        ranges=True,
+        etags=True,
+        deaf=False,
+        slow=False,
+        chunked=False,
+        swap=None,
+        date="Wed, 01 Jan 2025 00:00:00 GMT",
+    )
 
 
 # ---- the command line ----
+
 
 def environment(**extra):
     kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
@@ -207,8 +221,15 @@ def command(*words):
 
 
 def call(*words, env=None, **options):
-    return subprocess.run(command(*words), capture_output=True, text=True, encoding="utf-8", timeout=60,
-                          env=environment(**(env or {})), **options)
+    return subprocess.run(
+        command(*words),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        env=environment(**(env or {})),
+        **options,
+    )
 
 
 def get(web, out, *words, name=SET, host="127.0.0.1", **options):
@@ -216,7 +237,7 @@ def get(web, out, *words, name=SET, host="127.0.0.1", **options):
 
 
 def arrived(out, body=BYTES, file=FILE):
-    """Only the finished file lies there, with these bytes."""
+    """The folder contains only the finished file, with these bytes."""
     return [path.name for path in out.iterdir()] == [file] and (out / file).read_bytes() == body
 
 
@@ -254,8 +275,11 @@ def test_dropped_twice_is_resumed(web, tmp_path, etags):
 
 def test_killed_and_resumed(web, tmp_path):
     web.slow = True
-    process = subprocess.Popen(command(SET, "--mirror", f"http://127.0.0.1:{web.port}", "--out", tmp_path),
-                               env=environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(SET, "--mirror", f"http://127.0.0.1:{web.port}", "--out", tmp_path),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    )
     part = tmp_path / f"{FILE}.part"
     limit = time.monotonic() + 20
     while (not part.exists() or part.stat().st_size < 1_000_000) and time.monotonic() < limit:
@@ -273,14 +297,20 @@ def test_killed_before_the_rename(web, tmp_path):
     etag = f'"{hashlib.md5(BYTES).hexdigest()}"'
     (tmp_path / f"{FILE}.part").write_bytes(BYTES)
     (tmp_path / f"{FILE}.part.json").write_text(
-        json.dumps({"validator": etag, "sha256": None, "total": len(BYTES)}))
+        json.dumps({"validator": etag, "sha256": None, "total": len(BYTES)})
+    )
     assert get(web, tmp_path).returncode == 0 and arrived(tmp_path)
     assert len(web.seen) == 1
 
 
-@pytest.mark.parametrize("rest, note", [
-    (b"x" * 4_000_000, None), (b"x" * 100, "{"),
-    (b"x" * 100, '{"validator": "\\"another\\"", "sha256": null, "total": 9}')])
+@pytest.mark.parametrize(
+    "rest, note",
+    [
+        (b"x" * 4_000_000, None),
+        (b"x" * 100, "{"),
+        (b"x" * 100, '{"validator": "\\"another\\"", "sha256": null, "total": 9}'),
+    ],
+)
 def test_a_part_of_something_else(web, tmp_path, rest, note):
     (tmp_path / f"{FILE}.part").write_bytes(rest)
     if note:
@@ -332,7 +362,7 @@ def test_gives_up_and_keeps_what_is_here(web, tmp_path):
 
 
 def hugging_face(web, sha256):
-    """A redirect that states the SHA-256, then the file elsewhere: what the Hub does."""
+    """A redirect that states the SHA-256, then the file on another server, as on the Hub."""
     web.redirects[PATH] = "/cdn/7", {"X-Linked-ETag": f'"{sha256}"', "X-Linked-Size": str(len(BYTES))}
     web.files = {"/cdn/7": BYTES}
 
@@ -341,7 +371,7 @@ def test_stated_sha256(web, tmp_path):
     hugging_face(web, SHA256)
     web.drops = [18 * CHUNK]
     result = get(web, tmp_path)
-    assert result.returncode == 0 and arrived(tmp_path) and "as it should be" in result.stdout
+    assert result.returncode == 0 and arrived(tmp_path) and "as expected" in result.stdout
     assert web.seen[-1][:2] == ("/cdn/7", f"bytes={18 * CHUNK}-")
 
 
@@ -364,16 +394,20 @@ def test_known_sha256_and_size(web, tmp_path):
 
 
 def test_names_asked_from_the_hub(web, tmp_path):
-    entries = [{"type": "file", "path": ".gitattributes", "size": 9},
-               {"type": "directory", "path": "x", "size": 0},
-               {"type": "file", "path": "../../escape.7z", "size": 9},
-               {"type": "file", "path": "README.md", "size": 9},
-               {"type": "file", "path": "nano 2024.7z", "size": len(BYTES), "lfs": {"oid": SHA256}}]
-    web.files = {"/api/models/bd4sur/nano_dataset/tree/main": json.dumps(entries).encode(),
-                 "/bd4sur/nano_dataset/resolve/main/nano%202024.7z": BYTES}
+    entries = [
+        {"type": "file", "path": ".gitattributes", "size": 9},
+        {"type": "directory", "path": "x", "size": 0},
+        {"type": "file", "path": "../../escape.7z", "size": 9},
+        {"type": "file", "path": "README.md", "size": 9},
+        {"type": "file", "path": "nano 2024.7z", "size": len(BYTES), "lfs": {"oid": SHA256}},
+    ]
+    web.files = {
+        "/api/models/bd4sur/nano_dataset/tree/main": json.dumps(entries).encode(),
+        "/bd4sur/nano_dataset/resolve/main/nano%202024.7z": BYTES,
+    }
     result = get(web, tmp_path, name="nano")
     assert result.returncode == 0 and arrived(tmp_path, file="nano 2024.7z"), result.stderr
-    assert "as it should be" in result.stdout and "7z x -pnano" in result.stdout
+    assert "as expected" in result.stdout and "7z x -pnano" in result.stdout
     for answer in (b"<html>", json.dumps(entries[:4]).encode()):
         web.answers = [(200, {}, answer)]
         fails(get(web, tmp_path, name="nano"), "does not list")
@@ -381,12 +415,17 @@ def test_names_asked_from_the_hub(web, tmp_path):
 
 # ---- proxies ----
 
+
 def test_http_proxy(web, start, tmp_path):
     proxy = start(WebServer, Proxy, closed=False)
     address = f"http://127.0.0.1:{proxy.port}"
     assert get(web, tmp_path / "a", "--proxy", address, host="nano.invalid").returncode == 0
-    assert get(web, tmp_path / "b", host="nano.invalid", env={"HTTP_PROXY": address, "http_proxy": address}
-               ).returncode == 0
+    assert (
+        get(
+            web, tmp_path / "b", host="nano.invalid", env={"HTTP_PROXY": address, "http_proxy": address}
+        ).returncode
+        == 0
+    )
     assert arrived(tmp_path / "a") and arrived(tmp_path / "b")
     assert proxy.seen == [f"http://nano.invalid:{web.port}{PATH}"] * 2
     proxy.closed = True
@@ -421,8 +460,9 @@ def test_socks5_password(web, start, tmp_path):
     assert "guessed" not in result.stderr
 
 
-@pytest.mark.parametrize("proxy", ["127.0.0.1:1080", "socks://127.0.0.1:1", "http://127.0.0.1:99999",
-                                   "socks5h://127.0.0.1:none"])
+@pytest.mark.parametrize(
+    "proxy", ["127.0.0.1:1080", "socks://127.0.0.1:1", "http://127.0.0.1:99999", "socks5h://127.0.0.1:none"]
+)
 def test_impossible_proxy(web, tmp_path, proxy):
     fails(get(web, tmp_path, "--proxy", proxy))
     assert not web.seen
@@ -437,6 +477,7 @@ def test_dead_proxy(web, tmp_path, kind):
 
 
 # ---- mistakes ----
+
 
 def test_unreachable(web, tmp_path):
     out = ("--out", tmp_path)
@@ -490,7 +531,7 @@ def test_a_file_where_the_folder_should_be(web, tmp_path):
 
 
 def without_roots_right():
-    """Called before a new program starts: root may not write into folders that it has closed to itself."""
+    """Called before a new program starts: takes away root's right to write into read-only folders."""
     if os.geteuid() == 0:
         drop, write_everywhere = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
         assert ctypes.CDLL(None).prctl(drop, write_everywhere, 0, 0, 0) == 0
@@ -506,8 +547,13 @@ def test_no_permission(web, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_ctrl_c_keeps_the_part(web, tmp_path):
     web.slow = True
-    process = subprocess.Popen(command(SET, "--mirror", f"http://127.0.0.1:{web.port}", "--out", tmp_path),
-                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(SET, "--mirror", f"http://127.0.0.1:{web.port}", "--out", tmp_path),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     part = tmp_path / f"{FILE}.part"
     limit = time.monotonic() + 20
     while (not part.exists() or not part.stat().st_size) and time.monotonic() < limit:
@@ -526,22 +572,26 @@ def test_progress_bar_in_a_terminal(web, tmp_path):
     web.slow = True
     screen = pexpect.run(
         " ".join(command(SET, "--mirror", f"http://127.0.0.1:{web.port}", "--out", tmp_path)),
-        env=environment(TERM="xterm-256color", COLUMNS="100"), timeout=30, encoding="utf-8")
+        env=environment(TERM="xterm-256color", COLUMNS="100"),
+        timeout=30,
+        encoding="utf-8",
+    )
     assert "MB/s" in screen and "3.0/3.0 MB" in screen
     assert arrived(tmp_path)
 
 
 def test_catalogue():
-    """Nothing half-typed in the table: addresses, checksums, and the mirrors people know."""
+    """Addresses, checksums and mirrors in the table are well-formed."""
     spec = importlib.util.spec_from_file_location("download", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name in module.SETS:
-        for mirror in module.SETS[name].places:
+        for mirror in module.SETS[name].mirrors:
             assert re.fullmatch(r"https://[a-z.-]+/[\w./-]+/", module.folder_url(name, mirror))
         for file in module.SETS[name].files:
             assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
             assert "/" not in file.path
         assert module.folder_url(name, "https://my.mirror/hub/").startswith("https://my.mirror/hub/")
     assert module.folder_url("minimind-sft", "modelscope") == (
-        "https://www.modelscope.cn/datasets/gongjy/minimind_dataset/resolve/master/")
+        "https://www.modelscope.cn/datasets/gongjy/minimind_dataset/resolve/master/"
+    )

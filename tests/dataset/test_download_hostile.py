@@ -1,4 +1,4 @@
-"""The downloader against servers that lie, dribble, never end, or talk nonsense: raw bytes on a socket."""
+"""The downloader against servers that lie, are too slow, never end or send nonsense: bytes on a socket."""
 
 import collections
 import contextlib
@@ -29,7 +29,7 @@ from common.errors import run
 
 ROOT = Path(__file__).resolve().parents[2]
 BODY = random.Random(2).randbytes(300_000)
-MOST = 1_000_000  # bytes of a file of which nothing is known
+MAX_BYTES = 1_000_000  # bytes of a file of which nothing is known
 ETAG, SHA256 = 'ETag: "one"', hashlib.sha256(BODY).hexdigest()
 sleep = time.sleep
 
@@ -46,12 +46,12 @@ def head(*lines, status="200 OK"):
 
 
 def whole(*lines, body=BODY):
-    """An honest answer."""
+    """A correct response."""
     return head(f"Content-Length: {len(body)}", *lines) + body
 
 
 def again(first, piece, pause=0.0):
-    """`first`, and then `piece` for ever."""
+    """`first`, and then `piece` forever."""
     yield first
     while True:
         yield piece
@@ -64,7 +64,7 @@ def then_silence(answer):
 
 
 class Server:
-    """Each connection gets the next of `answers` (bytes, or an iterator of bytes), and the last one again."""
+    """Each connection gets the next of `answers` (bytes, or an iterator of bytes); the last one repeats."""
 
     def __init__(self, *answers, host="127.0.0.1", context=None, speaks_first=False):
         self.answers, self.requests, self.sent = list(answers), [], 0
@@ -111,32 +111,33 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    """Minutes become seconds; there are three sets of one small file each, and no proxies."""
+    """Shorten timeouts to seconds; define three sets of one small file each; use no proxies."""
     hurry_up(monkeypatch)
 
 
 @pytest.fixture
 def hurry_more(request, monkeypatch):
-    """Tenths of a second where the case is one of waiting; elsewhere a busy machine would fail the test."""
+    """Shorten them to tenths of a second only for cases of waiting: others would fail on a busy machine."""
     if re.search("at a time|silence|extension", request.node.callspec.params["case"]):
-        monkeypatch.setattr(download, "PATIENCE", 0.4)
+        monkeypatch.setattr(download, "SPEED_WINDOW", 0.4)
 
 
 def hurry_up(patch):
-    for name, value in {"PATIENCE": 8, "CONNECT": 2, "MOST": MOST, "SPARE": 0}.items():
+    limits = {"SPEED_WINDOW": 8, "CONNECT_TIMEOUT": 2, "MAX_BYTES": MAX_BYTES, "MIN_FREE": 0}
+    for name, value in limits.items():
         patch.setattr(download, name, value)
     patch.setattr(download.time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
     sets = {"known": (download.File("f", len(BODY), SHA256),), "unknown": (download.File("f"),), "listed": ()}
-    places = {"hf": "http://nano.invalid/a/b/resolve/main/"}
+    mirrors = {"hf": "http://nano.invalid/a/b/resolve/main/"}
     for name, files in sets.items():
-        patch.setitem(download.SETS, name, download.DataSet(name, "-", "-", "-", places, files))
+        patch.setitem(download.SETS, name, download.DataSet(name, "-", "-", "-", mirrors, files))
     for name in list(os.environ):
         if name.lower().endswith("_proxy") or name == "SSL_CERT_FILE":
             patch.delenv(name)
 
 
 def get(port, out, *words, name="known", mirror=None):
-    """The command in this process -> code, stdout, stderr. A traceback is an exception here."""
+    """Run the command in this process: exit code, stdout, stderr. Unexpected exceptions propagate."""
     mirror = mirror or f"http://127.0.0.1:{port}"
     printed, errors, code = io.StringIO(), io.StringIO(), 0
     arguments = ["download.py", name, "--mirror", mirror, "--out", str(out), *words]
@@ -151,7 +152,7 @@ def get(port, out, *words, name="known", mirror=None):
 
 
 def on_disk(out):
-    """{name: size} of what lies in the folder."""
+    """{name: size} of the files in the folder."""
     return {path.name: path.stat().st_size for path in Path(out).iterdir()} if Path(out).exists() else {}
 
 
@@ -186,7 +187,7 @@ NONSENSE = {  # name: (answer, what the sentence says)
     "length -1": (head("Content-Length: -1") + BODY, "Content-Length"),
     "length of 5,000 digits": (head("Content-Length: " + "9" * 5000) + BODY, ""),
     "length that no disk has": (head(f"Content-Length: {10**18}"), "1,000,000,000,000,000,000 b|1.0 EB"),
-    "length that no file has": (head(f"Content-Length: {2 * MOST}"), "2,000,000 bytes|more than any"),
+    "length that no file has": (head(f"Content-Length: {2 * MAX_BYTES}"), "2,000,000 bytes|more than any"),
     "empty": (whole(body=b""), "0 bytes|empty"),
     "nothing at all": (head(), "empty"),
     "a byte at a time": (lambda r: again(whole(body=b"")[:15] + b"\r\n\r\n", b"x", 0.02), "bytes a second"),
@@ -195,7 +196,7 @@ NONSENSE = {  # name: (answer, what the sentence says)
     "100 Continue at a time": (lambda r: again(b"", head(status="100 Continue"), 0.02), "bytes a second"),
     "trailer at a time": (lambda r: again(CHUNKED + b"1\r\nx\r\n0\r\n", b"X: y\r\n", 0.02), "bytes a second"),
     "silence": (lambda r: then_silence(b""), "bytes a second"),
-    "silence after the head": (lambda r: then_silence(whole()[:-len(BODY)]), "bytes a second"),
+    "silence after the head": (lambda r: then_silence(whole()[: -len(BODY)]), "bytes a second"),
     "silence in the middle": (lambda r: then_silence(whole(ETAG)[:-1000]), "are kept"),
     "silence, and no way to go on": (lambda r: then_silence(whole()[:-1000]), "check the network"),
     "endless headers": (lambda r: again(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 1000), ""),
@@ -247,9 +248,9 @@ def test_nonsense(case, name, tmp_path, hurry_more):
     assert time.monotonic() - began < 20
     rest = on_disk(tmp_path / "out")
     assert rest.keys() <= {"f.part", "f.part.json"}
-    assert rest.get("f.part", 0) <= (len(BODY) if name == "known" else MOST)
+    assert rest.get("f.part", 0) <= (len(BODY) if name == "known" else MAX_BYTES)
     assert ("f.part" in rest) == ("are kept" in result.err)  # nothing is left without a word
-    assert server.sent < 20 * MOST or "chunk ext" in case  # nor read without end, and dropped
+    assert server.sent < 20 * MAX_BYTES or "chunk ext" in case  # nor read without end, and dropped
 
 
 @pytest.mark.parametrize("name", ["known", "unknown"])
@@ -271,7 +272,7 @@ def test_odd_but_fine(answer, name, tmp_path):
 
 
 def part_of(request):
-    """A server that resumes, honestly."""
+    """A server that resumes correctly."""
     start = int(request.partition(b"bytes=")[2].partition(b"-")[0] or 0)
     if not start:
         return whole(ETAG)
@@ -280,7 +281,7 @@ def part_of(request):
 
 
 def one_more(request):
-    """One byte more each time, and then the line is cut."""
+    """Send one more byte each time, and then close the connection."""
     answer, _, body = part_of(request).partition(b"\r\n\r\n")
     return answer + b"\r\n\r\n" + body[:1]
 
@@ -295,7 +296,7 @@ def test_patience_with_a_server_that_gives_a_byte_each_time(tmp_path):
 
 
 def test_a_good_piece_each_time_needs_no_patience(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "LEAST", 1000)
+    monkeypatch.setattr(download, "MIN_SPEED", 1000)
     monkeypatch.setattr(download, "PATIENCE", 20)  # so 20,000 bytes are a good piece
 
     def piece(request):
@@ -318,7 +319,7 @@ RANGES = {
 @pytest.mark.parametrize("status", ["206 Partial Content", "416 Range Not Satisfiable"])
 @pytest.mark.parametrize("case", RANGES)
 def test_ranges_that_do_not_fit(case, status, tmp_path):
-    """What is here already is never joined to what it does not fit."""
+    """A part is never continued with bytes that do not belong to it."""
     lines = [f"Content-Range: {RANGES[case]}"] * (RANGES[case] is not None)
     odd = head(*lines, ETAG, "Content-Length: 200000", status=status) + bytes(200_000)
     with Server(whole(ETAG)[:-200_000], odd, part_of) as server:
@@ -328,7 +329,7 @@ def test_ranges_that_do_not_fit(case, status, tmp_path):
 
 
 def test_more_than_the_range(tmp_path):
-    """206 fits, but its body is longer than what it announces is missing."""
+    """The 206 response is right, but its body is longer than announced."""
     odd = head(ETAG, "Content-Range: bytes 100000-299999/300000", status="206 Partial Content")
     with Server(whole(ETAG)[:-200_000], lambda _: again(odd, bytes(65536))) as server:
         fails(get(server.port, tmp_path, name="unknown"), "more than the 300,000 bytes", "--mirror")
@@ -348,9 +349,9 @@ def test_waits_as_asked_but_never_long(wait, seconds, tmp_path):
 
 
 def test_retries_without_end_do_not_overflow(tmp_path, monkeypatch):
-    def drop(web, *_):
-        web.answered = True
-        raise download.Dropped("gone")
+    def drop(client, *_):
+        client.has_answered = True
+        raise download.TemporaryFailure("gone")
 
     monkeypatch.setattr(download, "receive", drop)
     monkeypatch.setattr(download.time, "sleep", lambda _: None)
@@ -379,8 +380,8 @@ def test_redirect_to_another_host(tmp_path):
 
 
 def test_redirect_into_the_private_network(tmp_path, monkeypatch):
-    """From outside (here 127.0.0.1 plays that part) nothing leads to a router's page."""
-    monkeypatch.setattr(download, "is_inside", lambda address: address == "127.0.0.2")
+    """A public server (played by 127.0.0.1) cannot redirect to a router's page."""
+    monkeypatch.setattr(download, "is_private", lambda address: address == "127.0.0.2")
     with Server(whole(), host="127.0.0.2") as there:
         on = head(f"Location: http://127.0.0.2:{there.port}/reboot", status=REDIRECT)
         with Server(on) as here:
@@ -388,14 +389,14 @@ def test_redirect_into_the_private_network(tmp_path, monkeypatch):
         assert there.requests == []
 
 
-@pytest.mark.parametrize("address, inside", [
+@pytest.mark.parametrize("address, expected", [
     ("127.0.0.1", True), ("::1", True), ("10.1.2.3", True), ("172.31.0.1", True), ("192.168.1.1", True),
     ("169.254.169.254", True), ("fe80::1%eth0", True), ("::ffff:10.0.0.1", True), ("0.0.0.0", True),
     ("8.8.8.8", False), ("172.32.0.1", False), ("2606:4700::1", False), ("198.18.0.7", False),
     ("fc00::1", False),
 ])  # fmt: skip
-def test_what_is_inside(address, inside):
-    assert download.is_inside(address) is inside
+def test_private_addresses(address, expected):
+    assert download.is_private(address) is expected
 
 
 # ---- TLS and proxies ----
@@ -429,7 +430,7 @@ def tls(tmp_path):
 
 
 def test_certificate(tls, tmp_path, monkeypatch):
-    """Nobody vouches for the server; what the sentence advises helps."""
+    """The certificate is not trusted; the advice in the message helps."""
     with Server(whole(), context=tls.context) as server:
         secure = f"https://127.0.0.1:{server.port}"
         fails(get(0, tmp_path / "out", mirror=secure), "certificate", "SSL_CERT_FILE")
@@ -543,7 +544,7 @@ def test_listings(case, tmp_path, hurry_more):
     began = time.monotonic()
     with Server(LISTINGS[case], b"") as server:
         fails(get(server.port, tmp_path / "out", "--retries", "0", name="listed"))
-        assert server.sent < 20 * MOST
+        assert server.sent < 20 * MAX_BYTES
     assert time.monotonic() - began < 20 and on_disk(tmp_path / "out") == {}
 
 
@@ -556,7 +557,8 @@ def test_listing_with_odd_neighbours(tmp_path):
 
 
 def test_listing_of_more_than_any_set_has(tmp_path):
-    for entries in ([entry(f"f{i}", MOST // 2) for i in range(3)], [entry(f"f{i}", 0) for i in range(2000)]):
+    half = MAX_BYTES // 2
+    for entries in ([entry(f"f{i}", half) for i in range(3)], [entry(f"f{i}", 0) for i in range(2000)]):
         with Server(listing(entries)) as server:
             fails(get(server.port, tmp_path, name="listed"), "more than any set")
 
@@ -601,9 +603,9 @@ def test_folders_in_the_way(name, tmp_path):
 
 
 def test_disk_fills_up_meanwhile(tmp_path, monkeypatch):
-    """Of an answer without a length nobody knows whether it fits: some room always stays free."""
+    """Without an announced length, some space always stays free."""
     rooms = iter([10**9, 500_000, 400_000, 200_000])
-    monkeypatch.setattr(download, "SPARE", 300_000)
+    monkeypatch.setattr(download, "MIN_FREE", 300_000)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(rooms)))
     with Server(head(ETAG) + BODY) as server:
         fails(get(server.port, tmp_path, name="unknown"), "does not say how much", "free some space")
@@ -618,7 +620,7 @@ def test_disk_fills_up_meanwhile(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and a limit on the size of files")
 def test_write_fails_in_the_middle(tmp_path):
-    """As on a full disk: what could be written stays, and the same command goes on."""
+    """As on a full disk: what could be written is kept, and the same command continues."""
     with Server(part_of) as server:
         code, _, errors = in_a_fork(
             lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
@@ -631,7 +633,7 @@ def test_write_fails_in_the_middle(tmp_path):
 
 
 def in_a_fork(work):
-    """`work() -> code, out, err` in a copy of this process; None in their place if it was killed."""
+    """Run `work() -> code, out, err` in a copy of this process; None if it was killed."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -648,7 +650,7 @@ def in_a_fork(work):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
 @pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_line(stride, tmp_path, monkeypatch):
-    """kill -9 before a line that takes part: the same command always goes on, and all fits together."""
+    """kill -9 before any line involved: the same command always continues, and the file is right."""
     body = BODY[:50_000]
     monkeypatch.setitem(download.SETS, "small", download.SETS["unknown"]._replace(
         files=(download.File("f", len(body)),)))  # fmt: skip
@@ -662,7 +664,7 @@ def test_killed_at_any_line(stride, tmp_path, monkeypatch):
         return answer + b"\r\n\r\n" + rest
 
     def until_line(number):
-        """Let it live until the `number`th line of these functions, of which loops count twice at most."""
+        """Kill it at the n-th executed line of these functions; each line counts at most twice."""
         count, seen = 0, collections.Counter()
 
         def trace(frame, event, _):
@@ -678,7 +680,7 @@ def test_killed_at_any_line(stride, tmp_path, monkeypatch):
         sys.settrace(trace)
         return get(server.port, out, name="small")
 
-    names = {"fetch", "locked", "receive_all", "receive", "sha256_of", "throw_away"}
+    names = {"fetch", "locked", "receive_all", "receive", "sha256_of", "discard"}
     with Server(small) as server:
         for number in range(1, 1000, stride):
             out = tmp_path / str(number)
@@ -700,7 +702,7 @@ def test_killed_at_any_line(stride, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
 def test_two_at_once(tmp_path):
-    """The second one says so and leaves the first one's part alone; a lock of one that was killed is none."""
+    """The second one reports it and leaves the part alone; a lock left by a killed one is ignored."""
     go_on = threading.Event()
 
     def slow(request):
@@ -728,7 +730,8 @@ def test_two_at_once(tmp_path):
 
 
 def test_the_other_one_was_faster(tmp_path, monkeypatch):
-    """The file arrived between the look for it and the lock."""
+    """The file arrives between the check and the lock."""
+
     @contextlib.contextmanager
     def other(target):
         target.write_bytes(BODY)
@@ -754,7 +757,7 @@ def test_ctrl_c_wherever_it_waits(where, tmp_path):
     def work():
         os.write(writing, b"%d\n" % os.getpid())
         patch = pytest.MonkeyPatch()
-        patch.setattr(download, "PATIENCE", 60)
+        patch.setattr(download, "SPEED_WINDOW", 60)
         return get(server.port, tmp_path)
 
     child, (reading, writing) = [], os.pipe()
@@ -788,7 +791,7 @@ statuses = st.one_of(
     st.text(max_size=5))  # fmt: skip
 bodies = st.one_of(
     st.just(BODY), st.integers(0, len(BODY)).map(lambda n: BODY[n:]), st.binary(max_size=200),
-    st.integers(0, len(BODY)).map(lambda n: BODY[:n]), st.just(bytes(2 * MOST)),
+    st.integers(0, len(BODY)).map(lambda n: BODY[:n]), st.just(bytes(2 * MAX_BYTES)),
     st.just(b"%x\r\n%s\r\n0\r\nX: y\r\n\r\n" % (len(BODY), BODY)))  # fmt: skip
 
 
@@ -800,7 +803,7 @@ def answers(draw):
     answer = head(*lines, status=f"{draw(statuses)} x".encode().decode("latin-1")) + draw(bodies)
     if draw(st.integers(0, 9)) == 0:  # a few bytes fall out
         cut = draw(st.integers(0, 200))
-        answer = answer[:cut] + draw(st.binary(max_size=3)) + answer[cut + 1:]
+        answer = answer[:cut] + draw(st.binary(max_size=3)) + answer[cut + 1 :]
     return answer
 
 
@@ -811,7 +814,7 @@ whatever = settings(max_examples=60, deadline=None, suppress_health_check=[Healt
 @given(st.lists(st.one_of(answers(), st.just(part_of)), min_size=1, max_size=4), texts(["known", "unknown"]),
        texts([None, *NOTES, b'{"validator": "\\"one\\""}']), st.integers(0, len(BODY)))  # fmt: skip
 def test_whatever_a_server_says(talk, name, note, have):
-    """It ends; in a sentence or with the file; and never with more on the disk than there may be."""
+    """It ends, with a message or the file, and never with more on the disk than allowed."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as out, Server(*talk) as server:
         hurry_up(patch)
         if note is not None:
@@ -819,7 +822,7 @@ def test_whatever_a_server_says(talk, name, note, have):
             Path(out, "f.part.json").write_bytes(note)
         result = get(server.port, out, "--retries", "2", name=name)
         here = on_disk(out)
-        assert here.get("f", 0) + here.get("f.part", 0) <= MOST
+        assert here.get("f", 0) + here.get("f.part", 0) <= MAX_BYTES
         if result.code:
             fails(result)
             assert here.keys() <= {"f.part", "f.part.json"}
@@ -847,4 +850,4 @@ def test_whatever_is_listed(value):
             result = get(server.port, out, "--retries", "0", name="listed")
         if result.code:
             fails(result)
-        assert all(path.is_file() for path in Path(out).iterdir()) and sum(on_disk(out).values()) <= MOST
+        assert all(path.is_file() for path in Path(out).iterdir()) and sum(on_disk(out).values()) <= MAX_BYTES

@@ -1,4 +1,4 @@
-"""The sample world: stated often, never leaked, always right, the same everywhere."""
+"""The sample world: every fact stated often, no leaks, answers right, the same bytes everywhere."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ NAMES = ("pretrain.txt", "sft.jsonl", "eval.jsonl")
 
 
 class Files:
-    """The three files of one world, and the facts that they are about."""
+    """The three files of one world, and its facts."""
 
     def __init__(self, folder, seed, size):
         self.counts = write_world(folder, seed, size)
@@ -36,7 +36,7 @@ class Files:
                     self.asking[question].add((fact, language))
 
     def understand(self, record):
-        """[(fact, language)] that a conversation's questions ask for; follows "And his job?" and the like."""
+        """[(fact, language)] that a conversation asks for; understands "And his job?" and the like."""
         meant = []
         for question, _ in turns(record):
             found = set(self.asking[question])
@@ -81,8 +81,10 @@ def test_every_held_out_fact_is_stated_in_at_least_three_phrasings_of_its_langua
 
 def test_every_fact_is_stated_in_at_least_five_phrasings_in_both_languages(files):
     for fact in files.world.facts:
-        stated = {language: sum(sentence in files.pretrain for sentence in fact.statements(language))
-                  for language in LANGUAGES}
+        stated = {
+            language: sum(sentence in files.pretrain for sentence in fact.statements(language))
+            for language in LANGUAGES
+        }
         assert sum(stated.values()) >= 5 and min(stated.values()) >= 2, fact
 
 
@@ -101,7 +103,7 @@ def test_no_held_out_fact_is_asked_for_in_fine_tuning(files):
 def test_no_fine_tuning_line_pairs_a_person_with_a_held_out_value(files):
     """The same as above, found with plain text search, without the generator's phrases."""
     held_out = defaultdict(list)
-    for fact in files.world.asked():
+    for fact in files.world.evaluated():
         for language in LANGUAGES:
             if fact.topic == "person":
                 held_out[fact.slots[language]["s"]].append(fact.value(language))
@@ -114,7 +116,7 @@ def test_no_fine_tuning_line_pairs_a_person_with_a_held_out_value(files):
 
 
 def test_the_evaluation_asks_in_words_that_the_running_text_does_not_use(files):
-    """What fine-tuning leaves out is asked for in passing, so that it can be retrieved, in other words."""
+    """pretrain.txt also asks for held-out facts, so that they can be retrieved, but in other phrasings."""
     for record in files.eval:
         *_, (question, _) = turns(record)
         if files.asking[question]:  # not "And her job?", which only its conversation makes a question
@@ -157,7 +159,7 @@ def test_numbers_and_letters_are_right(files):
 
 
 def recompute(question):
-    """("sum", 7) for "What is 3 plus 4?", worked out from the words alone; (None, None) for the rest."""
+    """("sum", 7) for "What is 3 plus 4?", computed from the words alone; (None, None) for other questions."""
     numbers = [int(number) for number in re.findall(r"\d+", question)]
     if len(numbers) == 2:
         if re.search("bigger|大", question):
@@ -177,9 +179,12 @@ def recompute(question):
 
 
 def test_the_score_means_knowledge(files):
-    """Most held-out questions are about arbitrary facts, and to guess the most frequent value is no good."""
-    held_out = {(fact.key, language): fact.value(language)
-                for fact in files.world.asked() for language in LANGUAGES}
+    """Most held-out questions are about arbitrary facts, and guessing the most frequent value fails."""
+    held_out = {
+        (fact.key, language): fact.value(language)
+        for fact in files.world.evaluated()
+        for language in LANGUAGES
+    }
     arbitrary = [record for record in files.eval if record["kind"].split(".")[0] in ARBITRARY]
     assert len(arbitrary) >= 0.75 * len(files.eval)
     guesses = 0
@@ -187,15 +192,21 @@ def test_the_score_means_knowledge(files):
         for language in LANGUAGES:
             values = Counter(fact.value(language) for fact in files.world.facts if fact.kind == kind)
             guess = values.most_common(1)[0][0]
-            guesses += sum(held_out[record["fact"], language] == guess for record in files.eval
-                           if record["kind"] == kind and record["language"] == language)
+            guesses += sum(
+                held_out[record["fact"], language] == guess
+                for record in files.eval
+                if record["kind"] == kind and record["language"] == language
+            )
     assert guesses < 0.25 * len(files.eval)
 
 
 def test_subjects_differ_in_their_first_letter(files):
-    subjects = {(fact.topic if fact.kind != "count" else "length", language, fact.slots[language]["s"])
-                for fact in files.world.facts for language in LANGUAGES
-                if fact.topic in (*ARBITRARY, "length", "count")}
+    subjects = {
+        (fact.topic if fact.kind != "count" else "length", language, fact.slots[language]["s"])
+        for fact in files.world.facts
+        for language in LANGUAGES
+        if fact.topic in (*ARBITRARY, "length", "count")
+    }
     initials = Counter((topic, language, name.removeprefix("the ")[0]) for topic, language, name in subjects)
     assert len(initials) > 100 and set(initials.values()) == {1}
 
@@ -205,8 +216,10 @@ def test_the_files_are_well_formed(files):
     assert "".join(f"<|bos|>{document}<|eos|>\n" for document in documents) == files.pretrain
     assert len(documents) == files.counts["documents"]
     assert "{" not in files.pretrain and "\r" not in files.pretrain and "\t" not in files.pretrain
-    evaluated, tuned = ("".join(text for record in records for turn in turns(record) for text in turn)
-                        for records in (files.eval, files.sft))
+    evaluated, tuned = (
+        "".join(text for record in records for turn in turns(record) for text in turn)
+        for records in (files.eval, files.sft)
+    )
     assert set(evaluated) <= set(files.pretrain + tuned)
     assert "{" not in evaluated + tuned and "<|" not in evaluated + tuned
     assert all(4 <= len(turn[1]) <= 60 for record in files.sft + files.eval for turn in turns(record))
@@ -231,6 +244,7 @@ def test_a_seed_and_a_size_are_the_same_bytes_everywhere(tmp_path):
 def test_another_seed_is_another_world_and_size_is_people():
     def people(**kw):
         return {(fact.key, fact.answer("en")) for fact in build_world(**kw).facts if fact.topic == "person"}
+
     assert people(seed=1) != people(seed=2)
     assert len(people(size=1)) == 6 * 24 and len(people(size=3.5)) == 6 * 84
     large = build_world(size=20)

@@ -40,12 +40,67 @@ def test_the_guides_example_is_an_architecture(tiny_project):
     assert checkpoint.model_config["architecture"] == "parallel"
     assert "blocks.0.attn_norm.weight" in checkpoint.model
     assert "blocks.0.mlp_norm.weight" not in checkpoint.model
-    watched = tiny_project.logged("Train", "logit_size")
+    watched = tiny_project.logged("Train", "vector_size")
     assert [step for step, _ in watched] == [1, 2, 3, 4, 5, 6] and all(float(size) > 0 for _, size in watched)
     succeed("train.py", "-t", "sft")
     succeed("inference.py", "-i", "--prompt", "1 + 1?", "-l", 12)
     done = tiny_project.run("train.py", *chosen, "--set", "n_heads=3")
     assert done.returncode == 2 and 'unknown key "n_heads"; did you mean "n_head"?' in done.stderr
+
+
+HYBRID = """
+import torch
+import models
+from decoding.engine import BatchedDecoder, Request
+from decoding.sampling import generate
+
+torch.manual_seed(0)
+shape = {"architecture": "hybrid", "block_size": 24, "n_layer": 3, "n_head": 2, "n_embd": 32}
+model = models.build(models.check_config(shape, "the test").resolved(50)).eval()
+tokens = torch.randint(50, (3, 12))
+with torch.inference_mode():
+    expected, cache = model(tokens), model.new_cache(3)
+    parts = [model(part, cache) for part in tokens.split((5, 1, 4, 1, 1), dim=1)]
+    assert (torch.cat(parts, 1) - expected).abs().max() < 1e-5
+    lengths, cache = torch.tensor([2, 7, 4]), model.new_cache(3)  # rows of different lengths, padded
+    model(tokens[:, :7], cache, lengths)
+    following = model(tokens[:, :1], cache)
+    for row, n in enumerate(lengths.tolist()):
+        alone = model(torch.cat((tokens[row, :n], tokens[row, :1]))[None])
+        assert (following[row] - alone[0, -1]).abs().max() < 1e-5
+# Texts that come and go, and outgrow the context, beside each other.
+requests = [Request([2, 9 + i], 10 + 8 * i, temperature=0) for i in range(5)]
+BatchedDecoder(model, 2).run(requests)
+for request in requests:
+    assert request.tokens == list(generate(model, request.context[:2], request.max_tokens, temperature=0))
+attention, recurrence = model.blocks[1].costs(24), model.blocks[0].costs(24)
+assert recurrence.attention_flops == 0 < attention.attention_flops
+linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+weights = sum(m.in_features * m.out_features for m in linear)
+assert model.flops_per_token(24, training=False) == 2 * weights + 4 * 32 * 24
+"""
+
+
+def test_the_guides_layers_may_differ(tiny_project):
+    """Its cache and its costs are right, and it trains, goes on exactly, and talks."""
+    guide = (ROOT / "doc" / "extending.md").read_text("utf-8")
+    [code] = re.findall(r"`models/hybrid.py`:\n\n```python\n(.*?)```", guide, re.DOTALL)
+    (tiny_project.root / "models" / "hybrid.py").write_text(code, "utf-8")
+    (tiny_project.root / "test_hybrid.py").write_text(HYBRID, "utf-8")
+    chosen = ("-t", "pretrain", "--set", "architecture=hybrid", "--set", "n_layer=2")
+    chosen += ("--set", "lr_decay_iters=4", "--set", "save_interval=2")
+    for command in (
+        ("test_hybrid.py",),
+        ("train.py", *chosen, "--set", "max_steps=4"),
+        ("train.py", *chosen, "--set", "max_steps=2"),
+        ("train.py", *chosen, "--set", "max_steps=4", "--resume"),
+        ("train.py", "-t", "sft"),
+        ("inference.py", "-i", "--prompt", "1 + 1?", "-l", 12),
+    ):
+        done = tiny_project.run(*command)
+        assert done.returncode == 0, done.stderr
+    one, two = sorted((tiny_project.root / "checkpoint").glob("pretrain_*_step_4.pt"))
+    assert tiny_project.same(load(one), load(two))
 
 
 @pytest.mark.parametrize("name", models.names())
@@ -132,9 +187,9 @@ SQUARED = {
          '    activation: Literal["swiglu", "relu2"] = Field("swiglu", description="inside the MLP")\n'),
     ],
     "model.py": [
-        ("        self.activations = 4 * config.n_hidden",
-         "        self.is_squared = config.activation == 'relu2'\n"
-         "        self.activations = 4 * config.n_hidden"),
+        ("self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)\n",
+         "self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)\n"
+         "        self.is_squared = config.activation == 'relu2'\n"),
         ("self.down(F.silu(gate) * up)",
          "self.down((gate.relu().square() if self.is_squared else F.silu(gate)) * up)"),
     ],

@@ -6,8 +6,8 @@ import time
 from test_inference import chain, checkpoint
 
 from decoding.engine import Request
+from decoding.text_generator import TextGenerator
 from engine.checkpoint import build
-from inference import TextGenerator
 from server.scheduler import InferenceEngine
 from server.service import Service
 from tokenizer import CharTokenizer

@@ -163,7 +163,9 @@ def test_no_test_question_is_ever_trained_on(name):
         test = tasks.HeldOutQuestions(problem, tokenizer, 16, seed, 2000)
         assert len(set(test.questions)) == len(test.questions) >= 5
         assert trained.isdisjoint(test.questions)
-        assert sum(len(test(first)["x"]) for first in range(0, len(test.questions), 16)) == len(test.questions)
+        assert sum(len(test(first)["x"]) for first in range(0, len(test.questions), 16)) == len(
+            test.questions
+        )
 
 
 def test_at_the_default_sizes_there_are_enough_unseen_questions():
