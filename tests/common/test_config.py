@@ -262,7 +262,7 @@ def test_damaged_configurations_are_refused_or_mean_what_they_say(train, seed):
     dice, outcomes = random.Random(seed), {"refused": 0, "trained": 0, "too large for a test": 0}
     folder = train.root / "config"
     files = {"-m": folder / "model_config.json", "-c": folder / "config_pretrain.json"}
-    more = {"-m": {"n_layer": 1, "n_kv_head": None, "dropout": 0.0, "rope_theta": 1e4},
+    more = {"-m": {"n_layer": 1, "n_kv_head": None, "rope_theta": 1e4},
             "-c": {"dropout": 0.1, "save_interval": 5, "sdp_kernel": "auto", "use_amp": True}}  # fmt: skip
     texts = {flag: json.dumps({**json.loads(path.read_text()), **more[flag]}) for flag, path in files.items()}
     for number in range(200):

@@ -114,11 +114,11 @@ def write_reference(folder, new):
 
 
 def write_huggingface(folder, new):
-    huggingface.write_folder(checkpoint(), "the test", folder / "out")
+    huggingface.write(checkpoint(), "the test", folder / "out")
 
 
 def write_llama2c(folder, new):
-    llama2c.write_folder(checkpoint(), "the test", folder / "out", "q8_0")
+    llama2c.write(checkpoint(), "the test", folder / "out", "q8_0")
 
 
 def write_gguf(folder, new):
@@ -143,7 +143,7 @@ def place(tmp_path, monkeypatch):
     folder.mkdir()
     lines = (json.dumps({"question": f"{i}?", "answer": f"{i}."}) for i in range(9))
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    huggingface.write_folder(checkpoint(), "the test", tmp_path / "theirs")
+    huggingface.write(checkpoint(), "the test", tmp_path / "theirs")
     monkeypatch.setattr(engine.checkpoint, "FOLDER", folder / "checkpoint")
     monkeypatch.setattr(common.config, "ROOT", folder)
     monkeypatch.setattr(common.log, "ROOT", folder)

@@ -376,14 +376,14 @@ from model import GPT
 
 def pretend(slow, features=("avx512_bf16",)):
     # A machine with bfloat16 instructions, on which each pass in dtype `slow` seems to take 20 seconds more.
-    machine, forward, late = hardware.detect_machine("cpu"), GPT.forward, [0]
+    machine, forward, late = hardware.detect_machine("cpu"), GPT.hidden, [0]
     hardware.detect_machine = lambda device: dataclasses.replace(machine, cpu_features=features)
     hardware.time = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0])
     def slower(self, *args, **kwargs):
         dtype = "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"
         late[0] += 20 * (dtype == slow)
         return forward(self, *args, **kwargs)
-    GPT.forward = slower
+    GPT.hidden = slower
 """
 
 
@@ -392,13 +392,13 @@ def slow_in(monkeypatch):
     """slow_in(dtype): from now on this machine has bfloat16 instructions, and is slow in this dtype."""
     from model import GPT
 
-    forward, names = GPT.forward, {}
-    for place, name in ((hardware, "detect_machine"), (hardware, "time"), (GPT, "forward")):
+    forward, names = GPT.hidden, {}
+    for place, name in ((hardware, "detect_machine"), (hardware, "time"), (GPT, "hidden")):
         monkeypatch.setattr(place, name, getattr(place, name))  # so that it is restored after the test
     exec(PRETEND, names)
 
     def slow_in(dtype):
-        GPT.forward = forward
+        GPT.hidden = forward
         names["pretend"](dtype)
 
     return slow_in
@@ -507,11 +507,11 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 rank = os.environ["RANK"]
 pretend("bfloat16") if rank == "0" else pretend("float32", {features})
 from {module} import {name} as Strategy
-prepare = Strategy.prepare
-def told(self, model, config, compute):
+wrap = Strategy.wrap
+def wrap_and_note(self, module, optimizer, config, compute):
     open(__file__ + ".dtype" + rank, "w").write(compute.dtype)
-    prepare(self, model, config, compute)
-Strategy.prepare = told
+    return wrap(self, module, optimizer, config, compute)
+Strategy.wrap = wrap_and_note
 """
     )
     script = with_prelude(tiny_project, prelude, script)
