@@ -15,7 +15,6 @@ with experts a token uses a part of the weights only, so it computes less for it
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import models  # noqa: E402
 from benchmark.copies import copy_of_project, timed  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
 from common.log_reader import Log  # noqa: E402
+from common.metrics import METRICS_SUFFIX  # noqa: E402
 from plot_loss import PALETTE  # noqa: E402
 
 COMMON = {"block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128}
@@ -84,33 +84,26 @@ def train(config, steps, folder, changes):
     (copy / "run.json").write_text(json.dumps(settings), "utf-8")
     (copy / "model.json").write_text(config.model_dump_json(), "utf-8")
     changes = [part for change in changes for part in ("--set", change)]
-    timed(
-        config.architecture,
-        copy / "train.py",
-        "-t",
-        "pretrain",
-        "-c",
-        "run.json",
-        "-m",
-        "model.json",
-        *changes,
-    )
+    arguments = ["-t", "pretrain", "-c", "run.json", "-m", "model.json", *changes]
+    timed(config.architecture, copy / "train.py", *arguments)
     [path] = copy.glob("train_*.log")
-    log, text = Log(path), path.read_text("utf-8")
+    log, text = Log(path), path.with_suffix(METRICS_SUFFIX).read_text("utf-8")
     log.read()
-    times = list(map(int, re.findall(r"\| Train \|.*\| Time: (\d+) ms", text)))
-    seconds = statistics.median(times[1:] or times) / 1000  # the first steps also load libraries
+    events = [json.loads(line) for line in text.splitlines()]
+    times = [event["step_seconds"] for event in events if event["event"] == "train"]
+    seconds = statistics.median(times[1:] or times)  # the first steps also load libraries
     tokens = RUN["batch_size"] * config.block_size / seconds
     with torch.device("meta"):
         model = models.build(config)
     cache = model.new_cache(1)
-    n_bytes = 4 * (cache.keys.numel() + cache.values.numel()) // cache.capacity  # of float32
+    kept = [tensor for layer in cache.layers if layer for tensor in vars(layer).values()]
+    n_bytes = 4 * sum(tensor.numel() for tensor in kept) // cache.capacity  # of float32
     row = {
         "parameters": f"{model.n_params:,}",
-        "weights used a token": f"{model.active_weights:,}",
+        "weights used a token": f"{model.costs(config.block_size, training=False).weights:,}",
         "steps": f"{steps:,}",
         "loss": f"{log.run.val[-1][1]:.4f}",
-        "bits per byte": re.findall(r"\| BPB: ([\d.]+)", text)[-1],
+        "bits per byte": f"{[event['bpb'] for event in events if event['event'] == 'val'][-1]:.4f}",
         "tokens/s": f"{tokens:,.0f}",
         "GFLOP/s": f"{tokens * model.flops_per_token() / 1e9:.0f}",
         "cache, bytes a token": f"{n_bytes:,}",

@@ -86,6 +86,7 @@ def learn(name, steps, shape, rate, seed):
     """Train one variant -> [(step, share of right answers to the original's questions, training loss)]."""
     import torch
 
+    import objectives
     import tasks
     from engine.optimizer import learning_rate_at, make_optimizer
     from model import GPT
@@ -105,7 +106,8 @@ def learn(name, steps, shape, rate, seed):
     optimizer = make_optimizer(model, config)
     chance = random.Random(f"test/{seed}")
     questions = sorted((original.draw(chance) for _ in range(N_TEST)), key=len)  # less padding
-    examples = tasks.Examples(problem, tokenizer, BATCH_SIZE, seed)
+    examples = tasks.TrainingQuestions(problem, tokenizer, BATCH_SIZE, seed)
+    objective = objectives.find("lm")
     if not ours:  # as they come, small ones that are also in the test included
         chance = random.Random(seed)
         examples.questions = lambda step: [original.draw(chance) for _ in range(BATCH_SIZE)]
@@ -114,12 +116,13 @@ def learn(name, steps, shape, rate, seed):
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step - 1, config)
-        batch = problem.encode(tokenizer, examples.questions(step), supervised)
-        x, y, mask = map(torch.from_numpy, batch)
-        divisor = float(mask.sum())
+        arrays = problem.encode(tokenizer, examples.questions(step), supervised)
+        batch = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        divisor = objective.weight(batch)
         if over_all:  # padding is one more thing that can be foreseen: it adds nothing to the sum
-            mask, divisor = (y != tokenizer.padding_id).float(), 64 * len(x)
-        _, loss, _ = model(x, y, mask, loss_divisor=divisor)
+            batch["mask"] = (batch["y"] != tokenizer.padding_id).float()
+            divisor = 64 * len(batch["x"])
+        loss = objective.loss(model, batch)[0] / divisor
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

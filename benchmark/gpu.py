@@ -174,32 +174,39 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
     import torch
 
     import models
+    import objectives
+    from benchmark.train_speed import TRAINING
     from common import hardware
-    from config.schema import TrainConfig
+    from config.schema import LAST_STEP
+    from config.stages import STAGES
     from engine.parallel import SingleProcess
     from engine.runs import Start
-    from train import Job, train
+    from engine.setup import TrainSetup, on_device
+    from train import device_batches, initial_state, train_step
 
     workload, micro_batch = sized(setting, workload)
-    config = TrainConfig(
-        dataset_path=[("none", "none")], max_steps=1000, device=setting.device, compile=compiled,
-        batch_size=micro_batch, gradient_accumulation_steps=workload.sequences // micro_batch,
-    )  # fmt: skip
+    config = TRAINING.model_copy(update={
+        "device": setting.device, "compile": compiled, "batch_size": micro_batch,
+        "gradient_accumulation_steps": workload.sequences // micro_batch,
+    })  # fmt: skip
     compute = hardware.set_up_compute(config)
     if not repeatable:
         torch.use_deterministic_algorithms(False)
     torch.manual_seed(0)
     model = models.build(models.check_config(workload.shape, "the benchmark").resolved(None))
-    batches = RandomBatches(workload)
+    source, parallel = RandomBatches(workload), SingleProcess()
     began = time.perf_counter()
-
-    def measure(facts, speed, one_step):
-        told = functools.partial(tell, dtype=facts.compute.dtype, micro_batch=micro_batch)
-        time_steps(setting, told, workload, facts.model, lambda: one_step()[0], began)
-
-    train(
-        Job("pretrain", config, compute, Start(), model, None, batches, [batches]), SingleProcess(), measure
+    setup = TrainSetup(
+        STAGES["pretrain"], config, compute, Start(), model, None, objectives.find("lm"), source, [source]
     )
+    setup = on_device(setup, parallel)
+    state = initial_state(setup, parallel)
+    told = functools.partial(tell, dtype=setup.compute.dtype, micro_batch=micro_batch)
+    with contextlib.closing(device_batches(setup, parallel, 0, LAST_STEP)) as batches:
+        time_steps(
+            setting, told, workload, model,
+            lambda: train_step(state, setup, parallel, next(batches)).loss, began,
+        )  # fmt: skip
 
 
 def train_nanogpt(setting, tell, workload, compiled=True):
@@ -261,7 +268,7 @@ class RandomBatches:
         self.mask = np.ones(size[1:], np.float32)
         self.batch_size, self.sequences_per_epoch = size[1], 8 * size[1]
         self.fingerprints, self.notes, self.n_loss_tokens = [], [], self.x.size
-        self.description = "random tokens"
+        self.description, self.text_size = "random tokens", None
 
     def __call__(self, first):
         number = first // self.batch_size % 8
@@ -341,7 +348,7 @@ def write_texts(setting, tell, shape):
     )
     torch.manual_seed(0)
     model = models.build(models.check_config(shape, "the benchmark").resolved(None)).eval().to(compute.device)
-    n_bytes, speed = 4 * model.active_weights, copied(setting)
+    n_bytes, speed = 4 * model.costs(shape["block_size"], training=False).weights, copied(setting)
     seconds = 0.2 if setting.dry_run else 3.0
     for n in TEXTS[:2] if setting.dry_run else TEXTS:
         record = dict(texts=n, parameters=model.n_params, limit=n * speed / n_bytes)

@@ -117,13 +117,21 @@ def train_ours(steps, folder):
 def validation_loss(model, ids):
     """Nats per token over all of ids [n] but the first, each predicted from those before it in its block."""
     import torch
+    from torch.nn.functional import cross_entropy
+
+    from model import GPT
+
+    def total_loss(x, y):
+        # nanoGPT's model returns (logits, loss), and the logits of all positions only if it gets the targets.
+        logits = model(x) if isinstance(model, GPT) else model(x, y)[0]
+        return cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
 
     x, y = ids[:-1], ids[1:]
     whole = len(x) // BLOCK * BLOCK  # what is left makes a shorter block
     parts = [tokens[:whole].view(-1, BLOCK).split(64) + (tokens[None, whole:],) for tokens in (x, y)]
     model.eval()
     with torch.no_grad():
-        losses = [model(x, y)[1].item() * y.numel() for x, y in zip(*parts, strict=True) if y.numel()]
+        losses = [total_loss(x, y) for x, y in zip(*parts, strict=True) if y.numel()]
     return sum(losses) / len(y)
 
 

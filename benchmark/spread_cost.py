@@ -125,6 +125,7 @@ def measure_link(args):
     from rich.table import Table
 
     from common.hardware import detect_machine, resolve_compute
+    from config.stages import STAGES
     from engine.plan import RunEstimate
 
     table = Table(title="2 machines of one thread each: milliseconds a step, and times as fast as one")
@@ -135,9 +136,8 @@ def measure_link(args):
         alone = launch(1, 1, **job)["ms"]
         config, model = built(shape, batch_size=rows)
         batches = SimpleNamespace(sequences_per_epoch=1, batch_size=rows)
-        facts = RunEstimate(
-            "", model, resolve_compute(detect_machine("cpu"), "cpu", "float32"), batches, None, config
-        )
+        compute = resolve_compute(detect_machine("cpu"), "cpu", "float32")
+        estimate = RunEstimate(STAGES["pretrain"], config, compute, model, batches)
         for gbit in (10, 1, 0.3):
             with tempfile.NamedTemporaryFile() as result:
                 worker = json.dumps({**job, "out": result.name, "n_threads": 1})
@@ -146,7 +146,7 @@ def measure_link(args):
                 room = ["unshare", "--user", "--map-root-user", "--net", "--mount", "bash", "-c", script]
                 subprocess.run(room, check=True, stderr=subprocess.PIPE)
                 both = json.loads(Path(result.name).read_text("utf-8"))["ms"]
-            least, most = facts.speed_up(2, gbit, alone / 1000)
+            least, most = estimate.speed_up(2, gbit, alone / 1000)
             table.add_row(name, f"{gbit:g}", f"{alone:.0f}", f"{both:.0f}", f"{alone / both:.2f}",
                           f"{least:.2f} to {most:.2f}")  # fmt: skip
     Console().print(table)
@@ -171,7 +171,7 @@ def check(args):
                 float(gradients[0])  # waits for a GPU
                 times.append(time.perf_counter() - began)
             seconds = statistics.median(times)
-            moved = 2 * (parallel.world - 1) / parallel.world * megabytes * 2**20 * 8
+            moved = 2 * (parallel.world_size - 1) / parallel.world_size * megabytes * 2**20 * 8
             if not parallel.rank:
                 speed = moved / seconds / 1e9
                 print(f"{megabytes:3} MiB of gradients: {1000 * seconds:7.1f} ms = {speed:.2f} Gbit/s")
@@ -203,16 +203,39 @@ def built(shape, **settings):
     return config, GPT(ModelConfig(**shape).resolved(0))
 
 
-def passes(parallel, config, rows, tokens, seen):
-    """One step's forward and backward passes."""
-    for first in rows:
-        last = first == rows[-1]
-        with parallel.micro_batch(last):
-            x = tokens[first : first + rows.step]
-            loss = parallel.forward(x, x, None, loss_divisor=tokens.numel())[1]
-            seen["backward"] = time.perf_counter()
-            parallel.backward(loss)
-            seen["end"] = time.perf_counter()
+class Training:
+    """A model as the training loop (train.py) has it, and the two halves of a step."""
+
+    def __init__(self, parallel, model, config, compute):
+        import objectives
+        from engine.optimizer import make_optimizer
+        from objectives import LossModule
+
+        self.parallel, self.model, self.config = parallel, model, config
+        optimizer = make_optimizer(model, config, compute.dtype, parallel.muon)
+        module = LossModule(model, objectives.find("lm"))
+        self.rows = parallel.rows(config)  # first: DeepSpeed's batch sizes follow from them
+        self.module, self.optimizer = parallel.wrap(module, optimizer, config, compute)
+
+    def passes(self, tokens, seen):
+        """One step's forward and backward passes. seen: when the last backward pass began and ended."""
+        import torch
+
+        for first in self.rows:
+            with self.parallel.micro_batch(first == self.rows[-1]):
+                x = tokens[first : first + self.rows.step]
+                loss, _ = self.module({"x": x, "y": x, "mask": torch.ones(x.shape)})
+                seen["backward"] = time.perf_counter()
+                self.parallel.backward(loss / tokens.numel())
+                seen["end"] = time.perf_counter()
+
+    def update(self):
+        """Change the weights."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-4
+        self.parallel.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def time_worker(compute, model, accumulation, steps):
@@ -227,7 +250,7 @@ def time_worker(compute, model, accumulation, steps):
     seen = {"buckets": 0, "first": []}
     with DataParallel("gloo", compute) as parallel:
         model.use_custom_kernels(True)
-        parallel.prepare(model, config, compute)
+        training = Training(parallel, model, config, compute)
 
         def hook(group, bucket):
             seen["buckets"] += 1
@@ -235,14 +258,14 @@ def time_worker(compute, model, accumulation, steps):
                 seen["sent"] = time.perf_counter()
             return allreduce_hook(group, bucket)
 
-        parallel.spread.register_comm_hook(None, hook)
+        training.module.register_comm_hook(None, hook)
         tokens = torch.randint(shape["vocab_size"], (rows, shape["block_size"]))
         for step in range(3 + steps):
             if step == 3:  # DDP arranges its buckets in the first steps
                 began, seen["buckets"], seen["first"] = time.perf_counter(), 0, []
-            passes(parallel, config, parallel.rows(config), tokens, seen)
+            training.passes(tokens, seen)
             seen["first"].append((seen["sent"] - seen["backward"]) / (seen["end"] - seen["backward"]))
-            parallel.step(1e-4, True)
+            training.update()
         took = time.perf_counter() - began
     first = statistics.median(seen["first"])
     return {"ms": 1000 * took / steps, "buckets": seen["buckets"] / steps, "first": first}
@@ -263,13 +286,12 @@ def memory_worker(compute, stage):
     make = (lambda: Zero(settings, "", "gloo", compute)) if stage else (lambda: DataParallel("gloo", compute))
     found = {}
     with make() as parallel:
-        rows = parallel.rows(config)
-        parallel.prepare(model, config, compute)
+        training = Training(parallel, model, config, compute)
         tokens = torch.zeros(2, 8, dtype=torch.long)
         for _ in range(3):
-            passes(parallel, config, rows, tokens, {})
+            training.passes(tokens, {})
             found["backward"] = tensor_bytes()
-            parallel.step(1e-4, True)
+            training.update()
             found["between"] = tensor_bytes()
     return {moment: size / model.n_params for moment, size in found.items()}
 

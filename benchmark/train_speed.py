@@ -35,13 +35,14 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark import figures  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
-from config.schema import ModelConfig, TrainConfig  # noqa: E402
+from config.schema import ModelConfig, ResolvedTrainConfig, TrainConfig  # noqa: E402
 
 MODELS = {
     "speed table": ModelConfig(block_size=512, vocab_size=2114, n_layer=2, n_head=4, n_embd=512),
     "nanoGPT's CPU recipe": ModelConfig(block_size=64, vocab_size=2113, n_layer=4, n_head=4, n_embd=128),
 }
-TRAINING = TrainConfig(dataset_path=[("none", "none")], max_steps=1000)  # an optimizer's usual settings
+# The defaults of a training run.
+TRAINING = ResolvedTrainConfig(**TrainConfig(dataset_path=[("none", "none")], max_steps=1000).model_dump())
 WARM_UP = 3  # steps
 MATRIX_SIZES = (1024, 2048, 4096)  # the product that reaches the most is what a step is measured by
 
@@ -71,9 +72,11 @@ def ours(shape, _, without=()):
     """As train.py does it on a CPU with everything "auto", in float32. `without`: see ablation.py."""
     import torch
 
+    import objectives
     from common.hardware import keep_freed_memory
     from engine.optimizer import learning_rate_at, make_optimizer
     from model import GPT
+    from objectives import LossModule
 
     if "kept memory" not in without:
         keep_freed_memory()
@@ -82,7 +85,7 @@ def ours(shape, _, without=()):
     for module in model.modules():
         if type(module).__name__ in without:
             module.custom_kernels = False
-    optimizer = make_optimizer(model, TRAINING)
+    module, optimizer = LossModule(model, objectives.find("lm")), make_optimizer(model, TRAINING)
     mask = None
 
     def step(x, y):
@@ -90,14 +93,14 @@ def ours(shape, _, without=()):
         mask = torch.ones(x.shape) if mask is None else mask
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(0, TRAINING)
-        loss = model(x, y, mask, loss_divisor=1)[1] / float(mask.sum())
+        loss = module({"x": x, "y": y, "mask": mask})[0] / float(mask.sum())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.grad_clip)
         if math.isfinite(float(loss.detach())) and math.isfinite(float(norm)):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return model, step
+    return module, step
 
 
 def nanogpt(shape, folder):
