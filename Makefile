@@ -38,8 +38,7 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install -q -r $(REQUIREMENTS) $(PINS)
 ifneq ($(EDGE),)
 	@$(BIN)/python -c "from importlib.util import find_spec; assert find_spec('torch')" 2>/dev/null || { echo "error: install torch, then run this again. On a Jetson:" \
-	  "NVIDIA's build for your JetPack. On a Raspberry Pi:" \
-	  "$(BIN)/python -m pip install torch --index-url https://download.pytorch.org/whl/cpu" >&2; exit 2; }
+	  "NVIDIA's build for your JetPack. Elsewhere: https://pytorch.org/get-started/locally/" >&2; exit 2; }
 endif
 	touch $@
 

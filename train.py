@@ -284,9 +284,9 @@ def save_checkpoint(
     saved = Checkpoint(
         setup.stage.name, run_name, model_config=setup.model.config.model_dump(),
         train_config=setup.config.model_dump(mode="json"), tokenizer=setup.tokenizer.to_dict(),
-        data=setup.data, chat_template=setup.stage.chat_template, problem=setup.problem, model=model, optimizer=optimizer,
-        scaler=state.scaler.state_dict(), step=state.step, consumed=state.consumed, best=state.best,
-        validation=state.validation,
+        data=setup.data, chat_template=setup.stage.chat_template, problem=setup.problem, model=model,
+        optimizer=optimizer, scaler=state.scaler.state_dict(), step=state.step, consumed=state.consumed,
+        best=state.best, validation=state.validation,
     )  # fmt: skip
     path = saved.save()
     log.write("save", epoch, state.step, {"path": display_path(path)})

@@ -674,10 +674,10 @@ def download(
     report("next: " + data.next_step.format(
         **{key: f'"{path}"' if " " in str(path) else path for key, path in paths.items()}))
     if data.next_step.startswith("python data.py"):
-        from sources.kinds import kind_of
+        from sources.kinds import detect_kind
 
         try:
-            kind_of(paths["first"])
+            detect_kind(paths["first"])
         except UserError as error:  # such as the login page of a network
             print(f"but {error}")
 

@@ -295,7 +295,11 @@ def _belong_to(weights, config):
 
 
 class Uninitialized(TorchFunctionMode):
-    """Within it, torch.nn.init leaves weights as they are: they will be read from a file."""
+    """Within it, torch.nn.init leaves weights as they are: they will be read from a file.
+
+    By hand, because `load_state_dict(assign=True)` into a model on the "meta" device would leave the buffers
+    that an architecture computes for itself (rotary tables) without values.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

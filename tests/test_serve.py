@@ -42,7 +42,7 @@ from decoding.text import TextStream
 from decoding.text_generator import TextGenerator
 from model import GPT
 from server.app import make_app
-from tokenizer import CHAT_TEMPLATE, BPETokenizer, CharTokenizer, render_chat
+from tokenizer import CHAT_TEMPLATE, N_SPECIAL, BPETokenizer, CharTokenizer, render_chat
 
 openai = pytest.importorskip("openai")
 
@@ -60,7 +60,7 @@ def handmade(stage="sft", block_size=600):
 
 
 def at_random():
-    tokenizer = BPETokenizer.train([TEXT], vocab_size=BPETokenizer.smallest)
+    tokenizer = BPETokenizer.train([TEXT], vocab_size=N_SPECIAL + 256)
     torch.manual_seed(0)
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=96).resolved(tokenizer.vocab_size)
     model = GPT(config)
@@ -434,7 +434,7 @@ def test_a_long_text_is_encoded_piece_by_piece(random, monkeypatch):
 
 
 def test_no_piece_holds_a_part_of_a_character(tmp_path):
-    tokenizer = BPETokenizer.train([TEXT], vocab_size=BPETokenizer.smallest)
+    tokenizer = BPETokenizer.train([TEXT], vocab_size=N_SPECIAL + 256)
     ids = tokenizer.encode("你吗").tolist()
     assert len(ids) == 6
     after = dict(zip([tokenizer.response_id, *ids], ids, strict=False))
