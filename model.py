@@ -483,8 +483,7 @@ class GPT(nn.Module):
         return (cos * factor).to(weight.device), (sin * factor).to(weight.device)
 
     def matrices(self) -> list[nn.Parameter]:
-        """The matrices [outputs, inputs] of the blocks, and stacks of them [E, inputs, outputs]: Muon's
-        part."""
+        """Muon's part: the blocks' matrices [outputs, inputs] and stacks of them [E, inputs, outputs]."""
         return [p for p in self.blocks.parameters() if p.dim() >= 2]
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
@@ -508,8 +507,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Final vectors x [N, C] and the tokens that followed [N] -> their negative log-likelihoods in nats
-        [N]"""
+        """final vectors x [N, C], the tokens that followed [N] -> negative log-likelihoods in nats [N]"""
         # The kernel computes the usual head: no other class, no bias, no `logits` of an architecture's own.
         is_usual = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
         if self.custom_kernels and is_usual and type(self).logits is GPT.logits:
@@ -557,16 +555,14 @@ class GPT(nn.Module):
         return positions, (positions[:, :, None] >= slots)[:, None]  # [B, 1, T, S]
 
     def set_dropout(self, p: float) -> "GPT":
-        """Dropout probability in training: of the embeddings, the attention weights, and what a block
-        adds."""
+        """Dropout in training: of the embeddings, the attention weights, and what each block adds."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
         return self
 
     def use_custom_kernels(self, on: bool) -> None:
-        """Train with the attention and loss of common/kernels.py (float32 on a CPU only), or with
-        PyTorch's."""
+        """Train with the attention and loss of common/kernels.py (only in float32 on a CPU)."""
         for module in self.modules():
             if hasattr(module, "custom_kernels"):
                 module.custom_kernels = on

@@ -3,10 +3,10 @@
     python train.py -t pretrain                         from config/config_pretrain.json
     python train.py -t sft                              from config/config_sft.json
     python train.py -t pretrain --resume                go on where the newest run ended
-    python train.py -t pretrain --resume 20260102_030405      ... or a certain run, by its name or a
-    checkpoint python train.py -t pretrain --plan                  no training: size, memory, speed, time to
-    finish python train.py -t pretrain --plan --world 2 --link 1     the same for two machines, 1 Gbit/s
-    between them python train.py -t pretrain --set batch_size=8 --set device=cpu
+    python train.py -t pretrain --resume 20260102_030405     ... or a certain run: its name, or a checkpoint
+    python train.py -t pretrain --plan                  no training: size, memory, speed, time to finish
+    python train.py -t pretrain --plan --world 2 --link 1    the same for two machines, 1 Gbit/s in between
+    python train.py -t pretrain --set batch_size=8 --set device=cpu
 
 A step takes one global batch of batch_size x gradient_accumulation_steps sequences. What it computes follows
 from the configuration, the number of the step and how many sequences the run has consumed. So a run that was

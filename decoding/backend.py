@@ -153,9 +153,7 @@ def prepare(weights: str) -> None:
                 from decoding import compiled_backend
 
                 compiled_backend.warm_up(weights)
-            except (
-                Exception
-            ):  # of any kind, if the cache is damaged; the next start compiles again
+            except Exception:  # of any kind, if the cache is damaged; the next start compiles again
                 shutil.rmtree(CACHE, ignore_errors=True)
 
 

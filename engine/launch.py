@@ -1,5 +1,4 @@
-"""What a script knows that a launcher (torch.distributed.run, deepspeed) has started once for every
-device."""
+"""For scripts that a launcher (torch.distributed.run, deepspeed) starts once for every device."""
 
 import os
 import re

@@ -201,8 +201,7 @@ class Zero(DataParallel):
 
 
 class EngineOptimizer:
-    """The optimizer as the training loop steps it: DeepSpeed's engine clips, steps and clears the
-    gradients."""
+    """What the training loop steps: DeepSpeed's engine, which clips, updates and clears the gradients."""
 
     def __init__(self, zero: Zero):
         self.zero = zero

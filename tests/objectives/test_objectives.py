@@ -27,14 +27,14 @@ def test_the_guides_stage_trains_resumes_is_charted_and_talks(tiny_project):
     """One objective, one JSON file, one row: no other file is touched."""
     root, guide = tiny_project.root, (ROOT / "doc" / "extending.md").read_text("utf-8")
     [code] = re.findall(r"`objectives/smooth.py`:\n\n```python\n(.*?)```", guide, re.DOTALL)
-    [row] = re.findall(r"```python\n(Stage\(.*?\),)\n```", guide)
+    [row] = re.findall(r"```python\n(Stage\(.*?\))\n```", guide)
     assert len(code.splitlines()) <= 15
     before = {path: path.read_bytes() for path in root.rglob("*.*") if "__pycache__" not in path.parts}
     (root / "objectives" / "smooth.py").write_text(code, "utf-8")
     (root / "config" / "config_smooth.json").write_bytes((root / "config" / "config_sft.json").read_bytes())
     table, last = (root / "config" / "stages.py").read_text("utf-8"), "    )\n}"
     assert table.count(last) == 1
-    (root / "config" / "stages.py").write_text(table.replace(last, f"        {row}\n{last}"), "utf-8")
+    (root / "config" / "stages.py").write_text(table.replace(last, f"        {row},\n{last}"), "utf-8")
 
     def succeed(*args):
         done = tiny_project.run(*args)
