@@ -86,6 +86,7 @@ class Zero(DataParallel):
     def wrap(
         self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig
     ) -> tuple[Any, Any]:
+        self.rows(config)  # fills in DeepSpeed's batch sizes
         if config.compile:
             raise UserError("compile is for train.py and train_ddp.py; set it to false")
         if compute.dtype != "float32" and not compute.autocast:
