@@ -180,7 +180,7 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
     from config.schema import LAST_STEP
     from config.stages import STAGES
     from engine.parallel import SingleProcess
-    from engine.runs import Start
+    from engine.runs import StartPoint
     from engine.setup import TrainSetup, on_device
     from train import device_batches, initial_state, train_step
 
@@ -197,7 +197,7 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
     source, parallel = RandomBatches(workload), SingleProcess()
     began = time.perf_counter()
     setup = TrainSetup(
-        STAGES["pretrain"], config, compute, Start(), model, None, objectives.find("lm"), source, [source]
+        STAGES["pretrain"], config, compute, StartPoint(), model, None, objectives.find("lm"), source, [source]
     )
     setup = on_device(setup, parallel)
     state = initial_state(setup, parallel)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from common.errors import UserError
 from common.hardware import ComputeConfig
-from config.schema import TrainConfig
+from config.schema import ResolvedTrainConfig
 from engine.heartbeat import Heartbeat
 
 warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its replacement is too new
@@ -73,7 +73,7 @@ class SingleProcess:
 
     # ---- training
 
-    def rows(self, config: TrainConfig) -> range:
+    def rows(self, config: ResolvedTrainConfig) -> range:
         """This process's rows of the global batch; the step of the range is the size of a micro-batch."""
         global_batch = config.batch_size * config.gradient_accumulation_steps
         share, rest = divmod(global_batch, self.world_size)
@@ -87,7 +87,7 @@ class SingleProcess:
         return range(self.rank * share, (self.rank + 1) * share, micro_batch)
 
     def wrap(
-        self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig
+        self, module: Any, optimizer: Any, config: ResolvedTrainConfig, compute: ComputeConfig
     ) -> tuple[Any, Any]:
         """(the module to call in training, the optimizer to step with)"""
         return (torch.compile(module) if config.compile else module), optimizer
@@ -238,7 +238,7 @@ class DataParallel(SingleProcess):
         return tensor
 
     def wrap(
-        self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig
+        self, module: Any, optimizer: Any, config: ResolvedTrainConfig, compute: ComputeConfig
     ) -> tuple[Any, Any]:
         module, optimizer = super().wrap(module, optimizer, config, compute)
         devices = [torch.device(compute.device)] if compute.device_type == "cuda" else None

@@ -242,11 +242,11 @@ sys.path.insert(0, os.path.dirname(__file__))
 os.environ["DS_ACCELERATOR"] = "cpu"
 from engine.zero import Zero
 
-def states(self, original=Zero.states):
+def state_dicts(self, *args, original=Zero.state_dicts):
     self.engine.save_checkpoint(os.path.join(os.path.dirname(__file__), "checkpoint", "ds"))
-    return original(self)
+    return original(self, *args)
 
-Zero.states = states
+Zero.state_dicts = state_dicts
 """
 
 
@@ -271,7 +271,7 @@ def test_a_folder_of_deepspeed_is_converted(tiny_project, stage):
     damaged = next((tiny_project.root / "checkpoint" / "ds").rglob("*optim_states.pt"))
     damaged.write_bytes(damaged.read_bytes()[:-1000])
     done = tiny_project.run(*convert)
-    assert done.returncode == 2 and "is no sound checkpoint folder of DeepSpeed" in done.stderr
+    assert done.returncode == 2 and "is not a valid checkpoint folder of DeepSpeed" in done.stderr
 
 
 def test_a_hostile_folder_of_deepspeed_is_not_run(tiny_project):

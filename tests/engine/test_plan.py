@@ -13,7 +13,7 @@ from common.hardware import Gpu, Machine, attention_context, resolve_compute
 from config.schema import ModelConfig, TrainConfig
 from config.stages import STAGES
 from data import TokenBatches, TokenFile
-from engine.plan import RunEstimate, refuse_too_large
+from engine.plan import RunEstimate, check_model_fits
 from model import GPT
 
 GIB = 2**30
@@ -168,12 +168,12 @@ def test_a_run_that_seems_too_large_is_told_so():
 def test_a_model_that_cannot_fit_is_refused_before_it_is_built():
     huge = ModelConfig(n_layer=64, n_embd=1 << 14, block_size=64).resolved(1 << 16)
     with pytest.raises(UserError, match=r"parameters needs \d+\.\d\d GiB .* are 8\.00 GiB; lower n_layer"):
-        refuse_too_large(huge, choice_of())
-    refuse_too_large(huge, choice_of(None))
-    refuse_too_large(SHAPE, choice_of())
+        check_model_fits(huge, choice_of())
+    check_model_fits(huge, choice_of(None))
+    check_model_fits(SHAPE, choice_of())
     gpu = Gpu("A100", (8, 0), 8 * GIB)
     with pytest.raises(UserError, match="8.00 GiB"):
-        refuse_too_large(huge, resolve_compute(Machine("a CPU", 4, 999 * GIB, "2.7.0", gpus=(gpu,))))
+        check_model_fits(huge, resolve_compute(Machine("a CPU", 4, 999 * GIB, "2.7.0", gpus=(gpu,))))
 
 
 @pytest.mark.parametrize(
