@@ -313,15 +313,14 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
     print(estimate.summary())
     if estimate.too_large:
         notice(estimate.too_large)
-    run: Any = contextlib.nullcontext()
+    run: Any = contextlib.nullcontext() if parallel.rank else start.run or runs.Run()
     stop = StopRequest(launcher)
     if not parallel.rank:
-        run = start.run or runs.Run()
         runs.remove_partial_files(run)
         parallel.tell_launcher(run.name)
         if (free := shutil.disk_usage(checkpoint.FOLDER).free) < estimate.checkpoint_bytes:
-            size, free = plan.format_gib(estimate.checkpoint_bytes), plan.format_gib(free)
-            notice(f"a checkpoint takes about {size}, and {free} are free in checkpoint/")
+            needed, left = plan.format_gib(estimate.checkpoint_bytes), plan.format_gib(free)
+            notice(f"a checkpoint takes about {needed}, and {left} are free in checkpoint/")
     run_name = parallel.broadcast_from_rank0(lambda: run.name)
     header = {**estimate.header(), "run": run_name, "resumed_from_step": state.step}
     if start.branched_from:

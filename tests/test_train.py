@@ -337,7 +337,7 @@ def test_training_stops_where_the_loss_is_no_number(train):
     assert done.returncode == 2 and "Loss: nan" not in done.stdout
     step, good = re.fullmatch(
         r"error: step (\d+): loss \S+, gradient norm \S+; training stopped and nothing was overwritten\."
-        r" The last good checkpoint is checkpoint/(\S+): --resume it, with a lower learning_rate, .*\n",
+        r" The last good checkpoint is checkpoint/(\S+): resume it with a lower learning_rate, .*\n",
         done.stderr,
     ).groups()
     last = len(losses(train))
