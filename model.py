@@ -444,11 +444,11 @@ class GPT(nn.Module):
     def auxiliary_loss(
         self, x: Tensor, targets: Tensor, mask: Tensor
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Further losses of this architecture: (their sum over the batch, or None; other_vars).
+        """Further losses of this architecture: (their sum over the batch, or None; metrics to log).
 
-        An objective adds it to its own loss in training. x [B, T, C] are the final vectors, targets and mask
-        [B, T]. other_vars: {name: scalar tensor} of what is worth watching; training logs each one's mean
-        over the forward passes of a step. A name such as "expert_load/2" is a curve of layer 2.
+        An objective adds the sum to its own loss in training. x [B, T, C] are the final vectors, targets and
+        mask [B, T]. metrics: {name: scalar tensor}; training logs each one's mean over the forward passes of
+        a step. A name such as "expert_load/2" is a curve of layer 2.
         """
         return None, {}
 

@@ -313,8 +313,8 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
     print(estimate.summary())
     if estimate.too_large:
         notice(estimate.too_large)
-    run: Any = contextlib.nullcontext() if parallel.rank else start.run or runs.Run()
     stop = StopRequest(launcher)
+    run: Any = contextlib.nullcontext() if parallel.rank else start.run or runs.Run()
     if not parallel.rank:
         runs.remove_partial_files(run)
         parallel.tell_launcher(run.name)

@@ -429,7 +429,7 @@ def test_one_line_moves_in_a_terminal(tiny_project, colour):
 # ---- what a model gives to watch -------------------------------------------------------------------------
 
 
-def test_other_vars_land_in_the_log_the_chart_and_tensorboard(train, monkeypatch):
+def test_metrics_of_a_model_land_in_the_log_the_chart_and_tensorboard(train, monkeypatch):
     """One mean over the passes of a step, each curve under its own name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -35,7 +35,7 @@ def build(seed=0, std=0.2, **fields):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(float("norm" in name), std)
-        for _, moe in model.mixtures():
+        for _, moe in model.moe_layers():
             moe.gate.e_score_correction_bias.normal_(0, 0.1)
     return model.eval()
 
@@ -463,11 +463,11 @@ def test_passes_add_up_to_the_whole_batch():
     mask = (random_tokens(6, 16, seed=3) % 4 > 0).float()
     divisor = mask.sum()
     whole = gradients(model, (tokens, targets, mask))
-    counts, model.counts = model.counts, None
+    counts, model.expert_counts = model.expert_counts, None
     parts = [(tokens[n], targets[n], mask[n], divisor) for n in (slice(0, 1), slice(1, 4), slice(4, 6))]
     for name, gradient in gradients(model, *parts).items():
         assert differ(gradient, whole[name]) < 1e-5
-    assert torch.equal(model.counts, counts)
+    assert torch.equal(model.expert_counts, counts)
 
 
 def test_gradients_against_float64():
@@ -524,7 +524,7 @@ def test_weights_in_bfloat16():
     model, exact = build(std=0.05).bfloat16(), build(std=0.05)
     tokens = random_tokens(2, 16)
     assert (model(tokens).float() - exact(tokens)).norm() < 0.05 * exact(tokens).norm()
-    assert model.mixtures()[0][1].gate.e_score_correction_bias.dtype == torch.float32
+    assert model.moe_layers()[0][1].gate.e_score_correction_bias.dtype == torch.float32
     assert len(list(generate(model, [1, 2], 30, temperature=0))) == 30
 
 
