@@ -265,13 +265,13 @@ def print_plan(
     if world > 1:
         exchange, computing = estimate.exchange_seconds(world, link), seconds / world
         least, most = estimate.speed_up(world, link, seconds)
-        sizes = estimate.memory_per_process(world).items()
+        sizes = "\n".join(f"{format_gib(n)} {name}" for name, n in estimate.memory_per_process(world).items())
         rows += [
             (f"{world} of them, {link:g} Gbit/s",
              f"{computing * 1000:.0f} ms of computing a step, {exchange * 1000:.0f} ms to exchange "
              f"{memory['gradients'] / 2**20:,.1f} MiB of gradients\n"
              f"{least:.2f} to {most:.2f} times as fast as one"),
-            ("memory in each, without\nactivations", "\n".join(f"{format_gib(size)} {name}" for name, size in sizes)),
+            ("memory in each, without\nactivations", sizes),
         ]  # fmt: skip
     table = Table(title=f"plan: {estimate.stage.name}", show_header=False)
     for row in rows:

@@ -113,7 +113,8 @@ def test_the_state_of_another_optimizer_is_refused(train):
         # What it advises does work.
         done = train("pretrain", max_steps=4, optimizer=now, from_checkpoint=path)
         assert done.returncode == 0 and "4 steps in this session" in done.stdout
-        assert f"starting from the weights of {path}\nthis is a new run; to continue the other one:" in done.stderr
+        notices = f"starting from the weights of {path}\nthis is a new run; to continue the other one:"
+        assert notices in done.stderr
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(train):

@@ -46,7 +46,8 @@ def test_a_new_run_is_later_than_all_there_are_whatever_the_clock_says(folder, m
             time.tzset()
             (folder / f"sft_{Run().name}_step_1.pt").touch()
     time.tzset()
-    assert [entry.run for entry in list_checkpoints("sft")] == ["20410203_235959", "20410204_000001", "20410204_000002"]
+    names = [file.run for file in list_checkpoints("sft")]
+    assert names == ["20410203_235959", "20410204_000001", "20410204_000002"]
 
 
 def _utc(name):
@@ -179,7 +180,8 @@ def test_a_model_without_a_run_is_passed_over(train):
     advice = re.search("--set (from_checkpoint=)(.*)\n", done.stderr)
     assert done.returncode == 2 and advice[2] == f"checkpoint/{model.name}"
     done = train("pretrain", from_checkpoint=advice[2], max_steps=2, decay_lr=False)
-    assert done.returncode == 0 and "2 steps in this session" in done.stdout and "this is a new run" not in done.stderr
+    assert done.returncode == 0 and "2 steps in this session" in done.stdout
+    assert "this is a new run" not in done.stderr
     assert newest("pretrain")[0].step == 2
 
 

@@ -210,15 +210,17 @@ def test_gradients_are_those_of_transformers():
 
 def test_the_cache_holds_a_latent_and_a_rotary_key_only():
     model = build()
-    cache, c = model.new_cache(3, 11), model.config
-    n_bytes = sum(t.element_size() * t.numel() for t in vars(cache).values() if isinstance(t, torch.Tensor))
+    layers, c = model.new_cache(3, 11).layers, model.config
+    tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+    n_bytes = sum(t.element_size() * t.numel() for t in tensors)
     assert n_bytes == 3 * 11 * c.n_layer * (c.kv_lora_rank + c.qk_rope_head_dim) * 4
     # DeepSeek-V2's table 1: as much as grouped-query attention with 2.25 groups, for its sizes.
     big = Config(**{**SMALL, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
                     "v_head_dim": 128, "n_head": 128})  # fmt: skip
     with torch.device("meta"):
-        cache = Model(big).new_cache(1, 1)
-    assert cache.keys.numel() + cache.values.numel() == 2.25 * 2 * 128 * big.n_layer
+        layers = Model(big).new_cache(1, 1).layers
+    n_numbers = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
+    assert n_numbers == 2.25 * 2 * 128 * big.n_layer
 
 
 def test_decoding_does_not_expand_what_is_past(monkeypatch):
