@@ -6,9 +6,11 @@
     python problem.py calculator -m checkpoint/calculator_20260102_030405_step_3000.pt --play
     python problem.py --results                     the table of all runs
 
-A problem is a file in tasks/. It trains in the loop of train.py; the questions it is tested on never
-occur in training. A run leaves its log, its checkpoint and a chart beside that, and a line in the table.
+A problem is a file in tasks/. Training uses the loop of train.py, and the questions for testing never occur
+in it. A run writes a log, a checkpoint, a chart next to the checkpoint, and a line in the table of all runs.
 """
+
+from __future__ import annotations
 
 import argparse
 import collections
@@ -16,10 +18,12 @@ import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from common.errors import UserError, run  # first: it explains an import that fails
+from common.errors import UserError, run  # first, because it explains imports that fail
 
 # isort: split
 from pydantic import ConfigDict, Field, ValidationError
@@ -30,12 +34,17 @@ from common.files import append_line
 from config.schema import ModelConfig, ResolvedTrainConfig, Schema
 from config.stages import Stage
 
+if TYPE_CHECKING:
+    from engine.checkpoint import Checkpoint
+    from model import GPT
+    from tokenizer import Tokenizer
+
 RESULTS = ROOT / "checkpoint" / "results.jsonl"
-N_TEST, N_TEST_MEANWHILE = 10_000, 2_000  # questions at the end, and while it trains
-N_SHOWN = 10
+N_TEST, N_VALIDATION = 10_000, 2_000  # questions at the end, and during training
+N_EXAMPLES = 10  # to print
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,52 +52,61 @@ def parse_arguments():
     parsers = parser.add_subparsers(dest="problem", metavar="PROBLEM", title="problems")
     for name in tasks.names():
         problem = tasks.find(name)
-        text = sys.modules[problem.__module__].__doc__
+        text = sys.modules[problem.__module__].__doc__ or ""
         one = parsers.add_parser(
             name, help=text.partition("\n")[0].replace("%", "%%"), description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         add = one.add_argument
-        for size in fields(problem):
+        for size in fields(problem):  # type: ignore[arg-type]  # a dataclass
             add(f"--{size.name}", type=int, metavar="N", help=f"{size.metadata['help']} ({size.default})")
-        add("--steps", type=int, metavar="N", help="optimizer steps (default: enough for this size)")
-        add("--seed", type=int, default=1337, metavar="N", help="decides weights, training and test (1337)")
+        add("--steps", type=int, metavar="N", help="optimizer steps (default: depends on the size)")
+        add(
+            "--seed",
+            type=int,
+            default=1337,
+            metavar="N",
+            help="seed of weights, training and test questions (1337)",
+        )
         add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (auto)")
-        add("-m", "--model", metavar="FILE", help="no training: try this checkpoint again")
+        add("-m", "--model", metavar="FILE", help="do not train; test this checkpoint")
         add("--resume", nargs="?", const=True, metavar="RUN",
-            help="go on with the newest run of this problem, or this one (its name, or a file)")  # fmt: skip
-        add("--play", action="store_true", help="then type questions")
+            help="continue the newest run of this problem, or this one (name or checkpoint)")  # fmt: skip
+        add("--play", action="store_true", help="answer questions that you type, at the end")
     args = parser.parse_args()
     if not args.problem and not args.results:
-        parser.error(f"which problem? {', '.join(tasks.names())}; or --results")
+        parser.error(f"name a problem ({', '.join(tasks.names())}), or give --results")
     return args
 
 
-def main():
+def main() -> None:
     args = parse_arguments()
-    if args.problem:
-        try_again(args) if args.model else learn(args)
+    if args.problem and args.model:
+        retest(args)
+    elif args.problem:
+        learn(args)
     if args.results:
         show_results(read_results())
 
 
-# ---- training, and trying again ------------------------------------------------------------------------
+# ---- training and testing ------------------------------------------------------------------------------
 
 
-def learn(args):
+def learn(args: argparse.Namespace) -> None:
+    """Train a model on a problem, test it, and draw a chart."""
     problem = tasks.make(args.problem, vars(args))
-    here = f"tasks/{problem.name}.py"
+    source = f"tasks/{problem.name}.py"
     values = {
         "log_interval": 10, "eval_interval": 100, "keep_checkpoints": 1, "min_lr": 0.0, **problem.training(),
-        "random_seed": args.seed, "device": args.device, "tokenizer_path": here, "dataset_path": [],
+        "random_seed": args.seed, "device": args.device, "tokenizer_path": source, "dataset_path": [],
     }  # fmt: skip
     values["max_steps"] = values["max_steps"] if args.steps is None else args.steps
     values["warmup_iters"] = max(0, min(100, values["max_steps"] // 10))
-    values["eval_iters"] = -(-N_TEST_MEANWHILE // values["batch_size"])
+    values["eval_iters"] = -(-N_VALIDATION // values["batch_size"])
     config = check(ResolvedTrainConfig, values, "problem.py")
-    shape = {"block_size": problem.block_size, "is_causal": problem.is_causal, **problem.model()}
-    shape = check(ModelConfig, shape, here)
-    # Only now, when the arguments are known to be good, is it worth waiting for torch.
+    keys = {"block_size": problem.block_size, "is_causal": problem.is_causal, **problem.model()}
+    shape = check(ModelConfig, keys, source)
+    # torch is imported only now: errors in the arguments come without a wait.
     from common import hardware
     from engine import runs
     from engine.parallel import SingleProcess
@@ -102,8 +120,8 @@ def learn(args):
         learned = problem_of(start.checkpoint, args, start.name, problem.tokenizer())
         if learned != problem:
             raise UserError(
-                f"{start.name} has learned {learned.description}: ask for that, name another run behind "
-                "--resume, or leave it out"
+                f"{start.name} has learned {learned.description}: give these options, name another run after "
+                "--resume, or leave --resume out"
             )
     model, tokenizer = starting_model(start, config, shape, compute, problem.tokenizer)
     questions = tasks.TrainingQuestions(problem, tokenizer, config.batch_size, args.seed)
@@ -117,17 +135,19 @@ def learn(args):
     if trained is None:  # stopped before its end
         return
     log, path = trained
-    seconds = time.perf_counter() - began
-    seconds = None if start.resumes else round(seconds, 1)  # of a run gone on with, only a part is known
-    facts = {"steps": config.max_steps, "seconds": seconds, "seed": args.seed,
-             "device": compute.name, "checkpoint": path.name}  # fmt: skip
-    report(problem, model, tokenizer, test.questions, facts)
+    assert path, "the last step saves a checkpoint"
+    # For a resumed run, the time of the earlier sessions is unknown.
+    seconds = None if start.resumes else round(time.perf_counter() - began, 1)
+    details = {"steps": config.max_steps, "seconds": seconds, "seed": args.seed,
+               "device": compute.name, "checkpoint": path.name}  # fmt: skip
+    report(problem, model, tokenizer, test.questions, details)
     draw_chart(log, path.with_suffix(".png"))
     if args.play:
         play(problem, model, tokenizer)
 
 
-def try_again(args):
+def retest(args: argparse.Namespace) -> None:
+    """Test a checkpoint again."""
     from common import hardware
     from engine import checkpoint
 
@@ -143,8 +163,11 @@ def try_again(args):
         play(problem, model, tokenizer)
 
 
-def problem_of(state, args, name, tokenizer):
-    """The problem, in its sizes, that a checkpoint has learned."""
+def problem_of(state: Checkpoint, args: argparse.Namespace, name: str, tokenizer: Tokenizer) -> tasks.Problem:
+    """The problem that a checkpoint has learned, with its sizes. name: the checkpoint's, for errors.
+
+    Raises UserError if it is not the problem of the command line.
+    """
     if state.stage != args.problem:
         raise UserError(f"{name} has learned {state.stage}, not {args.problem}")
     if not state.problem:
@@ -154,17 +177,17 @@ def problem_of(state, args, name, tokenizer):
         if vars(args)[size] not in (None, value):
             raise UserError(f"{name} has learned --{size} {value}, not {vars(args)[size]}")
     if tokenizer.to_dict() != problem.tokenizer().to_dict():
-        raise UserError(f"{name} is written in other characters than {args.problem}")
+        raise UserError(f"{name} was trained on other characters than those of {args.problem}")
     return problem
 
 
-def answers(model, problem, tokenizer, questions):
-    """What the model answers to each of a list of questions: its likeliest tokens."""
+def answers(model: GPT, problem: tasks.Problem, tokenizer: Tokenizer, questions: Sequence[str]) -> list[str]:
+    """The model's answer to each question, by greedy decoding."""
     import numpy as np
     import torch
 
-    prompts = [question + problem.mark * problem.is_causal for question in questions]
-    prompts = [torch.from_numpy(ids.astype(np.int64)) for ids in tokenizer.encode_batch(prompts)]
+    texts = [question + problem.mark * problem.is_causal for question in questions]
+    prompts = [torch.from_numpy(ids.astype(np.int64)) for ids in tokenizer.encode_batch(texts)]
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=tokenizer.padding_id)
     ids = ids.to(model.device)
     model.eval()
@@ -185,12 +208,18 @@ def answers(model, problem, tokenizer, questions):
 # ---- showing -------------------------------------------------------------------------------------------
 
 
-def report(problem, model, tokenizer, questions, facts):
-    """Test the model; print examples and figures, and keep those of a new run in the table of all runs."""
+def report(
+    problem: tasks.Problem,
+    model: GPT,
+    tokenizer: Tokenizer,
+    questions: Sequence[str],
+    details: dict[str, Any],
+) -> None:
+    """Test the model and print examples and results. A new run's results also go to the table of all runs."""
     from rich.console import Console
     from rich.table import Table
 
-    given = []
+    given: list[str] = []
     for first in range(0, len(questions), 500):
         given += answers(model, problem, tokenizer, questions[first : first + 500])
     right = [problem.check(question, answer) for question, answer in zip(questions, given, strict=True)]
@@ -198,11 +227,11 @@ def report(problem, model, tokenizer, questions, facts):
     right_of_kind = collections.Counter(problem.kind(q) for q, ok in zip(questions, right, strict=True) if ok)
     ((_, most_frequent),) = collections.Counter(map(problem.answer, questions)).most_common(1)
 
-    # Some that failed, if any did, and otherwise the first ones: questions are in random order.
-    wrong = [i for i, ok in enumerate(right) if not ok][: N_SHOWN // 2]
-    chosen = list(dict.fromkeys([*wrong, *range(len(questions))]))[:N_SHOWN]
+    # Some wrong answers, if there are any, then the first questions: they are in random order.
+    wrong = [i for i, ok in enumerate(right) if not ok][: N_EXAMPLES // 2]
+    chosen = list(dict.fromkeys([*wrong, *range(len(questions))]))[:N_EXAMPLES]
     examples = Table(title="examples")
-    for name in ("question", "the model's answer", "", "right is"):
+    for name in ("question", "the model's answer", "", "right answer"):
         examples.add_column(name, overflow="fold")
     for i in chosen:
         verdict = "[green]✓" if right[i] else "[red]✗"
@@ -216,24 +245,25 @@ def report(problem, model, tokenizer, questions, facts):
         "accuracy": sum(right) / len(right),
         "base rate": most_frequent / len(right),
         "questions": len(right),
-        **facts,
+        **details,
     }
     sizes = ", ".join(f"{name} {value}" for name, value in problem.sizes.items())
     table = Table(title=f"{problem.name}, {sizes}", show_header=False)
     for name, value in result.items():
         if name not in ("time", "problem", "sizes"):
-            table.add_row(name, shown_value(name, value))
+            table.add_row(name, format_value(name, value))
     if len(kinds) > 1:
         for kind, count in sorted(kinds.items()):
             table.add_row(f"accuracy, {kind}", f"{right_of_kind[kind] / count:.2%} of {count:,}")
     try:
-        if "seconds" in facts:
+        if "seconds" in details:
             append_line(RESULTS, json.dumps(result, ensure_ascii=False) + "\n")
-    finally:  # on a full disk they can still be read; where nobody reads them they are kept
+    finally:  # print them even if the disk is full
         Console(highlight=False).print(examples, table)
 
 
-def shown_value(name, value):
+def format_value(name: str, value: Any) -> str:
+    """The text for a value in the column of this name."""
     if value is None:
         return "resumed"
     if name in ("accuracy", "base rate"):
@@ -241,19 +271,19 @@ def shown_value(name, value):
     return f"{value:,}" if isinstance(value, int | float) and name != "seed" else str(value)
 
 
-def draw_chart(log, path):
+def draw_chart(log_path: Path, path: Path) -> None:
     import plot_loss
     from common.log_reader import Log
 
     plot_loss.prepare_matplotlib()
-    log = Log(log)
+    log = Log(log_path)
     log.read()
     plot_loss.save([log], path)
     print(f"chart: {display_path(path)}")
 
 
-def play(problem, model, tokenizer):
-    """Answer what is typed, or piped in, until it ends."""
+def play(problem: tasks.Problem, model: GPT, tokenizer: Tokenizer) -> None:
+    """Answer questions from standard input until it ends."""
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         print(f"Type a question such as {problem.draw(random.Random())}; Ctrl-D leaves.")
@@ -263,18 +293,19 @@ def play(problem, model, tokenizer):
                 question = problem.read(text)
                 (answer,) = answers(model, problem, tokenizer, [question])
                 right = problem.check(question, answer)
-                print(answer, "✓" if right else f"✗ right is {problem.answer(question)}", flush=True)
+                print(answer, "✓" if right else f"✗ right answer: {problem.answer(question)}", flush=True)
         except UserError as error:
             print(error, file=sys.stderr)
         except EOFError:
             return
 
 
-Count, Share = Annotated[int, Field(ge=0, lt=1 << 63)], Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Result(Schema):
-    """A line of the table of all runs, as far as it is shown."""
+    """A line of the table of all runs: the fields that `show_results` prints."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -289,8 +320,8 @@ class Result(Schema):
     seed: Count
 
 
-def read_results():
-    """The lines of the table of all runs, oldest first, as dictionaries; damaged ones are named."""
+def read_results() -> list[dict[str, Any]]:
+    """The table of all runs, oldest first. Damaged lines are skipped, with a notice on standard error."""
     results, damaged = [], []
     try:
         with open(RESULTS, "rb") as file:
@@ -304,19 +335,19 @@ def read_results():
         pass
     if damaged:
         lines = f"{', '.join(damaged[:9])}{', ...' * (len(damaged) > 9)}"
-        text = f"{display_path(RESULTS)}: no result in line {lines}"
+        text = f"{display_path(RESULTS)}: cannot read line {lines}"
         if not results:
-            raise UserError(f"{text}, nor in any other; move the file away")
-        print(f"{text}; the table is without", file=sys.stderr)
+            raise UserError(f"{text}, nor any other; move the file away")
+        print(f"{text}; the table leaves them out", file=sys.stderr)
     return results
 
 
-def show_results(results):
+def show_results(results: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     if not results:
-        raise UserError("no problem was trained yet: python problem.py sort")
+        raise UserError("no problem was trained yet; try: python problem.py sort")
     table = Table(title="toy problems", box=None, padding=(0, 2, 0, 0), pad_edge=False)  # fits 80 columns
     for name in ("when", "problem", "params", "steps", "seconds", "accuracy", "base", "seed"):
         table.add_column(name, justify="left" if name in ("when", "problem") else "right", no_wrap=True)
@@ -324,7 +355,9 @@ def show_results(results):
     for result in results:
         size = " ".join(map(str, result["sizes"].values()))
         table.add_row(
-            result["time"][5:16], f"{result['problem']} {size}", *(shown_value(n, result[n]) for n in columns)
+            result["time"][5:16],
+            f"{result['problem']} {size}",
+            *(format_value(n, result[n]) for n in columns),
         )
     Console().print(table)
 

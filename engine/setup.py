@@ -186,7 +186,7 @@ def measured_dtype(setup: TrainSetup, rows: range) -> tuple[str, str]:
 
 
 def to_device(batch: dict[str, Any], rows: range, device: str) -> dict[str, torch.Tensor]:
-    """Copy these rows of a batch of numpy arrays to the device: to a GPU from pinned memory, without waiting."""
+    """Copy these rows of a batch to the device: to a GPU from pinned memory, without waiting."""
     tensors = {key: torch.from_numpy(array[rows.start : rows.stop]) for key, array in batch.items()}
     if device.startswith("cuda"):
         tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}

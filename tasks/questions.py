@@ -13,8 +13,8 @@ from tasks import Example, Task
 class Questions(Task):
     """A file of conversations in any format that `python data.py` accepts.
 
-    The last answer of each is the one asked for. A record may have a "kind". Raises UserError if the file
-    cannot be read.
+    The question is everything before the last answer. A record may have a "kind". Raises UserError if the
+    file cannot be read.
     """
 
     name = "questions"
@@ -31,5 +31,5 @@ class Questions(Task):
         self.notes = report.summary(str(path))
 
     def examples(self, split: str = "test", seed: int = 0) -> Iterator[Example]:
-        """All questions, in the order of the file."""
+        """All questions, in the file's order."""
         yield from self.list

@@ -172,9 +172,9 @@ def project(tmp_path):
 def small_problems(project):
     """A project whose problem.py ends with a test of a few questions, which takes no seconds."""
     path = project.root / "problem.py"
-    source, usual = path.read_text("utf-8"), "N_TEST, N_TEST_MEANWHILE = 10_000, 2_000"
+    source, usual = path.read_text("utf-8"), "N_TEST, N_VALIDATION = 10_000, 2_000"
     assert usual in source
-    path.write_text(source.replace(usual, "N_TEST, N_TEST_MEANWHILE = 200, 100"), "utf-8")
+    path.write_text(source.replace(usual, "N_TEST, N_VALIDATION = 200, 100"), "utf-8")
     return project
 
 

@@ -75,7 +75,7 @@ def test_damaged_results_are_left_out_and_named(line, tmp_path, monkeypatch, cap
     good = json.dumps(GOOD).encode()
     code, table, errors = results_of([good, line, b"", good, b""], tmp_path, monkeypatch, capsys)
     assert code == 0 and table.count("sort 6") == 2 and table.count("75.00%") == 2
-    assert re.fullmatch(r".*results.jsonl: no result in line 2; the table is without\n", errors)
+    assert re.fullmatch(r".*results.jsonl: cannot read line 2; the table leaves them out\n", errors)
     code, table, errors = results_of([line, b""], tmp_path, monkeypatch, capsys)
     assert code == 2 and not table and errors.startswith("error: ") and "move the file away" in errors
 
@@ -100,7 +100,7 @@ def test_a_run_from_start_to_end(small_problems):
     [log] = project.root.glob("train_*.log")
     assert re.search(r"\| Val \|.*\| Accuracy: [\d.]+%", log.read_text("utf-8"))
     played = done.stdout.partition("step_4.png\n")[2].splitlines()
-    assert len(played) == 2 and all(re.fullmatch(r"\d{3} (✓|✗ right is \d{3})", line) for line in played)
+    assert len(played) == 2 and all(re.fullmatch(r"\d{3} (✓|✗ right answer: \d{3})", line) for line in played)
     assert "32 is not a string of 3 digits" in done.stderr
 
     table = (project.root / "checkpoint" / "results.jsonl").read_text("utf-8")

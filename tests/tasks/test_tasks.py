@@ -209,4 +209,4 @@ def test_the_guides_example_is_a_problem(small_problems):
     done = project.run("problem.py", "addition", "--digits", 2, "--steps", 3, "--play", input="57+68\n5+\n")
     assert done.returncode == 0, done.stderr
     assert "accuracy, with carries" in done.stdout and "5+ is not a sum" in done.stderr
-    assert done.stdout.splitlines()[-1].endswith("✓") or "right is 521" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("✓") or "right answer: 521" in done.stdout
