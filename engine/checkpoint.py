@@ -206,7 +206,7 @@ def _updated(state, version):
     stage = STAGES.get(stage) if isinstance(stage, str) else None
     # A toy problem used to keep its sizes in dataset_path, as JSON.
     sizes = {}
-    with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
+    with contextlib.suppress(KeyError, IndexError, TypeError, ValueError, RecursionError):
         ((_, text),) = config["dataset_path"]
         sizes = json.loads(text) if stage is None else {}
     return state | {"chat_template": stage and stage.chat_template, "problem": sizes}
