@@ -86,7 +86,7 @@ class Zero(DataParallel):
     def wrap(
         self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig
     ) -> tuple[Any, Any]:
-        self.rows(config)  # sets the sizes of the batches
+        self.rows(config)  # fills in DeepSpeed's batch sizes
         if config.compile:
             raise UserError("compile is for train.py and train_ddp.py; set it to false")
         if compute.dtype != "float32" and not compute.autocast:
@@ -291,8 +291,7 @@ def read_folder(folder):
                 raise ValueError(f"global_steps is {step!r}")
             if any((folder / tag).glob("*_optim_states.pt")):  # ZeRO: its own copy, in float32
                 weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
-            # Training wraps the network in a LossModule, whose `model` it is.
-            return {name.removeprefix("model."): weight.float() for name, weight in weights.items()}, step
+            return {name: weight.float() for name, weight in weights.items()}, step
     except MemoryError:
         raise
     except Exception as error:  # each kind of damage is another one
