@@ -291,7 +291,8 @@ def read_folder(folder):
                 raise ValueError(f"global_steps is {step!r}")
             if any((folder / tag).glob("*_optim_states.pt")):  # ZeRO: its own copy, in float32
                 weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
-            return {name: weight.float() for name, weight in weights.items()}, step
+            # Training wraps the network in a LossModule, whose `model` it is.
+            return {name.removeprefix("model."): weight.float() for name, weight in weights.items()}, step
     except MemoryError:
         raise
     except Exception as error:  # each kind of damage is another one
