@@ -131,7 +131,7 @@ class LayerCache(Protocol):
         """Overwrite a row with another one, which holds `length` tokens."""
 
     def clear_row(self, row: int) -> None:
-        """The row will be filled from its beginning."""
+        """Prepare a row to be filled from its beginning."""
 
 
 class KVCache:
@@ -167,11 +167,11 @@ class KVCache:
             tensor[target, :, :length] = tensor[source, :, :length]
 
     def clear_row(self, row: int) -> None:
-        pass  # what lies behind a row's length is never looked at
+        pass  # what lies beyond a row's length is never read
 
 
 class Cache:
-    """What a model remembers of the texts it has read, so that a new token costs a single position.
+    """What a model remembers of the texts it has read, so that only new tokens need to be computed.
 
     layers    one entry a layer, made by its block; None where a layer needs none
     capacity  tokens that fit into a row
@@ -206,7 +206,7 @@ class Cache:
             layer.clear_row(row)
 
     def advance(self, counts: int | Tensor) -> None:
-        """The rows have grown by `counts`, or shrunk: an int, or a tensor [B] where they differ."""
+        """Add `counts` to the lengths: an int, or a tensor [B] if the rows differ; negative ones shorten."""
         self.lengths += counts if isinstance(counts, int) else counts.cpu().numpy()
 
 
@@ -234,7 +234,8 @@ class Costs:
 
 def linear_weights(module: nn.Module) -> int:
     """How many weights all linear layers of a module hold, packed ones (decoding/packed.py) included."""
-    layers = (m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features"))
+    modules: Any = module.modules()
+    layers = (m for m in modules if hasattr(m, "in_features") and hasattr(m, "out_features"))
     return sum(m.in_features * m.out_features for m in layers)
 
 
@@ -306,9 +307,9 @@ class Attention(nn.Module):
             q = q.reshape(B, H // group, group * T, D)
             if mask is not None:
                 mask = mask.expand(-1, group, T, -1).flatten(1, 2).unsqueeze(1)
-        # On short texts our kernel only pays off when the compiler fuses the steps between its products.
-        pays = T >= 256 or torch.compiler.is_compiling()
-        if self.custom_kernels and causal and not dropout and self.training and pays and scale is None:
+        # On short texts the kernel is faster only if the compiler fuses the steps between its products.
+        faster = T >= 256 or torch.compiler.is_compiling()
+        if self.custom_kernels and causal and not dropout and self.training and faster and scale is None:
             return kernels.causal_attention(q, k, v)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
@@ -344,11 +345,11 @@ class Block(nn.Module):
         self.n_embd = config.n_embd
 
     def new_cache(self, batch_size: int, capacity: int, **options: Any) -> LayerCache | None:
-        """What this layer remembers of so many texts of at most `capacity` tokens; None: nothing."""
+        """An empty cache for `batch_size` texts of at most `capacity` tokens; None if there is none."""
         return self.attn.new_cache(batch_size, capacity, **options)
 
     def costs(self, length: int) -> Costs:
-        """Of one token in a text of `length` tokens. The norms and sums keep 6 C numbers."""
+        """Costs of one token in a text of `length` tokens. Norms and residual sums keep 6 C numbers."""
         return self.attn.costs(length) + self.mlp.costs() + Costs(activations=6 * self.n_embd)
 
     def forward(self, x: Tensor, info: PositionInfo, cache: Any = None) -> Tensor:
@@ -359,10 +360,9 @@ class Block(nn.Module):
 def embedding(number: int, size: int) -> nn.Embedding:
     """An nn.Embedding. On the "meta" device, where it has no memory, it skips the random initialization,
     which would load torch's compiler."""
-    weight = torch.empty(number, size)
-    return (
-        nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(number, size)
-    )
+    if (weight := torch.empty(number, size)).is_meta:
+        return nn.Embedding.from_pretrained(weight, freeze=False)
+    return nn.Embedding(number, size)
 
 
 class GPT(nn.Module):
@@ -371,6 +371,8 @@ class GPT(nn.Module):
     Another architecture is a subclass that overrides some of the methods of the first section below.
     """
 
+    rotary_cos: Tensor
+    rotary_sin: Tensor
     custom_kernels = False  # see use_custom_kernels
     logit_softcap: float | None = None  # logits become cap * tanh(logits / cap) (Gemma Team 2024, section 2)
 
@@ -386,7 +388,7 @@ class GPT(nn.Module):
             self.register_buffer("rotary_sin", sin, persistent=False)
         if not self.wte.weight.is_meta:
             self.init_weights()
-        # Trainable numbers; a tied matrix counts once. Counted now, since ZeRO-3 takes the weights away.
+        # Tied weights count once. Counted here, because ZeRO-3 later empties the tensors.
         self.n_params = sum(p.numel() for p in self.parameters())
         self.n_matrix_params = sum(p.numel() for p in self.matrices())
 
@@ -398,7 +400,7 @@ class GPT(nn.Module):
         self.wte = embedding(c.vocab_size, c.n_embd)
         self.wpe = None if c.use_rope else embedding(c.block_size, c.n_embd)
         self.dropout = nn.Dropout(0.0)
-        self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(c.n_layer))
+        self.blocks: Any = nn.ModuleList(self.make_block(layer) for layer in range(c.n_layer))
         self.norm: nn.Module = RMSNorm(c.n_embd, c.norm_eps)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_embeddings:
@@ -442,11 +444,11 @@ class GPT(nn.Module):
     def auxiliary_loss(
         self, x: Tensor, targets: Tensor, mask: Tensor
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Further losses of this architecture: (their sum over the batch, or None; other_vars).
+        """Further losses of this architecture: (their sum over the batch, or None; metrics to log).
 
-        An objective adds it to its own loss in training. x [B, T, C] are the final vectors, targets and mask
-        [B, T]. other_vars: {name: scalar tensor} of what is worth watching; training logs each one's mean
-        over the forward passes of a step. A name such as "expert_load/2" is a curve of layer 2.
+        An objective adds the sum to its own loss in training. x [B, T, C] are the final vectors, targets and
+        mask [B, T]. metrics: {name: scalar tensor}; training logs each one's mean over the forward passes of
+        a step. A name such as "expert_load/2" is a curve of layer 2.
         """
         return None, {}
 
@@ -454,13 +456,13 @@ class GPT(nn.Module):
         """Called after each step of the optimizer. all_reduce(tensor) sums it over all processes."""
 
     def drafter(self) -> Callable[[Tensor, Tensor], list[int]] | None:
-        """None, or a function that guesses how a text goes on, for speculative decoding. It is called after
+        """None, or a function that guesses the next tokens, for speculative decoding. It is called after
         each pass with the final vectors [1, T, C] of the tokens just read and the tokens that follow them
         [1, T], and returns a list of ids."""
         return None
 
     def costs(self, length: int, training: bool) -> Costs:
-        """Of one token in a text of `length` tokens: all blocks, and the output head."""
+        """Costs of one token in a text of `length` tokens: all blocks and the output head."""
         blocks = (block.costs(length) for block in self.blocks)
         return sum(blocks, Costs(weights=linear_weights(self.lm_head)))
 
@@ -508,7 +510,7 @@ class GPT(nn.Module):
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """final vectors x [N, C], the tokens that followed [N] -> negative log-likelihoods in nats [N]"""
-        # The kernel computes the usual head: no other class, no bias, no `logits` of an architecture's own.
+        # The kernel implements a plain linear head: no other class, no bias, no overridden `logits`.
         is_usual = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
         if self.custom_kernels and is_usual and type(self).logits is GPT.logits:
             return kernels.linear_cross_entropy(x, self.lm_head.weight, targets, self.logit_softcap)
@@ -563,7 +565,8 @@ class GPT(nn.Module):
 
     def use_custom_kernels(self, on: bool) -> None:
         """Train with the attention and loss of common/kernels.py (only in float32 on a CPU)."""
-        for module in self.modules():
+        modules: Any = self.modules()
+        for module in modules:
             if hasattr(module, "custom_kernels"):
                 module.custom_kernels = on
 
@@ -571,15 +574,14 @@ class GPT(nn.Module):
         """Floating-point operations per token, counted from the shapes.
 
         2 per weight of each matrix product and, for attention over `length` tokens (default: block_size),
-        4 * length per query dimension. That is the full square, as PaLM (Chowdhery et al. 2022, appendix B)
-        and nanoGPT count it, although a causal kernel may skip half of it. The backward pass costs twice the
-        forward pass.
+        4 * length per query dimension: the full square, as in PaLM (Chowdhery et al. 2022, appendix B) and
+        nanoGPT, although a causal kernel may skip half of it. The backward pass costs twice the forward pass.
         """
         costs = self.costs(length or self.config.block_size, training)
         forward = 2 * costs.weights + costs.attention_flops
         return 3 * forward if training else forward
 
     @torch.inference_mode()
-    def transduce(self, tokens):
+    def transduce(self, tokens: Tensor) -> Tensor:
         """Sequence to sequence in one pass, for is_causal = false: tokens [B, T] -> best output [B, T]."""
         return self.logits(self.hidden(tokens)).argmax(-1)

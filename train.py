@@ -2,10 +2,10 @@
 
     python train.py -t pretrain                         from config/config_pretrain.json
     python train.py -t sft                              from config/config_sft.json
-    python train.py -t pretrain --resume                go on where the newest run ended
+    python train.py -t pretrain --resume                continue the newest run
     python train.py -t pretrain --resume 20260102_030405     ... or a certain run: its name, or a checkpoint
     python train.py -t pretrain --plan                  no training: size, memory, speed, time to finish
-    python train.py -t pretrain --plan --world 2 --link 1    the same for two machines, 1 Gbit/s in between
+    python train.py -t pretrain --plan --world 2 --link 1    the same for two machines linked at 1 Gbit/s
     python train.py -t pretrain --set batch_size=8 --set device=cpu
 
 A step takes one global batch of batch_size x gradient_accumulation_steps sequences. What it computes follows
@@ -13,8 +13,8 @@ from the configuration, the number of the step and how many sequences the run ha
 killed continues, bit for bit, from any of its checkpoints.
 
 The file reads from top to bottom: what changes in training (TrainState), one step, a validation, a
-checkpoint, then the loop. What a step passes through outside this file: the batch comes from data.py, the
-loss from objectives/, and engine/parallel.py spreads it over processes.
+checkpoint, then the loop. A step gets its batch from data.py and its loss from objectives/, and
+engine/parallel.py distributes it over processes.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import contextlib
 import functools
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +33,7 @@ from config.schema import LAST_STEP
 from config.stages import STAGES
 from engine.run_config import load_run
 
-if TYPE_CHECKING:  # torch is imported when the arguments are known to be good, inside the functions
+if TYPE_CHECKING:  # torch takes seconds to import: functions do it, after the arguments were checked
     from pathlib import Path
 
     from torch import Tensor
@@ -43,14 +43,14 @@ if TYPE_CHECKING:  # torch is imported when the arguments are known to be good, 
 
 @dataclass
 class TrainState:
-    """Everything that changes in the course of training.
+    """Everything that changes during training.
 
-    model        the network; `module` computes its loss, wrapped for the devices the run is spread over
-    optimizer    steps once for each global batch; `scaler` scales the loss up where float16 would underflow
+    model        the network; `module` computes its loss, wrapped for the devices of the run
+    optimizer    steps once per global batch; `scaler` scales the loss so that float16 does not underflow
     step         optimizer steps done
-    consumed     sequences of the present data, and tokens whose loss counted (None: unknown)
+    consumed     {"sequences": of the current data, "tokens": that counted in the loss, None if unknown}
     best         the lowest validation loss, {"loss", "step"}
-    validation   the last one
+    validation   the last one, likewise
     """
 
     model: Any
@@ -64,13 +64,13 @@ class TrainState:
 
 
 def initial_state(setup: "TrainSetup", parallel: Any) -> TrainState:
-    """The state before the first step, or that of the checkpoint to resume."""
+    """The state before the first step, or that of the checkpoint to resume from."""
     import torch
 
     from common.log import notice
     from engine import checkpoint, runs
     from engine.optimizer import make_optimizer, state_shapes
-    from engine.setup import compiling, forget_counts, to_device
+    from engine.setup import compiling, reset_counts, to_device
     from objectives import LossModule
 
     config, compute, start, model = setup.config, setup.compute, setup.start, setup.model
@@ -78,22 +78,22 @@ def initial_state(setup: "TrainSetup", parallel: Any) -> TrainState:
     shapes = [state_shapes(group, p.shape) for group in optimizer.param_groups for p in group["params"]]
     module, optimizer = parallel.wrap(LossModule(model, setup.objective), optimizer, config, compute)
     scaler = torch.amp.GradScaler(compute.device_type, enabled=compute.grad_scaling)
-    progress, notices = runs.progress(start, config, setup.data, setup.train.position)
+    progress, notices = runs.initial_progress(start, config, setup.data, setup.train.position)
     if start.resumes:
         checkpoint.restore(start, shapes, functools.partial(parallel.load_optimizer, optimizer), scaler)
-        notices += runs.jump_of_the_rate(start, config)
+        notices += runs.learning_rate_jump(start, config)
     for line in notices:
         notice(line)
     start.checkpoint = None  # frees its copy of the weights
     model.train()
     state = TrainState(model, module, optimizer, scaler, **vars(progress))
-    if config.compile:  # let torch.compile work now, before the clock starts
+    if config.compile:  # compile now, before speed is measured
         with compiling(True):
             batch = to_device(setup.train(state.consumed["sequences"]), parallel.rows(config), compute.device)
             micro_batch = {key: tensor[: parallel.rows(config).step] for key, tensor in batch.items()}
             forward_backward(state, setup, parallel, micro_batch, 1.0, is_last=True)
         optimizer.zero_grad(set_to_none=True)
-        forget_counts(model)
+        reset_counts(model)
     return state
 
 
@@ -103,8 +103,8 @@ def forward_backward(
 ) -> tuple["Tensor", dict[str, "Tensor"]]:  # fmt: skip
     """Add the gradient of a micro-batch. Returns its part of the loss, and the metrics.
 
-    The loss is summed over the micro-batch and divided by the weight of the whole global batch: a mean over
-    all tokens that count, wherever they are, never a mean of means.
+    The loss is summed over the micro-batch and divided by the weight of the global batch. So the parts add
+    up to the mean over all tokens that count, however they are distributed: never a mean of means.
     """
     from common import hardware
 
@@ -116,7 +116,7 @@ def forward_backward(
 
 
 class StepResult(NamedTuple):
-    """What a step has computed in this process, still on the device: nobody has waited for it."""
+    """What a step computes in this process: tensors that the device may still be working on."""
 
     loss: "Tensor"
     grad_norm: "Tensor"
@@ -124,7 +124,7 @@ class StepResult(NamedTuple):
 
 
 def train_step(state: TrainState, setup: "TrainSetup", parallel: Any, batch: "DeviceBatch") -> StepResult:
-    """One step of the optimizer on one global batch, of which `batch` has this process's rows."""
+    """One optimizer step on one global batch, of which `batch` holds this process's rows."""
     import torch
 
     from engine.optimizer import rate_multiplier
@@ -133,7 +133,8 @@ def train_step(state: TrainState, setup: "TrainSetup", parallel: Any, batch: "De
     parallel.begin_step(state.step + 1)
     seed = config.random_seed * 1_000_003 + state.step + (parallel.rank << 40)
     torch.manual_seed(seed % (1 << 63))  # dropout
-    loss, metrics = 0.0, {}
+    loss: Any = 0.0
+    metrics: dict[str, Any] = {}
     for first in range(0, len(rows) * rows.step, rows.step):
         micro_batch = {key: tensor[first : first + rows.step] for key, tensor in batch.tensors.items()}
         is_last = first + rows.step == len(rows) * rows.step
@@ -157,7 +158,7 @@ def train_step(state: TrainState, setup: "TrainSetup", parallel: Any, batch: "De
 
 
 class DeviceBatch(NamedTuple):
-    """This process's rows of a global batch, on the device, and of the whole batch its shape and weight."""
+    """This process's rows of a global batch, on the device, and shape, weight and counts of all of it."""
 
     tensors: dict[str, "Tensor"]
     shape: tuple[int, ...]
@@ -165,8 +166,8 @@ class DeviceBatch(NamedTuple):
     counts: dict[str, int]
 
 
-def device_batches(setup: "TrainSetup", parallel: Any, first: int, count: int) -> Iterator[DeviceBatch]:
-    """`count` global batches from sequence `first` on, each prepared while the step before it computes."""
+def device_batches(setup: "TrainSetup", parallel: Any, first: int, count: int) -> Generator[DeviceBatch]:
+    """`count` global batches from sequence `first` on, each prepared during the step before it."""
     from engine.setup import to_device
 
     rows = parallel.rows(setup.config)
@@ -189,25 +190,23 @@ def device_batches(setup: "TrainSetup", parallel: Any, first: int, count: int) -
 def check_finite(when: str, numbers: dict[str, float], step: int, setup: "TrainSetup", run_name: str) -> None:
     """Raises UserError if one of the numbers, computed with the weights of this step, is NaN or infinite.
 
-    Nothing is saved before this check, so the weights of every earlier checkpoint have given finite losses.
+    Nothing is saved before this check, so the weights of every earlier checkpoint gave finite losses.
     """
     from engine import runs
 
     if not all(map(math.isfinite, numbers.values())):
         what = ", ".join(f"{name} {number}" for name, number in numbers.items())
-        good = [entry.path for entry in runs.saved(setup.stage.name, run_name) if entry.step < step]
-        last = (
-            f" The last good checkpoint is {display_path(good[-1])}: --resume it," if good else " Begin again"
-        )
+        good = [f.path for f in runs.list_checkpoints(setup.stage.name, run_name) if f.step < step]
+        last = f"The last good checkpoint is {display_path(good[-1])}: resume it" if good else "Start again"
         raise UserError(
-            f"{when}: {what}; training stopped and nothing was saved over.{last} with a lower learning_rate, "
-            "or look for odd texts in the data."
+            f"{when}: {what}; training stopped and nothing was overwritten. {last} with a lower "
+            "learning_rate, or look for unusual texts in the data."
         )
 
 
 def read_results(results: list[StepResult], state: TrainState, setup: "TrainSetup", parallel: Any,
                  run_name: str) -> list[dict[str, Any]]:  # fmt: skip
-    """The numbers of the last steps over all processes, checked. Here the host waits for the device."""
+    """Wait for the last steps, reduce their numbers over all processes, and check them."""
     import torch
 
     if not results:
@@ -229,9 +228,9 @@ def read_results(results: list[StepResult], state: TrainState, setup: "TrainSetu
 def evaluate(
     state: TrainState, setup: "TrainSetup", parallel: Any
 ) -> tuple[float, list[float], dict[str, float]]:
-    """Validate. Returns (loss over all files, loss of each file, metrics), the losses per token in nats.
+    """Validate. Returns (loss over all files, loss of each file, metrics); losses are in nats per token.
 
-    Each time the same sequences of every file are taken, more of them from a longer file.
+    Every validation takes the same sequences, more of them from longer files.
     """
     import torch
 
@@ -241,22 +240,21 @@ def evaluate(
     config, sources = setup.config, setup.val
     sizes = [int(source.sequences_per_epoch) for source in sources]
     shares = [config.eval_iters * size / sum(sizes) for size in sizes]
-    places = [
+    batches = [
         (number, i * config.batch_size)
         for number, (size, share) in enumerate(zip(sizes, shares, strict=True))
         for i in range(min(max(1, round(share)), -(-size // config.batch_size)))
     ]
     totals, weights, metrics = [0.0] * len(sizes), [0.0] * len(sizes), {"rows": 0.0}
     state.model.eval()
-    for first_place in range(0, len(places), parallel.world_size):
+    for index in range(parallel.rank, parallel.rank + len(batches), parallel.world_size):
         # A rank without a batch of its own repeats the last one, so that all ranks make the same calls.
-        place = first_place + parallel.rank
-        number, first = places[min(place, len(places) - 1)]
+        number, first = batches[min(index, len(batches) - 1)]
         arrays = sources[number](first)
         batch = to_device(arrays, range(len(arrays["x"])), setup.compute.device)
         with torch.no_grad(), hardware.forward_context(setup.compute):
             loss, values = setup.objective.loss(state.model, batch)
-        counts = place < len(places)
+        counts = index < len(batches)
         totals[number] += loss.item() * counts
         weights[number] += setup.objective.weight(batch) * counts
         metrics["rows"] += len(batch["x"]) * counts
@@ -274,7 +272,7 @@ def evaluate(
 def save_checkpoint(
     state: TrainState, setup: "TrainSetup", parallel: Any, run_name: str, log: Any, epoch: int
 ) -> "Path | None":
-    """Write the checkpoint of this step and delete those no longer kept. Returns its path, on rank 0."""
+    """Save a checkpoint of this step and delete old ones. Returns its path on rank 0, else None."""
     from engine import runs
     from engine.checkpoint import Checkpoint
 
@@ -294,10 +292,10 @@ def save_checkpoint(
     return path
 
 
-def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Path, Path] | None":
+def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Path, Path | None] | None":
     """The training loop. Returns the paths of the log and of the last checkpoint; None if it was stopped.
 
-    parallel: how the run is spread over processes (engine/parallel.py); launcher: see engine/stop.py.
+    parallel: how the run is distributed over processes (engine/parallel.py). launcher: see engine/stop.py.
     """
     from common.log import RunLog, notice
     from engine import checkpoint, plan, runs
@@ -306,7 +304,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
     from engine.stop import StopRequest
 
     config, start = setup.config, setup.start
-    if start.resumes and 0 < config.max_steps <= start.checkpoint.step:
+    if start.resumes and start.checkpoint and 0 < config.max_steps <= start.checkpoint.step:
         print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
         return None
     estimate = plan.RunEstimate.of(setup)
@@ -315,14 +313,14 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
     print(estimate.summary())
     if estimate.too_large:
         notice(estimate.too_large)
-    run, stop = contextlib.nullcontext(), StopRequest(launcher)
+    stop = StopRequest(launcher)
+    run: Any = contextlib.nullcontext() if parallel.rank else start.run or runs.Run()
     if not parallel.rank:
-        run = start.run or runs.Run()
-        runs.sweep(run)
+        runs.remove_partial_files(run)
         parallel.tell_launcher(run.name)
         if (free := shutil.disk_usage(checkpoint.FOLDER).free) < estimate.checkpoint_bytes:
-            size, free = plan.gib(estimate.checkpoint_bytes), plan.gib(free)
-            notice(f"a checkpoint takes about {size}, and {free} are free in checkpoint/")
+            needed, left = plan.format_gib(estimate.checkpoint_bytes), plan.format_gib(free)
+            notice(f"a checkpoint takes about {needed}, and {left} are free in checkpoint/")
     run_name = parallel.broadcast_from_rank0(lambda: run.name)
     header = {**estimate.header(), "run": run_name, "resumed_from_step": state.step}
     if start.branched_from:
@@ -348,7 +346,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
                 step % interval == 0 or is_last
                 for interval in (config.log_interval, config.eval_interval, config.save_interval)
             )
-            if logs or evaluates or saves or on_cpu:  # elsewhere the host does not wait for the device
+            if logs or evaluates or saves or on_cpu:  # reading the numbers would make a GPU wait
                 numbers, results = read_results(results, state, setup, parallel, run_name), []
             if logs:
                 rates = speed.read()
@@ -373,7 +371,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
             if saves:
                 path, last_saved = save_checkpoint(state, setup, parallel, run_name, log, epoch), step
             if saves or evaluates:
-                speed.restart()  # leave out time that was not training
+                speed.restart()  # saving and evaluating do not count as training time
 
         stop.loop_ended()
         if stopping and last_saved < state.step:
@@ -381,9 +379,9 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
             save_checkpoint(state, setup, parallel, run_name, log, epoch)
         if stopping:
             command = runs.resume_command(run_name, bool(launcher))
-            log.say(f"Stopped after step {state.step}. Go on with: {command}")
+            log.say(f"Stopped after step {state.step}. Resume with: {command}")
             return None
-        log.say(f"Done: step {state.step}, {state.step - first_step} of them now.")
+        log.say(f"Done: step {state.step}, {state.step - first_step} steps in this session.")
         log.say(f"Loss chart: python plot_loss.py -n {display_path(log.path)}")
         return log.path, path
 
@@ -394,7 +392,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
 def parse_arguments(
     doc: str, extend: Callable[[argparse.ArgumentParser], None] | None = None
 ) -> argparse.Namespace:
-    """doc: the script's, a first line and then examples. extend(parser) may add arguments."""
+    """doc: the script's docstring, a summary line and then examples. extend: adds arguments to the parser."""
     description, _, examples = doc.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description,
@@ -409,7 +407,7 @@ def parse_arguments(
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="override a key of a configuration; may be repeated")
     parser.add_argument("--resume", nargs="?", const=True, metavar="RUN",
-                        help="go on with the newest run of this task, or with this one (its name, or a file)")
+                        help="continue the newest run of this task, or this one (its name, or a checkpoint)")
     # fmt: on
     if extend:
         extend(parser)
@@ -422,17 +420,17 @@ def parse_arguments(
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
-    parser.add_argument("--plan", action="store_true", help="do not train; show what training would take")
-    parser.add_argument("--world", type=int, default=1, metavar="N", help="plan for N such machines")
+    parser.add_argument("--plan", action="store_true", help="do not train; show what training would need")
+    parser.add_argument("--world", type=int, default=1, metavar="N", help="plan for N machines like this one")
     parser.add_argument("--link", type=float, default=1.0, metavar="GBIT",
-                        help="... joined by a link of so many Gbit/s (default: %(default)s)")
+                        help="speed of the link between them (default: %(default)s)")
     # fmt: on
 
 
-def train_launched(args: argparse.Namespace, strategy: Callable[..., Any], place: tuple[int, int],
+def train_launched(args: argparse.Namespace, strategy: Callable[..., Any], local: tuple[int, int],
                    loss_scaling: bool = True) -> None:  # fmt: skip
-    """Train in one of several processes. strategy(config, compute): how the run is spread
-    (engine/parallel.py)."""
+    """Train in one of several processes. strategy(config, compute) makes an engine/parallel.py strategy;
+    local: (local rank, local world size)."""
     from engine.stop import Launcher
 
     launcher = Launcher()
@@ -440,7 +438,7 @@ def train_launched(args: argparse.Namespace, strategy: Callable[..., Any], place
     from common import hardware
     from engine.setup import stage_setup
 
-    compute = hardware.set_up_compute(config, place, loss_scaling)
+    compute = hardware.set_up_compute(config, local, loss_scaling)
     with strategy(config, compute) as parallel:
         setup = stage_setup(STAGES[args.task], config, shape, compute, parallel, args.resume)
         train(setup, parallel, launcher)
@@ -451,9 +449,9 @@ def main() -> None:
     if args.world < 1 or not 0 < args.link < math.inf:
         raise UserError("--world is a number of machines, 1 or more, and --link a speed in Gbit/s, above 0")
     if args.world > 1 and not args.plan:
-        raise UserError("--world is for --plan; train_ddp.py trains on several devices")
+        raise UserError("--world is only for --plan; to train on several devices, use train_ddp.py")
     config, shape = load_run(args)
-    # Only now, when the arguments are known to be good, is it worth waiting for torch.
+    # torch is imported only now: errors in the arguments come without a wait.
     from common import hardware
     from engine import plan
     from engine.parallel import SingleProcess
@@ -474,7 +472,7 @@ def main() -> None:
             float(train_step(state, setup, parallel, batch).loss)  # waits for the device
             return batch.shape
 
-        plan.show(estimate, one_step, args.world, args.link)
+        plan.print_plan(estimate, one_step, args.world, args.link)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train with weights, gradients or optimizer state spread over several devices (DeepSpeed ZeRO).
+"""Train with optimizer state, gradients or weights sharded over several devices (DeepSpeed ZeRO).
 
     deepspeed train_deepspeed.py -t pretrain
     deepspeed train_deepspeed.py -t pretrain --deepspeed_config config/deepspeed_zero3.json
@@ -6,13 +6,18 @@
     deepspeed --num_gpus 2 train_deepspeed.py -t sft --resume
     python train_deepspeed.py -t pretrain --convert checkpoint/ds
 
-Configuration, data order, losses and checkpoint files are those of train.py: a run can go on with any
-number of devices, with or without DeepSpeed. The stage of ZeRO, and what is offloaded to the CPU, is
-read from DeepSpeed's own file.
+Configuration, order of the data, losses and checkpoint files are those of train.py, so a run can be resumed
+with any number of devices, with or without DeepSpeed. The stage of ZeRO, and what is offloaded to the CPU,
+is set in DeepSpeed's own file.
 """
 
+from __future__ import annotations
+
+import argparse
 import os
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import train
 from common.config import display_path, load, resolve_path
@@ -20,50 +25,55 @@ from common.errors import UserError, run_launched
 from common.packages import require
 from config.schema import DeepSpeedConfig
 from config.stages import STAGES
-from engine.launch import launched_place
+from engine.launch import local_rank_and_size
 from engine.run_config import load_run
+
+if TYPE_CHECKING:
+    from common.hardware import ComputeConfig
+    from config.schema import TrainConfig
+    from engine.zero import Zero
 
 EXAMPLE = "deepspeed --num_gpus 2 train_deepspeed.py -t pretrain"
 
 
-def main():
-    args = train.parse_arguments(__doc__, more_arguments)
+def main() -> None:
+    args = train.parse_arguments(__doc__ or "", add_arguments)
     require("deepspeed")
     if args.convert:
         return convert(args)
-    place = launched_place(EXAMPLE)
+    local = local_rank_and_size(EXAMPLE)
     if args.hostfile:
         check_hosts(resolve_path(args.hostfile))
     path = resolve_path(args.deepspeed_config)
     settings = load(DeepSpeedConfig, path)
 
-    def strategy(config, compute):
+    def strategy(config: TrainConfig, compute: ComputeConfig) -> Zero:
         os.environ.setdefault("DS_ACCELERATOR", compute.device_type)
         from engine.zero import Zero
 
         return Zero(settings, display_path(path), config.backend, compute)
 
-    train.train_launched(args, strategy, place, loss_scaling=False)
+    train.train_launched(args, strategy, local, loss_scaling=False)
 
 
-def more_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     parser.add_argument("--deepspeed_config", default="config/deepspeed_config.json", metavar="FILE",
                         help="DeepSpeed's settings (default: %(default)s)")
     parser.add_argument("--convert", metavar="FOLDER",
-                        help="no training: make an ordinary checkpoint of a folder written by DeepSpeed")
-    parser.add_argument("--deepspeed", action="store_true", help="has no effect; other scripts need it")
-    parser.add_argument("--hostfile", help="for the launcher: give it before the script's name")
-    parser.add_argument("--local_rank", type=int, help="given by the launcher")
+                        help="do not train: convert a folder written by DeepSpeed to an ordinary checkpoint")
+    parser.add_argument("--deepspeed", action="store_true", help="no effect; other scripts need it")
+    parser.add_argument("--hostfile", help="belongs before the script's name, for the launcher")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
     # fmt: on
 
 
-def check_hosts(path):
-    """Refuse a --hostfile that the launcher has not seen, rather than train on fewer machines than asked."""
+def check_hosts(path: Path) -> None:
+    """Raises UserError if the launcher has not read this --hostfile, and so started fewer processes."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"{display_path(path)} cannot be read, or is no text") from None
+        raise UserError(f"{display_path(path)} cannot be read, or is not text") from None
     wanted, started = 0, int(os.environ["WORLD_SIZE"])
     for number, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):
@@ -78,7 +88,8 @@ def check_hosts(path):
         )
 
 
-def convert(args):
+def convert(args: argparse.Namespace) -> None:
+    """Convert a folder written by DeepSpeed (--convert)."""
     config, model_config = load_run(args)
     os.environ["DS_ACCELERATOR"] = "cpu"
     from engine import zero

@@ -180,7 +180,7 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
     from config.schema import LAST_STEP
     from config.stages import STAGES
     from engine.parallel import SingleProcess
-    from engine.runs import Start
+    from engine.runs import StartPoint
     from engine.setup import TrainSetup, on_device
     from train import device_batches, initial_state, train_step
 
@@ -196,9 +196,8 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
     model = models.build(models.check_config(workload.shape, "the benchmark").resolved(None))
     source, parallel = RandomBatches(workload), SingleProcess()
     began = time.perf_counter()
-    setup = TrainSetup(
-        STAGES["pretrain"], config, compute, Start(), model, None, objectives.find("lm"), source, [source]
-    )
+    stage, objective = STAGES["pretrain"], objectives.find("lm")
+    setup = TrainSetup(stage, config, compute, StartPoint(), model, None, objective, source, [source])
     setup = on_device(setup, parallel)
     state = initial_state(setup, parallel)
     told = functools.partial(tell, dtype=setup.compute.dtype, micro_batch=micro_batch)

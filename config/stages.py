@@ -1,7 +1,7 @@
-"""The stages of training, one row each: what `-t` may be.
+"""The stages of training: the values of `-t`.
 
-A stage is a row here, a file config/config_<name>.json, and an objective in objectives/. Nothing else in the
-project knows the stages by name.
+A stage is a row here, a file config/config_<name>.json and an objective in objectives/. No other part of the
+project mentions a stage by name.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,12 @@ from dataclasses import dataclass
 class Stage:
     """One stage of training.
 
-    name           what `-t` takes; part of the names of its configuration, its checkpoints and its token
-                   files
-    title          the same in words
-    objective      the file in objectives/ that computes the loss
+    name           the value of `-t`; part of the names of configuration, checkpoints and token files
+    title          the name in words
+    objective      the file in objectives/ that defines the loss
     documents      what its token files hold: "text" (a stream of documents) or "chats" (with a loss mask)
-    follows        the stage whose newest model `"from_checkpoint": "auto"` starts from; None: no such stage
-    chat_template  the template that its models have learned to answer in; None: they only continue text
+    follows        the stage before it: `"from_checkpoint": "auto"` starts from its newest model
+    chat_template  the template in which its models answer; None: they only continue text
     """
 
     name: str

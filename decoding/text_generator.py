@@ -277,7 +277,8 @@ def load_checkpoint(path: str, instruct: bool) -> tuple[Checkpoint, str]:
     choose = {"newest": runs.newest, "best": runs.best}[path]
 
     def rank(stage: Stage) -> tuple[bool, list[str]]:
-        return instruct and stage.chat_template is not None, [one.run for one in runs.saved(stage.name)[-1:]]
+        newest_run = [file.run for file in runs.list_checkpoints(stage.name)[-1:]]
+        return instruct and stage.chat_template is not None, newest_run
 
     for stage in sorted(STAGES.values(), key=rank, reverse=True):
         if found := choose(stage.name):

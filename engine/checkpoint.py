@@ -1,4 +1,4 @@
-"""Checkpoints: one file that holds all that is needed to resume a run or to talk.
+"""Checkpoints: one file with everything that is needed to resume a run or to generate text.
 
 A checkpoint is a dictionary of tensors and plain JSON values, in PyTorch's zip container:
 
@@ -13,26 +13,29 @@ A checkpoint is a dictionary of tensors and plain JSON values, in PyTorch's zip 
     validation        {"loss": the last validation loss or None, "step": where it was measured}
     best              the same for the lowest one, on the present data
     model_config, train_config    plain JSON, every "auto" replaced by what was chosen
-    tokenizer         JSON as text: PyTorch takes 0.3 s to read 32,000 merges one by one
-    model, optimizer, scaler      state dictionaries (scaler: float16's loss scaling); optimizer is empty in a
-                      model that was not trained by a run here (export.py --read)
+    tokenizer         JSON as one string: PyTorch needs 0.3 s to read 32,000 merges one by one
+    model, optimizer, scaler      state dictionaries (scaler: float16's loss scaling); optimizer is empty if
+                      the model was not trained here (export.py --read)
 
-Files of versions 1 and 2 are read, too.
+Files of versions 1 and 2 can still be read.
 
-The random state needs no tensors: the data's order follows from random_seed and the sequences consumed,
+No random state is stored: the order of the data follows from random_seed and the sequences consumed, and
 dropout from random_seed and the step.
 
-It is written beside its final name, flushed, then renamed, so a file that has the name is whole.
-It is read without trust: every record's checksum is verified, nothing in it is run.
+A file is written under a temporary name, flushed, and then renamed, so a file with the final name is always
+complete. Reading does not trust the file: every record's checksum is verified, and nothing in it is run.
 """
 
 import contextlib
 import itertools
 import json
 import math
+import os
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -42,21 +45,28 @@ import tokenizer as tokenizers
 from common.config import ROOT, display_path
 from common.errors import UserError
 from common.files import atomic_write
-from config.schema import LAST_STEP
+from config.schema import LAST_STEP, ArchitectureConfig
 from config.stages import STAGES
 from engine import archive
+
+if TYPE_CHECKING:
+    from engine.runs import StartPoint
+    from model import GPT
 
 FORMAT, VERSION = "nano-checkpoint", 3
 TIME = r"[0-9]{8}_[0-9]{6}"  # a run's name
 FOLDER = ROOT / "checkpoint"
 
 
-def unmeasured():
+def unmeasured() -> dict[str, Any]:
+    """The entry for a validation loss that has not been measured."""
     return {"loss": None, "step": None}
 
 
 @dataclass
 class Checkpoint:
+    """The content of a checkpoint file. `load` checks the fields against their types."""
+
     stage: str
     run: str
     step: int
@@ -74,17 +84,18 @@ class Checkpoint:
     problem: dict = field(default_factory=dict)
 
     @property
-    def path(self):
+    def path(self) -> Path:
+        """Where `save` writes it."""
         return FOLDER / f"{self.stage}_{self.run}_step_{self.step}.pt"
 
     @property
-    def can_resume(self):
-        """Whether a run has left it, and not a program that only made a model's file."""
+    def can_resume(self) -> bool:
+        """Whether training wrote it: a model converted from another format has no optimizer state."""
         return "state" in self.optimizer
 
     @property
-    def is_sound(self):
-        """Whether its plain values are such as training writes; `build` and `restore` check the tensors."""
+    def is_valid(self) -> bool:
+        """Whether its plain values could come from training; `build` and `restore` check the tensors."""
         tensors = ("model", "optimizer", "scaler")
         try:
             json.dumps({key: value for key, value in vars(self).items() if key not in tensors})
@@ -98,7 +109,7 @@ class Checkpoint:
         ]
         consumed, files = self.consumed, [*self.data.values()]
         return bool(
-            # Stage and run become part of a file's name.
+            # Stage and run become part of file names.
             re.fullmatch("[a-z]+", self.stage)
             and re.fullmatch(TIME, self.run)
             and type(self.step) is int
@@ -108,18 +119,18 @@ class Checkpoint:
             and _is_count(consumed["sequences"])
             and (consumed["tokens"] is None or _is_count(consumed["tokens"]))
             and self.data.keys() in ({"train", "validation"}, set())
-            and all(isinstance(kind, list) and all(map(_is_data, kind)) for kind in files)
+            and all(isinstance(kind, list) and all(map(_is_fingerprint, kind)) for kind in files)
             and all(
                 re.fullmatch("[a-z_]{1,40}", str(name)) and type(n) is int for name, n in self.problem.items()
             )
         )
 
-    def save(self):
-        """Write the file, whole or not at all; returns its path."""
+    def save(self) -> Path:
+        """Write the file, completely or not at all. Returns its path."""
         state = {**vars(self), "tokenizer": json.dumps(self.tokenizer)}
         try:
             with atomic_write(self.path) as file:
-                torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+                torch.save({"format": FORMAT, "version": VERSION, **state}, cast(IO[bytes], file))
         except OSError as error:
             raise UserError(
                 f"the checkpoint {display_path(self.path)} could not be written ({error.strerror}); "
@@ -129,8 +140,8 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, order=True)
-class Saved:
-    """A checkpoint's file. They are ordered as they were written."""
+class CheckpointFile:
+    """A file in checkpoint/, as its name describes it. Sorting puts the oldest first."""
 
     run: str
     step: int
@@ -138,19 +149,23 @@ class Saved:
     path: Path
 
 
-def saved(stage=None, run=None):
-    """All checkpoints that are here [of a stage] [of a run], oldest first."""
+def list_checkpoints(stage: str | None = None, run: str | None = None) -> list[CheckpointFile]:
+    """The files in checkpoint/ (of one stage, of one run), oldest first."""
     pattern = re.compile(rf"([a-z]+)_({TIME})_step_([0-9]{{1,15}})\.pt")
     found = [(pattern.fullmatch(path.name), path) for path in FOLDER.glob("*_step_*.pt")]
-    entries = [Saved(match[2], int(match[3]), match[1], path) for match, path in found if match]
+    entries = [CheckpointFile(match[2], int(match[3]), match[1], path) for match, path in found if match]
     return sorted(entry for entry in entries if stage in (None, entry.stage) and run in (None, entry.run))
 
 
-def load(path):
-    """The checkpoint in the file. UserError if it is missing, damaged, foreign or hostile."""
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint. Raises UserError if the file is missing, damaged, malicious or something else."""
     path, name = Path(path), display_path(path)
     if not path.is_file():
-        hint = f"; the newest in checkpoint/ is {display_path(near[-1].path)}" if (near := saved()) else ""
+        hint = (
+            f"; the newest in checkpoint/ is {display_path(near[-1].path)}"
+            if (near := list_checkpoints())
+            else ""
+        )
         raise UserError(f"there is no checkpoint {name}{hint}")
     try:
         state = archive.read(path)
@@ -164,31 +179,31 @@ def load(path):
         raise UserError(f"{name} is a PyTorch file, but not a checkpoint of Nano")
     version = state.pop("version", None)
     if type(version) is int and version in (1, 2):
-        state = _updated(state, version)
+        state = _upgrade(state, version)
     elif type(version) is not int or version != VERSION:
         raise UserError(f"{name} was written by another version of Nano")
-    text = state.get("tokenizer")  # in older files it is the dictionary
+    text = state.get("tokenizer")  # older files hold the dictionary itself
     if isinstance(text, str) and len(text) <= tokenizers.MAX_JSON_LENGTH:
         with contextlib.suppress(ValueError, RecursionError):
             state["tokenizer"] = json.loads(text)
-    types = {key: f.type for key, f in Checkpoint.__dataclass_fields__.items()}
+    types: dict[str, Any] = {key: f.type for key, f in Checkpoint.__dataclass_fields__.items()}
     typed = state.keys() == types.keys() and all(isinstance(state[k], t) for k, t in types.items())
-    if not typed or not (checkpoint := Checkpoint(**state)).is_sound:
+    if not typed or not (checkpoint := Checkpoint(**state)).is_valid:
         raise UserError(f"{name} lacks parts of a checkpoint of Nano")
     if checkpoint.chat_template not in (None, tokenizers.CHAT_TEMPLATE):
         raise UserError(
             f"{name} uses the chat template {checkpoint.chat_template!r}, which this version of Nano lacks"
         )
-    if shared := _shared(checkpoint):
+    if shared := _overlapping_tensor(checkpoint):
         raise UserError(f"{name} is not a checkpoint of Nano: {shared} shares numbers with another tensor")
     return checkpoint
 
 
-def _is_count(value):
+def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _is_data(value):
+def _is_fingerprint(value: object) -> bool:
     return (
         isinstance(value, dict)
         and value.keys() == {"fingerprint", "size"}
@@ -196,23 +211,22 @@ def _is_data(value):
     )
 
 
-def _updated(state, version):
-    """The state of a file of an earlier version with the fields that it lacks, as far as they follow from
-    others."""
+def _upgrade(state: dict[str, Any], version: int) -> dict[str, Any]:
+    """Add the fields that a file of an earlier version lacks, as far as they follow from others."""
     stage, config = state.pop("task", None), state.get("train_config")
     state["stage"] = stage
     if version == 1:
-        state |= _not_in_version_1(state)
-    stage = STAGES.get(stage) if isinstance(stage, str) else None
-    # A toy problem used to keep its sizes in dataset_path, as JSON.
-    sizes = {}
+        state |= _fields_missing_in_version_1(state)
+    known = STAGES.get(stage) if isinstance(stage, str) else None
+    # A toy problem used to store its sizes in dataset_path, as JSON.
+    sizes: Any = {}
     with contextlib.suppress(KeyError, IndexError, TypeError, ValueError, RecursionError):
-        ((_, text),) = config["dataset_path"]
-        sizes = json.loads(text) if stage is None else {}
-    return state | {"chat_template": stage and stage.chat_template, "problem": sizes}
+        ((_, text),) = config["dataset_path"]  # type: ignore[index]  # not a dictionary: see suppress
+        sizes = json.loads(text) if known is None else {}
+    return state | {"chat_template": known and known.chat_template, "problem": sizes}
 
 
-def _not_in_version_1(state):
+def _fields_missing_in_version_1(state: dict[str, Any]) -> dict[str, Any]:
     """The fields that files of version 1 lack, as far as they follow from the others."""
     config, step, best = (state.get(key) for key in ("train_config", "step", "best"))
     config = config if isinstance(config, dict) else {}
@@ -226,10 +240,11 @@ def _not_in_version_1(state):
     }
 
 
-def _shared(checkpoint):
-    """The name of a tensor that overlaps another one of the checkpoint, or None.
+def _overlapping_tensor(checkpoint: Checkpoint) -> str | None:
+    """The name of a tensor that shares memory with another one of the checkpoint, or None.
 
-    A network may have one under two names, as embedding and head; all else would change with each other.
+    A model may hold the same tensor under two names (a tied embedding and head). Other tensors that share
+    memory would change each other.
     """
     places = []
     for key, value in vars(checkpoint).items():
@@ -243,8 +258,8 @@ def _shared(checkpoint):
     return None
 
 
-def _tensors(value, name):
-    """(name, tensor) of all within."""
+def _tensors(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor in nested dictionaries and lists."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, dict | list | tuple):
@@ -252,8 +267,11 @@ def _tensors(value, name):
             yield from _tensors(item, f"{name} {key}")
 
 
-def build(checkpoint, source):
-    """(model, tokenizer) of a checkpoint, on the CPU, in eval mode. `source`: its name, for errors."""
+def build(checkpoint: Checkpoint, source: str) -> "tuple[GPT, tokenizers.Tokenizer]":
+    """(model, tokenizer) of a checkpoint, on the CPU, in eval mode. source: the file's name, for errors.
+
+    Raises UserError if the weights do not belong to the model's configuration.
+    """
     try:
         tokenizer = tokenizers.from_dict(checkpoint.tokenizer)
     except UserError as error:
@@ -261,28 +279,30 @@ def build(checkpoint, source):
     shape = {key: value for key, value in checkpoint.model_config.items() if key != "dropout"}
     config = models.check_config(shape, f"{source}: model_config")
     config = config.resolved(tokenizer.vocab_size)
-    if tokenizer.vocab_size > config.vocab_size or not _belong_to(checkpoint.model, config):
+    if tokenizer.vocab_size > (config.vocab_size or 0) or not _weights_match(checkpoint.model, config):
         raise UserError(f"{source}: its weights do not fit its own configuration")
-    with Uninitialized():
+    with SkipInitialization():
         model = models.build(config)
-    model.load_state_dict(dict(checkpoint.model))  # without what else a state dictionary of PyTorch's may say
+    model.load_state_dict(dict(checkpoint.model))  # a plain dictionary, without PyTorch's metadata
     return model.eval(), tokenizer
 
 
-LARGEST_TABLES = 1 << 28  # bytes of what a network computes for itself; of large ones, 8 times their weights
+# Bytes that the tables which a model computes (such as cos and sin of RoPE) may take. For a large model the
+# limit is 8 times the size of its weights.
+LARGEST_TABLES = 1 << 28
 
 
-def _belong_to(weights, config):
-    """Whether these are the weights of such a model, which takes no more memory than they let expect."""
+def _weights_match(weights: dict[Any, Any], config: ArchitectureConfig) -> bool:
+    """Whether these are the weights of a model of this shape, and the model needs no unreasonable memory."""
     layers = {name.split(".")[1] for name in map(str, weights) if name.startswith("blocks.")}
-    if len(layers) != config.n_layer:  # or to find out would take long
+    if len(layers) != config.n_layer:  # building a model of a billion layers would take forever
         return False
     with torch.device("meta"):
         model = models.build(config)
     expected = model.state_dict()
-    if not _fit(weights, {name: tensor.shape for name, tensor in expected.items()}):
+    if not _have_shapes(weights, {name: tensor.shape for name, tensor in expected.items()}):
         return False
-    names = {}  # of each parameter; embedding and head may be one
+    names: dict[torch.Tensor, list[str]] = {}  # of each parameter: a tied embedding and head have one
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     for name, *others in names.values():
@@ -294,22 +314,24 @@ def _belong_to(weights, config):
     return len(places) == len(names) and tables <= largest
 
 
-class Uninitialized(TorchFunctionMode):
-    """Within it, torch.nn.init leaves weights as they are: they will be read from a file.
+class SkipInitialization(TorchFunctionMode):
+    """A context in which torch.nn.init does nothing, because the weights will be read from a file.
 
-    By hand, because `load_state_dict(assign=True)` into a model on the "meta" device would leave the buffers
-    that an architecture computes for itself (rotary tables) without values.
+    `load_state_dict(assign=True)` into a model on the "meta" device would not do: the buffers that an
+    architecture computes for itself, such as rotary tables, would have no values.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if getattr(function, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)
 
 
-def _fit(tensors, shapes):
-    """Whether `tensors` is {name: plain tensor of floats} with just these names and shapes."""
+def _have_shapes(tensors: object, shapes: Mapping[str, torch.Size]) -> bool:
+    """Whether `tensors` is {name: plain tensor of floats} with exactly these names and shapes."""
     return (
         isinstance(tensors, dict)
         and tensors.keys() == shapes.keys()
@@ -325,39 +347,46 @@ def _fit(tensors, shapes):
     )
 
 
-def moments(start, shapes):
-    """What the optimizer keeps of each parameter, {number: {name: tensor}}, as `optimizer` has it.
+OptimizerState = dict[int, dict[str, torch.Tensor]]  # {number of the parameter: {name: tensor}}
 
-    shapes: {name: shape} of each parameter, in the optimizer's order. Empty if there is none yet: all of
-    the first steps in float16 may have been skipped. UserError if the state is not one of these parameters.
+
+def _optimizer_state(
+    checkpoint: Checkpoint, shapes: Iterable[Mapping[str, torch.Size]]
+) -> OptimizerState | None:
+    """The optimizer's tensors for each parameter; None if they do not have these shapes.
+
+    shapes: {name: shape} for each parameter, in the optimizer's order. The state may be empty: with float16,
+    all of the first steps may have been skipped.
     """
-    state, shapes = start.checkpoint.optimizer.get("state"), dict(enumerate(shapes))
-    fits = state == {} or (
-        isinstance(state, dict)
-        and state.keys() == shapes.keys()
-        and all(_fit(state[number], kept) for number, kept in shapes.items())
+    state, expected = checkpoint.optimizer.get("state"), dict(enumerate(shapes))
+    if not isinstance(state, dict) or not state:
+        return {} if state == {} else None
+    matches = state.keys() == expected.keys() and all(
+        _have_shapes(state[number], tensors) for number, tensors in expected.items()
     )
-    if not fits:
-        raise unfit(start)
-    return state
+    return state if matches else None
 
 
-def restore(start, shapes, load_optimizer, scaler):
-    """Put back the state of the optimizer, load_optimizer(state), and of the loss scaling.
+def restore(
+    start: "StartPoint",
+    shapes: Iterable[Mapping[str, torch.Size]],
+    load_optimizer: Callable[[OptimizerState], None],
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Restore the state of the optimizer, with load_optimizer(state), and of the loss scaling.
 
-    shapes: see `moments`. Raises UserError if they do not fit.
+    shapes: {name: shape} of the optimizer's tensors for each parameter, in the optimizer's order.
+    Raises UserError if the checkpoint's tensors do not fit.
     """
-    state = moments(start, shapes)
-    try:
-        load_optimizer(state)
-        scaler.load_state_dict(start.checkpoint.scaler or scaler.state_dict())
-    except (ValueError, KeyError, RuntimeError, TypeError):
-        raise unfit(start) from None
-
-
-def unfit(start):
-    before = start.checkpoint.train_config.get("optimizer", "unknown")
-    return UserError(
-        f'{start.name}: its optimizer state, of "{before}", does not fit this optimizer; to take its weights '
-        f"alone, start a new run: without --resume, with --set from_checkpoint={start.name}"
+    checkpoint = start.checkpoint
+    assert checkpoint, "only a run that starts from a checkpoint can be restored"
+    with contextlib.suppress(ValueError, KeyError, RuntimeError, TypeError):
+        if (state := _optimizer_state(checkpoint, shapes)) is not None:
+            load_optimizer(state)
+            scaler.load_state_dict(checkpoint.scaler or scaler.state_dict())
+            return
+    before = checkpoint.train_config.get("optimizer", "unknown")
+    raise UserError(
+        f'{start.name}: its optimizer state, of "{before}", does not fit this optimizer; to use its weights '
+        f"alone, start a new run without --resume and with --set from_checkpoint={start.name}"
     )

@@ -6,11 +6,11 @@ import re
 from common.errors import UserError
 
 
-def launched_place(example: str) -> tuple[int, int]:
-    """(number of this process, number of processes) on this machine; only rank 0 will print.
+def local_rank_and_size(example: str) -> tuple[int, int]:
+    """(local rank, local world size) of this process. Mutes the output of all ranks except 0.
 
-    example: a command line with a launcher, for the error. Raises UserError if there is no launcher, or its
-    environment variables make no sense.
+    example: a command line with a launcher, for the error message. Raises UserError if there is no launcher,
+    or its environment variables make no sense.
     """
     if "RANK" not in os.environ:
         raise UserError(f"this needs a launcher, here for two processes: {example}")

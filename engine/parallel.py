@@ -1,15 +1,15 @@
-"""How a run is spread over processes. The loop of train.py is the same for all of them.
+"""How a run is distributed over processes. The loop in train.py is the same for all strategies:
 
     SingleProcess      one process: train.py, problem.py
     DataParallel       one process per device, each with the whole model (DDP): train_ddp.py
-    Zero               the same with weights, gradients and optimizer state spread out: engine/zero.py
+    Zero               also shards optimizer state, gradients and weights (ZeRO): engine/zero.py
 
-Every process draws the same global batch and computes its own `rows` of it, and the gradient is the sum over
-all rows, wherever they were computed. So the number of processes changes how fast a run is and nothing else:
-data order, losses (up to rounding) and checkpoint files stay the same.
+All processes read the same global batch, and each computes its own `rows` of it. The gradient is the sum over
+all rows, wherever they were computed. So the number of processes changes only the speed: the order of the
+data, the losses (up to rounding) and the checkpoint files stay the same.
 
-A strategy wraps the module that computes the loss, says which rows are its own, reduces and gathers. The rest
-of a training step is in train.py.
+A strategy wraps the module that computes the loss, assigns rows to processes, and reduces and gathers values.
+The rest of a training step is in train.py.
 """
 
 import contextlib
@@ -28,53 +28,55 @@ import torch.distributed as dist
 
 from common.errors import UserError
 from common.hardware import ComputeConfig
-from config.schema import TrainConfig
+from config.schema import ResolvedTrainConfig
 from engine.heartbeat import Heartbeat
 
 warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its replacement is too new
 RETRY_AFTER = datetime.timedelta(seconds=5)
-TIMEOUT = datetime.timedelta(minutes=30)  # one process may take long over a validation or a checkpoint
+TIMEOUT = datetime.timedelta(minutes=30)  # one process may spend a long time on a validation or a checkpoint
 T = TypeVar("T")
 
 
 class SingleProcess:
-    rank, world_size = 0, 1
-    muon: Any = None  # the class of Muon that works on this strategy's parameters; None: the usual one
+    """One process. The other strategies are subclasses, which override what differs."""
 
-    # ---- one value for all processes
+    rank, world_size = 0, 1
+    muon: Any = None  # the class of Muon for this strategy's parameters; None: engine/optimizer.py's
+
+    # ---- values of several processes
 
     def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
-        """What make() returns on rank 0, for all: other machines may lack its files."""
+        """What make() returns on rank 0. It is called only there: other machines may lack the files."""
         return make()
 
     def all_gather(self, value: T) -> list[T]:
-        """Everybody's value, in the order of the ranks."""
+        """The values of all processes, in the order of their ranks."""
         return [value]
 
     def assert_same_on_all_ranks(self, values: dict[str, Any]) -> None:
-        """Raises UserError naming the first machine where one of these plain values differs."""
+        """Raises UserError if one of these plain values differs on any rank, naming the machine."""
 
     def all_reduce_sum(self, *values: float) -> list[float]:
-        """Each number summed over all processes. Waits for the other hosts, not for the devices."""
+        """Each number summed over all processes, between the hosts: without waiting for the devices."""
         return [float(value) for value in values]
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor on the device, summed over all processes, without waiting for it."""
+        """A tensor on the device, summed over all processes, without waiting for the result."""
         return tensor
 
     # ---- the launcher
 
     def tell_launcher(self, run: str) -> None:
-        """Tell the launcher the run's name, so that processes it restarts can go on with it."""
+        """Tell the launcher the run's name, so that processes that it restarts can continue the run."""
 
     def restarted_run(self) -> str | None:
-        """The name of the run this launcher has started before; None: it has not."""
+        """The name of the run that this launcher started before a restart; None if there was none."""
         return None
 
     # ---- training
 
-    def rows(self, config: TrainConfig) -> range:
-        """This process's rows of the global batch; the step of the range is the size of a micro-batch."""
+    def rows(self, config: ResolvedTrainConfig) -> range:
+        """This process's rows of the global batch. The step of the range is the size of a micro-batch."""
         global_batch = config.batch_size * config.gradient_accumulation_steps
         share, rest = divmod(global_batch, self.world_size)
         if rest:
@@ -87,40 +89,39 @@ class SingleProcess:
         return range(self.rank * share, (self.rank + 1) * share, micro_batch)
 
     def wrap(
-        self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig
+        self, module: Any, optimizer: Any, config: ResolvedTrainConfig, compute: ComputeConfig
     ) -> tuple[Any, Any]:
-        """(the module to call in training, the optimizer to step with)"""
+        """The module to call in training, and the optimizer to step."""
         return (torch.compile(module) if config.compile else module), optimizer
 
     def begin_step(self, step: int) -> None:
-        """Tell the others that this process begins this step; the first is 1."""
+        """Called when this process begins a step; the first is 1."""
 
     def micro_batch(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-        """A context for one forward and backward pass; is_last: the last one of its step."""
+        """A context for one forward and backward pass. is_last: whether it is the last one of its step."""
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of the loss, which are summed over all processes."""
+        """Add the gradients of the loss, summed over all processes."""
         loss.backward()
 
     def clip_grad_norm_(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-        """Clip the gradients in place; max_norm 0: do not. Returns their norm before that."""
+        """Clip the gradients in place, unless max_norm is 0. Returns their norm before clipping."""
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 
     # ---- checkpoints
 
     def load_optimizer(self, optimizer: Any, state: dict[int, dict[str, torch.Tensor]]) -> None:
-        """Put back what the optimizer kept of each parameter. Its settings stay those of the
-        configuration."""
+        """Restore the optimizer's tensors of each parameter. Its settings are the configuration's."""
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
     def state_dicts(self, model: Any, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(of the model, of the optimizer), gathered on rank 0; other ranks may return less."""
+        """State dictionaries of model and optimizer, gathered on rank 0; other ranks may return less."""
         return model.state_dict(), optimizer.state_dict()
 
 
 def wait_for_name(host: str, seconds: float = 60) -> Any:
-    """Wait until this machine can resolve the first machine's name; PyTorch would wait without a word."""
+    """Wait until the name of rank 0's machine can be resolved. PyTorch would wait without a message."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -135,8 +136,8 @@ def wait_for_name(host: str, seconds: float = 60) -> Any:
 
 
 class DataParallel(SingleProcess):
-    """Every process has the whole model. Gradients are exchanged during the backward pass of the last
-    micro-batch of a step only (Li et al. 2020, "PyTorch Distributed", section 3.2)."""
+    """Every process has the whole model (DDP). Gradients are all-reduced only during the backward pass of the
+    last micro-batch of a step (Li et al. 2020, "PyTorch Distributed", section 3.2)."""
 
     launcher_store: Any = None  # the launcher's key-value store, which outlives the processes
 
@@ -152,15 +153,15 @@ class DataParallel(SingleProcess):
         dist.init_process_group(
             backend, store=self._store(), rank=self.rank, world_size=self.world_size, timeout=TIMEOUT
         )
-        # Plain numbers travel between the hosts: through NCCL they would have to wait for the devices.
+        # Plain numbers are reduced with gloo: NCCL would have to wait for the devices.
         self.hosts = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend == "nccl" else None
 
     def _store(self) -> Any:
-        """The key-value store through which the processes find each other; None: PyTorch's default.
+        """The key-value store through which the processes find each other; None for PyTorch's default.
 
-        torch.distributed.run has a store that outlives the processes. After a restart it still holds the
-        addresses of the processes that have ended, and PyTorch 2.13 connects to those. So rank 0 opens a new
-        store each time, and only its address goes through the launcher's.
+        The store of torch.distributed.run outlives the processes. After a restart it still holds addresses of
+        processes that have ended, and PyTorch 2.13 connects to those. So rank 0 opens a new store each time,
+        and the launcher's store only passes on its address.
         """
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return None
@@ -168,7 +169,7 @@ class DataParallel(SingleProcess):
         self.launcher_store = launcher = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)
         if not self.rank:
             with socket.create_connection(address) as connection:
-                host = connection.getsockname()[0]  # the address under which the others reach this machine
+                host = connection.getsockname()[0]  # how the others reach this machine
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
             launcher.set("first process", f"{host} {store.port}")
             return store
@@ -192,7 +193,7 @@ class DataParallel(SingleProcess):
             return self.launcher_store.get("run").decode() if self.launcher_store.check(["run"]) else None
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             raise UserError(
-                "this launcher restarts processes but cannot tell them which run they had: "
+                "this launcher restarts processes but cannot tell them which run to continue: "
                 "start it again with --resume RUN"
             )
         return None
@@ -202,9 +203,9 @@ class DataParallel(SingleProcess):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if not kind:
-            dist.barrier()  # nobody leaves while another process still needs it ...
+            dist.barrier()  # no process leaves while another one still needs it ...
             self.heartbeat.stop()
-            dist.barrier()  # ... or needs the store, which may live in rank 0
+            dist.barrier()  # ... or the store, which may be in rank 0
         elif issubclass(kind, RuntimeError) and re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
             raise UserError("the connection to another process of this run was lost") from None
 
@@ -238,11 +239,11 @@ class DataParallel(SingleProcess):
         return tensor
 
     def wrap(
-        self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig
+        self, module: Any, optimizer: Any, config: ResolvedTrainConfig, compute: ComputeConfig
     ) -> tuple[Any, Any]:
         module, optimizer = super().wrap(module, optimizer, config, compute)
         devices = [torch.device(compute.device)] if compute.device_type == "cuda" else None
-        # Buffers change in the same way in all processes: no need to send them with every pass.
+        # Buffers change in the same way in all processes, so they need not be sent in every pass.
         self.ddp = torch.nn.parallel.DistributedDataParallel(
             module, device_ids=devices, broadcast_buffers=False
         )
@@ -255,4 +256,4 @@ class DataParallel(SingleProcess):
         return contextlib.nullcontext() if is_last else self.ddp.no_sync()
 
     def backward(self, loss: torch.Tensor) -> None:
-        super().backward(loss * self.world_size)  # DDP takes the mean over the processes
+        super().backward(loss * self.world_size)  # DDP averages over the processes

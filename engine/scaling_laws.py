@@ -21,7 +21,7 @@ from engine.plan import RunEstimate
 if TYPE_CHECKING:
     from common.hardware import ComputeConfig
     from config.stages import Stage
-    from engine.runs import Start
+    from engine.runs import StartPoint
     from model import GPT
 
 TOKENS_PER_PARAMETER = 20
@@ -31,7 +31,7 @@ FROM_MODEL = ("batch_size", "gradient_accumulation_steps", "max_steps", "learnin
 
 
 def resolved(
-    config: TrainConfig, model: GPT, compute: ComputeConfig, stage: Stage, start: Start
+    config: TrainConfig, model: GPT, compute: ComputeConfig, stage: Stage, start: StartPoint
 ) -> ResolvedTrainConfig:
     """Replace every "auto" of `config.automatic` by a number. Prints the numbers and their reasons.
 

@@ -1,6 +1,6 @@
-"""From a command line to everything that a training run needs, with nothing left to decide.
+"""Put together everything that a training run needs before its first step.
 
-Configuration is resolved once, here: loaded and checked, every "auto" replaced by a number or a choice, and
+The configuration is resolved once, here: every "auto" is replaced by a number or a choice, and the result is
 frozen in a `TrainSetup`.
 """
 
@@ -24,7 +24,7 @@ from config.stages import Stage
 from data import BatchSource, TokenFile
 from engine import checkpoint as checkpoints
 from engine import plan, runs, scaling_laws
-from engine.runs import Start
+from engine.runs import StartPoint
 from formats import load_tokenizer
 from objectives import LossModule, Objective
 from tokenizer import Tokenizer
@@ -36,16 +36,16 @@ class TrainSetup:
 
     config      the run's configuration without any "auto"
     compute     device, precision and attention kernel
-    start       where it begins: from nothing, from a checkpoint's weights, or where a run ended
-    model       on the device
-    train, val  where the batches come from; val has one source for each validation file, in micro-batches
-    problem     the sizes of a toy problem
+    start       where it starts: with a new model, from a checkpoint's weights, or where a run ended
+    model       the model, on the device
+    train, val  where batches come from: for training, global batches; for validation, one source per file
+    problem     the sizes of a toy problem (tasks/)
     """
 
     stage: Stage
     config: ResolvedTrainConfig
     compute: ComputeConfig
-    start: Start
+    start: StartPoint
     model: Any
     tokenizer: Tokenizer
     objective: Objective
@@ -55,7 +55,7 @@ class TrainSetup:
 
     @property
     def data(self) -> dict[str, list[dict[str, str]]]:
-        """What it trains on, as a checkpoint remembers it."""
+        """The data as a checkpoint records them."""
         val = [fingerprint for source in self.val for fingerprint in source.fingerprints]
         return {"train": self.train.fingerprints, "validation": val}
 
@@ -66,8 +66,8 @@ def stage_setup(
 ) -> TrainSetup:  # fmt: skip
     """The setup of a stage that trains on token files.
 
-    shape: the model's configuration. resume: --resume. Raises UserError if something is missing or does not
-    fit.
+    shape: the model's configuration. resume: the value of --resume.
+    Raises UserError if a file is missing or something does not fit together.
     """
     start = parallel.broadcast_from_rank0(
         lambda: runs.starting_point(stage.name, config, resume, parallel.restarted_run())
@@ -103,33 +103,33 @@ def stage_setup(
 
 
 def starting_model(
-    start: Start, config: TrainConfig, shape: ArchitectureConfig, compute: ComputeConfig,
+    start: StartPoint, config: TrainConfig, shape: ArchitectureConfig, compute: ComputeConfig,
     make_tokenizer: Callable[[], Tokenizer],
 ) -> tuple[Any, Tokenizer]:  # fmt: skip
-    """(model, tokenizer): those of the checkpoint to start from, or new ones."""
+    """(model, tokenizer) of the checkpoint to start from, or new ones. Prints the notices of the start."""
     for line in start.notices:
         notice(line)
     if start.checkpoint:
         for line in runs.extend_context(start, shape):
             notice(line)
         model, tokenizer = checkpoints.build(start.checkpoint, start.name)
-        for line in runs.differences(model.config, shape.resolved(tokenizer.vocab_size)):
+        for line in runs.model_differences(model.config, shape.resolved(tokenizer.vocab_size)):
             notice(line)
         return model.set_dropout(config.dropout), tokenizer
     tokenizer = make_tokenizer()
     shape = shape.resolved(tokenizer.vocab_size)
-    if shape.vocab_size < tokenizer.vocab_size:
+    if (shape.vocab_size or 0) < tokenizer.vocab_size:
         raise UserError(
             f"vocab_size={shape.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} tokens; "
             "set it to null"
         )
-    plan.refuse_too_large(shape, compute, config.optimizer)
+    plan.check_model_fits(shape, compute, config.optimizer)
     torch.manual_seed(config.random_seed)
     return models.build(shape).set_dropout(config.dropout), tokenizer
 
 
 def on_device(setup: TrainSetup, parallel: Any) -> TrainSetup:
-    """The setup with its model on the device, and with a dtype that is measured where only that can tell."""
+    """The setup with its model on the device and its dtype decided, if necessary by measuring."""
     compute = setup.compute
     dtype = torch.float32 if compute.autocast else getattr(torch, compute.dtype)
     setup.model.to(compute.device, dtype)
@@ -142,18 +142,18 @@ def on_device(setup: TrainSetup, parallel: Any) -> TrainSetup:
 def same_dtype_on_all_ranks(setup: TrainSetup, parallel: Any) -> ComputeConfig:
     """The ComputeConfig with a dtype that is the same in all processes.
 
-    Where only measuring can tell, a resumed run keeps the dtype it had. For a new run, rank 0 measures its
-    first micro-batch.
+    If the dtype is undecided, a resumed run keeps the one it had. For a new run, rank 0 measures which is
+    faster on its first micro-batch.
     """
     config, compute, start = setup.config, setup.compute, setup.start
     before = start.checkpoint.train_config.get("dtype") if start.checkpoint and start.resumes else None
     found = parallel.all_gather((compute.dtype, compute.undecided))
     if any(other != found[0] for other in found):
-        dtype, why = "float32", "the machines of this run would choose differently, and all of them have it"
+        dtype, why = "float32", "the machines of this run differ, and all of them support it"
     elif not compute.undecided:
         return compute
     elif before in ("float32", "bfloat16"):
-        dtype, why = before, "as this run has had it so far"
+        dtype, why = before, "as in this run so far"
     else:
         rows = parallel.rows(config)
         dtype, why = parallel.broadcast_from_rank0(lambda: measured_dtype(setup, rows))
@@ -166,7 +166,7 @@ def measured_dtype(setup: TrainSetup, rows: range) -> tuple[str, str]:
     """(dtype, why): which is faster for forward and backward passes of the run's first micro-batch."""
     config, model = setup.config, setup.model
     batch = to_device(setup.train(0), range(rows.start, rows.start + rows.step), setup.compute.device)
-    module = LossModule(model, setup.objective)
+    module: Any = LossModule(model, setup.objective)
     module = torch.compile(module) if config.compile else module
     model.train()
 
@@ -180,28 +180,27 @@ def measured_dtype(setup: TrainSetup, rows: range) -> tuple[str, str]:
     trials = [hardware.with_dtype(setup.compute, config, dtype, "") for dtype in ("float32", "bfloat16")]
     with compiling(config.compile):
         found = hardware.measure_dtype({c.dtype: functools.partial(one_pass, c) for c in trials})
-    model.zero_grad(set_to_none=True)  # of a pass that ran out of memory
-    forget_counts(model)
+    model.zero_grad(set_to_none=True)  # a pass that ran out of memory may have left gradients
+    reset_counts(model)
     return found
 
 
 def to_device(batch: dict[str, Any], rows: range, device: str) -> dict[str, torch.Tensor]:
-    """These rows of a batch of numpy arrays, on the device; to a GPU they go from pinned memory, without
-    waiting."""
+    """Copy these rows of a batch of numpy arrays to the device: to a GPU from pinned memory, without waiting."""
     tensors = {key: torch.from_numpy(array[rows.start : rows.stop]) for key, array in batch.items()}
     if device.startswith("cuda"):
         tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
     return {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
 
 
-def forget_counts(model: Any) -> None:
-    """Have the model forget what it counted (such as tokens per expert) in passes that are not training."""
+def reset_counts(model: Any) -> None:
+    """Discard what the model counted (such as tokens per expert) in passes that are not training."""
     model.after_step(torch.zeros_like)
 
 
 @contextlib.contextmanager
 def compiling(on: bool) -> Iterator[None]:
-    """For the first passes through torch.compile, if it is `on`: they take time, and may fail."""
+    """A context for the first passes of a compiled module: says that they take time, and reports errors."""
     if on:
         print("Compiling the training step: about a minute, this once.", flush=True)
     try:

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class Speedometer:
-    """Counts tokens and their FLOPs between two readings; `restart` leaves out time that was not training."""
+    """Counts tokens and FLOPs between two readings. Call `restart` after time that was not training."""
 
     def __init__(self, model: Any):
         self.model, self.seconds_per_step = model, 0.0
@@ -15,7 +15,7 @@ class Speedometer:
         self.since, self.steps, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
 
     def add(self, shape: tuple[int, ...]) -> None:
-        """A batch of this shape [B, T] is about to be trained on."""
+        """Count a batch of this shape [B, T]."""
         rows, length = shape
         self.steps, self.tokens = self.steps + 1, self.tokens + rows * length
         self.flops += rows * length * self.model.flops_per_token(length)
@@ -24,7 +24,7 @@ class Speedometer:
         """Since the last reading: seconds per step, FLOPs and tokens per second."""
         seconds = max(time.perf_counter() - self.since, 1e-9)
         now = seconds / max(self.steps, 1)
-        # The estimate of the remaining time should not jump with every single step.
+        # Smoothed, so that the estimate of the remaining time does not jump with every step.
         self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * now if self.seconds_per_step else now
         rates = {
             "step_seconds": now,

@@ -1,14 +1,15 @@
-"""ZeRO (Rajbhandari et al. 2020): DeepSpeed spreads moments, gradients and weights over the processes.
+"""ZeRO (Rajbhandari et al. 2020): DeepSpeed shards optimizer state, gradients and weights over the processes.
 
-Loop, data and checkpoint file are those of train.py. A checkpoint is gathered parameter by parameter in
-the first process's main memory; on the devices, and in all other processes, there is never more than
-each one's share and one whole parameter.
+The loop, the data and the checkpoint files are those of train.py. A checkpoint is gathered parameter by
+parameter in the main memory of rank 0. The devices and the other processes never hold more than their own
+shard and one full parameter.
 """
 
 import contextlib
 import functools
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,24 @@ import models
 from common.config import display_path
 from common.errors import UserError
 from common.hardware import ComputeConfig
-from config.schema import LAST_STEP, DeepSpeedConfig, TrainConfig
+from config.schema import LAST_STEP, ArchitectureConfig, DeepSpeedConfig, ResolvedTrainConfig, TrainConfig
+from config.stages import Stage
 from engine import archive, runs
 from engine import checkpoint as checkpoints
 from engine.optimizer import Muon, orthogonal, state_shapes
 from engine.parallel import DataParallel
+from tokenizer import Tokenizer
 
-# A shared-memory helper for CPUs, which takes a compiler and a minute to build; gloo does without.
+# A shared-memory helper for CPUs: building it takes a compiler and a minute, and gloo works without it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # what DeepSpeed has yet to mend
+warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # raised by DeepSpeed's code
 
 
 class Zero(DataParallel):
-    """settings: a `DeepSpeedConfig`; name: of its file. Raises UserError where it does not fit the run."""
+    """The strategy of train_deepspeed.py (see engine/parallel.py).
+
+    settings: DeepSpeed's configuration. name: that of its file, for errors.
+    """
 
     def __init__(self, settings: DeepSpeedConfig, name: str, backend: str, compute: ComputeConfig):
         self.settings: dict[str, Any] = settings.model_dump()
@@ -56,10 +62,10 @@ class Zero(DataParallel):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise UserError(f"{name}: zero_optimization: {key}: {first['msg'].lower()}") from None
-        self.muon = functools.partial(SpreadMuon, zero=self) if self.stage else None
+        self.muon = functools.partial(ShardedMuon, zero=self) if self.stage else None
         super().__init__(backend, compute)
 
-    def rows(self, config: TrainConfig) -> range:
+    def rows(self, config: ResolvedTrainConfig) -> range:
         rows = super().rows(config)
         given = {key: value for key, value in self.settings.items() if type(value) is int}
         accumulation = given.get("gradient_accumulation_steps")
@@ -84,7 +90,7 @@ class Zero(DataParallel):
         return range(rows.start, rows.stop, micro_batch)
 
     def wrap(
-        self, module: Any, optimizer: Any, config: TrainConfig, compute: ComputeConfig
+        self, module: Any, optimizer: Any, config: ResolvedTrainConfig, compute: ComputeConfig
     ) -> tuple[Any, Any]:
         self.rows(config)  # fills in DeepSpeed's batch sizes
         if config.compile:
@@ -115,14 +121,14 @@ class Zero(DataParallel):
             config={
                 **self.settings,
                 "gradient_clipping": config.grad_clip,
-                # Gradients are summed in float32, as in every other way to train.
+                # Gradients are summed in float32, as with every other strategy.
                 "torch_autocast": {
                     "enabled": compute.autocast,
                     "dtype": compute.dtype,
                     "lower_precision_safe_modules": [],
                 },
                 "zero_force_ds_cpu_optimizer": False,  # use PyTorch's AdamW; DeepSpeed's needs a compiler
-                "zero_allow_untested_optimizer": True,  # our Muon
+                "zero_allow_untested_optimizer": True,  # ShardedMuon
             },
         )
         self.optimizer = self.engine.optimizer
@@ -133,13 +139,13 @@ class Zero(DataParallel):
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)  # it takes the mean, too
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)  # DeepSpeed averages over ranks
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float) -> torch.Tensor:
-        if not self.stage:  # DeepSpeed clips here, too, but does not report the norm
+        if not self.stage:  # DeepSpeed would clip, too, but not report the norm
             self.grad_norm = super().clip_grad_norm_(self.parameters, max_norm)
         else:
-            self.grad_norm = torch.zeros(())  # DeepSpeed clips in its step, which fills this in
+            self.grad_norm = torch.zeros(())  # DeepSpeed clips in EngineOptimizer.step, which sets this
         return self.grad_norm
 
     def load_optimizer(self, optimizer: Any, state: dict[int, dict[str, torch.Tensor]]) -> None:
@@ -147,8 +153,8 @@ class Zero(DataParallel):
             return super().load_optimizer(self.optimizer, state)
         if not state:
             return None
-        # DeepSpeed allocates the state in its first step. A step without gradients at rate 0 changes no
-        # weight.
+        # DeepSpeed allocates the state in its first step. A step with zero gradients and learning rate
+        # changes no weight.
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.micro_batch(is_last=True)
         mask = torch.zeros(1, 1, device=self.device)
@@ -163,19 +169,19 @@ class Zero(DataParallel):
             for key in sorted(state[number].keys() - {"step"}):
                 self._set_state(parameter, state[number][key].to(self.device), key)
 
-    def _step_counters(self):
+    def _step_counters(self) -> list[torch.Tensor]:
         return [state["step"] for state in self.optimizer.optimizer.state.values() if "step" in state]
 
-    def _set_state(self, parameter, value, key):
+    def _set_state(self, parameter: Any, value: torch.Tensor, key: str) -> None:
         if self.stage < 3:
             return safe_set_full_optimizer_state(parameter, value, key)
-        # Not safe_set_full_...: it fails where the numbers do not divide by the processes.
+        # safe_set_full_optimizer_state fails if the size is not divisible by the number of processes.
         share = parameter.ds_tensor.numel()
         padded = torch.nn.functional.pad(value.flatten(), (0, share * self.world_size - value.numel()))
-        safe_set_local_optimizer_state(parameter, padded[self.rank * share :][:share], key)
+        return safe_set_local_optimizer_state(parameter, padded[self.rank * share :][:share], key)
 
-    def _link_state(self):
-        """DeepSpeed's own link, made in its first step, misses all groups of parameters but the first."""
+    def _link_state(self) -> None:
+        """Link every parameter to its optimizer state. DeepSpeed links only the first parameter group."""
         if self.stage < 3:
             zero = self.optimizer
             for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
@@ -202,7 +208,7 @@ class Zero(DataParallel):
 
 
 class EngineOptimizer:
-    """What the training loop steps: DeepSpeed's engine, which clips, updates and clears the gradients."""
+    """The optimizer that the training loop sees. DeepSpeed's engine clips, steps and clears gradients."""
 
     def __init__(self, zero: Zero):
         self.zero = zero
@@ -220,25 +226,25 @@ class EngineOptimizer:
         pass  # the engine has done it
 
 
-class SpreadMuon(Muon):
-    """Muon whose parameters and gradients are shares of what DeepSpeed has laid one behind the other.
+class ShardedMuon(Muon):
+    """Muon on DeepSpeed's flat shards, each of which holds parts of many matrices.
 
-    Its own Muon makes updates orthogonal before gradients are clipped, which gives other steps than those
-    of one process. Momentum stays spread out; the updates of a group are gathered for as long as it takes.
+    DeepSpeed's own Muon orthogonalizes updates before gradients are clipped, so its steps differ from those
+    of a single process. Here momentum stays sharded, and the updates of a group are gathered for a moment.
     """
 
-    def __init__(self, groups, zero):
+    def __init__(self, groups: list[dict[str, Any]], zero: Zero):
         super().__init__(groups)
         self.zero = zero
 
-    def direction(self, parameter, update):
-        """update: this process's share, flat. Needs the others' for the matrices of which it has a part."""
+    def direction(self, parameter: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        """Orthogonalize this process's shard of the updates, which is flat."""
         zero, size = self.zero, update.numel()
         engine, first = zero.optimizer, zero.rank * size
         shares = update.new_empty(zero.world_size, size)
         dist.all_gather_into_tensor(shares.view(-1), update)
-        if zero.stage == 3:  # each matrix is spread over all processes
-            at = _place(engine.fp32_partitioned_groups_flat, parameter)
+        if zero.stage == 3:  # each matrix is sharded over all processes
+            at = _index_of(engine.fp32_partitioned_groups_flat, parameter)
             start = 0
             for matrix in engine.fp16_groups[at]:
                 share = matrix.ds_tensor.numel()
@@ -248,7 +254,7 @@ class SpreadMuon(Muon):
                 update[start : start + share] = whole[zero.rank * share :][:share]
                 start += share
             return update
-        at, start, flat = _place(engine.single_partition_of_fp32_groups, parameter), 0, shares.view(-1)
+        at, start, flat = _index_of(engine.single_partition_of_fp32_groups, parameter), 0, shares.view(-1)
         for matrix in engine.round_robin_bit16_groups[at]:
             end = start + matrix.numel()
             low, high = max(start, first), min(end, first + size)
@@ -259,15 +265,15 @@ class SpreadMuon(Muon):
         return update
 
 
-def _place(tensors, one):
-    return next(i for i, tensor in enumerate(tensors) if tensor is one)
+def _index_of(tensors: Iterable[torch.Tensor], wanted: torch.Tensor) -> int:
+    return next(i for i, tensor in enumerate(tensors) if tensor is wanted)
 
 
-def read_folder(folder):
-    """(weights, step) of a folder that DeepSpeed's save_checkpoint has written: {name: float32 tensor}, int.
+def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], int]:
+    """Read a folder written by DeepSpeed's save_checkpoint. Returns ({name: float32 tensor}, step).
 
-    Its files are pickles: they are read as engine/archive.py does, and nothing in them is run.
-    UserError if the folder is missing, damaged, or holds something else.
+    Its files are pickles. They are read with engine/archive.py, so nothing in them is run.
+    Raises UserError if the folder is missing, damaged, or something else.
     """
     folder = Path(folder)
     plain = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
@@ -279,7 +285,7 @@ def read_folder(folder):
         with open(folder / "latest", encoding="utf-8") as file:
             tag = file.read(300).strip()
         if Path(tag).name != tag:
-            raise ValueError(f"latest names {tag!r}, no folder in it")
+            raise ValueError(f"latest names {tag!r}, which is not a folder in it")
         with torch.serialization.safe_globals(plain), contextlib.redirect_stdout(None):
             for path in (folder / tag).glob("*_optim_states.pt"):
                 archive.read(path, names)
@@ -289,23 +295,34 @@ def read_folder(folder):
             weights, step = states["module"], states["global_steps"]
             if type(step) is not int or not 0 <= step <= LAST_STEP:
                 raise ValueError(f"global_steps is {step!r}")
-            if any((folder / tag).glob("*_optim_states.pt")):  # ZeRO: its own copy, in float32
+            if any((folder / tag).glob("*_optim_states.pt")):  # ZeRO has a copy of the weights in float32
                 weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
-            # Training wraps the network in a LossModule, whose `model` it is.
+            # The module that was trained is a `LossModule`, in which the network is `model`.
             return {name.removeprefix("model."): weight.float() for name, weight in weights.items()}, step
     except MemoryError:
         raise
-    except Exception as error:  # each kind of damage is another one
+    except Exception as error:  # every kind of damage raises another one
         why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{display_path(folder)} is no sound checkpoint folder of DeepSpeed: {why}") from None
+        raise UserError(
+            f"{display_path(folder)} is not a valid checkpoint folder of DeepSpeed: {why}"
+        ) from None
     finally:
         os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
         if before is not None:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
-def convert(folder, stage, config, shape, tokenizer):
-    """Write the model of such a folder as an ordinary checkpoint; returns its path. No moments are taken."""
+def convert(
+    folder: str | os.PathLike[str],
+    stage: Stage,
+    config: TrainConfig,
+    shape: ArchitectureConfig,
+    tokenizer: Tokenizer,
+) -> Path:
+    """Write the model of such a folder as an ordinary checkpoint, without optimizer state. Returns its path.
+
+    Raises UserError if the model in the folder does not have this shape.
+    """
     weights, step = read_folder(folder)
     with torch.device("meta"):
         expected = {name: tuple(weight.shape) for name, weight in models.build(shape).state_dict().items()}

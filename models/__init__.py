@@ -1,39 +1,44 @@
-"""The architectures: model.py's ("nano") and one file each for the others, found by their names.
+"""The architectures: "nano" is in model.py, every other one is a file here.
 
-`architecture` in config/model_config.json names the file. It holds two classes:
+The key `architecture` in config/model_config.json names the file, which defines two classes:
 
-    Config(ArchitectureConfig)    its keys, which config/schema.py's class does not have already
-    Model(GPT)                    the network, `Model(config)`, made of model.py's parts and its own
+    Config(ArchitectureConfig)    the keys that ArchitectureConfig (config/schema.py) does not have
+    Model(GPT)                    the network, `Model(config)`, from parts of model.py and its own
 
-doc/extending.md shows how to write one. Names are looked up without importing torch.
+doc/extending.md shows how to write one. Finding an architecture's name does not import torch.
 """
+
+from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.config import check, describe_value
 from common.errors import UserError
 from config.schema import ArchitectureConfig, ModelConfig
 
+if TYPE_CHECKING:
+    from model import GPT
+
 FOLDER = Path(__file__).resolve().parent
 
 
-def names():
-    """Of all architectures."""
+def names() -> list[str]:
+    """The names of all architectures."""
     return ["nano", *sorted(path.stem for path in FOLDER.glob("[!_]*.py"))]
 
 
-def config_class(name):
-    """The schema of config/model_config.json for one of `names()`."""
+def config_class(name: str) -> type[ArchitectureConfig]:
+    """The schema of config/model_config.json for this architecture."""
     return ModelConfig if name == "nano" else importlib.import_module(f"models.{name}").Config
 
 
 def check_config(
     values: Mapping[str, Any], source: str, overrides: Collection[str] = ()
 ) -> ArchitectureConfig:
-    """Validate `values` with the schema of their architecture. See `common.config.check`."""
+    """Check `values` with the schema of the architecture that they name. See `common.config.check`."""
     name = values.get("architecture", "nano")
     if name not in names():
         where = "--set" if "architecture" in overrides else source
@@ -42,8 +47,8 @@ def check_config(
     return check(config_class(name), values, source, overrides)
 
 
-def build(config):
-    """A new model of the shape `config`, whose vocab_size is set."""
+def build(config: ArchitectureConfig) -> GPT:
+    """A new model of this shape. config.vocab_size must be set."""
     if config.architecture == "nano":
         from model import GPT
 

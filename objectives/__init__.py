@@ -1,7 +1,7 @@
-"""What a model is trained for: one file an objective, found by its name.
+"""What a model is trained for: one file per objective, found by its name.
 
-An objective says what a batch is, what the loss is and what is worth watching. A stage (config/stages.py)
-names its objective; doc/extending.md adds one.
+An objective defines what a batch is, what the loss is, and which metrics are logged. A stage
+(config/stages.py) names its objective. doc/extending.md shows how to write one.
 """
 
 import importlib
@@ -13,24 +13,24 @@ from data import BatchSource, TokenBatches, TokenFile
 
 
 class Objective:
-    """What a file of this folder derives its class `Objective` from.
+    """The base class of the `Objective` in each file.
 
-    A batch is a dictionary of tensors whose first dimension are the rows. The gradient of a step is that of
-    one number: `loss` summed over all micro-batches and processes, divided by the sum of `weight`.
+    A batch is a dictionary of tensors whose first dimension is the rows. A step follows the gradient of one
+    number: the sum of `loss` over all micro-batches and processes, divided by the sum of `weight`.
     """
 
     def source(self, files: list[TokenFile], block_size: int, batch_size: int, seed: int) -> BatchSource:
-        """Where the batches come from, in a stage that trains on token files."""
+        """Where batches come from in a stage that trains on token files."""
         return TokenBatches(files, block_size, batch_size, seed)
 
     def weight(self, batch: dict[str, Any]) -> float:
-        """How much a batch counts: usually the number of tokens that its loss is summed over."""
+        """How much a batch counts: usually the number of tokens that the loss is summed over."""
         return float(batch["mask"].sum())
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, summed over the batch, and metrics: {name: scalar tensor, a mean over the rows}.
 
-        In training, the gradient may include further losses. In eval mode the metrics are those of a
+        In training, the gradient may include further losses. In eval mode, the metrics are those of a
         validation.
         """
         raise NotImplementedError

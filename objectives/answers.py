@@ -1,5 +1,4 @@
-"""Language modelling on questions and answers of which only the answer counts: the objective of toy
-problems."""
+"""The objective of toy problems: language modelling on questions with answers. Only the answers count."""
 
 from typing import Any
 
@@ -9,8 +8,7 @@ from objectives import lm
 
 
 class Objective(lm.Objective):
-    """Also measures, in validation, the share of rows whose likeliest tokens are right wherever the mask is
-    1."""
+    """Validation also measures the share of rows in which the likeliest token is right wherever mask is 1."""
 
     def validation_metrics(self, model: Any, x: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         right = (model.logits(x).argmax(-1) == batch["y"]) | (batch["mask"] == 0)

@@ -1,6 +1,6 @@
-"""Language modelling, the objective of pretraining and of supervised fine-tuning: predict the next token.
+"""Language modelling, the objective of pretraining and supervised fine-tuning (SFT): predict the next token.
 
-The two stages differ in their data only: the mask of SFT is 1 on the words of the answers and 0 elsewhere.
+The two stages differ only in their data: in SFT, the mask is 1 on the answers and 0 elsewhere.
 """
 
 from typing import Any
@@ -25,11 +25,10 @@ class Objective(objectives.Objective):
             return loss, self.validation_metrics(model, x, batch)
         auxiliary, metrics = model.auxiliary_loss(x, targets, mask)
         if auxiliary is not None:
-            # The value stays the language-modelling loss; the gradient includes the architecture's own
-            # losses.
+            # The value stays the language-modelling loss, but the gradient includes the auxiliary losses.
             loss = loss + (auxiliary - auxiliary.detach())
         return loss, metrics
 
     def validation_metrics(self, model: Any, x: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a validation measures besides the loss; x [B, T, C] are the model's final vectors."""
+        """Further metrics of a validation. x [B, T, C] are the model's final vectors."""
         return {}

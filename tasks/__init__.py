@@ -1,12 +1,11 @@
-"""Tasks: one file each, found by its name. doc/extending.md adds one as an example.
+"""Tasks: one file each, found by its name. doc/extending.md shows how to write one.
 
-A task has examples, writes a prompt for each, and scores an answer. Toy problems are tasks; so are the
-questions of `inference.py --eval`, and what evaluation and rewards will need.
+A task has examples, makes a prompt from each, and scores answers. Toy problems are tasks, and so are the
+questions of `inference.py --eval`.
 
-A toy problem (`Problem`) is a dataclass. Its fields are its sizes, which become options of the command line;
-its methods draw a question, know the answer, and say how large a model to train on it for how long. Which
-questions are held out for testing follows from the questions alone, so no model of any seed is ever trained
-on one.
+A toy problem (`Problem`) is a dataclass. Its fields are its sizes, which become command-line options. Its
+methods draw a question, compute the answer, and give the model and the training that can learn it. Whether a
+question is held out for testing depends only on the question itself, so no run, with any seed, trains on it.
 """
 
 import functools
@@ -28,15 +27,15 @@ from common.errors import UserError
 from tokenizer import CharTokenizer, Tokenizer
 
 HELD_OUT = 10  # one question in ten is for testing
-SORTED_TOGETHER = 8  # steps whose questions are drawn at once
+STEPS_DRAWN_TOGETHER = 8  # so that questions of similar length can share a batch
 
 
 class Example(NamedTuple):
     """One example of a task.
 
-    question  for a chat, all messages before the answer; else a text
+    question  a text, or for a chat all messages before the answer
     answer    the right answer, or one of them
-    kind      the group it belongs to, where scores should be shown for each of several
+    kind      its group, if scores should be reported per group
     """
 
     question: Any
@@ -54,30 +53,29 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self, split: str, seed: int) -> Iterator[Example]:
-        """The examples of a split, "train" or "test", perhaps without end; the same ones for the same
-        seed."""
+        """The examples of a split, "train" or "test", possibly endless. The seed determines them."""
 
     def prompt(self, example: Example) -> Any:
         """What the model reads: a text, or the messages of a chat."""
         return example.question
 
     def score(self, example: Example, answer: str) -> float:
-        """How good an answer is, from 0 to 1. By default it has to be the right one."""
+        """How good an answer is, from 0 to 1. By default, 1 for the right answer."""
         return float(answer.strip() == example.answer.strip())
 
 
 def option(default: int, help: str, lowest: int = 1, highest: int = 1000) -> Any:
-    """A size of a problem: a whole number that the command line can set."""
+    """A field of a problem: a whole number that becomes a command-line option."""
     return field(default=default, metadata={"help": help, "lowest": lowest, "highest": highest})
 
 
 class Problem(Task):
-    """A toy problem: a dataclass derived from this, in a file of its own.
+    """The base class of toy problems. Each is a dataclass in its own file.
 
-    characters   what questions and answers are written with, one token each
-    is_causal    True: the answer follows question and `mark` token by token;
-                 False: it is as long as the question and comes in one pass, in which every token sees all
-                 others
+    characters   the characters of questions and answers, one token each
+    is_causal    True: the answer follows the question and `mark`, token by token
+                 False: the answer is as long as the question and computed in one pass, in which every token
+                 sees all others
     """
 
     characters = ""
@@ -86,7 +84,7 @@ class Problem(Task):
 
     @abstractmethod
     def draw(self, random: random.Random) -> str:
-        """A random question. `random` is the only source of randomness."""
+        """A random question, in which all randomness comes from `random`."""
 
     @abstractmethod
     def answer(self, question: str) -> str:
@@ -94,34 +92,36 @@ class Problem(Task):
 
     @abstractmethod
     def read(self, text: str) -> str:
-        """What a user typed, written as `draw` would. Raises UserError if it is no question of this size."""
+        """Normalize what a user typed to a question as from `draw`. Raises UserError if it is not one."""
 
     def check(self, question: str, answer: str) -> bool:
-        """Whether this is a right answer."""
+        """Whether the answer is right."""
         return answer == self.answer(question)
 
     def subproblems(self, question: str) -> Any:
-        """[(start, end, answer), ...]: parts question[start:end] that are questions themselves. A causal
-        model is also trained to give each one's answer, a single character, at the end of the part: process
-        supervision (Uesato et al. 2022), which shows where a wrong answer went wrong."""
+        """[(start, end, answer), ...]: parts question[start:end] that are questions themselves.
+
+        A causal model is also trained to predict the answer of each part, a single character, at its end.
+        This is process supervision (Uesato et al. 2022): it shows in which step an answer went wrong.
+        """
         return ()
 
     def kind(self, question: str) -> str:
-        """The kind of a question, where accuracy should be shown for each of several."""
+        """The kind of a question, if accuracy should be reported per kind."""
         return ""
 
     @property
     @abstractmethod
     def longest(self) -> tuple[int, int]:
-        """(characters of the longest question, of the longest answer)"""
+        """The lengths of the longest question and of the longest answer, in characters."""
 
     @abstractmethod
     def model(self) -> dict[str, Any]:
-        """Keys of config/model_config.json: a shape that can learn this size of the problem."""
+        """Keys of config/model_config.json: a model that can learn the problem in this size."""
 
     @abstractmethod
     def training(self) -> dict[str, Any]:
-        """Keys of config/config_pretrain.json: the training that does it."""
+        """Keys of config/config_pretrain.json: training that is long enough."""
 
     # ---- the same for all problems --------------------------------------------------------------------
 
@@ -142,8 +142,7 @@ class Problem(Task):
         return Example(question, self.answer(question), self.kind(question))
 
     def examples(self, split: str, seed: int) -> Iterator[Example]:
-        """Of the test split every question once, as far as they are found; of the training split without
-        end."""
+        """Each held-out question once for "test"; an endless stream for "train"."""
         if split == "test":
             yield from map(self.example, held_out_questions(self, seed))
             return
@@ -171,7 +170,7 @@ class Problem(Task):
     ) -> dict[str, np.ndarray]:
         """A batch of questions with their answers: "x" and "y" [B, T] int64, "mask" [B, T] float32.
 
-        subproblems: with the answers of their parts, too, except those that are held out.
+        subproblems: also train on the answers of the questions' parts, except held-out ones.
         """
         answers = [self.answer(question) for question in questions]
         if not self.is_causal:
@@ -187,7 +186,7 @@ class Problem(Task):
         for row, (tokens, answer) in enumerate(zip(rows, answers, strict=True)):
             ids[row, : len(tokens)] = tokens
             ids[row, len(tokens)] = tokenizer.eos_id
-            mask[row, len(tokens) - len(answer) - 1 : len(tokens)] = 1  # the answer and its end
+            mask[row, len(tokens) - len(answer) - 1 : len(tokens)] = 1  # the answer and the end token
         x, y = ids[:, :-1].copy(), ids[:, 1:].copy()
         for row, question in enumerate(questions if subproblems else ()):
             for start, end, answer in self.subproblems(question):
@@ -198,14 +197,14 @@ class Problem(Task):
 
 @dataclass
 class DigitProblem(Problem):
-    """A problem whose questions are strings of so many digits."""
+    """A problem whose questions are strings of digits."""
 
-    digits: int = option(6, "how many digits a number has")
+    digits: int = option(6, "number of digits")
 
     characters = "0123456789"
 
     def draw(self, random: random.Random) -> str:
-        # Independent digits would hardly ever give 888088: first draw which digits may occur.
+        # First draw which digits may occur: independent digits would hardly ever give 888088.
         digits = random.sample("0123456789", random.randint(1, 10))
         return "".join(random.choices(digits, k=self.digits))
 
@@ -232,7 +231,7 @@ def is_held_out(question: str) -> bool:
 
 
 def held_out_questions(problem: Problem, seed: int) -> Iterator[str]:
-    """Different held-out questions, until no new one turns up."""
+    """Distinct held-out questions, until no new one is found."""
     chance = random.Random(f"{problem.name}/test/{seed}")
     seen, in_vain = set(), 0
     while in_vain < 20_000:  # a small problem has few of them
@@ -248,7 +247,7 @@ def held_out_questions(problem: Problem, seed: int) -> Iterator[str]:
 
 
 class ProblemSource:
-    """What the two sources of a problem's batches share."""
+    """The base class of the two sources of a problem's batches."""
 
     notes: list[str] = []
     text_size = None
@@ -266,7 +265,7 @@ class ProblemSource:
 class TrainingQuestions(ProblemSource):
     """Training batches, drawn as they are needed.
 
-    The questions of a batch depend on (problem, seed, batch size, number of the batch) alone.
+    The questions of a batch depend only on the problem, the seed, the batch size and the batch's number.
     """
 
     sequences_per_epoch = math.inf
@@ -279,15 +278,14 @@ class TrainingQuestions(ProblemSource):
         self._drawn = functools.lru_cache(maxsize=1)(self._draw)
 
     def questions(self, step: int) -> list[str]:
-        group, which = divmod(step, SORTED_TOGETHER)
+        group, which = divmod(step, STEPS_DRAWN_TOGETHER)
         return self._drawn(group)[which]
 
     def _draw(self, group: int) -> list[list[str]]:
-        """The questions of SORTED_TOGETHER steps, those of a step of similar length, which needs less
-        padding."""
+        """The questions of STEPS_DRAWN_TOGETHER steps. Each step gets similar lengths, for less padding."""
         chance = random.Random(f"{self.problem.name}/training/{self.seed}/{group}")
         questions: list[str] = []
-        while len(questions) < SORTED_TOGETHER * self.batch_size:
+        while len(questions) < STEPS_DRAWN_TOGETHER * self.batch_size:
             question = self.problem.draw(chance)
             if not is_held_out(question):
                 questions.append(question)
@@ -297,7 +295,7 @@ class TrainingQuestions(ProblemSource):
         return steps
 
     def __call__(self, first: int) -> dict[str, np.ndarray]:
-        """The batch in which question number `first` lies."""
+        """The batch that holds question number `first`."""
         questions = self.questions(first // self.batch_size)
         return self.problem.encode(self.tokenizer, questions, subproblems=True)
 
@@ -307,7 +305,7 @@ class TrainingQuestions(ProblemSource):
 
 
 class HeldOutQuestions(ProblemSource):
-    """At most `count` different held-out questions. Raises UserError if there is none."""
+    """At most `count` distinct held-out questions. Raises UserError if there are none."""
 
     def __init__(self, problem: Problem, tokenizer: Tokenizer, batch_size: int, seed: int, count: int):
         super().__init__(problem, tokenizer, batch_size)
@@ -329,7 +327,7 @@ class HeldOutQuestions(ProblemSource):
 
 
 def _in_file(name: str) -> type[Problem] | None:
-    """The Problem defined in tasks/<name>.py; None if it defines none."""
+    """The Problem that tasks/<name>.py defines, or None."""
     module = importlib.import_module(f"{__name__}.{name}")
     here = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
     return next((v for v in here if isinstance(v, type) and issubclass(v, Problem)), None)
@@ -348,7 +346,10 @@ def find(name: str) -> type[Problem]:
 
 
 def make(name: str, values: dict[str, Any]) -> Problem:
-    """The problem of this name in the sizes of `values`; None, and what is missing, is the default."""
+    """The problem of this name in the sizes of `values`. Missing sizes, and None, mean the default.
+
+    Raises UserError if a size is not a whole number in its range.
+    """
     sizes = {}
     problem = find(name)
     for size in fields(problem):  # type: ignore[arg-type]  # a dataclass

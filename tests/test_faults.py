@@ -99,7 +99,7 @@ def test_the_launcher_brings_a_killed_run_back(tiny_project, train, script):
     os.kill(processes_of(tiny_project)[1], signal.SIGKILL)
     output, errors = finish(process, 120)
     assert process.returncode == 0 and "Done: step 200" in output, errors
-    assert re.search(r"going on with checkpoint/pretrain_\w+_step_\d+.pt at step \d+", errors)
+    assert re.search(r"resuming from checkpoint/pretrain_\w+_step_\d+.pt at step \d+", errors)
     curve = dict(train.logged("Train", "Loss"))
     again = dict(tiny_project.logged("Train", "Loss"))  # the later of what was computed twice
     assert curve.keys() == again.keys()
@@ -142,5 +142,5 @@ def test_a_stopped_process_is_named_and_the_run_ends_with_its_launcher(tiny_proj
     output, errors = finish(process)  # it ends with the last of its processes
     assert "Waiting" not in errors and errors.count("The launcher has ended") == 1, errors
     [(step, path)] = tiny_project.checkpoints().items()
-    assert f"Stopped after step {step}. Go on with: the same command and --resume" in output
+    assert f"Stopped after step {step}. Resume with: the same command and --resume" in output
     assert load(path).step == step and not processes_of(tiny_project)

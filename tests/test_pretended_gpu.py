@@ -54,7 +54,7 @@ def test_training_is_all_on_the_device(tiny_project, train, settings):
 def test_a_resumed_run_fine_tuning_and_talking_are_all_on_the_device(tiny_project):
     on_it(tiny_project, "train.py", "-t", "pretrain", **RUN)
     again = on_it(tiny_project, "train.py", "-t", "pretrain", "--resume", max_steps=8, **RUN)
-    assert "2 of them now" in again
+    assert "2 steps in this session" in again
     on_it(tiny_project, "train.py", "-t", "sft", **RUN)
     assert "speed, measured" in on_it(tiny_project, "train.py", "-t", "pretrain", "--plan", **RUN)
     ask = ("inference.py", "-i", "--prompt", "1 + 1?", "-l", 24, "-s", 1)

@@ -120,7 +120,7 @@ def test_a_compiled_step_computes_the_same_and_resumes(tiny_project, train):
     tiny_project.checkpoints()[8].unlink()
     done += [tiny_project.run("train.py", *arguments, "--resume", timeout=400)]
     assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
-    assert "Compiling the training step" in done[0].stdout and "4 of them now" in done[1].stdout
+    assert "Compiling the training step" in done[0].stdout and "4 steps in this session" in done[1].stdout
     assert train.same(load(tiny_project.checkpoints()[8]), whole) and losses(tiny_project)
     for step, (loss, _) in losses(train).items():
         assert float(losses(tiny_project)[step][0]) == pytest.approx(float(loss), abs=1e-5)
@@ -242,7 +242,7 @@ def test_a_signal_ends_training_after_its_step(tiny_project, number):
     [(step, path)] = tiny_project.checkpoints().items()
     *_, saved, last = stdout.splitlines()
     assert re.search(rf" \| Save \| Epoch-Step: \d+-{step} \| checkpoint/{path.name}$", saved)
-    stopped, command = last.split(" Go on with: ")
+    stopped, command = last.split(" Resume with: ")
     assert stopped == f"Stopped after step {step}."
     assert list(losses(tiny_project)) == list(range(1, step + 1))
 
@@ -250,8 +250,8 @@ def test_a_signal_ends_training_after_its_step(tiny_project, number):
     python, script, *words = shlex.split(command)
     assert python == "python" and "--resume" in words
     resumed = tiny_project.run(tiny_project.elsewhere / script, *words, *settings_of(max_steps=step + 2))
-    assert resumed.returncode == 0 and f"Done: step {step + 2}, 2 of them now." in resumed.stdout
-    assert f"going on with checkpoint/{path.name} at step {step}\n" in resumed.stderr
+    assert resumed.returncode == 0 and f"Done: step {step + 2}, 2 steps in this session." in resumed.stdout
+    assert f"resuming from checkpoint/{path.name} at step {step}\n" in resumed.stderr
     assert f"changed since then: max_steps: 1000000 -> {step + 2}\n" in resumed.stderr
 
 
@@ -317,7 +317,7 @@ def test_a_reader_that_leaves_ends_training_after_its_step(tiny_project):
     [(step, path)] = tiny_project.checkpoints().items()
     assert load(path).step == step == len(losses(tiny_project))
     assert f" | Save | Epoch-Step: 0-{step} | " in re.sub(r"Epoch-Step: \d+-", "Epoch-Step: 0-", stderr)
-    assert f"Stopped after step {step}. Go on with: python " in stderr and "Traceback" not in stderr
+    assert f"Stopped after step {step}. Resume with: python " in stderr and "Traceback" not in stderr
 
 
 def test_output_that_is_closed_from_the_start(tiny_project):
@@ -336,8 +336,8 @@ def test_training_stops_where_the_loss_is_no_number(train):
     done = train("pretrain", **DIVERGING, save_interval=1, keep_checkpoints=0)
     assert done.returncode == 2 and "Loss: nan" not in done.stdout
     step, good = re.fullmatch(
-        r"error: step (\d+): loss \S+, gradient norm \S+; training stopped and nothing was saved over\."
-        r" The last good checkpoint is checkpoint/(\S+): --resume it, with a lower learning_rate, .*\n",
+        r"error: step (\d+): loss \S+, gradient norm \S+; training stopped and nothing was overwritten\."
+        r" The last good checkpoint is checkpoint/(\S+): resume it with a lower learning_rate, .*\n",
         done.stderr,
     ).groups()
     last = len(losses(train))
@@ -398,7 +398,7 @@ def test_the_log_and_plain_output(train):
     assert [step for step, _ in train.logged("Train", "Loss")] == [2, 4, 5]
     assert [step for step, _ in train.logged("Val", "Loss")] == [2, 4, 5]
     *_, done_line, chart = done.stdout.splitlines()
-    assert done_line == "Done: step 5, 5 of them now."
+    assert done_line == "Done: step 5, 5 steps in this session."
     assert chart == f"Loss chart: python plot_loss.py -n {path.name}"
     # Bits per byte: the loss in nats per token, in bits, times tokens per byte of text.
     meta = TokenFile(train.root / "dataset" / "prepared" / "pretrain_val.bin").meta
@@ -429,7 +429,7 @@ def test_one_line_moves_in_a_terminal(tiny_project, colour):
 # ---- what a model gives to watch -------------------------------------------------------------------------
 
 
-def test_other_vars_land_in_the_log_the_chart_and_tensorboard(train, monkeypatch):
+def test_metrics_of_a_model_land_in_the_log_the_chart_and_tensorboard(train, monkeypatch):
     """One mean over the passes of a step, each curve under its own name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -131,7 +131,7 @@ def test_launches_beside_each_other_are_runs_of_their_own(tiny_project):
     settings = dict(save_interval=5, keep_checkpoints=1)
     lasting = in_training(tiny_project, *DDP, until=" | Save | ", **settings)
     output = launched(tiny_project, *DDP, "-t", "pretrain", **settings, max_steps=6, random_seed=7)
-    assert "Done: step 6, 6 of them now." in output
+    assert "Done: step 6, 6 steps in this session." in output
     lasting.send_signal(signal.SIGTERM)
     finish(lasting)
     checkpoints = [load(path) for path in (tiny_project.root / "checkpoint").glob("*.pt")]

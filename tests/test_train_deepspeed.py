@@ -271,7 +271,7 @@ def test_a_folder_of_deepspeed_is_converted(tiny_project, stage):
     damaged = next((tiny_project.root / "checkpoint" / "ds").rglob("*optim_states.pt"))
     damaged.write_bytes(damaged.read_bytes()[:-1000])
     done = tiny_project.run(*convert)
-    assert done.returncode == 2 and "is no sound checkpoint folder of DeepSpeed" in done.stderr
+    assert done.returncode == 2 and "is not a valid checkpoint folder of DeepSpeed" in done.stderr
 
 
 def test_a_hostile_folder_of_deepspeed_is_not_run(tiny_project):

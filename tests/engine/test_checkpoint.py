@@ -66,14 +66,14 @@ def test_resuming(train):
     content, name = path.read_bytes(), f"checkpoint/{path.name}"
 
     finished = train("pretrain", "--resume")
-    assert (finished.returncode, finished.stderr) == (0, f"going on with {name} at step 6\n")
+    assert (finished.returncode, finished.stderr) == (0, f"resuming from {name} at step 6\n")
     assert finished.stdout.endswith(f"Nothing to do: {name} has all of its 6 steps.\n")
     assert path.read_bytes() == content and len(list(train.root.glob("train_*.log"))) == 1
 
     changes = dict(max_steps=7, weight_decay=0.5, beta1=0.5, n_layer=2)
     changed = train("pretrain", "--resume", **changes)
     assert changed.returncode == 0 and changed.stderr == (
-        f"going on with {name} at step 6\n"
+        f"resuming from {name} at step 6\n"
         "changed since then: max_steps: 6 -> 7, weight_decay: 0.1 -> 0.5, beta1: 0.9 -> 0.5\n"
         "the model keeps the shape it has in the checkpoint: n_layer 1 (configured: 2)\n"
         "the learning rate jumps, at step 6, from 1.00e-03 to 1.86e-03\n"
@@ -112,8 +112,9 @@ def test_the_state_of_another_optimizer_is_refused(train):
         assert done.returncode == 2
         # What it advises does work.
         done = train("pretrain", max_steps=4, optimizer=now, from_checkpoint=path)
-        assert done.returncode == 0 and "4 of them now" in done.stdout
-        assert f"starting from the weights of {path}\nthis is a new run; that one goes on with" in done.stderr
+        assert done.returncode == 0 and "4 steps in this session" in done.stdout
+        notices = f"starting from the weights of {path}\nthis is a new run; to continue the other one:"
+        assert notices in done.stderr
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(train):
@@ -126,7 +127,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(train):
     done = train("pretrain", "--resume", **settings)
     assert done.returncode == 0 and done.stderr == (
         f"checkpoint/{six.name} is damaged, or is not a checkpoint of Nano; trying the one before it\n"
-        f"going on with checkpoint/{four.name} at step 4\n"
+        f"resuming from checkpoint/{four.name} at step 4\n"
     )
     assert train.same(load(six), whole)
     for path in (four, six):
@@ -143,7 +144,7 @@ def test_going_back_to_an_earlier_step_loses_nothing(train):
     done = train("pretrain", "--resume", early, **settings, keep_checkpoints=1)
     assert done.returncode == 0 and done.stderr.startswith(
         f"checkpoint/{early.name} is not where its run ended: this is a new run that branches off there\n"
-        f"going on with checkpoint/{early.name} at step 2\n"
+        f"resuming from checkpoint/{early.name} at step 2\n"
     )
     assert all(path.read_bytes() == content for path, content in before.items())
     [branch] = {*train.checkpoints().values()} - before.keys()

@@ -18,7 +18,7 @@ import tokenizer as tokenizers
 from common.errors import UserError
 from data import TokenBatches, TokenFile
 from engine.checkpoint import load
-from engine.runs import Run, newest, saved
+from engine.runs import Run, list_checkpoints, newest
 from preparation.corpus import prepare
 
 # ---- names and locks -------------------------------------------------------------------------------------
@@ -46,7 +46,8 @@ def test_a_new_run_is_later_than_all_there_are_whatever_the_clock_says(folder, m
             time.tzset()
             (folder / f"sft_{Run().name}_step_1.pt").touch()
     time.tzset()
-    assert [entry.run for entry in saved("sft")] == ["20410203_235959", "20410204_000001", "20410204_000002"]
+    names = [file.run for file in list_checkpoints("sft")]
+    assert names == ["20410203_235959", "20410204_000001", "20410204_000002"]
 
 
 def _utc(name):
@@ -88,7 +89,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(train):
     settings = dict(max_steps=4, save_interval=2)
     assert train("pretrain", **settings).returncode == 0
     assert train("pretrain", **settings, random_seed=1).returncode == 0
-    older, newer = sorted({entry.run for entry in saved("pretrain")})
+    older, newer = sorted({entry.run for entry in list_checkpoints("pretrain")})
     before = {path: path.read_bytes() for path in (train.root / "checkpoint").iterdir()}
     with Run(newer):
         for which in ([], [newer], [f"pretrain_{newer}"]):
@@ -96,14 +97,14 @@ def test_a_run_is_trained_by_one_process_at_a_time(train):
             assert done.returncode == 2 and f"run {newer} is being trained by another process" in done.stderr
         assert done.stderr.endswith(" on " + socket.gethostname() + "\n")
         done = train("pretrain", "--resume")
-        assert done.stderr.endswith(f"; other runs of pretrain go on with --resume {older}\n")
+        assert done.stderr.endswith(f"; other runs of pretrain: --resume {older}\n")
         assert before == {path: path.read_bytes() for path in before}
         # What it has left behind may be gone on with, by a run of its own, and so may another run.
-        early = saved("pretrain", newer)[0].path
+        early = list_checkpoints("pretrain", newer)[0].path
         assert "branches off" in train("pretrain", "--resume", early, max_steps=4).stderr
         done = train("pretrain", "--resume", older, max_steps=6)
-    assert done.returncode == 0 and f"going on with checkpoint/pretrain_{older}_step_4.pt" in done.stderr
-    assert [entry.step for entry in saved("pretrain", newer)] == [2, 4]
+    assert done.returncode == 0 and f"resuming from checkpoint/pretrain_{older}_step_4.pt" in done.stderr
+    assert [entry.step for entry in list_checkpoints("pretrain", newer)] == [2, 4]
     assert len(list(train.root.glob("train_*.log"))) == 3
 
 
@@ -147,7 +148,7 @@ def test_the_run_that_was_started_last_goes_on_not_that_of_the_latest_clock(trai
     assert train("pretrain", **settings, random_seed=2).returncode == 0
     os.utime(future)
     done = train("pretrain", "--resume", max_steps=4, random_seed=2)
-    assert "going on with checkpoint/pretrain_20410101_000001_step_3.pt" in done.stderr
+    assert "resuming from checkpoint/pretrain_20410101_000001_step_3.pt" in done.stderr
 
 
 def test_what_cannot_be_resumed_is_told(train):
@@ -155,7 +156,7 @@ def test_what_cannot_be_resumed_is_told(train):
     [path] = train.checkpoints().values()
     run = load(path).run
     for wanted, sentence in (
-        ("20200101_000000", rf"no checkpoint of this run; other runs of pretrain go on with --resume {run}$"),
+        ("20200101_000000", rf"no checkpoint of this run; other runs of pretrain: --resume {run}$"),
         ("sft_20200101_000000", "there is no checkpoint sft_20200101_000000"),
         ("nowhere.pt", r"there is no checkpoint nowhere.pt; the newest in checkpoint/ is checkpoint/pre"),
     ):
@@ -174,12 +175,13 @@ def test_a_model_without_a_run_is_passed_over(train):
         read.run, read.step, read.optimizer, read.train_config = run.name, 0, {}, {}
         model = read.save()
     done = train("pretrain", "--resume", max_steps=4)
-    assert done.returncode == 0 and f"going on with checkpoint/{path.name} at step 3" in done.stderr
+    assert done.returncode == 0 and f"resuming from checkpoint/{path.name} at step 3" in done.stderr
     done = train("pretrain", "--resume", model)
     advice = re.search("--set (from_checkpoint=)(.*)\n", done.stderr)
     assert done.returncode == 2 and advice[2] == f"checkpoint/{model.name}"
     done = train("pretrain", from_checkpoint=advice[2], max_steps=2, decay_lr=False)
-    assert done.returncode == 0 and "2 of them now" in done.stdout and "this is a new run" not in done.stderr
+    assert done.returncode == 0 and "2 steps in this session" in done.stdout
+    assert "this is a new run" not in done.stderr
     assert newest("pretrain")[0].step == 2
 
 
@@ -217,7 +219,7 @@ def test_a_checkpoint_of_version_1_goes_on(train):
     assert old.consumed == {"sequences": 12, "tokens": None} and old.validation == old.best
     done = train("pretrain", "--resume", max_steps=6, lr_decay_iters=6, dropout=0.1)
     assert done.returncode == 0
-    assert "does not say what its data held: they are taken to be the same\n" in done.stderr
+    assert "does not record its data: they are assumed to be unchanged\n" in done.stderr
     last = load(train.checkpoints()[6])
     assert last.consumed == {"sequences": 24, "tokens": None} and last.data == whole.data
     for name, weights in last.model.items():
@@ -251,8 +253,8 @@ def test_changed_data_are_told_and_begun_anew(train):
         old, new = first.data[kind][0]["size"], load(train.checkpoints()[12]).data[kind][0]["size"]
         what = "other content of the same size" if old == new else f"{old} then, {new} now"
         assert f"the data have changed: {path}: {what}\n" in done.stderr
-    assert "the data begin anew, at their first sequence: their content has changed\n" in done.stderr
-    assert "may hold documents that were trained on before; the best loss counts anew\n" in done.stderr
+    assert "training restarts at the first sequence of the data: their content has changed\n" in done.stderr
+    assert "may hold documents that were trained on before; the best loss is reset\n" in done.stderr
     last = load(train.checkpoints()[12])
     assert last.consumed["sequences"] == 8 and last.consumed["tokens"] > first.consumed["tokens"]
     assert last.best["step"] == 12  # whatever was reached on the other data
@@ -276,11 +278,11 @@ def test_a_curriculum_that_only_grows_goes_on(train):
     assert train("pretrain", dataset_path=one, **SMALL, max_steps=4).returncode == 0
     done = train("pretrain", "--resume", dataset_path=one + two, **SMALL, max_steps=8)
     assert "the data have changed: two/pretrain_train.bin: nothing then, " in done.stderr
-    assert "begin anew" not in done.stderr and "the best loss counts anew" in done.stderr
+    assert "restarts" not in done.stderr and "the best loss is reset" in done.stderr
     assert load(train.checkpoints()[8]).consumed["sequences"] == 16
     # The other way round, what has been seen stands at another place.
     done = train("pretrain", "--resume", dataset_path=two + one, **SMALL, max_steps=9)
-    assert "begin anew" in done.stderr
+    assert "restarts" in done.stderr
     assert load(train.checkpoints()[9]).consumed["sequences"] == 2
 
 
@@ -328,11 +330,11 @@ def test_the_best_of_other_sequences_is_no_best(train, change):
     checkpoint.best = {"loss": 0.001, "step": 2}
     checkpoint.save()
     done = train("pretrain", "--resume", max_steps=7, **change)
-    assert done.returncode == 0 and "the best loss counts anew\n" in done.stderr
+    assert done.returncode == 0 and "the best loss is reset\n" in done.stderr
     last = load(train.checkpoints()[7])
     assert last.best["step"] == 7
     if "random_seed" in change:
-        assert "the data begin anew, at their first sequence: their order has changed" in done.stderr
+        assert "training restarts at the first sequence of the data: their order has changed" in done.stderr
         assert last.consumed["sequences"] == 4
     done = train("pretrain", "--resume", max_steps=8, **change)
     assert "anew" not in done.stderr and load(train.checkpoints()[8]).best["loss"] <= last.best["loss"]
@@ -360,7 +362,7 @@ def test_a_run_has_one_log(train):
     with open(path, "a") as file:  # as a process leaves it that was killed while it wrote
         file.write("2026-01-02 03:04:05 | Train | Epo")
     assert train("pretrain", "--resume", max_steps=6).returncode == 0
-    early = saved("pretrain", run)[0].path
+    early = list_checkpoints("pretrain", run)[0].path
     assert train("pretrain", "--resume", early, max_steps=3).returncode == 0
     text, branch = (path.read_text("utf-8") for path in sorted(train.root.glob("train_*.log")))
     headers = [json.loads(line[2:]) for line in (text + branch).splitlines() if line.startswith("# ")]
@@ -379,7 +381,7 @@ def test_what_a_launcher_brings_back_goes_on_under_its_name(train):
 
     settings = dict(max_steps=4, save_interval=2)
     assert train("pretrain", **settings).returncode == 0
-    early, last = (entry.path for entry in saved("pretrain"))
+    early, last = (entry.path for entry in list_checkpoints("pretrain"))
     config = check(TrainConfig, load(last).train_config, "a test's")
     for resume, step in ((None, 0), (True, 0), (str(early), 2)):
         start = starting_point("pretrain", config, resume, launched="20410101_000000")

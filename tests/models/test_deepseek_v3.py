@@ -35,7 +35,7 @@ def build(seed=0, std=0.2, **fields):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(float("norm" in name), std)
-        for _, moe in model.mixtures():
+        for _, moe in model.moe_layers():
             moe.gate.e_score_correction_bias.normal_(0, 0.1)
     return model.eval()
 
@@ -210,15 +210,17 @@ def test_gradients_are_those_of_transformers():
 
 def test_the_cache_holds_a_latent_and_a_rotary_key_only():
     model = build()
-    cache, c = model.new_cache(3, 11), model.config
-    n_bytes = sum(t.element_size() * t.numel() for t in vars(cache).values() if isinstance(t, torch.Tensor))
+    layers, c = model.new_cache(3, 11).layers, model.config
+    tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+    n_bytes = sum(t.element_size() * t.numel() for t in tensors)
     assert n_bytes == 3 * 11 * c.n_layer * (c.kv_lora_rank + c.qk_rope_head_dim) * 4
     # DeepSeek-V2's table 1: as much as grouped-query attention with 2.25 groups, for its sizes.
     big = Config(**{**SMALL, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
                     "v_head_dim": 128, "n_head": 128})  # fmt: skip
     with torch.device("meta"):
-        cache = Model(big).new_cache(1, 1)
-    assert cache.keys.numel() + cache.values.numel() == 2.25 * 2 * 128 * big.n_layer
+        layers = Model(big).new_cache(1, 1).layers
+    n_numbers = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
+    assert n_numbers == 2.25 * 2 * 128 * big.n_layer
 
 
 def test_decoding_does_not_expand_what_is_past(monkeypatch):
@@ -463,11 +465,11 @@ def test_passes_add_up_to_the_whole_batch():
     mask = (random_tokens(6, 16, seed=3) % 4 > 0).float()
     divisor = mask.sum()
     whole = gradients(model, (tokens, targets, mask))
-    counts, model.counts = model.counts, None
+    counts, model.expert_counts = model.expert_counts, None
     parts = [(tokens[n], targets[n], mask[n], divisor) for n in (slice(0, 1), slice(1, 4), slice(4, 6))]
     for name, gradient in gradients(model, *parts).items():
         assert differ(gradient, whole[name]) < 1e-5
-    assert torch.equal(model.counts, counts)
+    assert torch.equal(model.expert_counts, counts)
 
 
 def test_gradients_against_float64():
@@ -524,7 +526,7 @@ def test_weights_in_bfloat16():
     model, exact = build(std=0.05).bfloat16(), build(std=0.05)
     tokens = random_tokens(2, 16)
     assert (model(tokens).float() - exact(tokens)).norm() < 0.05 * exact(tokens).norm()
-    assert model.mixtures()[0][1].gate.e_score_correction_bias.dtype == torch.float32
+    assert model.moe_layers()[0][1].gate.e_score_correction_bias.dtype == torch.float32
     assert len(list(generate(model, [1, 2], 30, temperature=0))) == 30
 
 
