@@ -22,13 +22,14 @@ sys.path.insert(0, str(ROOT))
 
 from common.errors import UserError, run  # noqa: E402
 
+PRETRAIN = ("train.py", "-t", "pretrain")
 DDP = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddp.py")
 RUNS = {
-    "nano": ("train.py", "-t", "pretrain"),
+    "nano": PRETRAIN,
     "sft": ("train.py", "-t", "sft"),
-    "nanochat": ("train.py", "-t", "pretrain", "-m", "config/nanochat/model_config_small.json"),
-    "deepseek_v3": ("train.py", "-t", "pretrain", "-m", "config/deepseek_v3/model_config.json"),
-    "muon": ("train.py", "-t", "pretrain", "--set", "optimizer=muon"),
+    "nanochat": (*PRETRAIN, "-m", "config/nanochat/model_config.json", "--set", "n_layer=2"),
+    "deepseek_v3": (*PRETRAIN, "-m", "config/deepseek_v3/model_config.json", "--set", "block_size=64"),
+    "muon": (*PRETRAIN, "--set", "optimizer=muon"),
     "dropout": (
         "train.py",
         "-t",
@@ -56,7 +57,13 @@ def trained(folder: Path, args: tuple[str, ...], steps: int) -> tuple[list[str],
     import torch
 
     logs = set(folder.glob("train_*.log"))
-    settings = {"max_steps": steps, "warmup_iters": 2, "log_interval": 1, "eval_interval": 25}
+    settings = {
+        "max_steps": steps,
+        "warmup_iters": 2,
+        "log_interval": 1,
+        "eval_interval": 25,
+        "batch_size": 4,
+    }
     settings |= {"dtype": "float32", "device": "cpu"}
     command(folder, *args, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")))
     [log] = set(folder.glob("train_*.log")) - logs

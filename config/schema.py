@@ -13,6 +13,10 @@ from typing_extensions import Self
 
 LAST_STEP = 1 << 40  # so that step numbers times batch sizes fit in 64 bits
 Auto = Literal["auto"]
+Sequences = Annotated[int, Field(ge=1, le=1 << 20)]
+Steps = Annotated[int, Field(ge=0, le=LAST_STEP)]
+Rate = Annotated[float, Field(ge=0, le=10)]
+PeakRate = Annotated[float, Field(gt=0, le=10)]
 Number = TypeVar("Number", int, float)
 
 
@@ -161,22 +165,22 @@ class TrainConfig(Schema):
         description="tokenizer of the data: a tokenizer.json, a checkpoint or a Hugging Face model folder",
     )
     random_seed: int = Field(1337, ge=0, lt=1 << 63, description="seed of weights, data order and dropout")
-    batch_size: Annotated[int, Field(ge=1, le=1 << 20)] | Auto = Field(
+    batch_size: Sequences | Auto = Field(
         32, description='sequences per forward pass; "auto": for a global batch of 0.58 D^0.571 tokens, '
         "where D is 20 tokens per parameter (Li et al. 2025)"
     )
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1 << 20)] | Auto = Field(
+    gradient_accumulation_steps: Sequences | Auto = Field(
         1, description="forward passes per optimizer step; the global batch is batch_size times this; "
         '"auto": as few as memory allows'
     )
-    max_steps: Annotated[int, Field(ge=0, le=LAST_STEP)] | Auto = Field(
+    max_steps: Steps | Auto = Field(
         0, description='total optimizer steps; 0: until stopped; "auto": enough for 20 tokens per parameter'
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability in training")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="adamw; muon: Muon for the weight matrices of the blocks, AdamW for the rest"
     )
-    learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = Field(
+    learning_rate: PeakRate | Auto = Field(
         6e-4, description='peak learning rate; "auto": 1.79 N^-0.713 D^0.307, at most 0.01, for N parameters '
         "and D = 20 N tokens (Li et al. 2025)"
     )
@@ -196,7 +200,7 @@ class TrainConfig(Schema):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the running mean of the gradient")
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW: the same for the squared gradient")
     decay_lr: bool = Field(True, description="warm up, then decay the learning rate; false: constant")
-    warmup_iters: Annotated[int, Field(ge=0)] | Auto = Field(
+    warmup_iters: Steps | Auto = Field(
         300, description='steps of linear warm-up; "auto": 5 % of the steps'
     )
     warmup_ratio: float | None = Field(
@@ -207,7 +211,7 @@ class TrainConfig(Schema):
         "last fraction of lr_decay_iters; null: cosine decay after the warm-up"
     )
     lr_decay_iters: int = Field(0, ge=0, description="step at which min_lr is reached; 0: max_steps")
-    min_lr: Annotated[float, Field(ge=0, le=10)] | Auto = Field(
+    min_lr: Rate | Auto = Field(
         6e-5, description='final learning rate; "auto": learning_rate / 10'
     )
     grad_clip: float = Field(1.0, ge=0, description="clip the norm of the gradient to this; 0: no clipping")
@@ -282,12 +286,12 @@ class TrainConfig(Schema):
 class ResolvedTrainConfig(TrainConfig):
     """A `TrainConfig` in which no number is "auto" any more."""
 
-    batch_size: int
-    gradient_accumulation_steps: int = 1
-    max_steps: int
-    learning_rate: float
-    warmup_iters: int
-    min_lr: float
+    batch_size: Sequences
+    gradient_accumulation_steps: Sequences = 1
+    max_steps: Steps
+    learning_rate: PeakRate
+    warmup_iters: Steps
+    min_lr: Rate
 
 
 class DeepSpeedConfig(Schema):

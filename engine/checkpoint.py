@@ -220,7 +220,7 @@ def _upgrade(state: dict[str, Any], version: int) -> dict[str, Any]:
     known = STAGES.get(stage) if isinstance(stage, str) else None
     # A toy problem used to store its sizes in dataset_path, as JSON.
     sizes: Any = {}
-    with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
+    with contextlib.suppress(KeyError, IndexError, TypeError, ValueError, RecursionError):
         ((_, text),) = config["dataset_path"]  # type: ignore[index]  # not a dictionary: see suppress
         sizes = json.loads(text) if known is None else {}
     return state | {"chat_template": known and known.chat_template, "problem": sizes}

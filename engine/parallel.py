@@ -130,7 +130,7 @@ def wait_for_name(host: str, seconds: float = 60) -> Any:
             if time.monotonic() > until:
                 raise UserError(
                     f"MASTER_ADDR is {host[:100]!r}, and {socket.gethostname()} cannot resolve this name; "
-                    "use the machine's IP address"
+                    "use its IP address"
                 ) from None
             time.sleep(1)
 

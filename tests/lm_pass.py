@@ -5,11 +5,16 @@ import torch
 import objectives
 
 
-def lm_pass(model, tokens, targets, mask=None, divisor=None):
-    """(logits, loss, metrics); the loss is divided by `divisor`, or else by the sum of the mask."""
+def lm_loss(model, tokens, targets, mask=None, divisor=None):
+    """(loss, metrics); the loss is divided by `divisor`, or else by the sum of the mask."""
     mask = torch.ones_like(targets, dtype=torch.float32) if mask is None else mask
     batch = {"x": tokens, "y": targets, "mask": mask}
     loss, metrics = objectives.find("lm").loss(model, batch)
+    return loss / (mask.sum() if divisor is None else divisor), metrics
+
+
+def lm_pass(model, tokens, targets, mask=None, divisor=None):
+    """(logits, loss, metrics)"""
+    loss, metrics = lm_loss(model, tokens, targets, mask, divisor)
     with torch.no_grad():
-        logits = model(tokens)
-    return logits, loss / (mask.sum() if divisor is None else divisor), metrics
+        return model(tokens), loss, metrics

@@ -528,7 +528,7 @@ def test_conversations_cut_before_their_answers_are_left_out(train, tiny_data):
     mixed = write_chats(train, "mixed", 30, 30, tokenizer)
     done = train("sft", dataset_path=[mixed], **settings)
     assert done.returncode == 0
-    n_cut = [int((TokenFile(train.root / path).needs > 32).sum()) for path in mixed]
+    n_cut = [int((TokenFile(train.root / path).min_block_sizes > 32).sum()) for path in mixed]
     assert sum(n_cut) == 30 and min(n_cut) > 0
     for what, count in zip(("data", "validation"), n_cut, strict=True):
         told = f"{what} {count} conversations are left out: block_size ends before their answer\n"

@@ -20,7 +20,7 @@ from conftest import ROOT, leaves
 import models
 from config.schema import ModelConfig
 from engine import archive
-from engine.checkpoint import Checkpoint, load
+from engine.checkpoint import VERSION, Checkpoint, load
 from tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer.train(["abc"])
@@ -73,7 +73,7 @@ def state(shape=None, **changes):
         dict(model.state_dict()), optimizer,
     )  # fmt: skip
     fields = {**vars(made), "tokenizer": json.dumps(made.tokenizer)}
-    return {"format": "nano-checkpoint", "version": 2, **fields, **changes}
+    return {"format": "nano-checkpoint", "version": VERSION, **fields, **changes}
 
 
 def save(value, path):
@@ -245,6 +245,9 @@ STATES = {
     "a number as large as a byte allows": lambda: state(step=1 << 2000),
     "a set": lambda: state(scaler={"a": {1}}),
     "bytes": lambda: state(scaler={"a": b"1"}),
+    "an old file whose configuration is a tensor": lambda: state(
+        version=2, task="sort", train_config=torch.zeros(3)
+    ),
     "a parameter": lambda: state(scaler={"a": torch.nn.Parameter(torch.zeros(2))}),
     "a moment that is a weight": lambda: with_weights(shared_moment),
     "a weight that is another one": lambda: with_weights(shared_weight),
