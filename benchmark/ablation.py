@@ -1,10 +1,10 @@
-"""What each thing done for speed is worth: Nano's training step with it and without it.
+"""How much each optimization for speed gains: Nano's training step with it and without it.
 
     python benchmark/ablation.py                 # about four minutes
-    python benchmark/ablation.py --compile       # through torch.compile; longer
+    python benchmark/ablation.py --compile       # with torch.compile; takes longer
 
-Float32 on the CPU, the models of train_speed.py. For each row two processes train in turns, half a
-second each, because what one kernel gains is less than what the speed of a machine drifts by.
+In float32 on the CPU, with the models of train_speed.py. For each row, two processes take turns of half a
+second, because one kernel gains less than the speed of a machine drifts.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from benchmark import train_speed  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
 
-KERNELS = {  # of common/kernels.py -> the class of model.py that uses it
+KERNELS = {  # a kernel of common/kernels.py -> the class of model.py that uses it
     "causal attention": {"Attention"},
     "head and loss": {"GPT"},
 }
@@ -31,12 +31,12 @@ TURN = 0.5  # seconds
 
 
 def prepare(shape, batch_size, compiled, without):
-    """Build the model of this process and warm it up."""
+    """Build this process's model and warm it up."""
     global step, batches
     import torch
 
     torch.manual_seed(0)
-    model, step = train_speed.ours(shape, None, without)
+    model, step = train_speed.nano(shape, None, without)
     if compiled:
         model.train().compile()
     batches = train_speed.random_batches(shape, batch_size)
@@ -45,7 +45,7 @@ def prepare(shape, batch_size, compiled, without):
 
 
 def turn():
-    """Train for a while -> [(milliseconds, minor page faults)] of each step."""
+    """Train for one turn. Returns [(milliseconds, minor page faults)] of each step."""
     import resource
 
     taken, end = [], time.perf_counter() + TURN
@@ -58,7 +58,7 @@ def turn():
 
 
 def compare(seconds, without, *setting):
-    """-> medians (milliseconds, page faults) of the steps with everything, and of those without that."""
+    """Returns the steps' median (milliseconds, page faults) with everything, and without some of it."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as one, ProcessPoolExecutor(1, context) as other:
         pools, steps = (one, other), ([], [])
@@ -74,8 +74,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--compile", action="store_true", help="through torch.compile: needs a C++ compiler")
-    parser.add_argument("--seconds", type=float, default=15, help="training measured per row (15)")
+    parser.add_argument(
+        "--compile", action="store_true", help="use torch.compile, which needs a C++ compiler"
+    )
+    parser.add_argument("--seconds", type=float, default=15, help="time to measure per row (15)")
     args = parser.parse_args()
     if not 0 < args.seconds < math.inf:
         raise UserError(f"--seconds must be above 0, not {args.seconds}")

@@ -1,16 +1,16 @@
-"""All architectures on one text: the same number of parameters, for the same steps and for the same time.
+"""Compare all architectures on one text, at equal numbers of parameters: for equal steps and for equal time.
 
     python benchmark/architectures.py --text book.txt -o architectures.png     # about half an hour
     python benchmark/architectures.py --text book.txt --steps 200 --minutes 1
     python benchmark/architectures.py --text book.txt --minutes 0 --set random_seed=2
 
-Each is trained by train.py, as a user starts it, on the first 95 % of the text's paragraphs, with a
-character tokenizer, in float32. First all take the same number of steps; then each takes as many as it
-can in the same time, by the speed of its first run. Every run has a schedule of its own that ends with
-it. The loss is that of all of the held-out text.
+Each is trained by train.py, as a user would start it, on the first 95 % of the text's paragraphs, with a
+character tokenizer, in float32. First, all take the same number of steps. Then each takes as many steps as
+fit in the same time, by the speed of its first run. The learning rate's schedule always ends with the run.
+The loss is measured on all of the held-out text.
 
-To come to the same size, the width inside the MLP (of an expert) is chosen for each; of an architecture
-with experts a token uses a part of the weights only, so it computes less for its size.
+The width inside the MLP (or inside an expert) is chosen so that all have the same number of parameters. With
+experts, a token uses only a part of them, so such an architecture computes less for its size.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from common.metrics import METRICS_SUFFIX  # noqa: E402
 from plot_loss import PALETTE  # noqa: E402
 
 COMMON = {"block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128}
-# name -> (what it has otherwise, the key by which it comes to the common number of parameters)
+# name -> (further keys, the key that sets the number of parameters)
 ARCHITECTURES = {
     "nano": ({"n_kv_head": 2}, "n_hidden"),
     "llama3": (
@@ -56,7 +56,7 @@ RUN = {
 
 
 def sized(name, vocab_size, n_params):
-    """The configuration of an architecture that comes nearest to so many parameters."""
+    """The configuration of an architecture whose number of parameters is closest to n_params."""
     import torch
 
     shape, key = ARCHITECTURES[name]
@@ -74,7 +74,7 @@ def sized(name, vocab_size, n_params):
 
 
 def train(config, steps, folder, changes):
-    """Train for so many steps on the data in `folder` -> Result. changes: train.py's --set, "key=value"."""
+    """Train on the data in `folder`. Returns a Result. changes: "key=value" for --set of train.py."""
     import torch
 
     copy = copy_of_project(folder)
@@ -119,7 +119,7 @@ class Result:
 
 
 def draw(results, path):
-    """results: {"equal steps": {name: Result}, "equal time": ...}. Losses over steps, and over time."""
+    """Plot losses over steps and over time. results: {"equal steps": {name: Result}, "equal time": ...}."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -148,12 +148,12 @@ def parse_arguments():
     )  # fmt: skip
     add = parser.add_argument
     add("--text", type=Path, required=True, metavar="FILE", help="any text in UTF-8")
-    add("--steps", type=int, default=600, help="of the first comparison (600)")
-    add("--minutes", type=float, default=2.0, help="of training in the second one (2); 0: no second one")
-    add("--parameters", type=int, default=1_500_000, metavar="N", help="of every model (1,500,000)")
-    add("--only", choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES), help="some of them")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in train.py, for every run")
-    add("-o", "--output", metavar="FILE", help="draw the losses")
+    add("--steps", type=int, default=600, help="training steps of the first comparison (600)")
+    add("--minutes", type=float, default=2.0, help="training time of the second comparison (2); 0: skip it")
+    add("--parameters", type=int, default=1_500_000, metavar="N", help="size of every model (1,500,000)")
+    add("--only", choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES), help="compare only these")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run; see train.py")
+    add("-o", "--output", metavar="FILE", help="plot the losses to this file")
     args = parser.parse_args()
     if args.steps < 2 or args.minutes < 0:
         raise UserError("--steps must be 2 or more, and --minutes 0 or more")

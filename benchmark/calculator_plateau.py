@@ -2,13 +2,13 @@
 
     python benchmark/calculator_plateau.py -o doc/calculator_plateau.png
 
-The original draws expressions whose nodes above the depth of 4 are digits with probability 0.2, 100 a step,
-for 1,000 steps. Its loss is the mean over all 64 positions, those of the random digits and of the padding
-included, and its positions are learned. Each line of the table changes one thing more; all are tested on the
-original's expressions, repetitions and all.
+The original draws 100 expressions per step, for 1,000 steps. Nodes above the depth of 4 are digits with
+probability 0.2. Its loss is the mean over all 64 positions, including the random digits and the padding, and
+its position embeddings are learned. Each row of the table changes one more thing. All variants are tested on
+expressions drawn like the original's, which may repeat.
 
-Dashed: what is right if everything below the first one, two or three levels of an expression is guessed. The
-entropy at the end of the table is the lowest loss over all positions that any model can reach: the
+The dashed lines show the accuracy if everything below the first one, two or three levels of an expression is
+guessed. The entropy at the end of the table is the lowest possible loss over all positions, because the
 questions themselves are random.
 """
 
@@ -27,7 +27,7 @@ from common.errors import run  # noqa: E402
 from config.schema import ModelConfig, TrainConfig  # noqa: E402
 from tasks.calculator import Calculator  # noqa: E402
 
-# name -> (loss over all positions, RoPE, our expressions, every operation's value asked for)
+# name -> (loss over all positions, RoPE, Nano's expressions, loss on the value of every operation)
 VARIANTS = {
     "as the original": (True, False, False, False),
     "loss over the answer only": (False, False, False, False),
@@ -53,10 +53,10 @@ class Original(Calculator):
 
 
 def entropy_per_position(depth=4, digit=0.2, positions=64):
-    """Nats per position that nobody can foresee in an original question: its random choices alone.
+    """The unpredictable part of the loss on the original's questions, in nats per position.
 
-    A node above `depth` chooses between digit and operation, then which of two; of the first choice of
-    all nothing has been read yet, so no loss is counted. The answer follows from the question.
+    A node above `depth` chooses between digit and operation, then one of two. The very first token is never
+    predicted, so it does not count. The answer follows from the question.
     """
     which = -digit * math.log(digit) - (1 - digit) * math.log(1 - digit)
     nodes = [(2 * (1 - digit)) ** level for level in range(depth + 1)]
@@ -65,11 +65,11 @@ def entropy_per_position(depth=4, digit=0.2, positions=64):
 
 
 def right_if_guessed_below(question, levels):
-    """Probability that the likelier value is right, if all below so many levels is unknown."""
+    """Probability that the likelier value is right, if everything below `levels` levels is unknown."""
     characters = iter(question)
 
     def p_one(depth):
-        """Probability that the expression that comes next has the value 1."""
+        """Probability that the next expression has the value 1."""
         if (token := next(characters)) in "01":
             return float(token)
         operator, left, right = next(characters), p_one(depth + 1), p_one(depth + 1)
@@ -83,7 +83,7 @@ def right_if_guessed_below(question, levels):
 
 
 def learn(name, steps, shape, rate, seed):
-    """Train one variant -> [(step, share of right answers to the original's questions, training loss)]."""
+    """Train one variant. Returns [(step, share of right answers to the original's questions, loss)]."""
     import torch
 
     import objectives
@@ -92,9 +92,9 @@ def learn(name, steps, shape, rate, seed):
     from model import GPT
     from problem import answers
 
-    over_all, rope, ours, supervised = VARIANTS[name]
+    all_positions, rope, nano_expressions, supervised = VARIANTS[name]
     original = Original()
-    problem = Calculator() if ours else original
+    problem = Calculator() if nano_expressions else original
     tokenizer = problem.tokenizer()
     shape = check(ModelConfig, {"block_size": 64, "use_rope": rope, **shape}, "model")
     config = TrainConfig(
@@ -108,7 +108,7 @@ def learn(name, steps, shape, rate, seed):
     questions = sorted((original.draw(chance) for _ in range(N_TEST)), key=len)  # less padding
     examples = tasks.TrainingQuestions(problem, tokenizer, BATCH_SIZE, seed)
     objective = objectives.find("lm")
-    if not ours:  # as they come, small ones that are also in the test included
+    if not nano_expressions:  # without leaving out those that are also in the test
         chance = random.Random(seed)
         examples.questions = lambda step: [original.draw(chance) for _ in range(BATCH_SIZE)]
 
@@ -119,7 +119,7 @@ def learn(name, steps, shape, rate, seed):
         arrays = problem.encode(tokenizer, examples.questions(step), supervised)
         batch = {key: torch.from_numpy(array) for key, array in arrays.items()}
         divisor = objective.weight(batch)
-        if over_all:  # padding is one more thing that can be foreseen: it adds nothing to the sum
+        if all_positions:  # padding would be predicted perfectly, so it adds nothing to the sum
             batch["mask"] = (batch["y"] != tokenizer.padding_id).float()
             divisor = 64 * len(batch["x"])
         loss = objective.loss(model, batch)[0] / divisor

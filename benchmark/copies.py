@@ -1,4 +1,4 @@
-"""A copy of the project for a benchmark: what train.py writes beside itself then stays out of the way."""
+"""A copy of the project for a benchmark, so that logs and checkpoints do not mix with the user's."""
 
 import itertools
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def copy_of_project(folder):
-    """-> the path of a new copy of all that train.py needs, inside `folder`."""
+    """Copy everything that train.py needs to a new folder inside `folder`. Returns its path."""
     copy = Path(tempfile.mkdtemp(dir=folder))
     rooms = "", "common/", "config/", "decoding/", "engine/", "formats/", "models/", "objectives/"
     rooms += "preparation/", "sources/"
@@ -27,7 +27,7 @@ def copy_of_project(folder):
 
 
 def timed(name, script, *arguments):
-    """Seconds that a script takes, run in its own folder. UserError with its last line if it fails."""
+    """Run a script in its own folder. Returns the seconds. Raises UserError if it fails."""
     start = time.perf_counter()
     process = subprocess.run(
         [sys.executable, script.name, *map(str, arguments)],
@@ -40,5 +40,5 @@ def timed(name, script, *arguments):
     seconds = time.perf_counter() - start
     if process.returncode:
         last = (process.stdout.strip().splitlines() or ["nothing"])[-1]
-        raise UserError(f"{name}'s {script.name} failed; the last it said is: {last}")
+        raise UserError(f"{name}'s {script.name} failed; its last line is: {last}")
     return seconds

@@ -1,4 +1,4 @@
-"""What a benchmark tells of its figures: which code they are of, how far they are apart, and who is ahead."""
+"""How benchmarks report figures: the commit, the spread of the measurements, and who is ahead."""
 
 import statistics
 import subprocess
@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit():
-    """The commit of this code, and a + if files have changed since; "unknown" where git cannot tell."""
+    """The commit of this code, with a + if files have changed since; "unknown" if git cannot tell."""
 
     def git(*arguments):
         command = ["git", *arguments]
@@ -22,16 +22,16 @@ def commit():
 
 
 def spread(values, spec=""):
-    """Their median, and their range if there are several: 5.1 (4.9–5.6)."""
+    """The median of the values, with their range if they differ: 5.1 (4.9–5.6)."""
     text = format(statistics.median(values), spec)
     low, high = format(min(values), spec), format(max(values), spec)
     return text if low == high else f"{text} ({low}–{high})"
 
 
 def ahead(ours, theirs):
-    """How many times as much as theirs ours are; both were taken in turns, and make pairs.
+    """The ratio of paired measurements, ours / theirs, with its range.
 
-    "level" where the pairs do not agree: one ratio is above 1, and another below.
+    "level" if the pairs disagree: one ratio is above 1, and another below.
     """
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     if min(ratios) <= 1 <= max(ratios):

@@ -1,18 +1,18 @@
-"""Nano on a GPU: is all of it right, how fast does it train beside nanoGPT, and how fast does it write?
+"""Nano on a GPU: do the tests pass, how fast is training compared with nanoGPT, and how fast is generation?
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmark/gpu.py --nanogpt nanoGPT --out gpu.json     # on a machine with a CUDA GPU: 8 minutes
     python benchmark/gpu.py --minutes 3 --only machine "GPT-2 124M, Nano"
     python benchmark/gpu.py --dry-run      # anywhere: a rehearsal on the CPU, whose figures mean nothing
 
-What matters most is done first, each part in a process of its own: one that crashes or hangs costs the time
-it has taken, at most twice what it should take; the others get the rest. FILE and tables in Markdown beside
-it are written anew with every figure, so they are there even if this is killed.
+The most important parts run first, each in its own process. A part that crashes or hangs costs at most twice
+the time that it should take; the other parts get the rest. The output file, and tables in Markdown next to
+it, are rewritten after every measurement, so the results survive if this script is killed.
 
-Training is the training loop's own step, on random tokens made before: batches to the GPU, forward and
-backward passes, clipping, optimizer. FLOPs are counted as in train_speed.py; shares are of the largest matrix
-product measured here, and of what the card's maker promises. Writing is held against the speed at which
-weights can be read: that at which memory is copied. The tests are those of tests/test_gpu.py.
+Training measures the training loop's own step on random tokens: copying batches to the GPU, forward and
+backward passes, clipping, optimizer. FLOPs are counted as in train_speed.py. Shares are of the fastest matrix
+product measured here, and of the peak in the manufacturer's data sheet. Generation is compared with the speed
+at which weights could be read, which is the speed of copying memory. The tests are tests/test_gpu.py.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from benchmark import figures  # noqa: E402
 from benchmark.train_speed import check_nanogpt  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
 
-# TFLOP/s of dense products that add up in float32: (half precision, float32 without tensor cores). From
-# NVIDIA's data sheets and, for GeForce cards, the white papers of Ampere, Ada and Blackwell: they do twice as
-# much in half precision as in float32. Any Jetson Orin calls itself "Orin", so there is no telling.
+# Peak TFLOP/s of dense products with float32 accumulation: (half precision, float32 without tensor cores).
+# From NVIDIA's data sheets and, for GeForce cards, the white papers of Ampere, Ada and Blackwell: twice as
+# much in half precision as in float32. All Jetson Orins are named "Orin", so their peak is unknown.
 PEAKS = {
     "H200 NVL": (835, 60), "H200": (989, 67), "H100 PCIe": (756, 51), "H100 NVL": (835, 60),
     "H100": (989, 67), "A100": (312, 19.5), "L40S": (362, 91.6), "L40": (181, 90.5), "L4": (121, 30.3),
@@ -57,7 +57,7 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and its batch: so many sequences a step, and at most so many in a forward pass."""
+    """A model and its batch: `sequences` per step, and at most `micro_batch` of them in a forward pass."""
 
     shape: dict
     micro_batch: int
@@ -67,13 +67,13 @@ class Workload:
 GPT2 = Workload({"block_size": 1024, "vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768}, 16, 32)
 PRESET = ROOT / "config" / "rtx"  # with a vocabulary of 8,192, as README.md makes one
 SMALL = Workload({"block_size": 64, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 64}, 2, 4)
-TEXTS = (1, 16, 256)  # written at once
+TEXTS = (1, 16, 256)  # generated at the same time
 MINUTES = 8
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a part is told. until: the time (of time.monotonic) at which it is killed."""
+    """The settings of a part. until: when it will be killed, as a time of time.monotonic()."""
 
     dry_run: bool
     nanogpt: Path | None
@@ -88,10 +88,10 @@ class Setting:
         return self.until - time.monotonic()
 
 
-# ---- the parts: each tells its figures, one record after the other -----------------------------------------
+# ---- the parts: each calls tell(**record) for every measurement --------------------------------------------
 
 
-def look_at_the_machine(setting, tell):
+def measure_machine(setting, tell):
     import torch
 
     from common import hardware
@@ -108,11 +108,11 @@ def look_at_the_machine(setting, tell):
         seconds = 0.2 if setting.dry_run else 2.0
         flops = hardware.measure_matmul_flops(setting.device, dtype, seconds)
         tell(dtype=dtype, flops=flops, peak=peak(compute.name, dtype))
-    tell(copied=copied(setting))
+    tell(copied=copy_bandwidth(setting))
 
 
 def driver():
-    """The version of NVIDIA's driver; None where nvidia-smi is not there (a Jetson) or does not know."""
+    """The version of NVIDIA's driver; None if nvidia-smi is missing (on a Jetson) or does not know it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -122,16 +122,16 @@ def driver():
 
 
 def peak(card, dtype):
-    """FLOP/s that the card is to do in this dtype; None: unknown."""
+    """The card's peak FLOP/s in this dtype; None if unknown."""
     for name, (half, single) in PEAKS.items():
-        if re.search(rf"\b{name}\b(?! (Ti|SUPER|D|Laptop)\b)", card):  # those are others
+        if re.search(rf"\b{name}\b(?! (Ti|SUPER|D|Laptop)\b)", card):  # other cards
             tera = single if dtype == "float32" else half
             return tera and tera * 1e12
     return None
 
 
-def copied(setting):
-    """Bytes that a copy within the device's memory reads and writes in a second."""
+def copy_bandwidth(setting):
+    """Bytes per second that a copy within the device's memory reads and writes."""
     import torch
 
     from common.hardware import synchronize
@@ -169,8 +169,8 @@ def run_tests(setting, tell, which):
         raise UserError(f"pytest ended with {code!r}")
 
 
-def train_ours(setting, tell, workload, compiled=False, repeatable=True):
-    """repeatable: as train.py does it on a GPU, where sums are made in the same order each time."""
+def train_nano(setting, tell, workload, compiled=False, deterministic=True):
+    """Train with Nano. deterministic: use deterministic algorithms, as train.py does on a GPU."""
     import torch
 
     import models
@@ -190,7 +190,7 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
         "gradient_accumulation_steps": workload.sequences // micro_batch,
     })  # fmt: skip
     compute = hardware.set_up_compute(config)
-    if not repeatable:
+    if not deterministic:
         torch.use_deterministic_algorithms(False)
     torch.manual_seed(0)
     model = models.build(models.check_config(workload.shape, "the benchmark").resolved(None))
@@ -209,7 +209,7 @@ def train_ours(setting, tell, workload, compiled=False, repeatable=True):
 
 
 def train_nanogpt(setting, tell, workload, compiled=True):
-    """As its train.py does it, in the precision that ours would choose."""
+    """Train as nanoGPT's train.py does, in the precision that Nano would choose."""
     import torch
 
     from benchmark.train_speed import TRAINING, load_nanogpt
@@ -257,7 +257,7 @@ def train_nanogpt(setting, tell, workload, compiled=True):
 
 
 class RandomBatches:
-    """A data.BatchSource: eight batches of random tokens, again and again."""
+    """A data.BatchSource that repeats eight batches of random tokens."""
 
     def __init__(self, workload):
         import numpy as np
@@ -278,7 +278,7 @@ class RandomBatches:
 
 
 def sized(setting, workload):
-    """(the workload, in tiny sizes for a dry run; how many sequences of it go into a forward pass here)"""
+    """(the workload, in tiny sizes for a dry run; sequences per forward pass that fit into this GPU)"""
     import torch
 
     if setting.dry_run:
@@ -286,17 +286,17 @@ def sized(setting, workload):
         if "n_kv_head" in shape:
             shape["n_kv_head"] = 1
         return Workload(shape, SMALL.micro_batch, SMALL.sequences), SMALL.micro_batch
-    # Of a model of 124 M parameters a sequence of 1,024 tokens takes about 1.5 GiB, and its weights,
-    # gradients and moments 3: the same for all, so that all have the same batch.
+    # With 124 M parameters, a sequence of 1,024 tokens takes about 1.5 GiB, and weights, gradients and
+    # optimizer state take 3. The estimate is the same for all parts, so that all have the same batch.
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     fits = max(1, int((0.8 * gib - 3) / 1.5))
     return workload, min(workload.micro_batch, 1 << int(math.log2(fits)))
 
 
 def time_steps(setting, tell, workload, model, one_step, began):
-    """Steps in blocks of half a second or more, ten at most; tells of them after each.
+    """Time steps in at most ten blocks of half a second or more; calls `tell` after each block.
 
-    one_step() -> a loss. began: the time (of time.perf_counter) at which the implementation had been built.
+    one_step() -> a loss. began: when building the model began, as a time of time.perf_counter().
     """
     import torch
 
@@ -312,7 +312,7 @@ def time_steps(setting, tell, workload, model, one_step, began):
         synchronize(setting.device)
         return (time.perf_counter() - start) / n, float(loss)
 
-    _, first_loss = timed(1)  # compiles, takes memory, chooses algorithms
+    _, first_loss = timed(1)  # compiles, allocates memory, selects algorithms
     first_step = time.perf_counter() - began
     if not setting.dry_run:
         torch.cuda.reset_peak_memory_stats()
@@ -332,8 +332,8 @@ def time_steps(setting, tell, workload, model, one_step, began):
         )  # fmt: skip
 
 
-def write_texts(setting, tell, shape):
-    """As inference.py and serve.py do it, greedily, in float32."""
+def generate_texts(setting, tell, shape):
+    """Generate as inference.py and serve.py do, greedily, in float32."""
     import torch
 
     import models
@@ -347,7 +347,7 @@ def write_texts(setting, tell, shape):
     )
     torch.manual_seed(0)
     model = models.build(models.check_config(shape, "the benchmark").resolved(None)).eval().to(compute.device)
-    n_bytes, speed = 4 * model.costs(shape["block_size"], training=False).weights, copied(setting)
+    n_bytes, speed = 4 * model.costs(shape["block_size"], training=False).weights, copy_bandwidth(setting)
     seconds = 0.2 if setting.dry_run else 3.0
     for n in TEXTS[:2] if setting.dry_run else TEXTS:
         record = dict(texts=n, parameters=model.n_params, limit=n * speed / n_bytes)
@@ -361,7 +361,7 @@ def write_texts(setting, tell, shape):
                     decoder.step()
                 start = time.perf_counter()
                 while len(decoder.running) == n and time.perf_counter() - start < seconds:
-                    decoder.step()  # which waits for the tokens
+                    decoder.step()  # waits for the tokens
                     n_steps += 1
                 tell(**record, tokens_per_second=n * n_steps / (time.perf_counter() - start))
         except RuntimeError as error:
@@ -372,7 +372,7 @@ def write_texts(setting, tell, shape):
 
 @dataclass(frozen=True)
 class Part:
-    """seconds: that it should take; it may take twice as many."""
+    """A part of the benchmark. seconds: how long it should take; it is killed after twice that time."""
 
     name: str
     seconds: float
@@ -388,33 +388,33 @@ def parts():
     shape = {key: value for key, value in shape.items() if key != "$schema"} | {"vocab_size": 8192}
     batch_size = config["batch_size"]
     preset = Workload(shape, batch_size, batch_size * config["gradient_accumulation_steps"])
-    ours, theirs = train_ours, train_nanogpt
+    ours, theirs = train_nano, train_nanogpt
     of = functools.partial
     return [
-        Part("machine", 15, look_at_the_machine),
+        Part("machine", 15, measure_machine),
         Part("tests", 90, of(run_tests, which="gpu and not slow")),
         Part("GPT-2 124M, Nano", 20, of(ours, workload=GPT2)),
         Part("GPT-2 124M, nanoGPT compiled", 60, of(theirs, workload=GPT2), True),
         Part("GPT-2 124M, Nano compiled", 60, of(ours, workload=GPT2, compiled=True)),
         Part("GPT-2 124M, nanoGPT", 20, of(theirs, workload=GPT2, compiled=False), True),
-        Part("writing, 12.9M", 20, of(write_texts, shape=SHAPE)),
-        Part("writing, 124M", 25, of(write_texts, shape=GPT2.shape | {"block_size": 256})),
-        Part("GPT-2 124M, Nano, sums in any order", 20, of(ours, workload=GPT2, repeatable=False)),
+        Part("writing, 12.9M", 20, of(generate_texts, shape=SHAPE)),
+        Part("writing, 124M", 25, of(generate_texts, shape=GPT2.shape | {"block_size": 256})),
+        Part("GPT-2 124M, Nano, sums in any order", 20, of(ours, workload=GPT2, deterministic=False)),
         Part("config/rtx, Nano compiled", 60, of(ours, workload=preset, compiled=True)),
         Part("config/rtx, nanoGPT compiled", 60, of(theirs, workload=preset), True),
         Part("config/rtx, Nano", 20, of(ours, workload=preset)),
         Part("long tests", 100, of(run_tests, which="gpu and slow")),
         Part("GPT-2 124M, Nano compiled, sums in any order", 60,
-             of(ours, workload=GPT2, compiled=True, repeatable=False)),
+             of(ours, workload=GPT2, compiled=True, deterministic=False)),
     ]  # fmt: skip
 
 
 def do_part(args):
-    """In the process of a part: stdout is for its records, all else that is printed goes to stderr."""
+    """Run a part, in its own process. Its records go to stdout, everything else that is printed to stderr."""
     records = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if args.dry_run:
-        # The usual backend has a C++ compiler at work for a minute or more; all before it is the same.
+        # The usual backend runs a C++ compiler for a minute or more; this one does everything before that.
         import torch
 
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
@@ -427,9 +427,9 @@ def do_part(args):
 
 
 def run_limited(command, seconds, take):
-    """Run a command for so many seconds at most. take(record) gets each line of JSON that it prints.
+    """Run a command for at most `seconds`. take(record) is called with each line of JSON that it prints.
 
-    Returns ("done", or why it is not; the end of what it said).
+    Returns ("done" or why it failed, the end of its standard error).
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
@@ -454,7 +454,7 @@ def run_limited(command, seconds, take):
 
 
 def end(process):
-    """Kill it and all that it has started, in whatever group or session."""
+    """Kill a process and all of its descendants, whatever their group or session."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -467,13 +467,13 @@ def end(process):
 
 
 class Report:
-    """All that was measured: {"parts": {name: {"state": ..., "seconds": ..., "records": [...]}}, ...}"""
+    """All measurements: {"parts": {name: {"state": ..., "seconds": ..., "records": [...]}}, ...}"""
 
-    def __init__(self, path, **facts):
-        self.path, self.all = path, {**facts, "parts": {}}
+    def __init__(self, path, **settings):
+        self.path, self.all = path, {**settings, "parts": {}}
 
     def save(self):
-        """Both files, whole or not at all."""
+        """Write both files, each completely or not at all."""
         for path, text in (
             (self.path, json.dumps(self.all, indent=1, ensure_ascii=False) + "\n"),
             (self.path.with_suffix(".md"), "\n".join(as_markdown(*table) for table in tables(self.all))),
@@ -488,7 +488,7 @@ class Report:
 
     def take(self, name, record):
         records = self.all["parts"][name]["records"]
-        if "seconds" in record and "tokens" in record:  # the same steps, and more of them
+        if "seconds" in record and "tokens" in record:  # includes the blocks of the record before
             records.clear()
         records.append(record)
         self.save()
@@ -505,7 +505,7 @@ def measure_all(args, report):
         if args.only and part.name not in args.only:
             continue
         start = time.monotonic()
-        # A slow card needs more, and whoever gives more time means that.
+        # With more time in all, each part may take longer: a slow card needs it.
         seconds = min(until - start, 2 * part.seconds * max(1, args.minutes / MINUTES))
         if part.needs_nanogpt and not args.nanogpt:
             report.finish(part.name, "left out: --nanogpt names no clone of nanoGPT")
@@ -525,7 +525,7 @@ def measure_all(args, report):
             raise
         report.finish(part.name, state, said, time.monotonic() - start)
         print(f"  {state}, {time.monotonic() - start:.0f} s", flush=True)
-        if part.measure is look_at_the_machine and state.startswith("failed"):
+        if part.measure is measure_machine and state.startswith("failed"):
             raise UserError(state.removeprefix("failed: "))
 
 
@@ -533,7 +533,7 @@ def measure_all(args, report):
 
 
 def tables(report):
-    """[(title, columns, rows)] of all that is there; everything in them is text."""
+    """[(title, columns, rows)] of the measurements so far; all cells are text."""
     records = {name: part["records"] for name, part in report["parts"].items()}
     machine = {key: value for record in records.get("machine", []) for key, value in record.items()}
     products = {r["dtype"]: r for r in records.get("machine", []) if "dtype" in r}

@@ -1,8 +1,8 @@
-"""One process, DDP and ZeRO draw the same loss curve: six ways to train, their largest difference, a chart.
+"""Show that one process, DDP and ZeRO have the same losses: train in six ways and compare.
 
     python benchmark/one_result.py -o doc/one_result.png       # on the prepared data: some minutes
 
-Every run is done by the script and the launcher that a user would type, in a copy of the project.
+Every run uses the script and the launcher as a user would, in a copy of the project.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SETTINGS = dict(device="cpu", dtype="float32", max_steps=50, warmup_iters=10, lo
 
 
 def train(way, task, project):
-    """Run one way to train in the folder `project`; returns {step: loss} of its log."""
+    """Train in one way, in the folder `project`. Returns {step: loss} from the log."""
     arguments = ["-t", task]
     for key, value in SETTINGS.items():
         arguments += ["--set", f"{key}={value}"]
@@ -61,7 +61,7 @@ def train(way, task, project):
 
 
 def draw(curves, path):
-    """curves: {task: {way: {step: loss}}}. Above the six curves, below their distances from the first."""
+    """Plot the curves {task: {way: {step: loss}}}, and below them their differences from the first."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")

@@ -1,16 +1,16 @@
-"""Nano against nanoGPT on nanoGPT's own CPU recipe: how long until the same validation loss?
+"""Nano against nanoGPT on nanoGPT's own CPU recipe: how long until the same validation loss is reached?
 
     git clone https://github.com/karpathy/nanoGPT
     python dataset/download.py tinyshakespeare
     python benchmark/recipe_race.py --nanogpt nanoGPT --text dataset/downloads/tinyshakespeare.txt
 
-About a quarter of an hour. Both train on the first 90 % of the characters of a text, with blocks of 64
-tokens, 12 of them a step, in float32, each by its own train.py as a user starts it, and both evaluate every
-250 steps. nanoGPT takes the 2,000 steps of its README; Nano takes fewer, and its model is no larger. Then
-both final models are held against all of the last 10 %, in blocks of 64 that do not overlap.
+Takes about a quarter of an hour. Both train on the first 90 % of the characters of a text, with 12 blocks of
+64 tokens per step, in float32. Each uses its own train.py as a user would, and both evaluate every 250 steps.
+nanoGPT takes the 2,000 steps of its README; Nano takes fewer, with a model that is no larger. Then the final
+models are evaluated on all of the last 10 %, in blocks of 64 that do not overlap.
 
-The time is the training command's, from start to end. They run in turns, because the speed of a machine
-drifts: the table has the median of all rounds, and the least and the most.
+The time is that of the whole training command. The two take turns, because the speed of a machine drifts. The
+table has the median over all rounds, with minimum and maximum.
 """
 
 import argparse
@@ -32,16 +32,16 @@ from common.errors import UserError, run  # noqa: E402
 
 BLOCK, BATCH, EVALUATE = 64, 12, {"eval_interval": 250, "eval_iters": 20}
 
-# What nanoGPT's README gives for a CPU. The last model is always kept, so that it can be compared:
-# otherwise one is kept that looked best on 20 batches.
+# From nanoGPT's README, for a CPU. always_save_checkpoint, so that the last model can be evaluated: by
+# default, nanoGPT keeps the one with the best loss on 20 batches.
 NANOGPT = {
     **EVALUATE, "device": "cpu", "compile": False, "log_interval": 1, "block_size": BLOCK,
     "batch_size": BATCH, "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": 2000,
     "lr_decay_iters": 2000, "dropout": 0.0, "always_save_checkpoint": True,
 }  # fmt: skip
 
-# The same depth and width; n_hidden leaves the model smaller than nanoGPT's, with or without the
-# latter's positions. A short run wants a high learning rate that falls to nothing.
+# The same depth and width; with this n_hidden, the model is smaller than nanoGPT's, with or without the
+# latter's position embedding. A short run needs a high learning rate that decays to zero.
 OUR_MODEL = {"block_size": BLOCK, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_hidden": 336}
 OUR_RUN = {
     **EVALUATE, "device": "cpu", "dtype": "float32", "batch_size": BATCH, "learning_rate": 3e-3,
@@ -70,10 +70,10 @@ def prepare(text, folder):
             writer = TokenWriter(files, folder / f"pretrain_{name}", "pretrain", tokenizer)
             writer.add(*encode_texts(tokenizer, [part], continues=False, is_open=False))
             writer.finish()
-        # nanoGPT numbers the same characters in the same order, but has no special tokens before them.
+        # nanoGPT numbers the characters in the same order, but without special tokens before them.
         ids = tokenizer.encode(part)
         (ids - N_SPECIAL).astype(np.uint16).tofile(folder / f"{name}.bin")
-    # nanoGPT reads the vocabulary's size from a pickle. We write one for it, and read none.
+    # nanoGPT reads the size of its vocabulary from a pickle, which is only written here, never read.
     meta = {"vocab_size": tokenizer.vocab_size - N_SPECIAL}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     ids = torch.from_numpy(ids.astype(np.int64))
@@ -81,7 +81,7 @@ def prepare(text, folder):
 
 
 def train_nanogpt(clone, folder):
-    """Train it on the files in `folder` -> (model, seconds)."""
+    """Train nanoGPT on the files in `folder`. Returns (model, seconds)."""
     import torch
 
     settings = NANOGPT | {"dataset": folder, "out_dir": folder / "out"}
@@ -95,8 +95,8 @@ def train_nanogpt(clone, folder):
     return model, seconds
 
 
-def train_ours(steps, folder):
-    """Train ours on the files in `folder` -> (model, seconds)."""
+def train_nano(steps, folder):
+    """Train Nano on the files in `folder`. Returns (model, seconds)."""
     copy = copy_of_project(folder)
     config = OUR_RUN | {
         "max_steps": steps,
@@ -115,7 +115,7 @@ def train_ours(steps, folder):
 
 
 def validation_loss(model, ids):
-    """Nats per token over all of ids [n] but the first, each predicted from those before it in its block."""
+    """Loss in nats per token of ids [n]. Each is predicted from those before it in its block."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -127,7 +127,7 @@ def validation_loss(model, ids):
         return cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
 
     x, y = ids[:-1], ids[1:]
-    whole = len(x) // BLOCK * BLOCK  # what is left makes a shorter block
+    whole = len(x) // BLOCK * BLOCK  # the rest makes a shorter block
     parts = [tokens[:whole].view(-1, BLOCK).split(64) + (tokens[None, whole:],) for tokens in (x, y)]
     model.eval()
     with torch.no_grad():
@@ -149,7 +149,7 @@ def result_table(title, runs):
 
 
 def verdict(runs):
-    """One sentence on such runs of Nano and nanoGPT."""
+    """One sentence on who is faster. runs: see `result_table`."""
     (*_, losses, seconds), (*_, their_losses, their_seconds) = (
         list(zip(*runs[name], strict=True)) for name in ("Nano", "nanoGPT")
     )
@@ -166,9 +166,9 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--nanogpt", type=Path, required=True, metavar="DIR", help="a clone of nanoGPT")
-    add("--text", type=Path, required=True, metavar="FILE", help="any text in UTF-8")
+    add("--text", type=Path, required=True, metavar="FILE", help="a text in UTF-8")
     add("--steps", type=int, default=620, help="Nano's steps (620)")
-    add("--rounds", type=int, default=5, help="runs of each (5)")
+    add("--rounds", type=int, default=5, help="rounds of measurements (5)")
     args = parser.parse_args()
     check_nanogpt(args.nanogpt)
     if args.rounds < 1:
@@ -197,7 +197,7 @@ def main():
             steps = args.steps if name == "Nano" else NANOGPT["max_iters"]
             status.update(f"round {number} of {args.rounds}: {name} trains {steps:,} steps")
             if name == "Nano":
-                model, seconds = train_ours(steps, folder)
+                model, seconds = train_nano(steps, folder)
             else:
                 model, seconds = train_nanogpt(args.nanogpt, folder)
             n_params = sum(p.numel() for p in model.parameters())

@@ -1,8 +1,8 @@
-"""What it costs to spread a run over processes: time under DDP, memory under ZeRO, the link between machines.
+"""What distributed training costs: time with DDP, memory with ZeRO, the link between machines.
 
-python benchmark/spread_cost.py time          # DDP: 2 processes of one thread against 1 of two
-python benchmark/spread_cost.py memory        # bytes in each process against the formula of the paper
-python benchmark/spread_cost.py link          # two network namespaces with links of different speed
+python benchmark/spread_cost.py time          # DDP: 2 processes with one thread each, against 1 with two
+python benchmark/spread_cost.py memory        # bytes in each process, and the formulas of the ZeRO paper
+python benchmark/spread_cost.py link          # two network namespaces, with links of different speeds
 python -m torch.distributed.run --nnodes 2 ... benchmark/spread_cost.py check      # a real link, on both
 """
 
@@ -30,7 +30,7 @@ MODELS = {  # name -> (shape, rows of a global batch)
 }
 MEMORY_MODEL = dict(block_size=64, vocab_size=4000, n_layer=8, n_head=8, n_embd=512)
 WAYS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
-# Weights + gradients + what the optimizer needs: two moments and, in DeepSpeed, a copy of the weights.
+# Weights + gradients + optimizer state: two moments and, in DeepSpeed, a copy of the weights.
 FORMULAS = ("4 + 4 + 8", "4 + 4 + 12/N", "4 + (4 + 12)/N", "(4 + 4 + 12)/N")
 
 
@@ -41,7 +41,7 @@ def main():
     )  # fmt: skip
     parser.add_argument("what", choices=("time", "memory", "link", "check"))
     parser.add_argument("--steps", type=int, default=10, help="steps of each measurement (default: 10)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often, in turns (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of measurements (default: 3)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -50,7 +50,7 @@ def main():
 
 
 def launch(n_processes, n_threads, **job):
-    """-> what `worker` returns in the first of so many processes."""
+    """Run `worker` in n_processes processes. Returns the result of rank 0."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
     with tempfile.NamedTemporaryFile() as result:
         job = json.dumps({**job, "out": result.name, "n_threads": n_threads})
@@ -98,7 +98,7 @@ def measure_memory(args):
     Console().print(table)
 
 
-ROOM = """
+TWO_MACHINES = """
 set -e
 mount -t tmpfs none /run
 for n in 1 2; do ip netns add node$n; ip -n node$n link set lo up; done
@@ -118,7 +118,7 @@ wait
 
 
 def measure_link(args):
-    """A step of DDP over links of different speed, beside what `train.py --plan` foretells."""
+    """Time DDP over links of different speeds, beside the estimate of `train.py --plan`."""
     from types import SimpleNamespace
 
     from rich.console import Console
@@ -128,8 +128,8 @@ def measure_link(args):
     from config.stages import STAGES
     from engine.plan import RunEstimate
 
-    table = Table(title="2 machines of one thread each: milliseconds a step, and times as fast as one")
-    for name in ("model", "Gbit/s", "1 machine", "2 machines", "times", "foretold"):
+    table = Table(title="2 machines with one thread each: milliseconds per step")
+    for name in ("model", "Gbit/s", "1 machine", "2 machines", "speed-up", "estimate"):
         table.add_column(name, justify="right")
     for name, (shape, rows) in MODELS.items():
         job = dict(kind="time", model=name, accumulation=1, steps=args.steps)
@@ -142,9 +142,11 @@ def measure_link(args):
             with tempfile.NamedTemporaryFile() as result:
                 worker = json.dumps({**job, "out": result.name, "n_threads": 1})
                 words = {"python": sys.executable, "script": str(Path(__file__).resolve()), "job": worker}
-                script = ROOM.format(gbit=gbit, **{key: shlex.quote(word) for key, word in words.items()})
-                room = ["unshare", "--user", "--map-root-user", "--net", "--mount", "bash", "-c", script]
-                subprocess.run(room, check=True, stderr=subprocess.PIPE)
+                script = TWO_MACHINES.format(
+                    gbit=gbit, **{key: shlex.quote(word) for key, word in words.items()}
+                )
+                command = ["unshare", "--user", "--map-root-user", "--net", "--mount", "bash", "-c", script]
+                subprocess.run(command, check=True, stderr=subprocess.PIPE)
                 both = json.loads(Path(result.name).read_text("utf-8"))["ms"]
             least, most = estimate.speed_up(2, gbit, alone / 1000)
             table.add_row(name, f"{gbit:g}", f"{alone:.0f}", f"{both:.0f}", f"{alone / both:.2f}",
@@ -153,7 +155,7 @@ def measure_link(args):
 
 
 def check(args):
-    """The speed that gradients see: to be run by the launcher on all machines."""
+    """Measure the speed of all-reducing gradients. Start it on all machines with the launcher."""
     import torch
     import torch.distributed as dist
 
@@ -297,14 +299,14 @@ def memory_worker(compute, stage):
 
 
 def tensor_bytes():
-    """Memory of all tensors that Python knows, each storage counted once."""
+    """Bytes of all tensors in this process, counting each storage once."""
     import torch
 
     gc.collect()
     storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor):
+            for tensor in (found, found.grad if found.is_leaf else None):
                 if tensor is not None:
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())

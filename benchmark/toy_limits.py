@@ -1,10 +1,10 @@
-"""Where do the toy problems break? Accuracy over size, each with the training steps of the default size.
+"""How large can toy problems get? Accuracy over size, always with the training steps of the default size.
 
     python benchmark/toy_limits.py -o doc/toy_limits.png            # all four: an hour or two
     python benchmark/toy_limits.py sort --sizes 20 40 --steps 1500 -o sort.png
 
-Every run is a line in the table of `python problem.py --results`, too. One that is in it already, with
-this seed and so many steps, is not trained again.
+Every run also becomes a line in the table of `python problem.py --results`. A run that is already in the
+table, with the same seed and number of steps, is not repeated.
 """
 
 import argparse
@@ -30,14 +30,14 @@ SIZES = {
 
 
 def result_of(problem, seed, steps):
-    """The newest line of such a run in the table of all runs, or None."""
+    """The newest result of such a run in the table of all runs, or None."""
     wanted = {"problem": problem.name, "sizes": problem.sizes, "seed": seed, "steps": steps}
     found = [result for result in read_results() if wanted.items() <= result.items()]
     return found[-1] if found else None
 
 
 def train(name, size, seed, steps):
-    """-> the line that a run of problem.py adds to the table of all runs."""
+    """Run problem.py. Returns its line in the table of all runs."""
     option = fields(tasks.find(name))[0].name
     problem = tasks.make(name, {option: size})
     steps = steps or tasks.make(name, {}).training()["max_steps"]
@@ -53,7 +53,7 @@ def train(name, size, seed, steps):
 
 
 def draw(results, path):
-    """One panel a problem: accuracy over size, and the base rate that it should be compared with."""
+    """Plot accuracy over size, and the base rate for comparison, with one panel per problem."""
     from matplotlib.figure import Figure
 
     from plot_loss import BLUE, GREY
@@ -79,14 +79,14 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("problems", nargs="*", metavar="PROBLEM", help=f"{', '.join(SIZES)} (all)")
-    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="digits, or depth")
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="numbers of digits, or depths")
     parser.add_argument("--seed", type=int, default=1337, metavar="N")
-    parser.add_argument("--steps", type=int, metavar="N", help="of each")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps of each run")
     parser.add_argument("-o", "--out", type=Path, default=Path("toy_limits.png"), metavar="FILE")
     args = parser.parse_args()
     for name in args.problems:
         if name not in tasks.names():
-            parser.error(f"{name} is none of the problems {', '.join(tasks.names())}")
+            parser.error(f"there is no problem {name}; choose from {', '.join(tasks.names())}")
 
     results = []
     for name in args.problems or SIZES:

@@ -1,20 +1,20 @@
-"""How much of the machine a training step uses: Nano, nanoGPT and Transformers' Llama side by side.
+"""How well a training step uses the CPU: Nano, nanoGPT and Transformers' Llama compared.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmark/train_speed.py --nanogpt nanoGPT                    # about six minutes
-    python benchmark/train_speed.py --nanogpt nanoGPT --compile          # all through torch.compile; longer
+    python benchmark/train_speed.py --nanogpt nanoGPT --compile          # with torch.compile; takes longer
     python benchmark/train_speed.py --nanogpt nanoGPT --batch_size 16
 
-Each implementation trains two models in float32 on the CPU, as its own trainer would: forward,
-backward, gradients clipped, AdamW. Each runs in a process of its own, one after the other, in rounds,
-because the speed of a machine drifts. For the same reason a process multiplies two large matrices again
-and again between its steps; what its median step reaches of the FLOP/s of the median product is its share,
-and "of fastest" is what it reaches of the fastest of these products. The table has the median of all rounds,
-and the least and the most; Nano is level with another one where some rounds say more and others less.
+Each implementation trains two models in float32 on the CPU as its own trainer would: forward, backward,
+gradient clipping, AdamW. They take turns for several rounds, each time in a new process, because the speed of
+a machine drifts. For the same reason, every process also times products of two large matrices between its
+steps. "share" is the FLOP/s of the median step divided by that of the median product, and "of fastest"
+divides by the fastest product instead. The table has the median over all rounds, with minimum and maximum.
+"level" means that Nano was faster in some rounds and slower in others.
 
-FLOPs are counted from the shapes with one formula for all, 6 N + 12 L T C per token: N weights of the
-linear layers (the output head is one, the embedding is not), L layers, T tokens, C width. It counts
-the full square of attention, as PaLM and nanoGPT do, though a causal kernel may skip half of it.
+FLOPs are counted from the shapes with the same formula for all, 6 N + 12 L T C per token: N weights of linear
+layers (with the output head, without the embedding), L layers, T tokens, width C. This counts the full square
+of attention, as PaLM and nanoGPT do, although a causal kernel may skip half of it.
 """
 
 import argparse
@@ -44,11 +44,11 @@ MODELS = {
 # The defaults of a training run.
 TRAINING = ResolvedTrainConfig(**TrainConfig(dataset_path=[("none", "none")], max_steps=1000).model_dump())
 WARM_UP = 3  # steps
-MATRIX_SIZES = (1024, 2048, 4096)  # the product that reaches the most is what a step is measured by
+MATRIX_SIZES = (1024, 2048, 4096)  # the size with the most FLOP/s is the reference for the steps
 
 
 def check_nanogpt(folder):
-    """UserError unless `folder` is a clone of nanoGPT."""
+    """Raises UserError unless `folder` is a clone of nanoGPT."""
     for name in ("model.py", "train.py"):
         if not (Path(folder) / name).is_file():
             raise UserError(
@@ -68,8 +68,8 @@ def load_nanogpt(folder):
 # ---- the implementations: each returns (model, step), where step(x, y) trains on tokens [B, T] ---------
 
 
-def ours(shape, _, without=()):
-    """As train.py does it on a CPU with everything "auto", in float32. `without`: see ablation.py."""
+def nano(shape, _, without=()):
+    """As train.py on a CPU with everything "auto", in float32. without: see ablation.py."""
     import torch
 
     import objectives
@@ -104,7 +104,7 @@ def ours(shape, _, without=()):
 
 
 def nanogpt(shape, folder):
-    """As its train.py does it with --device=cpu."""
+    """As nanoGPT's train.py with --device=cpu."""
     import torch
 
     module = load_nanogpt(folder)
@@ -125,7 +125,7 @@ def nanogpt(shape, folder):
 
 
 def transformers(shape, _):
-    """LlamaForCausalLM of the same shape, with the optimizer that its Trainer takes by default."""
+    """LlamaForCausalLM of the same shape, with the default optimizer of Transformers' Trainer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -144,7 +144,7 @@ def transformers(shape, _):
     optimizer = torch.optim.AdamW(model.parameters(), lr=TRAINING.learning_rate, fused=True)
 
     def step(x, _):
-        model(input_ids=x, labels=x).loss.backward()  # it shifts the labels itself
+        model(input_ids=x, labels=x).loss.backward()  # the model shifts the labels
         torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -152,14 +152,14 @@ def transformers(shape, _):
     return model, step
 
 
-IMPLEMENTATIONS = {"Nano": ours, "nanoGPT": nanogpt, "Llama": transformers}
+IMPLEMENTATIONS = {"Nano": nano, "nanoGPT": nanogpt, "Llama": transformers}
 
 
 # ---- measuring -----------------------------------------------------------------------------------------
 
 
 def flops_per_token(model, shape):
-    """The formula at the top of this file, for a model of any implementation."""
+    """The formula at the top of this file, for any implementation's model."""
     from torch.nn import Linear
 
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
@@ -180,11 +180,11 @@ def random_batches(shape, batch_size):
 
 
 def measure(implementation, shape, batch_size, seconds, folder=None, compiled=False):
-    """Train for about `seconds` (three steps at least) -> {"ms/step": ..., "share": ..., ...}."""
+    """Train for about `seconds`, at least three steps. Returns {"ms/step": ..., "share": ..., ...}."""
     import torch
 
     torch.manual_seed(0)
-    with contextlib.redirect_stdout(None):  # nanoGPT talks while it builds
+    with contextlib.redirect_stdout(None):  # nanoGPT prints while building
         model, step = IMPLEMENTATIONS[implementation](shape, folder)
     model.train()
     if compiled:
@@ -217,16 +217,16 @@ def measure(implementation, shape, batch_size, seconds, folder=None, compiled=Fa
 
 
 def in_fresh_process(function, *arguments):
-    """What `function` returns when called in a new Python that has imported nothing yet."""
+    """Call `function` in a new Python process that has not imported anything yet."""
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool:
-        raise UserError("a measurement was killed from outside, most likely for lack of memory") from None
+        raise UserError("a measurement was killed, most likely because memory ran out") from None
 
 
 def comparison(title, results):
-    """A table of {implementation: [a dict of `measure` for each round]}; Nano is the first."""
+    """A table of {implementation: [result of `measure` for each round]}, of which Nano is the first."""
     from rich.table import Table
 
     table = Table("", title=title)
@@ -251,9 +251,9 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT (without it: left out)")
-    add("--compile", action="store_true", help="through torch.compile: needs a C++ compiler")
-    add("--rounds", type=int, default=5, help="processes per implementation and model (5)")
-    add("--seconds", type=float, default=5, help="training measured in each process (5)")
+    add("--compile", action="store_true", help="use torch.compile, which needs a C++ compiler")
+    add("--rounds", type=int, default=5, help="rounds of measurements (5)")
+    add("--seconds", type=float, default=5, help="time to measure in each process (5)")
     add("--batch_size", type=int, default=4, help="of the speed table's model (4); the recipe's is 12")
     args = parser.parse_args()
     if args.nanogpt:
@@ -295,8 +295,8 @@ def main():
         title += ", torch.compile" if args.compile else ""
         console.print(comparison(title, results[model]))
     console.print(
-        f"commit {figures.commit()}; medians of {args.rounds} rounds (least–most). matmul: GFLOP/s of the "
-        "largest float32 matrix product, in turns with the steps; a share is of their median or the fastest."
+        f"commit {figures.commit()}; medians of {args.rounds} rounds (min–max). matmul: GFLOP/s of the "
+        "fastest size of a float32 matrix product; shares are of its median or fastest measurement."
     )
 
 

@@ -112,7 +112,7 @@ def test_the_validation_loss_is_over_every_token_once():
 
 def test_our_side_of_the_race_trains_in_a_copy(tmp_path):
     ids = recipe_race.prepare("a small text to learn by heart\n" * 100, tmp_path)
-    model, seconds = recipe_race.train_ours(2, tmp_path)
+    model, seconds = recipe_race.train_nano(2, tmp_path)
     assert recipe_race.validation_loss(model, ids["Nano"]) < math.log(model.config.vocab_size)
     assert seconds > 0 and len(list(tmp_path.glob("*/train_*.log"))) == 1
 

@@ -64,13 +64,13 @@ class GPT(torch.nn.Module):
 
 
 def test_the_machine(told):
-    first, *products, last = told(gpu.look_at_the_machine)
+    first, *products, last = told(gpu.measure_machine)
     assert first["card"] and first["memory"] > 2**28 and first["torch"] and len(first["chosen"]) == 3
     assert [product["dtype"] for product in products] == ["float32"] and products[0]["flops"] > 1e8
     assert last["copied"] > 1e8
 
 
-@pytest.mark.parametrize("who", [gpu.train_ours, functools.partial(gpu.train_nanogpt, compiled=False)])
+@pytest.mark.parametrize("who", [gpu.train_nano, functools.partial(gpu.train_nanogpt, compiled=False)])
 def test_training(told, who):
     *_, record = told(who, gpu.GPT2)
     assert len(record["seconds"]) == 2 and min(record["seconds"]) > 0
@@ -84,7 +84,7 @@ def test_training(told, who):
 
 def test_writing(told, monkeypatch):
     monkeypatch.setattr(gpu, "TEXTS", (1, 3))
-    records = told(gpu.write_texts, gpu.GPT2.shape)
+    records = told(gpu.generate_texts, gpu.GPT2.shape)
     assert [record["texts"] for record in records] == [1, 3]
     assert records[1]["limit"] == pytest.approx(3 * records[0]["limit"])
     assert all(record["tokens_per_second"] > 0 for record in records)
