@@ -211,6 +211,7 @@ def train(tmp_path, tiny_data, monkeypatch, capsys):
     """train("pretrain", "--resume", max_steps=8): train.py in this process, in a project of its own."""
     import common.config
     import common.log
+    import decoding.compile_cache  # noqa: F401  # reads its own source, so before ROOT changes
     import engine.checkpoint
 
     root = tmp_path / "项目"

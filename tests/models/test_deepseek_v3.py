@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launching import RUN, TORCHRUN, largest_difference, launched, losses, settings_of
-from lm_pass import lm_pass
+from lm_pass import lm_loss, lm_pass
 from test_model import differ, greedy_without_cache, random_tokens
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,8 +40,9 @@ def build(seed=0, std=0.2, **fields):
     return model.eval()
 
 
-def alone(*numbers):
-    return list(numbers)
+def alone(tensor):
+    """all_reduce of a single process."""
+    return tensor
 
 
 def routing(moe):
@@ -322,17 +323,17 @@ def test_the_bias_moves_by_the_counts_of_all_passes_and_processes():
     seen = routing(model.blocks[1].mlp)
     for seed in range(3):
         tokens = random_tokens(2, 16, seed=seed)
-        lm_pass(model, tokens, tokens)
+        lm_loss(model, tokens, tokens)
     counts = sum(chosen.flatten().bincount(minlength=8) for _, chosen in seen)
     assert counts.sum() == 3 * 2 * 16 * 3
     elsewhere, asked = torch.tensor([500.0, 0, 0, 0, 0, 0, 0, 0]), []
 
-    def with_another(*numbers):
-        asked.append(numbers)
-        return [a + b for a, b in zip(numbers, elsewhere.tolist(), strict=True)]
+    def with_another(tensor):
+        asked.append(tensor)
+        return tensor + elsewhere
 
     model.after_step(with_another)
-    assert len(asked) == 1 and asked[0] == tuple(counts.tolist())
+    assert len(asked) == 1 and asked[0].tolist() == [counts.tolist()]
     total = counts + elsewhere
     moved = gate.e_score_correction_bias - before
     assert torch.allclose(moved, 0.01 * (total.mean() - total).sign(), atol=1e-7) and moved[0] < 0 < moved[1]
@@ -415,7 +416,7 @@ def test_the_balance_loss_is_its_formula():
     tokens, mask = random_tokens(3, 16), torch.ones(3, 16)
     mask[1, 10:] = 0  # padding
     seen = routing(model.blocks[1].mlp)
-    _, _, watched = lm_pass(model, tokens, tokens, mask)
+    _, watched = lm_loss(model, tokens, tokens, mask)
     [(scores, chosen)] = seen
     values, counts = [], torch.zeros(8)
     for row, T in enumerate((16, 10, 16)):
@@ -648,7 +649,7 @@ def test_operations_agree_with_a_counted_trace(fields, share, monkeypatch):
     for training in (False, True):
         model.train(training)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            loss = lm_pass(model, tokens, tokens)[1]
+            loss = lm_loss(model, tokens, tokens)[0]
             if training:
                 loss.backward()
         counted = counter.get_total_flops() / (3 * length)
@@ -676,9 +677,10 @@ def test_activations_are_near_what_autograd_keeps():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), sdpa_kernel(SDPBackend.MATH):
-            loss = lm_pass(model, tokens, tokens)[1]
+            loss = lm_loss(model, tokens, tokens)[0]
         counted = sum(kept.values()) / (4 * 64) - 2 * 50
-        assert loss and model.activations_per_token(True) == pytest.approx(counted, rel=0.25)
+        costs = model.costs(64, training=True)
+        assert loss and costs.activations + costs.attention_scores == pytest.approx(counted, rel=0.25)
 
 
 # ---- configurations --------------------------------------------------------------------------------------

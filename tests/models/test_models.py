@@ -182,8 +182,8 @@ def test_editors_know_all_of_them():
 # The guide's change to the transformer, file by file: (what is there, what takes its place) ...
 SQUARED = {
     "config/schema.py": [
-        ('    bias: bool = Field(False, description="give the linear layers a bias")\n',
-         '    bias: bool = Field(False, description="give the linear layers a bias")\n'
+        ('    bias: bool = Field(False, description="linear layers have a bias")\n',
+         '    bias: bool = Field(False, description="linear layers have a bias")\n'
          '    activation: Literal["swiglu", "relu2"] = Field("swiglu", description="inside the MLP")\n'),
     ],
     "model.py": [
@@ -199,8 +199,8 @@ TABLE = ['"architecture": ("nano",),', '"architecture": ("nano",), "activation":
 TOLD = {
     **dict.fromkeys(("decoding/backend.py", "formats/gguf.py", "formats/llama2c.py"), [TABLE]),
     "formats/families.py": [
-        ('ours={"qk_norm": True,', 'ours={"activation": "swiglu", "qk_norm": True,'),
-        ('ours={"qk_norm": False,', 'ours={"activation": "swiglu", "qk_norm": False,'),
+        ('nano_fixed={"qk_norm": True,', 'nano_fixed={"activation": "swiglu", "qk_norm": True,'),
+        ('nano_fixed={"qk_norm": False,', 'nano_fixed={"activation": "swiglu", "qk_norm": False,'),
     ],
 }  # fmt: skip
 DECODED = """
@@ -289,7 +289,7 @@ def test_a_key_of_ones_own_is_never_passed_over(tiny_project, activation):
 
     def refused(name):
         done = tiny_project.run("export.py", "--format", name)
-        found = re.fullmatch(f'error: activation is "{activation}" in this model, and (.*)\n', done.stderr)
+        found = re.fullmatch(f'error: activation is "{activation}" in this model, but (.*)\n', done.stderr)
         assert done.returncode == 2 and done.stdout == "" and found, done.stderr
         return found[1]
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from lm_pass import lm_pass
+from lm_pass import lm_loss, lm_pass
 from test_model import differ, graph_of, random_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -143,7 +143,7 @@ def test_operations_agree_with_a_counted_trace(fields):
     model = build(**fields).train()
     tokens = random_tokens(3, model.config.block_size)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        lm_pass(model, tokens, tokens)[1].backward()
+        lm_loss(model, tokens, tokens)[0].backward()
     assert model.flops_per_token() == pytest.approx(counter.get_total_flops() / tokens.numel(), rel=0.02)
 
 
@@ -168,9 +168,9 @@ def test_activations_are_near_what_autograd_keeps():
     tokens = random_tokens(8, 64, vocab_size=2)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = lm_pass(model, tokens, tokens)[1]
+        loss = lm_loss(model, tokens, tokens)[0]
     measured = sum(size for pointer, size in kept.items() if pointer not in own) / (4 * tokens.numel())
-    assert model.activations_per_token(keeps_attention=False) == pytest.approx(measured, rel=0.2)
+    assert model.costs(64, training=True).activations == pytest.approx(measured, rel=0.2)
     assert math.isfinite(loss.item())
 
 
