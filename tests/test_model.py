@@ -1,5 +1,5 @@
-"""model.py against itself, against float64 and against formulas; tests/test_model_oracle.py has other
-implementations to compare with."""
+"""model.py compared with itself, with float64 and with formulas. tests/test_model_oracle.py compares it with
+other implementations."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=4, n_kv_head=2, n_e
 
 
 def build(seed=0, std=0.2, **fields):
-    """A small model in eval(). Its weights are far larger than fresh ones: what is wrong shows."""
+    """A small model in eval(), with much larger weights than initial ones, so that errors show."""
     torch.manual_seed(seed)
     model = GPT(ModelConfig(**{**SMALL, **fields}))
     with torch.no_grad():
@@ -47,7 +47,7 @@ def differ(a, b):
 
 
 def greedy_without_cache(model, tokens, max_tokens):
-    """The definition of greedy decoding, and of forgetting: at the limit, half of a window is kept."""
+    """Greedy decoding by definition. At the end of the context, the newer half of it is kept."""
     window, answer = list(tokens)[-model.config.block_size :], []
     while len(answer) < max_tokens:
         if len(window) > model.config.block_size:
@@ -118,7 +118,7 @@ def test_a_fresh_model_knows_nothing():
 
 
 LONGER = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
-# What is changed, beside which other settings, and where it has to show.
+# The changed key, further settings, and where the change must have an effect.
 CHANGES = {
     "architecture": ("llama", {}, "refused"),
     "block_size": (15, {}, "context"),
@@ -261,7 +261,7 @@ def test_a_model_trains_alike_with_the_kernels_for_a_cpu(fields):
 
 
 def graph_of(tensor):
-    """The names of all the nodes behind a tensor."""
+    """The names of all autograd nodes of a tensor."""
     names, stack, seen = "", [tensor.grad_fn], set()
     while stack:
         node = stack.pop()
@@ -324,7 +324,7 @@ SCHEDULES = {  # for each pass, how many real tokens each of the three rows gets
 @GROUPS
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_rows_of_different_lengths(use_rope, n_kv_head, schedule):
-    """Each row of a right-padded, ragged batch gets what it would get alone and without a cache."""
+    """Each row of a right-padded, ragged batch gets the result that it gets alone, without a cache."""
     model = build(use_rope=use_rope, n_kv_head=n_kv_head, block_size=24)
     cache = model.new_cache(3)
     totals = [sum(counts) for counts in zip(*schedule, strict=True)]
@@ -332,7 +332,7 @@ def test_rows_of_different_lengths(use_rope, n_kv_head, schedule):
     alone = [model(row[None])[0] for row in rows]
     done = [0, 0, 0]
     for step, counts in enumerate(schedule):
-        tokens = random_tokens(3, max(counts), seed=100 + step)  # the padding is anything
+        tokens = random_tokens(3, max(counts), seed=100 + step)  # the padding may be anything
         for i, n in enumerate(counts):
             tokens[i, :n] = rows[i][done[i] : done[i] + n]
         lengths = torch.tensor(counts) if len(set(counts)) > 1 else None
@@ -393,7 +393,7 @@ def test_only_a_causal_model_has_a_cache():
 
 
 def loss_by_hand(logits, targets, mask, divisor=None):
-    """The definition, one number at a time, in Python's double precision."""
+    """The loss by definition, one number at a time, in double precision."""
     total = weight = 0.0
     for row, wanted, weights in zip(logits.tolist(), targets.tolist(), mask.tolist(), strict=True):
         for values, target, w in zip(row, wanted, weights, strict=True):
@@ -405,8 +405,8 @@ def loss_by_hand(logits, targets, mask, divisor=None):
 def masked_batch():
     tokens, targets = random_tokens(6, 9), random_tokens(6, 9, seed=2)
     mask = (random_tokens(6, 9, seed=3) % 3 == 0).float()
-    mask[1] = 0  # a row that says nothing
-    mask[4] = 0.25  # and one that weighs less
+    mask[1] = 0  # a row without tokens that count
+    mask[4] = 0.25  # and one with a smaller weight
     return tokens, targets, mask
 
 
@@ -418,7 +418,7 @@ def test_masked_loss_by_hand():
     assert loss.item() == pytest.approx(loss_by_hand(logits, targets, ones), abs=1e-5)
     assert loss.item() == pytest.approx(lm_pass(model, tokens, targets, ones)[1].item(), abs=1e-7)
     custom_kernels = loss_by_hand(logits, targets, mask)
-    assert abs(custom_kernels - loss.item()) > 0.01  # else this test would not see the mask
+    assert abs(custom_kernels - loss.item()) > 0.01  # otherwise this test would not depend on the mask
     assert lm_pass(model, tokens, targets, mask)[1].item() == pytest.approx(custom_kernels, abs=1e-5)
     assert lm_pass(model, tokens, targets, mask, 7.5)[1].item() == pytest.approx(
         loss_by_hand(logits, targets, mask, 7.5), abs=1e-5
@@ -476,7 +476,7 @@ class WithBias(GPT):
 
 @pytest.mark.parametrize("kind", [Capped, CappedLoss, WithBias, "nanochat"])
 def test_kernels_leave_alone_what_they_do_not_compute(kind):
-    """An architecture that changes the head, as the guide says it may, is trained with that very head."""
+    """If an architecture changes the head, as the guide allows, training uses the changed head."""
     torch.manual_seed(0)
     config = build(tie_embeddings=False).config
     if kind == "nanochat":
@@ -504,7 +504,7 @@ def test_kernels_leave_alone_what_they_do_not_compute(kind):
     ],
 )
 def test_gradients_equal_those_in_float64(fields):
-    """float64 with PyTorch's own attention and loss; float32 as it is trained."""
+    """float64 with PyTorch's attention and loss, and float32 as in training."""
     length = min(fields.get("block_size", 13), 257)
     tokens, targets = random_tokens(2, length), random_tokens(2, length, seed=2)
     mask = (random_tokens(2, length, seed=3) % 2).float()
@@ -522,7 +522,7 @@ def test_gradients_equal_those_in_float64(fields):
 
 
 def test_float64_gradients_equal_finite_differences():
-    """So the reference above is the derivative of the loss and of nothing else."""
+    """So the reference above is the derivative of the loss."""
     model = build(vocab_size=4, n_embd=4, n_layer=1, n_head=2, n_kv_head=1, n_hidden=4).double()
     tokens, targets = random_tokens(1, 5, vocab_size=4), random_tokens(1, 5, vocab_size=4, seed=2)
     names = [name for name, _ in model.named_parameters()]
@@ -550,7 +550,7 @@ def test_dropout_is_for_training_only():
 
 
 def test_dropout_reaches_every_place(monkeypatch):
-    """Embedding, attention weights, and both sublayers of a block: switched off one by one."""
+    """Embedding, attention weights and both sublayers of a block, each switched off in turn."""
     places = Counter()
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(

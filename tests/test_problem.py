@@ -1,4 +1,4 @@
-"""problem.py by its command line: it trains, tests, shows, remembers, and tries again."""
+"""The command line of problem.py: training, testing, the table of results, and testing again."""
 
 import json
 import re
@@ -57,7 +57,7 @@ DAMAGED = [
 
 
 def results_of(lines, tmp_path, monkeypatch, capsys):
-    """`problem.py --results` in this process, of a file with these lines -> code, stdout, stderr."""
+    """Run `problem.py --results` in this process on these lines. Returns (code, stdout, stderr)."""
     monkeypatch.setattr(problem, "RESULTS", tmp_path / "results.jsonl")
     problem.RESULTS.write_bytes(b"\n".join(lines))
     monkeypatch.setattr("sys.argv", ["problem.py", "--results"])

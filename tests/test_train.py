@@ -1,5 +1,5 @@
-"""The training loop: that it computes what it should, that it can be interrupted at any instant, and
-what it tells. Runs whose process matters are real ones, the others share this process (`train`)."""
+"""The training loop: its results, interruptions at any moment, and its messages. Where the process matters,
+runs are real processes; the others run in this process (`train`)."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ LINE = re.compile(
 
 
 def losses(place):
-    """{step: text of its loss}; a step that was trained twice must have had the same."""
+    """{step: text of its loss}. A step that was trained twice must have the same loss both times."""
     found = {}
     for step, loss, rate in place.logged("Train", "Loss", "LR"):
         assert found.setdefault(step, (loss, rate)) == (loss, rate)
@@ -57,7 +57,7 @@ def test_the_loss_of_sft_is_a_mean_over_the_words_of_answers(train):
 
     model, tokenizer = build(load(train.checkpoints("sft")[1]), "a test's")
     torch.manual_seed(1337)
-    model = type(model)(model.config).double()  # as it was before the step
+    model = type(model)(model.config).double()  # before the step
     path = train.root / "dataset" / "prepared" / "sft_train.bin"
     x, y, _ = map(torch.from_numpy, TokenBatches([TokenFile(path)], 12, 12, 1337)(0).values())
     chances = log_softmax(model(x), -1)
@@ -69,7 +69,7 @@ def test_the_loss_of_sft_is_a_mean_over_the_words_of_answers(train):
         total, count = total + sum(words), count + len(words)
         means.append(sum(words) / len(words))
     assert abs(float(logged) - total / count) < 2e-6
-    assert abs(float(logged) - sum(means) / len(means)) > 1e-3  # which a mean of means would be
+    assert abs(float(logged) - sum(means) / len(means)) > 1e-3  # as a mean of means would be
 
 
 def test_a_few_conversations_can_be_learned_by_heart(train, tiny_data):
@@ -126,7 +126,7 @@ def test_a_compiled_step_computes_the_same_and_resumes(tiny_project, train):
         assert float(losses(tiny_project)[step][0]) == pytest.approx(float(loss), abs=1e-5)
     eager = load(train.checkpoints()[8]).model
     for name, weights in whole.model.items():
-        # AdamW makes a full step, of up to 0.01, of the smallest gradient, rounding included.
+        # AdamW makes a full step of up to 0.01 even for the smallest gradient, such as a rounding error.
         torch.testing.assert_close(weights, eager[name], atol=1e-3, rtol=0)
 
 
@@ -160,7 +160,7 @@ def test_large_seeds_and_one_step(train):
 
 
 def kill_and_resume(project, kills, steps, random):
-    """Train with `kills` kill -9 at random moments; the last run may finish."""
+    """Train, with `kills` times kill -9 at random moments; then let it finish."""
     args = ["-t", "pretrain", *settings_of(**settings_for(steps))]
     for number in range(kills):
         began = time.monotonic()
@@ -172,7 +172,7 @@ def kill_and_resume(project, kills, steps, random):
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        # Most moments lie in training, a few in what comes before: loading, building, resuming.
+        # Most moments are in training, a few before it: loading, building, resuming.
         lines = random.randrange(7, 7 + steps // (2 * kills))
         for line, _ in zip(process.stdout, range(lines), strict=False):
             assert " | " in line or time.monotonic() - began < 60
@@ -201,7 +201,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_the_same(tiny_project, 
     assert losses(train) == losses(tiny_project) and len(losses(train)) == steps
     assert set(train.logged("Val", "Loss", "BPB")) == set(tiny_project.logged("Val", "Loss", "BPB"))
     assert not list((tiny_project.root / "checkpoint").glob("*.part"))
-    # Kept are the two newest and the best.
+    # The two newest and the best are kept.
     assert len(tiny_project.checkpoints()) <= 3 and one.best["step"] in tiny_project.checkpoints()
 
 
@@ -209,12 +209,12 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_the_same(tiny_project, 
 
 
 def hangups(handler):
-    """For a child: SIGHUP as a terminal has it, or nohup, and not as whoever has started the tests."""
+    """preexec_fn of a child: handle SIGHUP as in a terminal, or as under nohup."""
     return lambda: signal.signal(signal.SIGHUP, handler)
 
 
 def start(project, *args, **settings):
-    """A training process that is in the midst of its steps; it would go on for long."""
+    """A training process in the middle of its steps, which would take long to finish."""
     settings = {"max_steps": 10**6, **settings}
     process = subprocess.Popen(
         project.command("train.py", *args, *settings_of(**settings)),
@@ -246,7 +246,7 @@ def test_a_signal_ends_training_after_its_step(tiny_project, number):
     assert stopped == f"Stopped after step {step}."
     assert list(losses(tiny_project)) == list(range(1, step + 1))
 
-    # What was told to go on with does go on; with a few steps only, for the test's sake.
+    # The printed command works; here with only a few more steps.
     python, script, *words = shlex.split(command)
     assert python == "python" and "--resume" in words
     resumed = tiny_project.run(tiny_project.elsewhere / script, *words, *settings_of(max_steps=step + 2))
@@ -273,7 +273,7 @@ def test_a_second_signal_ends_it_at_once(tiny_project, number, code):
     while not any(path.stat().st_size for path in tiny_project.root.glob("train_*.log")):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.05)
-    time.sleep(1)  # into the first step: before it, one signal is enough
+    time.sleep(1)  # in the first step; before it, one signal is enough
     process.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
@@ -296,7 +296,7 @@ def test_a_terminal_that_is_closed_breaks_nothing_off(tiny_project, handler):
     child.expect("loss ")
     reached = len(losses(tiny_project))
     os.close(child.child_fd)
-    if handler == signal.SIG_IGN:  # it goes on, with its log file only
+    if handler == signal.SIG_IGN:  # it continues, with only its log file
         until = time.monotonic() + 30
         while len(losses(tiny_project)) < reached + 50:
             assert time.monotonic() < until and child.isalive()
@@ -309,7 +309,7 @@ def test_a_terminal_that_is_closed_breaks_nothing_off(tiny_project, handler):
 
 
 def test_a_reader_that_leaves_ends_training_after_its_step(tiny_project):
-    """`train.py | head`, or the `tee` that Ctrl-C has ended first."""
+    """As in `train.py | head`, or if Ctrl-C ends `tee` first."""
     process = start(tiny_project, "-t", "pretrain", decay_lr=False)
     process.stdout.close()
     stderr = process.stderr.read()
@@ -342,12 +342,12 @@ def test_training_stops_where_the_loss_is_no_number(train):
     ).groups()
     last = len(losses(train))
     assert int(step) == last + 1 == len(train.checkpoints()) + 1
-    # The newest holds the weights with which the loss was no number; the one before it does not.
+    # The newest has the weights that made the loss NaN; the one before it does not.
     assert good == train.checkpoints()[last - 1].name
     again = train("pretrain", "--resume", **DIVERGING)
     assert again.returncode == 2 and f"step {step}: loss" in again.stderr and good in again.stderr
     assert len(train.checkpoints()) == last
-    # What it advises does work.
+    # Its advice works.
     lower = {**DIVERGING, "learning_rate": 1e-5, "min_lr": 1e-6, "weight_decay": 0, "max_steps": last + 3}
     done = train("pretrain", "--resume", f"checkpoint/{good}", **lower)
     assert done.returncode == 0 and f"Done: step {last + 3}" in done.stdout
@@ -357,7 +357,7 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(train):
     assert train("pretrain", max_steps=4, tie_embeddings=False).returncode == 0
     good = train.checkpoints()[4]
     content = good.read_bytes()
-    # One token, which only the validation text holds, makes the model fail.
+    # A token that occurs only in the validation text makes the model fail.
     checkpoint = load(good)
     tokenizer = tokenizers.from_dict(checkpoint.tokenizer)
     checkpoint.model["wte.weight"][tokenizer.encode("?")] = math.inf
@@ -423,14 +423,14 @@ def test_one_line_moves_in_a_terminal(tiny_project, colour):
     assert "\x1b[2K" in text and re.search(r"30/30.*loss \d.*lr .*speed .*tokens/s \d+.*remaining 0 s", text)
     assert " | Val | " in text and " | Save | " in text and "Done: step 30" in text
     assert bool(re.search(r"\x1b\[[\d;]*3[\d;]*m", text)) is not bool(colour)
-    assert len(losses(tiny_project)) == 30  # in the log they all are
+    assert len(losses(tiny_project)) == 30  # all of them are in the log
 
 
 # ---- what a model gives to watch -------------------------------------------------------------------------
 
 
 def test_metrics_of_a_model_land_in_the_log_the_chart_and_tensorboard(train, monkeypatch):
-    """One mean over the passes of a step, each curve under its own name."""
+    """One mean over the passes of a step, with one curve per name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from common.log_reader import Log
@@ -472,7 +472,7 @@ def test_tensorboard_that_is_missing_is_named(train, monkeypatch):
 
 
 def test_every_validation_file_counts_by_its_size(train, tiny_data):
-    """One file can be learned by heart, the other is noise: neither hides the other."""
+    """One file can be memorized, the other is noise: both show in the result."""
     tokenizer = tokenizers.load(tiny_data / "tokenizer.json")
     dice = random.Random(1)
     texts = {"easy": ["1 + 1 = 2。" * 4] * 40, "hard": []}
@@ -499,7 +499,7 @@ def test_every_validation_file_counts_by_its_size(train, tiny_data):
     assert bits == pytest.approx(whole / math.log(2) * tokens_per_byte, abs=1e-4)
     checkpoint = load(train.checkpoints()[60])
     assert checkpoint.validation["loss"] == pytest.approx(whole, abs=1e-6) and best <= whole
-    # An outside account of it: of each file its first sequences, at least one batch, the larger file more.
+    # The expected batches: the first sequences of each file, at least one batch, more of the larger file.
     model, _ = build(checkpoint, "a test's")
     counts = [TokenBatches([file], 32, 2).sequences_per_epoch for file in files]
     for file, loss, count in zip(files, (easy, hard), counts, strict=True):
@@ -513,7 +513,7 @@ def test_every_validation_file_counts_by_its_size(train, tiny_data):
 
 
 def write_chats(train, name, n_long, n_short, tokenizer):
-    """Questions of 80 and of 5 characters, some of each; answers of two."""
+    """Chats with questions of 80 and of 5 characters, and answers of two."""
     questions = ["1" * 80] * n_long + ["1" * 5] * n_short
     chats = [{"question": question, "answer": f"{i % 10}。"} for i, question in enumerate(questions)]
     (train.root / f"{name}.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), "utf-8")
@@ -522,7 +522,7 @@ def write_chats(train, name, n_long, n_short, tokenizer):
 
 
 def test_conversations_cut_before_their_answers_are_left_out(train, tiny_data):
-    """So no step is a mean of nothing, and none of them counts as learned."""
+    """So no step divides by zero tokens, and these conversations do not count."""
     tokenizer = tokenizers.load(tiny_data / "tokenizer.json")
     settings = dict(from_checkpoint="", max_steps=20, eval_interval=10)
     mixed = write_chats(train, "mixed", 30, 30, tokenizer)

@@ -1,4 +1,4 @@
-"""train_ddp.py on two processes of this machine: the run of train.py. Faults: test_faults.py"""
+"""train_ddp.py with two processes on this machine gives the run of train.py. Faults are in test_faults.py."""
 
 import importlib
 import os
@@ -28,7 +28,11 @@ DDP = (TORCHRUN, "train_ddp.py")
 
 
 def test_two_processes_draw_the_curve_of_one(tiny_project, other_project):
-    settings = {**RUN, "learning_rate": 1e-2, "min_lr": 1e-3}  # DDP adds up in the same order: rounding stays
+    settings = {
+        **RUN,
+        "learning_rate": 1e-2,
+        "min_lr": 1e-3,
+    }  # DDP sums in the same order, so rounding is equal
     for task in ("pretrain", "sft"):
         done = tiny_project.run("train.py", "-t", task, *settings_of(settings))
         assert done.returncode == 0, done.stderr
@@ -36,7 +40,7 @@ def test_two_processes_draw_the_curve_of_one(tiny_project, other_project):
             output = launched(other_project, *DDP, "-t", task, **settings)
         else:
             output = together(other_project, "train_ddp.py", "-t", task, **settings)
-        assert output.count("Done: step 50") == 1  # one of them talks
+        assert output.count("Done: step 50") == 1  # only one of them prints
     for kind in ("Train", "Val"):
         assert largest_difference(losses(tiny_project, kind), losses(other_project, kind)) <= 1e-5
     assert len(list(other_project.root.glob("train_*.log"))) == 2
@@ -95,7 +99,7 @@ ODD += [{"RANK": "1"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "1"}, {"LOCAL_SIZE": 
 
 
 def test_a_first_machine_that_cannot_be_found_is_named():
-    """PyTorch would try again and again, for minutes, and say nothing."""
+    """PyTorch would retry for minutes without a message."""
     for host in ("no-such-machine.invalid", "a" * 300):
         with pytest.raises(UserError, match=f"MASTER_ADDR is '{host[:100]}'.*use its IP address"):
             parallel.wait_for_name(host, seconds=0)
@@ -105,7 +109,7 @@ def test_a_first_machine_that_cannot_be_found_is_named():
 @pytest.mark.parametrize("script", ["train_ddp", "train_deepspeed"])
 @pytest.mark.parametrize("odd", ODD)
 def test_what_no_launcher_tells_is_refused(script, odd, monkeypatch, capsys):
-    """In the environment: not a number, missing, or out of range. It is told although RANK is not 0."""
+    """Environment variables that are missing, out of range or not numbers. Every rank prints the error."""
     for name in (*TOLD, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {**TOLD, "MASTER_ADDR": "127.0.0.1", **odd}.items():

@@ -1,4 +1,4 @@
-"""train_deepspeed.py on two processes of this machine: ZeRO draws the curve of train.py, and its files."""
+"""train_deepspeed.py with two processes on this machine gives the losses and the files of train.py."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from train_deepspeed import check_hosts
 
 SCRIPT = "train_deepspeed.py"
 CPU = {"device": "cpu"}
-THREE = {"stage": 3, "stage3_param_persistence_threshold": 0}  # small weights are spread, too
+THREE = {"stage": 3, "stage3_param_persistence_threshold": 0}  # small weights are sharded, too
 STAGES = {
     "ZeRO-0": {"stage": 0},
     "ZeRO-1": {"stage": 1},
@@ -40,7 +40,7 @@ STAGES = {
 
 
 def settings_file(project, stage, **others):
-    """--deepspeed_config and a file with this stage of ZeRO."""
+    """Arguments --deepspeed_config and a file that sets this stage of ZeRO."""
     path = project.root / "config" / "mine.json"
     path.write_text(json.dumps({"zero_optimization": STAGES[stage], **others}), "utf-8")
     return "--deepspeed_config", path
@@ -57,7 +57,7 @@ def test_the_curve_is_that_of_one_process(tiny_project, other_project, stage):
     for task in ("pretrain", "sft"):
         alone(tiny_project, "-t", task, **RUN)
         output = together(other_project, SCRIPT, "-t", task, *settings_file(other_project, stage), **RUN)
-        assert output.count("Done: step 50") == 1  # one of them talks
+        assert output.count("Done: step 50") == 1  # only one of them prints
     for kind in ("Train", "Val"):
         assert largest_difference(losses(tiny_project, kind), losses(other_project, kind)) <= 1e-4
     one, two = (load(project.checkpoints("sft")[50]) for project in (tiny_project, other_project))
@@ -74,7 +74,7 @@ MUON = {**RUN, "optimizer": "muon", "lr_decay_iters": 50}
 
 
 def assert_same_state(one, two):
-    """Weights and what the optimizer keeps, in two checkpoints, up to rounding."""
+    """Weights and optimizer state of two checkpoints are equal up to rounding."""
     assert one.optimizer["state"].keys() == two.optimizer["state"].keys()
     for number, state in one.optimizer["state"].items():
         assert state.keys() == two.optimizer["state"][number].keys()
@@ -98,7 +98,7 @@ def test_muon_goes_on_with_two_processes(tiny_project, train):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
 def test_muon_moves_between_engines(tiny_project, train, stage):
-    """Two processes, two that go on, one that goes on: as one alone."""
+    """Started with two processes, resumed with two and then with one: as with a single process."""
     assert train("pretrain", **MUON, save_interval=30).returncode == 0
     args = (tiny_project, TORCHRUN, SCRIPT, "-t", "pretrain", *settings_file(tiny_project, stage))
     launched(*args, **{**MUON, "max_steps": 30})
@@ -122,7 +122,7 @@ def test_mixed_precision_is_that_of_one_process(tiny_project, other_project, sta
         torch.testing.assert_close(two.model[name], value, rtol=0, atol=5e-3)
 
 
-@pytest.mark.slow  # tests/engine/test_zero.py has the sentence, and below another one is told once
+@pytest.mark.slow  # tests/engine/test_zero.py has the message; this is about one printed once
 def test_what_deepspeed_is_not_used_with(tiny_project):
     args = ("-t", "pretrain", *settings_file(tiny_project, "ZeRO-2"))
     _, errors = finish(process := start(tiny_project, TORCHRUN, SCRIPT, *args, compile="true"))
@@ -131,7 +131,7 @@ def test_what_deepspeed_is_not_used_with(tiny_project):
 
 
 def test_a_run_moves_between_engines(tiny_project, train):
-    """One process, DDP with two, ZeRO-3 with two, one again: as if nothing had happened."""
+    """One process, DDP with two, ZeRO-3 with two, one again: as in a single run."""
     assert train("pretrain", **RUN).returncode == 0
     settings = {**RUN, "lr_decay_iters": 50, "save_interval": 1}
     alone(tiny_project, "-t", "pretrain", **{**settings, "max_steps": 10})
@@ -149,7 +149,7 @@ def test_a_run_moves_between_engines(tiny_project, train):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_is_exact(tiny_project, other_project, stage):
-    """20 steps at once, and 10 and 10 of the same engine: the same checkpoint, bit for bit."""
+    """20 steps at once, or 10 and 10 with the same engine: the same checkpoint, bit for bit."""
     for project in (tiny_project, other_project):
         settings = {**RUN, "lr_decay_iters": 50, "save_interval": 10, "eval_interval": 1000}
         args = (project, TORCHRUN, SCRIPT, "-t", "pretrain", *settings_file(project, stage))
@@ -288,7 +288,7 @@ def test_a_hostile_folder_of_deepspeed_is_not_run(tiny_project):
 
 
 class Payload:
-    """Touches a file when it is unpickled without care."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, proof):
         self.proof = str(proof)

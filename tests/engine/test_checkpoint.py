@@ -1,5 +1,5 @@
-"""Checkpoints: when they are written, which are kept, what is gone on with; and that nothing which is
-damaged, foreign or hostile is ever taken for one."""
+"""Checkpoints: when they are written, which are kept, how runs resume; and that damaged, foreign or malicious
+files are refused."""
 
 import errno
 import json
@@ -80,7 +80,7 @@ def test_resuming(train):
     )
     last = load(train.checkpoints()[7])
     assert last.run == load(path).run
-    # What was set by hand is obeyed, not what the checkpoint remembers.
+    # Settings of the command line win over those in the checkpoint.
     groups = last.optimizer["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0] and groups[0]["betas"][0] == 0.5
 
@@ -110,7 +110,7 @@ def test_the_state_of_another_optimizer_is_refused(train):
         refusal = rf'its optimizer state, of "{before}", does not fit .* with --set from_checkpoint=(\S+)\n'
         [path] = re.findall(refusal, done.stderr)
         assert done.returncode == 2
-        # What it advises does work.
+        # Its advice works.
         done = train("pretrain", max_steps=4, optimizer=now, from_checkpoint=path)
         assert done.returncode == 0 and "4 steps in this session" in done.stdout
         notices = f"starting from the weights of {path}\nthis is a new run; to continue the other one:"
@@ -150,7 +150,10 @@ def test_going_back_to_an_earlier_step_loses_nothing(train):
     [branch] = {*train.checkpoints().values()} - before.keys()
     one, two = load(last), load(branch)
     assert one.run < two.run
-    one.train_config, one.best = two.train_config, two.best  # keep_checkpoints; a branch's best is its own
+    one.train_config, one.best = (
+        two.train_config,
+        two.best,
+    )  # keep_checkpoints; a branch has its own best checkpoint
     assert train.same(one, two)
 
 
@@ -166,7 +169,7 @@ def test_fine_tuning_starts_from_the_newest_pretrained_model(train):
     assert tuned.tokenizer == pretrained.tokenizer and tuned.run != pretrained.run
     for name, weights in tuned.model.items():
         torch.testing.assert_close(weights, pretrained.model[name], atol=1e-8, rtol=0)
-    # The optimizer starts anew.
+    # The optimizer starts from scratch.
     assert {float(state["step"]) for state in tuned.optimizer["state"].values()} == {1}
 
 
@@ -224,7 +227,7 @@ def test_a_context_that_cannot_be_stretched_is_refused(train):
 
 
 def in_a_child(work):
-    """Call `work` in a copy of this process; how that ended, as os.waitpid tells it."""
+    """Call `work` in a forked process. Returns the status from os.waitpid."""
     child = os.fork()
     if not child:
         try:
@@ -250,7 +253,7 @@ def die(*_):
     ids=["half written", "not flushed", "not renamed"],
 )
 def test_killed_while_a_checkpoint_is_written(train, monkeypatch, module, name, number, instead):
-    """number: of the call for the second checkpoint; the first one flushes its file and its folder."""
+    """number: at which call the process is killed; the first checkpoint flushes file and folder."""
     settings = dict(max_steps=6, save_interval=3, dropout=0.1)
     assert train("pretrain", **settings).returncode == 0
     whole = load(train.checkpoints()[6])
@@ -274,7 +277,7 @@ def test_killed_while_a_checkpoint_is_written(train, monkeypatch, module, name, 
 
 
 def test_what_other_runs_write_is_left_alone(train):
-    """Unless nobody writes it any more; a run killed at its first checkpoint leaves nothing else."""
+    """Unless the process that wrote it is gone. A run killed at its first checkpoint leaves nothing else."""
     assert train("pretrain").returncode == 0
     folder = train.root / "checkpoint"
     names = "pretrain_20260102_030405", "sft_20260102_030406", "sft_20260102_030407", "notes"
@@ -318,13 +321,13 @@ def test_a_place_where_nothing_can_be_written(train):
 
 @pytest.fixture
 def sound(train):
-    """The path of a sound checkpoint of a run of two steps."""
+    """The path of a valid checkpoint of a run of two steps."""
     assert train("pretrain", max_steps=2, decay_lr=False).returncode == 0
     return train.checkpoints()[2]
 
 
 def damage(content, random):
-    """Bytes to which happened what happens to files; half of it to the headers of the zip container."""
+    """The bytes with random damage, half of it in the headers of the zip container."""
     content = bytearray(content)
     headers = [match.start() for match in re.finditer(b"PK", content)]
     at = random.randrange(len(content))
@@ -436,7 +439,7 @@ CHANGES = [
 
 
 def test_what_was_made_up_is_refused(train, sound):
-    """Files that are sound as containers, whose content training could not have written."""
+    """Valid containers whose content training could not have written."""
     state = torch.load(sound, weights_only=True)
     state["tokenizer"] = json.loads(state["tokenizer"])  # as in older files
     before = sorted(train.root.parent.rglob("*"))

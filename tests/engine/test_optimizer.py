@@ -56,7 +56,7 @@ def test_rate_and_decay_of_each_parameter(optimizer, tied):
 
 
 def test_without_rates_of_their_own_there_are_as_few_groups_as_can_be():
-    """And the order of the parameters never changes: a checkpoint stores their state by number."""
+    """The order of the parameters never changes, because a checkpoint stores their state by number."""
     orders = []
     for settings, n_groups in [({}, 2), ({"embedding_lr": 1.0, "unembedding_lr": 0.1}, 4)]:
         model = model_of(tie_embeddings=False)

@@ -1,4 +1,4 @@
-"""How the rows of a global batch are divided among processes. tests/test_train_ddp.py has the runs."""
+"""How the rows of a global batch are divided among processes. Real runs are in tests/test_train_ddp.py."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What a run takes: the plan's numbers, and the advice when memory does not suffice."""
+"""The numbers of --plan, and the advice when memory runs out."""
 
 import math
 import re
@@ -68,7 +68,7 @@ def test_the_plan_for_two_machines(train, monkeypatch):
     assert (done.returncode, done.stderr) == (0, "")
     n_params = int(re.search(r"parameters +│ ([\d,]+)", done.stdout)[1].replace(",", ""))
     row = re.search(r"2 of them, 0.001 Gbit/s │ \d+ ms of computing a step, (\d+) ms to", done.stdout)
-    assert int(row[1]) == pytest.approx(4 * n_params * 8 / 1e6 * 1000, abs=1)  # all bytes, once
+    assert int(row[1]) == pytest.approx(4 * n_params * 8 / 1e6 * 1000, abs=1)  # every gradient once
     assert re.search(r"0\.\d\d to 0\.\d\d times as fast as one", done.stdout)  # slower than one
     for way in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
         assert f"GiB {way}" in done.stdout
@@ -87,12 +87,14 @@ def test_what_several_machines_gain():
     gradients = 4 * facts.model.n_params
     assert facts.exchange_seconds(2, 1.0) == pytest.approx(gradients * 8 / 1e9)
     assert facts.exchange_seconds(4, 1.0) == pytest.approx(1.5 * gradients * 8 / 1e9)
-    assert facts.speed_up(4, 1e9, 1.0) == pytest.approx((4, 4), rel=1e-4)  # a link without limit
-    one = 2 * facts.exchange_seconds(2, 1.0)  # a step of which half takes as long as the exchange
+    assert facts.speed_up(4, 1e9, 1.0) == pytest.approx((4, 4), rel=1e-4)  # an infinitely fast link
+    one = 2 * facts.exchange_seconds(2, 1.0)  # the exchange takes half as long as a step
     least, most = facts.speed_up(2, 1.0, one)
     assert least == pytest.approx(1.0) and most == pytest.approx(2 / (4 / 3))
     accumulating = facts_of(choice_of(), batch_size=8, gradient_accumulation_steps=8)
-    assert least < accumulating.speed_up(2, 1.0, one)[1] < most  # less backward pass to hide behind
+    assert (
+        least < accumulating.speed_up(2, 1.0, one)[1] < most
+    )  # less of the backward pass can overlap with it
 
 
 def test_memory_that_zero_spreads():

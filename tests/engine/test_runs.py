@@ -1,5 +1,5 @@
-"""Which run it is: names and locks, what goes on with what, and that position, best loss and learning rate
-follow from what a run has done, not from how it is configured now."""
+"""Names and locks of runs, which run resumes from what, and that position, best loss and learning rate follow
+from what a run has done, not from its present configuration."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_a_new_run_is_later_than_all_there_are_whatever_the_clock_says(folder, m
         assert abs(time.time() - _utc(run.name)) < 5
     (folder / "sft_20410203_235959_step_3.pt").touch()
     assert Run().name == "20410204_000000"
-    (folder.parent / "train_20410204_000000.log").touch()  # of a run without a checkpoint
+    (folder.parent / "train_20410204_000000.log").touch()  # a run without a checkpoint
     for strange in ("pretrain_99999999_999999_step_1.pt", "pretrain_20500101_000000_step_x.pt", "x.pt"):
         (folder / strange).touch()
     assert Run().name == "20410204_000001"
@@ -57,7 +57,7 @@ def _utc(name):
 
 
 def test_no_two_processes_get_one_name(folder):
-    """Five begin in one second, and have neither a log nor a checkpoint yet."""
+    """Five start in the same second, before any has a log or a checkpoint."""
     code = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
         "import engine.checkpoint as c; c.FOLDER = pathlib.Path(sys.argv[2])\n"
@@ -75,7 +75,7 @@ def test_no_two_processes_get_one_name(folder):
     assert not {run.name for run in here} & {*names}
     with pytest.raises(UserError, match=rf"run {names[0]} is being trained by another process, \d+ on "):
         Run(names[0])
-    processes[0].kill()  # the system lifts its lock
+    processes[0].kill()  # the operating system releases its lock
     processes[0].wait()
     Run(names[0]).release()
     for process in processes[1:]:
@@ -99,7 +99,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(train):
         done = train("pretrain", "--resume")
         assert done.stderr.endswith(f"; other runs of pretrain: --resume {older}\n")
         assert before == {path: path.read_bytes() for path in before}
-        # What it has left behind may be gone on with, by a run of its own, and so may another run.
+        # Its checkpoints can be continued by a new run, and other runs can be resumed.
         early = list_checkpoints("pretrain", newer)[0].path
         assert "branches off" in train("pretrain", "--resume", early, max_steps=4).stderr
         done = train("pretrain", "--resume", older, max_steps=6)
@@ -109,7 +109,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(train):
 
 
 def test_runs_beside_each_other_keep_to_their_own(tiny_project):
-    """One trains for ever and keeps one checkpoint; others come, go, and are resumed."""
+    """One trains endlessly and keeps one checkpoint; others start, end, and are resumed."""
     settings = ["--set", "keep_checkpoints=1", "--set", "save_interval=5", "--set", "decay_lr=false"]
     command = tiny_project.command("train.py", "-t", "pretrain", *settings, "--set", "max_steps=0")
     lasting = subprocess.Popen(
@@ -140,7 +140,7 @@ def test_the_run_that_was_started_last_goes_on_not_that_of_the_latest_clock(trai
     settings = dict(max_steps=3)
     assert train("pretrain", **settings).returncode == 0
     [path] = train.checkpoints().values()
-    future = path.with_name("pretrain_20410101_000000_step_3.pt")  # of a machine whose clock was wrong
+    future = path.with_name("pretrain_20410101_000000_step_3.pt")  # from a machine whose clock was wrong
     checkpoint = load(path)
     checkpoint.run = "20410101_000000"
     checkpoint.save()
@@ -167,7 +167,7 @@ def test_what_cannot_be_resumed_is_told(train):
 
 
 def test_a_model_without_a_run_is_passed_over(train):
-    """export.py --read and DeepSpeed's --convert make such; they come later than the run that was stopped."""
+    """export.py --read and --convert write such models, here after the run that was stopped."""
     assert train("pretrain", max_steps=3).returncode == 0
     [path] = train.checkpoints().values()
     read = load(path)
@@ -186,10 +186,10 @@ def test_a_model_without_a_run_is_passed_over(train):
 
 
 def as_version(version, state):
-    """The state as a file of this version has it."""
+    """The state as in a file of this version."""
     later = {1: ("consumed", "validation", "data"), 2: ()}[version]
     state = {key: value for key, value in state.items() if key not in ("chat_template", "problem", *later)}
-    state["model_config"] = {**state["model_config"], "dropout": 0.1}  # was a key of the model's, too
+    state["model_config"] = {**state["model_config"], "dropout": 0.1}  # used to be a key of the model, too
     task = state.pop("stage")
     return {**state, "task": task, "version": version}
 
@@ -257,7 +257,7 @@ def test_changed_data_are_told_and_begun_anew(train):
     assert "may hold documents that were trained on before; the best loss is reset\n" in done.stderr
     last = load(train.checkpoints()[12])
     assert last.consumed["sequences"] == 8 and last.consumed["tokens"] > first.consumed["tokens"]
-    assert last.best["step"] == 12  # whatever was reached on the other data
+    assert last.best["step"] == 12  # whatever the best loss on the other data was
     assert train.logged("Train", "Curriculum")[8] == (9, "0-0")
 
 
@@ -280,7 +280,7 @@ def test_a_curriculum_that_only_grows_goes_on(train):
     assert "the data have changed: two/pretrain_train.bin: nothing then, " in done.stderr
     assert "restarts" not in done.stderr and "the best loss is reset" in done.stderr
     assert load(train.checkpoints()[8]).consumed["sequences"] == 16
-    # The other way round, what has been seen stands at another place.
+    # In the other order, the sequences seen so far are elsewhere.
     done = train("pretrain", "--resume", dataset_path=two + one, **SMALL, max_steps=9)
     assert "restarts" in done.stderr
     assert load(train.checkpoints()[9]).consumed["sequences"] == 2
@@ -291,7 +291,7 @@ def test_a_curriculum_that_only_grows_goes_on(train):
 
 @pytest.mark.parametrize("task", ["pretrain", "sft"])
 def test_an_epoch_is_seen_once_whatever_the_batch_size(train, task, monkeypatch):
-    """The sequences of all steps, in order: as of one run with one batch size, to the last of the epoch."""
+    """All sequences of the epoch come in the order of a run with a single batch size."""
     seen, original = [], TokenBatches.__call__
 
     def spied(self, first):
@@ -359,7 +359,7 @@ def test_a_run_has_one_log(train):
     [path] = train.root.glob("train_*.log")
     run = load(train.checkpoints()[4]).run
     assert path.name == f"train_{run}.log"
-    with open(path, "a") as file:  # as a process leaves it that was killed while it wrote
+    with open(path, "a") as file:  # as left by a process that was killed while writing
         file.write("2026-01-02 03:04:05 | Train | Epo")
     assert train("pretrain", "--resume", max_steps=6).returncode == 0
     early = list_checkpoints("pretrain", run)[0].path
@@ -374,7 +374,7 @@ def test_a_run_has_one_log(train):
 
 
 def test_what_a_launcher_brings_back_goes_on_under_its_name(train):
-    """A run of its own, a branch, or one that was resumed; before its first checkpoint and after it."""
+    """A new run, a branch and a resumed run; before the first checkpoint and after it."""
     from common.config import check
     from config.schema import TrainConfig
     from engine.runs import starting_point

@@ -1,4 +1,4 @@
-"""What DeepSpeed's file may say. tests/test_train_deepspeed.py has the runs."""
+"""What DeepSpeed's file may contain. Real runs are in tests/test_train_deepspeed.py."""
 
 import os
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from engine.zero import Zero
 
 
 def zero_of(**settings):
-    """The first of two processes, without a connection to the other."""
+    """The strategy of rank 0 of two processes, without a connection."""
     zero = object.__new__(Zero)
     zero.rank, zero.world_size, zero.stage, zero.name = 0, 2, 2, "config/mine.json"
     zero.settings = DeepSpeedConfig(**{"zero_optimization": {"stage": 2}, **settings}).model_dump()

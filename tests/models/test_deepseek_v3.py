@@ -1,4 +1,4 @@
-"""models/deepseek_v3.py against Transformers, float64, formulas and itself."""
+"""models/deepseek_v3.py compared with Transformers, with float64 and with the paper's formulas."""
 
 import copy
 import functools
@@ -29,7 +29,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 def build(seed=0, std=0.2, **fields):
-    """A small model in eval(). Its weights and biases are far larger than fresh ones: what is wrong shows."""
+    """A small model in eval(), with much larger weights than initial ones, so that errors show."""
     torch.manual_seed(seed)
     model = Model(Config(**{**SMALL, **fields}))
     with torch.no_grad():
@@ -46,7 +46,7 @@ def alone(tensor):
 
 
 def routing(moe):
-    """A list to which each pass adds scores [B, T, E] and experts chosen [B, T, K]."""
+    """A list to which each pass appends (scores [B, T, E], chosen experts [B, T, K])."""
     seen = []
     moe.gate.register_forward_hook(lambda _, __, output: seen.append(output))
     return seen
@@ -56,7 +56,7 @@ def routing(moe):
 
 
 def rotary_rows(weight, heads, size, interleave):
-    """The released order of the last `size` rows of each head: pairs side by side instead of halves."""
+    """Reorder the last `size` rows of each head as in the released weights: interleaved instead of halves."""
     if not interleave:
         return weight
     weight = weight.clone().unflatten(0, (heads, -1))
@@ -66,7 +66,7 @@ def rotary_rows(weight, heads, size, interleave):
 
 
 def in_transformers(model, interleave=True):
-    """The network without its prediction module as a DeepseekV3ForCausalLM with the same weights."""
+    """A DeepseekV3ForCausalLM with the weights of the network, without its MTP module."""
     transformers = pytest.importorskip("transformers")
     c = model.config
     shared = [key for key in Config.model_fields if hasattr(transformers.DeepseekV3Config, key)]
@@ -142,14 +142,14 @@ def test_logits_are_those_of_transformers(fields, interleave):
     other = in_transformers(model, interleave)
     tokens = random_tokens(3, model.config.block_size)
     ours, theirs = model(tokens), other(tokens).logits
-    assert theirs.std() > 0.5  # not equal for being small
+    assert theirs.std() > 0.5  # they are not equal just because they are small
     assert differ(ours, theirs) < 1e-4
 
 
 @torch.no_grad()
 @EVERY_SHAPE
 def test_cached_logits_are_those_of_transformers(fields):
-    """Right-padded prefill, then several tokens, then one; there is no cache there."""
+    """Right-padded prefill, then several tokens, then one; Transformers runs without a cache."""
     model = build(**fields)
     other = in_transformers(model)
     tokens, lengths = random_tokens(2, 16), torch.tensor([5, 9])
@@ -163,7 +163,7 @@ def test_cached_logits_are_those_of_transformers(fields):
         logits = model(following, cache=cache)
         for row, n in enumerate(lengths.tolist()):
             assert differ(logits[row], expected[row, n + done :][:count]) < 1e-4
-    cache = model.new_cache(2)  # and all rows in step
+    cache = model.new_cache(2)  # now with rows of equal length
     steps = [model(part, cache=cache) for part in tokens.split((6, 3, 1, 1, 5), dim=1)]
     assert differ(torch.cat(steps, 1), expected) < 1e-4
     cache.advance(-4)
@@ -215,7 +215,7 @@ def test_the_cache_holds_a_latent_and_a_rotary_key_only():
     tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
     n_bytes = sum(t.element_size() * t.numel() for t in tensors)
     assert n_bytes == 3 * 11 * c.n_layer * (c.kv_lora_rank + c.qk_rope_head_dim) * 4
-    # DeepSeek-V2's table 1: as much as grouped-query attention with 2.25 groups, for its sizes.
+    # DeepSeek-V2's table 1: with its sizes, as much as grouped-query attention with 2.25 groups.
     big = Config(**{**SMALL, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
                     "v_head_dim": 128, "n_head": 128})  # fmt: skip
     with torch.device("meta"):
@@ -244,7 +244,7 @@ def test_decoding_does_not_expand_what_is_past(monkeypatch):
 
 
 def one_by_one(moe, x):
-    """The mixture in float64, a token and an expert at a time (equations 12 to 16)."""
+    """The mixture of experts in float64, one token and one expert at a time (equations 12 to 16)."""
     moe, c, rows = copy.deepcopy(moe).double(), moe.config, x.double().flatten(0, 1)
     y = torch.zeros_like(rows)
     for n, row in enumerate(rows):
@@ -291,7 +291,7 @@ def test_a_token_chooses_within_its_groups():
         size = c.n_routed_experts // gate.config.n_group
         in_groups = F.one_hot(chosen // size, gate.config.n_group).amax(-2).sum(-1)
         assert in_groups.max() == most
-        assert chosen.sort().values.diff().min() > 0  # nobody twice
+        assert chosen.sort().values.diff().min() > 0  # no expert twice
 
 
 def test_scores_are_in_float32_whatever_the_rest_is_in():
@@ -305,7 +305,7 @@ def test_scores_are_in_float32_whatever_the_rest_is_in():
 
 
 def test_the_bias_moves_loads_together():
-    """Only the bias is trained: experts that random scores keep idle or busy become equally busy."""
+    """With only the bias trained, the loads of experts with random scores become equal."""
     tokens, loads = random_tokens(16, 16), {}
     for speed in (0.0, 0.01):
         model = build(bias_update_speed=speed).train()
@@ -337,7 +337,7 @@ def test_the_bias_moves_by_the_counts_of_all_passes_and_processes():
     total = counts + elsewhere
     moved = gate.e_score_correction_bias - before
     assert torch.allclose(moved, 0.01 * (total.mean() - total).sign(), atol=1e-7) and moved[0] < 0 < moved[1]
-    model.after_step(with_another)  # nothing was seen since
+    model.after_step(with_another)  # no passes since the last step
     assert len(asked) == 1
     lm_pass(model.eval(), tokens, tokens)
     model.after_step(with_another)  # a validation does not count
@@ -348,7 +348,7 @@ def test_the_bias_moves_by_the_counts_of_all_passes_and_processes():
 
 
 class Reference:
-    """Multi-token prediction from the paper's equations 21 to 24, in float64, a row at a time."""
+    """Multi-token prediction by the paper's equations 21 to 24, in float64, one row at a time."""
 
     def __init__(self, model):
         self.weights = {name: value.double() for name, value in model.state_dict().items()}
@@ -358,7 +358,7 @@ class Reference:
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * self.weights[f"{name}.weight"]
 
     def turn(self, x):
-        """Pairs (i, i + D / 2) of x [T, D] by position times frequency."""
+        """Rotate the pairs (i, i + D / 2) of x [T, D] by position times frequency."""
         half = x.shape[-1] // 2
         frequency = self.c.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
         angle = torch.outer(torch.arange(len(x), dtype=torch.float64), frequency)
@@ -385,7 +385,7 @@ class Reference:
         return torch.cat(heads, -1) @ w[f"{name}.proj.weight"].mT
 
     def __call__(self, h, following):
-        """h [T, C] of the network, following [T] -> log-probabilities of the token after these [T, V]"""
+        """h [T, C] and the following tokens [T] -> log-probabilities of the tokens after those [T, V]"""
         w, eps = self.weights, self.c.norm_eps
         embedded = self.norm(w["wte.weight"][following], "mtp.enorm", eps)
         x = torch.cat((embedded, self.norm(h, "mtp.hnorm", eps)), -1) @ w["mtp.eh_proj.weight"].mT
@@ -429,7 +429,7 @@ def test_the_balance_loss_is_its_formula():
 
 
 def gradients(model, *passes):
-    """All gradients, by name, of losses that add up."""
+    """All gradients, by name, of the sum of some losses."""
     model.zero_grad()
     sum(lm_pass(model, *each)[1] for each in passes).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -460,7 +460,7 @@ def test_each_extra_loss_is_in_the_gradient_with_its_weight():
 
 
 def test_passes_add_up_to_the_whole_batch():
-    """Loss, gradients and counts; the rows have different numbers of tokens that count."""
+    """Losses, gradients and counts, when rows have different numbers of tokens that count."""
     model = build(**EXTRA).train()
     tokens, targets = random_tokens(6, 16), random_tokens(6, 16, seed=2)
     mask = (random_tokens(6, 16, seed=3) % 4 > 0).float()
@@ -536,7 +536,7 @@ def test_weights_in_bfloat16():
 
 @functools.cache
 def trained():
-    """A model that has learned to count in steps of 1 to 4, and with it its prediction module; its losses."""
+    """A model whose network and MTP module have learned to count in steps of 1 to 4, and its losses."""
     torch.manual_seed(0)
     model = Model(Config(**{**SMALL, "block_size": 24})).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -561,7 +561,7 @@ def test_training_learns_both_predictions():
 
 @pytest.mark.parametrize("make", [build, lambda: trained()[0]], ids=["drafts that fail", "drafts that hold"])
 def test_drafted_text_is_the_greedy_text(make):
-    """Beyond the context, too, where the older half is forgotten, and up to any number of tokens."""
+    """Also beyond the context, where the older half is dropped, and for any number of tokens."""
     model = make()
     for prompt in ([1, 2, 3], [5], [(3 * n) % 23 for n in range(40)]):
         plain = list(generate(model, prompt, 60, temperature=0, draft=False))
@@ -580,7 +580,7 @@ def test_a_good_drafter_saves_passes():
     assert len(list(generate(model, [1, 3, 5, 7], 20, temperature=0))) == 20
     hook.remove()
     assert passes[0] == 4 and set(passes[1:]) <= {1, 2}
-    assert len(passes) <= 14  # of the 20 that one token at a time takes
+    assert len(passes) <= 14  # one token at a time takes 20
 
 
 def test_drafting_is_for_greedy_text_alone(monkeypatch):
@@ -641,8 +641,8 @@ def test_a_fresh_model_knows_nothing():
 )
 @pytest.mark.parametrize("share", [1, 0.5])
 def test_operations_agree_with_a_counted_trace(fields, share, monkeypatch):
-    """Whole numbers: FLOPs of the experts that a token is sent to, not of all."""
-    monkeypatch.delattr(F, "grouped_mm", raising=False)  # PyTorch's counter knows plain products only
+    """Only the FLOPs of the experts that a token uses count."""
+    monkeypatch.delattr(F, "grouped_mm", raising=False)  # PyTorch's counter only knows plain products
     model = build(**{"block_size": 64, "v_head_dim": 14, **fields}).train()
     length = int(model.config.block_size * share)
     tokens = random_tokens(3, length)
@@ -715,7 +715,7 @@ CHANGES = {
 
 
 def after_a_step(model):
-    """All gradients of a training pass of fixed tokens, and the state after it."""
+    """All gradients of a training pass on fixed tokens, and the state dictionary after the step."""
     lm_pass(model.train(), random_tokens(4, 16), random_tokens(4, 16, seed=2))[1].backward()
     model.after_step(alone)
     return [p.grad for p in model.parameters()] + list(model.state_dict().values())
@@ -818,7 +818,7 @@ def test_zero_draws_the_curve_of_one_and_resumes(tiny_project, other_project, st
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_compiled_step_computes_the_same(tiny_project, other_project):
-    """The pass that compiles, before the first step, must not count for the balance either."""
+    """The compiling pass before the first step must not count for the load, either."""
     settings = dict(max_steps=4, gradient_accumulation_steps=2)
     run_alone(other_project, "-t", "pretrain", **settings)
     arguments = ["-t", "pretrain", *settings_of({**settings, "compile": "true"})]
@@ -832,7 +832,7 @@ def test_a_compiled_step_computes_the_same(tiny_project, other_project):
 
 @pytest.mark.slow
 def test_expert_load_stays_even_with_balancing_and_drifts_without(train):
-    """As training logs it: the mean of the last 50 of 300 steps, in each layer."""
+    """The mean of the logged values of the last 50 of 300 steps, in each layer."""
     give_model(train)
     settings = dict(batch_size=16, max_steps=300, learning_rate=4e-3, min_lr=4e-4, warmup_iters=20, n_layer=3)
     last = []

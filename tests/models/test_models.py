@@ -1,4 +1,4 @@
-"""How an architecture is found and used: the example of the guide, with all that there is."""
+"""How architectures are found and used: the guide's examples in every script."""
 
 import json
 import re
@@ -68,7 +68,7 @@ with torch.inference_mode():
     for row, n in enumerate(lengths.tolist()):
         alone = model(torch.cat((tokens[row, :n], tokens[row, :1]))[None])
         assert (following[row] - alone[0, -1]).abs().max() < 1e-5
-# Texts that come and go, and outgrow the context, beside each other.
+# Several texts at once, which start and end at different times and outgrow the context.
 requests = [Request([2, 9 + i], 10 + 8 * i, temperature=0) for i in range(5)]
 BatchedDecoder(model, 2).run(requests)
 for request in requests:
@@ -82,7 +82,7 @@ assert model.flops_per_token(24, training=False) == 2 * weights + 4 * 32 * 24
 
 
 def test_the_guides_layers_may_differ(tiny_project):
-    """Its cache and its costs are right, and it trains, goes on exactly, and talks."""
+    """Cache and costs are right, and it trains, resumes exactly, and generates."""
     guide = (ROOT / "doc" / "extending.md").read_text("utf-8")
     [code] = re.findall(r"`models/hybrid.py`:\n\n```python\n(.*?)```", guide, re.DOTALL)
     (tiny_project.root / "models" / "hybrid.py").write_text(code, "utf-8")
@@ -137,12 +137,12 @@ def test_gradients_of_each_are_the_same_each_time_with_several_threads(name):
 
 
 # torch.use_deterministic_algorithms refuses these on CUDA, three more for some arguments, and others that are
-# for pictures and sound.
+# for images and audio.
 UNREPEATABLE = {"put", "put_", "histc", "median", "nll_loss2d_forward"}
 
 
 class Operations(TorchDispatchMode):
-    """Collects the names of those operations that CUDA cannot repeat exactly."""
+    """Collects the names of operations that are not deterministic on CUDA."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ def test_each_trains_without_operations_that_cuda_cannot_repeat(train, name, opt
         for task in ("pretrain", "sft"):
             done = train(task, **settings)
             assert done.returncode == 0, done.stderr
-    assert {"embedding", "embedding_dense_backward"} <= operations.seen  # of both passes
+    assert {"embedding", "embedding_dense_backward"} <= operations.seen  # forward and backward
     assert not operations.unrepeatable
 
 
@@ -179,7 +179,7 @@ def test_editors_know_all_of_them():
     assert {kind["properties"]["architecture"]["const"] for kind in kinds} == {*models.names()}
 
 
-# The guide's change to the transformer, file by file: (what is there, what takes its place) ...
+# The guide's change to the transformer, for each file: (old text, new text) ...
 SQUARED = {
     "config/schema.py": [
         ('    bias: bool = Field(False, description="linear layers have a bias")\n',
@@ -194,7 +194,7 @@ SQUARED = {
          "self.down((gate.relu().square() if self.is_squared else F.silu(gate)) * up)"),
     ],
 }  # fmt: skip
-# ... and who is told of it.
+# ... and the changes that declare support for it.
 TABLE = ['"architecture": ("nano",),', '"architecture": ("nano",), "activation": ("swiglu",),']
 TOLD = {
     **dict.fromkeys(("decoding/backend.py", "formats/gguf.py", "formats/llama2c.py"), [TABLE]),
@@ -219,7 +219,7 @@ decoder.run(requests)
 print([request.tokens for request in requests])
 print([list(generate(model, request.context[:2], 40, temperature=0)) for request in requests])
 """
-# The same change without a key, as a class of one's own.
+# The same change without a key, as a subclass.
 OWN_CLASS = {
     "model.py": [
         (
@@ -235,8 +235,8 @@ class Block(""",
         (" MLP(config)", " SquaredMLP(config)"),
     ],
 }
-# What inference.py answers where the compiled backend, if it takes the model, is ready for the first token;
-# and what `generate` writes.
+# The answer of inference.py when the compiled backend, if it accepts the model, is ready for the first token;
+# and the answer of `generate`.
 CHATTED = """
 import sys
 import inference
@@ -272,7 +272,7 @@ def rewrite(project, changes):
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
 def test_a_key_of_ones_own_is_never_passed_over(tiny_project, activation):
-    """What has not heard of it leaves the model to PyTorch, or refuses it, whatever its value is."""
+    """Code that does not know the key uses PyTorch, or refuses the model, whatever the value is."""
     rewrite(tiny_project, SQUARED)
     (tiny_project.root / "decoded.py").write_text(DECODED, "utf-8")
     settings = (f"activation={activation}", "learning_rate=0.1", "qk_norm=false", "max_steps=3")
@@ -313,7 +313,7 @@ def test_a_key_of_ones_own_is_never_passed_over(tiny_project, activation):
 
 @pytest.mark.parametrize("change", ["key", "class"])
 def test_a_changed_network_is_the_one_that_chats(tiny_project, change):
-    """The compiled backend does not answer in its place."""
+    """The compiled backend must not run the unchanged network instead."""
     pytest.importorskip("numba")
     rewrite(tiny_project, SQUARED if change == "key" else OWN_CLASS)
     (tiny_project.root / "chatted.py").write_text(CHATTED, "utf-8")

@@ -1,4 +1,4 @@
-"""models/nanochat.py against Transformers' NanoChatForCausalLM, against float64, and its dial."""
+"""models/nanochat.py compared with Transformers' NanoChatForCausalLM and with float64."""
 
 import math
 import sys
@@ -26,7 +26,7 @@ SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=4, n_kv_head=2, n_e
 
 
 def build(seed=0, **fields):
-    """A small model in eval(), whose weights are so large that the soft-cap and the norms matter."""
+    """A small model in eval(), with weights large enough for soft-cap and norms to matter."""
     torch.manual_seed(seed)
     model = Model(Config(**{**SMALL, **fields}))
     with torch.no_grad():
@@ -37,7 +37,7 @@ def build(seed=0, **fields):
 
 
 def in_transformers(model):
-    """The same network as a NanoChatForCausalLM, and with the same weights."""
+    """A NanoChatForCausalLM with the same weights."""
     c = model.config
     scaling = c.rope_scaling.model_dump() if c.rope_scaling else {"rope_type": "default"}
     config = transformers.NanoChatConfig(
@@ -79,15 +79,17 @@ def test_logits_are_equal(fields):
     other = in_transformers(model)
     tokens = random_tokens(3, model.config.block_size)
     ours, theirs = model(tokens), other(tokens).logits
-    assert theirs.std() > 2 and theirs.abs().max() > 10  # the soft-cap is at work
+    assert theirs.std() > 2 and theirs.abs().max() > 10  # the soft-cap has an effect
     assert differ(ours, theirs) < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:`past_key_values`:FutureWarning")  # its new name is not known to 5.0
+@pytest.mark.filterwarnings(
+    "ignore:`past_key_values`:FutureWarning"
+)  # Transformers 5.0 does not know the new name
 @torch.no_grad()
 @EVERY_SHAPE
 def test_cached_logits_are_equal(fields):
-    """Right-padded prefill and ragged steps here, one row at a time there, with its cache."""
+    """Right-padded prefill and ragged steps here, one row at a time in Transformers, with its cache."""
     model = build(**fields)
     other = in_transformers(model)
     tokens, lengths = random_tokens(2, 16), torch.tensor([5, 9])
@@ -112,7 +114,7 @@ def test_greedy_generation_is_equal():
 
 @pytest.mark.parametrize("fields", [{}, dict(block_size=257, n_layer=1, head_dim=10)])
 def test_gradients_equal_those_in_float64(fields):
-    """float64 with PyTorch's own attention and loss; float32 as it is trained on a CPU."""
+    """float64 with PyTorch's attention and loss, and float32 as in training on a CPU."""
     length = min(fields.get("block_size", 13), 257)
     tokens, targets = random_tokens(2, length), random_tokens(2, length, seed=2)
     mask = (random_tokens(2, length, seed=3) % 2).float()

@@ -1,4 +1,4 @@
-"""The toy problems: their answers, found in other ways too, their tokens, and that tests are unseen."""
+"""The toy problems: answers (also computed in other ways), tokens, and held-out questions."""
 
 import random
 import re
@@ -113,7 +113,7 @@ def test_tokens_and_mask(name):
 
 
 def asked_on_the_way(problem, questions, mask):
-    """The subproblems whose answers the loss asks for."""
+    """The subproblems on whose answers there is a loss."""
     for row, question in zip(mask, questions, strict=True):
         for start, end, _ in problem.subproblems(question):
             if row[end - 1]:
