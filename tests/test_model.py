@@ -470,7 +470,8 @@ class CappedLoss(Capped):
 
 
 class WithBias(GPT):
-    def make_rest(self):
+    def make_modules(self):
+        super().make_modules()
         self.lm_head = torch.nn.Linear(self.config.n_embd, self.config.vocab_size)
 
 

@@ -297,7 +297,7 @@ def test_patience_with_a_server_that_gives_a_byte_each_time(tmp_path):
 
 def test_a_good_piece_each_time_needs_no_patience(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "MIN_SPEED", 1000)
-    monkeypatch.setattr(download, "PATIENCE", 20)  # so 20,000 bytes are a good piece
+    monkeypatch.setattr(download, "SPEED_WINDOW", 20)  # so 20,000 bytes are a good piece
 
     def piece(request):
         answer, _, body = part_of(request).partition(b"\r\n\r\n")

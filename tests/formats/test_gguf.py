@@ -144,7 +144,7 @@ def test_the_file_computes_the_same(case, written):
     model, tokenizer = build(checkpoint, "the test")
     path = written(checkpoint)
     tokens = torch.randint(tokenizer.vocab_size, (40,), generator=torch.Generator().manual_seed(1))
-    ours, theirs = model(tokens[None])[0][0], logits_of(keys_of(path), tensors_of(path), tokens)
+    ours, theirs = model(tokens[None])[0], logits_of(keys_of(path), tensors_of(path), tokens)
     n_rows = model.config.vocab_size
     assert ours.std() > 0.5 and (ours - theirs[:, :n_rows]).abs().max() < 1e-4
     # The tokens for unknown characters are as unlikely as <|padding|>.
@@ -344,10 +344,13 @@ def test_missing_normalization_is_reported(command, tmp_path):
         (SMALL | dict(use_rope=False), "use_rope is false in this model"),
         (SMALL | dict(is_causal=False), "is_causal is false in this model"),
         (SMALL | dict(bias=True), "bias is true in this model"),
-        (SMALL | dict(rope_scaling=LLAMA3), 'rope_scaling.rope_type is "llama3" in this model, and llama'),
+        (SMALL | dict(rope_scaling=LLAMA3), 'rope_scaling.rope_type is "llama3" in this model, but llama'),
         (SMALL | dict(architecture="nanochat"), "llama.cpp does not know nanochat; --format huggingface"),
         (LATENT | dict(q_lora_rank=None), "llama.cpp supports deepseek_v3 only with a q_lora_rank; --format"),
-        (LATENT | dict(norm_eps=1e-5), "norm_eps is 1e-05 in this model, and llama.cpp's deepseek2 has only"),
+        (
+            LATENT | dict(norm_eps=1e-5),
+            "norm_eps is 1e-05 in this model, but llama.cpp's deepseek2 supports only",
+        ),
         (LATENT | dict(n_layer=26), "with 26 or 27 layers only without a q_lora_rank; --format hugging"),
     ],
 )
@@ -479,7 +482,7 @@ def test_llama_cpp_computes_and_generates_the_same(case, kind, written, opened):
 
     tokens = torch.randint(tokenizer.vocab_size, (60,), generator=torch.Generator().manual_seed(1))
     llama.eval(tokens.tolist())
-    ours, theirs = model(tokens[None])[0][0], torch.tensor(llama.scores[:60, :n_rows])
+    ours, theirs = model(tokens[None])[0], torch.tensor(llama.scores[:60, :n_rows])
     off = (ours - theirs) / ours.std()
     usual, largest = off.std().item(), off.abs().max().item()
     print(f"{case}, {kind}: logits differ by {usual:.1e} of their spread, at most {largest:.1e}")

@@ -22,6 +22,7 @@ from tokenizers import models as library_models
 import engine.checkpoint
 import inference
 import models
+from config.stages import STAGES
 from decoding.sampling import generate
 from engine.checkpoint import Checkpoint, build, load
 from formats import huggingface, load_tokenizer, load_tokenizer_and_rows
@@ -65,8 +66,9 @@ def random_checkpoint(fields, tokenizer, task="sft"):
     for name, tensor in model.state_dict().items():
         tensor.normal_(float("norm" in name), 0.2)
     return Checkpoint(
-        task, "20260102_030405", 7, model.config.model_dump(), {}, tokenizer.to_dict(), model.state_dict(), {}
-    )
+        task, "20260102_030405", 7, model.config.model_dump(), {}, tokenizer.to_dict(), model.state_dict(),
+        {}, chat_template=STAGES[task].chat_template,
+    )  # fmt: skip
 
 
 def newest():
@@ -102,7 +104,7 @@ def test_transformers_opens_what_is_written(case, written):
     other, its_tokenizer = in_transformers(written(checkpoint))
     assert case.replace(" ", "").lower().startswith(other.config.model_type.replace("_", ""))
     tokens = random_tokens(2, 40, vocab_size=tokenizer.vocab_size)
-    ours = model(tokens)[0]
+    ours = model(tokens)
     assert ours.std() > 0.5  # not equal merely because all are small
     assert differ(ours, other(tokens).logits) < 1e-4
 
@@ -140,7 +142,7 @@ def test_round_trip(case, written, command):
     done = command("--read", folder)
     assert done.returncode == 0, done.stderr
     back = newest()
-    assert (back.task, back.step) == ("sft", 0)
+    assert (back.stage, back.step) == ("sft", 0)
     same = ("model_config", "tokenizer")
     assert all(getattr(back, name) == getattr(checkpoint, name) for name in same)
     assert back.model.keys() == checkpoint.model.keys()
@@ -154,7 +156,7 @@ def test_round_trip(case, written, command):
     done = command("--read", folder.parent / "again", "-t", "pretrain")
     assert done.returncode == 0, done.stderr
     back = newest()
-    assert back.task == "pretrain" and back.tokenizer == checkpoint.tokenizer
+    assert back.stage == "pretrain" and back.tokenizer == checkpoint.tokenizer
     # Transformers does not keep the multi-token prediction module.
     lost = {name for name in checkpoint.model if name.startswith("mtp.")}
     assert back.model.keys() == checkpoint.model.keys() - lost
@@ -210,10 +212,10 @@ def test_a_model_of_transformers_is_read(family, command, tmp_path):
     done = command("--read", tmp_path / "theirs", "--tokenizer", tmp_path / "tokenizer.json")
     assert done.returncode == 0, done.stderr
     model, tokenizer = build(newest(), "the test")
-    assert tokenizer.fingerprint == CHAR.fingerprint and newest().task == "pretrain"
+    assert tokenizer.fingerprint == CHAR.fingerprint and newest().stage == "pretrain"
     tokens = random_tokens(2, 32, vocab_size=60)
     theirs = other(tokens).logits
-    assert theirs.std() > 0.5 and differ(model(tokens)[0], theirs) < 1e-4
+    assert theirs.std() > 0.5 and differ(model(tokens), theirs) < 1e-4
     prompt = tokens[:1, :5]
     answer = other.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20, eos_token_id=None
@@ -314,7 +316,7 @@ def test_a_foreign_tokenizer_is_read(name, tied, command, tmp_path):
         ours = generate(model, ids, 10, temperature=0, stop_tokens=[tokenizer.eos_id])
         answer = theirs.decode(answer[0, len(ids) :], skip_special_tokens=True)
         assert answer == tokenizer.decode(list(ours))
-    first = model(torch.tensor([[tokenizer.bos_id]]))[0][0, 0, tokenizer.eos_id]
+    first = model(torch.tensor([[tokenizer.bos_id]]))[0, 0, tokenizer.eos_id]
     assert first.item() == pytest.approx(other(torch.tensor([[0]])).logits[0, 0, 1].item(), abs=1e-4)
 
 
@@ -392,7 +394,7 @@ def test_half_precision_is_kept(written, command):
     assert in_transformers(folder)[0].dtype == torch.bfloat16
     command("--read", folder)
     back = newest()
-    assert back.task == "pretrain"
+    assert back.stage == "pretrain"
     assert all(torch.equal(back.model[name], checkpoint.model[name]) for name in back.model)
 
 
@@ -490,10 +492,13 @@ def test_conversations_have_the_same_ids(ours, turns, system):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (dict(use_rope=False), "use_rope is false in this model, and a Qwen3ForCausalLM has only true"),
-        (dict(is_causal=False), "is_causal is false in this model, and a Qwen3ForCausalLM has only true"),
-        (dict(bias=True), "bias is true in this model, and a Qwen3ForCausalLM has only false"),
-        (dict(qk_norm=False, is_causal=False), "is_causal is false in this model, and a LlamaForCausalLM"),
+        (dict(use_rope=False), "use_rope is false in this model, but a Qwen3ForCausalLM supports only true"),
+        (
+            dict(is_causal=False),
+            "is_causal is false in this model, but a Qwen3ForCausalLM supports only true",
+        ),
+        (dict(bias=True), "bias is true in this model, but a Qwen3ForCausalLM supports only false"),
+        (dict(qk_norm=False, is_causal=False), "is_causal is false in this model, but a LlamaForCausalLM"),
         (
             dict(qk_norm=False, n_embd=26, head_dim=6),
             "a LlamaForCausalLM needs an n_embd divisible by n_head, which this model does not have",
@@ -661,9 +666,9 @@ def panicking(content):
     ("change", "sentence"),
     [
         (splits("(a+)+$"), "could not be read (one of its patterns would take years on some texts: (a+)+"),
-        (splits(r"\p{L}" * 100_000), "could not be read (one of its patterns is too long: they may have 10"),
-        (splits(*["a"] * 100, "("), "could not be read (one of its patterns is no regular expression: ()"),
-        (wordless, "this is not a sound Nano tokenizer: one of its merges is no pair of known tokens"),
+        (splits(r"\p{L}" * 100_000), "could not be read (one of its patterns is too long: all of them together may have 10"),
+        (splits(*["a"] * 100, "("), "could not be read (one of its patterns is not a regular expression: ()"),
+        (wordless, "this is not a sound Nano tokenizer: one of its merges is not a pair of known tokens"),
         (panicking, "could not be read ("),
         (lambda content: content.update(normalizer={"type": "Replace", "pattern": {"Regex": r"(.*)*\d"},
                                                     "content": ""}), "would take years on some texts"),
@@ -690,7 +695,8 @@ def test_an_unknown_tensor_is_refused(command, monkeypatch):
     """... if the network was changed without a key in its configuration."""
 
     class Changed(GPT):
-        def make_rest(self):
+        def make_modules(self):
+            super().make_modules()
             self.gain = torch.nn.Parameter(torch.ones(3))
 
     monkeypatch.setattr("model.GPT", Changed)

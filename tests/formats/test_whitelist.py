@@ -68,8 +68,8 @@ def test_an_unknown_key_is_refused_whatever_its_value(case, value):
     config = config_of(case)
     extended = create_model("Extended", __base__=type(config), activation=(type(value), value))
     reason = reason_of(case, extended.model_construct(**dict(config), activation=value))
-    assert reason.startswith(f"activation is {as_json(value)} in this model, and ")
-    assert " does not know the key" in reason
+    assert reason.startswith(f"activation is {as_json(value)} in this model, but ")
+    assert " does not know this key" in reason
 
 
 RESTRICTED = [
@@ -108,6 +108,6 @@ def test_rope_scaling_is_checked_inside(case, scaling):
         extended = create_model("Extended", __base__=type(rope), ntk_alpha=(float, 2.0))
         rope = extended.model_construct(**dict(rope), ntk_alpha=2.0)
         reason = reason_of(case, config.model_copy(update={"rope_scaling": rope}))
-        assert reason.startswith("rope_scaling.ntk_alpha is 2.0 in this model, and ")
+        assert reason.startswith("rope_scaling.ntk_alpha is 2.0 in this model, but ")
     else:
-        assert f'"{scaling["rope_type"]}" in this model, and ' in reason
+        assert f'"{scaling["rope_type"]}" in this model, but ' in reason
