@@ -222,7 +222,7 @@ def test_a_hostfile_that_the_launcher_has_not_seen(tiny_project):
         ("10.0.0.1 slots=-1", "line 1: write it as HOST slots=N"),
         ("  # none\n\n", "0 slots, but 2 processes were started"),
         ("a slots=1\n\tb  slots=2 # comment", "3 slots, but 2 processes were started"),
-        (b"\xff\xfe", "is no text"),
+        (b"\xff\xfe", "is not text"),
     ],
 )
 def test_odd_hostfiles(text, says, tmp_path, monkeypatch):
