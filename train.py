@@ -197,7 +197,7 @@ def check_finite(when: str, numbers: dict[str, float], step: int, setup: "TrainS
     if not all(map(math.isfinite, numbers.values())):
         what = ", ".join(f"{name} {number}" for name, number in numbers.items())
         good = [f.path for f in runs.list_checkpoints(setup.stage.name, run_name) if f.step < step]
-        last = f"The last good checkpoint is {display_path(good[-1])}: resume it" if good else "Start again"
+        last = f"The last good checkpoint is {display_path(good[-1])}: use --resume" if good else "Start again"
         raise UserError(
             f"{when}: {what}; training stopped and nothing was overwritten. {last} with a lower "
             "learning_rate, or look for unusual texts in the data."

@@ -3,10 +3,9 @@
     python benchmark/same_losses.py --before COMMIT             that commit beside the working tree
     python benchmark/same_losses.py --before COMMIT --only nano --only muon --steps 10
 
-Both versions train on the same token files (the sample world, prepared by the earlier version), each in a
-folder of its own: every kind of run below, for so many steps, in float32 on the CPU. The table says whether
-the losses in the two logs are equal in every printed digit, and whether all weights of the two last
-checkpoints are equal in every bit.
+Both versions train on the same token files (the sample world, prepared by the earlier version), each in its
+own folder: every kind of run below, in float32 on the CPU. The table says whether the losses in the two logs
+are equal in every printed digit, and whether all weights of the last checkpoints are equal in every bit.
 """
 
 import argparse
@@ -58,13 +57,9 @@ def trained(folder: Path, args: tuple[str, ...], steps: int) -> tuple[list[str],
 
     logs = set(folder.glob("train_*.log"))
     settings = {
-        "max_steps": steps,
-        "warmup_iters": 2,
-        "log_interval": 1,
-        "eval_interval": 25,
-        "batch_size": 4,
-    }
-    settings |= {"dtype": "float32", "device": "cpu"}
+        "max_steps": steps, "warmup_iters": 2, "log_interval": 1, "eval_interval": 25, "batch_size": 4,
+        "dtype": "float32", "device": "cpu",
+    }  # fmt: skip
     command(folder, *args, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")))
     [log] = set(folder.glob("train_*.log")) - logs
     text = log.read_text("utf-8")

@@ -27,7 +27,7 @@ def test_help_names_the_problems_and_their_sizes(shared_project):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "which problem"),
+        ([], "name a problem"),
         (["chess"], "chess"),
         (["sort", "--digits", "0"], "--digits must be a whole number from 1"),
         (["sort", "--steps", "-1"], "max_steps"),

@@ -337,7 +337,7 @@ def test_training_stops_where_the_loss_is_no_number(train):
     assert done.returncode == 2 and "Loss: nan" not in done.stdout
     step, good = re.fullmatch(
         r"error: step (\d+): loss \S+, gradient norm \S+; training stopped and nothing was overwritten\."
-        r" The last good checkpoint is checkpoint/(\S+): resume it with a lower learning_rate, .*\n",
+        r" The last good checkpoint is checkpoint/(\S+): use --resume with a lower learning_rate, .*\n",
         done.stderr,
     ).groups()
     last = len(losses(train))
@@ -369,7 +369,7 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(train):
     done = train("pretrain", "--resume", max_steps=8, eval_interval=2, save_interval=3, dataset_path=paths)
     assert done.returncode == 2
     assert re.search(r"\nerror: after step 6: validation loss (nan|inf); training stopped", done.stderr)
-    assert f" The last good checkpoint is checkpoint/{train.checkpoints()[5].name}: --resume" in done.stderr
+    assert f" The last good checkpoint is checkpoint/{train.checkpoints()[5].name}: use --resume" in done.stderr
     assert list(train.checkpoints()) == [4, 5] and good.read_bytes() == content
 
 

@@ -99,7 +99,7 @@ def test_what_several_machines_gain():
 
 def test_memory_that_zero_spreads():
     facts = facts_of(choice_of())
-    psi, spread = facts.model.n_params, facts.memory_spread(4)
+    psi, spread = facts.model.n_params, facts.memory_per_process(4)
     assert spread == {"DDP": 16 * psi, "ZeRO-1": 11 * psi, "ZeRO-2": 8 * psi, "ZeRO-3": 5 * psi}
 
 

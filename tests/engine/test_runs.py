@@ -120,7 +120,7 @@ def test_runs_beside_each_other_keep_to_their_own(tiny_project):
     for resume, steps in ([], 7), (["--resume"], 9):
         arguments = ["-t", "pretrain", *settings, *resume, "--set", f"max_steps={steps}"]
         done = tiny_project.run("train.py", *arguments, "--set", "random_seed=7")
-        assert done.returncode == 0 and f"Done: step {steps}, {7 if steps == 7 else 2} of them" in done.stdout
+        assert done.returncode == 0 and f"Done: step {steps}, {7 if steps == 7 else 2} steps" in done.stdout
     lasting.send_signal(signal.SIGTERM)
     output, _ = lasting.communicate(timeout=60)
     assert lasting.returncode == 0 and f"--resume {first}" in output
@@ -384,13 +384,13 @@ def test_what_a_launcher_brings_back_goes_on_under_its_name(train):
     early, last = (entry.path for entry in list_checkpoints("pretrain"))
     config = check(TrainConfig, load(last).train_config, "a test's")
     for resume, step in ((None, 0), (True, 0), (str(early), 2)):
-        start = starting_point("pretrain", config, resume, launched="20410101_000000")
+        start = starting_point("pretrain", config, resume, restarted="20410101_000000")
         assert start.run.name == "20410101_000000" and (start.checkpoint.step if step else 0) == step
         assert bool(start.branched_from) == start.resumes == bool(step)
         start.run.release()
     branch = load(early)
     branch.run, branch.step = "20410101_000000", 3
     branch.save()
-    start = starting_point("pretrain", config, str(early), launched="20410101_000000")
+    start = starting_point("pretrain", config, str(early), restarted="20410101_000000")
     assert start.checkpoint.step == 3 and start.resumes and not start.branched_from
     start.run.release()
