@@ -63,6 +63,41 @@ class TrainState:
     validation: dict[str, Any]
 
 
+class StepResult(NamedTuple):
+    """What a step computes in this process: tensors that the device may still be working on."""
+
+    loss: "Tensor"
+    grad_norm: "Tensor"
+    metrics: dict[str, "Tensor"]
+
+
+class DeviceBatch(NamedTuple):
+    """This process's rows of a global batch, on the device, and shape, weight and counts of all of it."""
+
+    tensors: dict[str, "Tensor"]
+    shape: tuple[int, ...]
+    weight: float
+    counts: dict[str, int]
+
+
+def forward_backward(
+    state: TrainState, setup: "TrainSetup", parallel: Any, batch: dict[str, "Tensor"], weight: float,
+    is_last: bool,
+) -> tuple["Tensor", dict[str, "Tensor"]]:  # fmt: skip
+    """Add the gradient of a micro-batch. Returns its part of the loss, and the metrics.
+
+    The loss is summed over the micro-batch and divided by the weight of the global batch. So the parts add
+    up to the mean over all tokens that count, however they are distributed: never a mean of means.
+    """
+    from common import hardware
+
+    with parallel.micro_batch(is_last):
+        with hardware.forward_context(setup.compute):
+            loss, metrics = state.module(batch)
+        parallel.backward(state.scaler.scale(loss / weight))
+    return loss.detach() / weight, metrics
+
+
 def initial_state(setup: "TrainSetup", parallel: Any) -> TrainState:
     """The state before the first step, or that of the checkpoint to resume from."""
     import torch
@@ -95,32 +130,6 @@ def initial_state(setup: "TrainSetup", parallel: Any) -> TrainState:
         optimizer.zero_grad(set_to_none=True)
         reset_counts(model)
     return state
-
-
-def forward_backward(
-    state: TrainState, setup: "TrainSetup", parallel: Any, batch: dict[str, "Tensor"], weight: float,
-    is_last: bool,
-) -> tuple["Tensor", dict[str, "Tensor"]]:  # fmt: skip
-    """Add the gradient of a micro-batch. Returns its part of the loss, and the metrics.
-
-    The loss is summed over the micro-batch and divided by the weight of the global batch. So the parts add
-    up to the mean over all tokens that count, however they are distributed: never a mean of means.
-    """
-    from common import hardware
-
-    with parallel.micro_batch(is_last):
-        with hardware.forward_context(setup.compute):
-            loss, metrics = state.module(batch)
-        parallel.backward(state.scaler.scale(loss / weight))
-    return loss.detach() / weight, metrics
-
-
-class StepResult(NamedTuple):
-    """What a step computes in this process: tensors that the device may still be working on."""
-
-    loss: "Tensor"
-    grad_norm: "Tensor"
-    metrics: dict[str, "Tensor"]
 
 
 def train_step(state: TrainState, setup: "TrainSetup", parallel: Any, batch: "DeviceBatch") -> StepResult:
@@ -157,34 +166,21 @@ def train_step(state: TrainState, setup: "TrainSetup", parallel: Any, batch: "De
     return StepResult(loss, grad_norm, metrics)
 
 
-class DeviceBatch(NamedTuple):
-    """This process's rows of a global batch, on the device, and shape, weight and counts of all of it."""
-
-    tensors: dict[str, "Tensor"]
-    shape: tuple[int, ...]
-    weight: float
-    counts: dict[str, int]
-
-
 def device_batches(setup: "TrainSetup", parallel: Any, first: int, count: int) -> Generator[DeviceBatch]:
     """`count` global batches from sequence `first` on, each prepared during the step before it."""
     from engine.setup import to_device
 
     rows = parallel.rows(setup.config)
 
-    def load(number: int) -> DeviceBatch:
-        batch = setup.train(first + number * setup.train.batch_size)
-        shape, weight = batch["x"].shape, setup.objective.weight(batch)
-        tensors = to_device(batch, rows, setup.compute.device)
-        return DeviceBatch(tensors, shape, weight, {"sequences": shape[0], "tokens": int(weight)})
-
     with ThreadPoolExecutor(1) as background:
-        pending = background.submit(load, 0)
-        for number in range(1, count + 1):
+        pending = background.submit(setup.train, first)
+        for left in range(count - 1, -1, -1):
             batch = pending.result()
-            if number < count:
-                pending = background.submit(load, number)
-            yield batch
+            if left:
+                pending = background.submit(setup.train, first := first + setup.train.batch_size)
+            shape, weight = batch["x"].shape, setup.objective.weight(batch)
+            counts = {"sequences": shape[0], "tokens": int(weight)}
+            yield DeviceBatch(to_device(batch, rows, setup.compute.device), shape, weight, counts)
 
 
 def check_finite(when: str, numbers: dict[str, float], step: int, setup: "TrainSetup", run_name: str) -> None:
@@ -197,7 +193,9 @@ def check_finite(when: str, numbers: dict[str, float], step: int, setup: "TrainS
     if not all(map(math.isfinite, numbers.values())):
         what = ", ".join(f"{name} {number}" for name, number in numbers.items())
         good = [f.path for f in runs.list_checkpoints(setup.stage.name, run_name) if f.step < step]
-        last = f"The last good checkpoint is {display_path(good[-1])}: use --resume" if good else "Start again"
+        last = (
+            f"The last good checkpoint is {display_path(good[-1])}: use --resume" if good else "Start again"
+        )
         raise UserError(
             f"{when}: {what}; training stopped and nothing was overwritten. {last} with a lower "
             "learning_rate, or look for unusual texts in the data."

@@ -87,8 +87,7 @@ def stage_setup(
     for file in (file for pair in pairs for file in pair):
         if file.documents != stage.documents:
             raise UserError(
-                f"{display_path(file.path)} was prepared for {file.kind}: it holds {file.documents}, "
-                f"and {stage.name} trains on {stage.documents}"
+                f"{display_path(file.path)} was prepared for {file.kind}, not for {stage.name}"
             )
     parallel.assert_same_on_all_ranks(
         {**written, **model.config.model_dump()}

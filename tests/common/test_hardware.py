@@ -415,7 +415,7 @@ def test_a_run_takes_what_is_faster_and_keeps_it(train, slow_in):
     assert load(train.checkpoints()[3]).train_config["dtype"] == "bfloat16"
     slow_in("bfloat16")
     done = train("pretrain", "--resume", dtype="auto", max_steps=4)
-    assert dtype_line(done.stdout) == "dtype bfloat16: as this run has had it so far"
+    assert dtype_line(done.stdout) == "dtype bfloat16: as in this run so far"
     assert "changed since then: max_steps: 3 -> 4\n" in done.stderr
     done = train("pretrain", "--resume", dtype="float32", max_steps=5)
     assert dtype_line(done.stdout) == "dtype float32: set by hand"
@@ -492,7 +492,7 @@ def test_the_plan_tells_what_was_measured(train, slow_in, monkeypatch):
         pytest.param(
             "train_deepspeed.py", '("avx512_bf16",)', "dtype float32: measured ", marks=pytest.mark.slow
         ),
-        ("train_ddp.py", "()", "dtype float32: the machines of this run would choose differently"),
+        ("train_ddp.py", "()", "dtype float32: the machines of this run differ"),
     ],
     ids=["DDP", "ZeRO", "different machines"],
 )
