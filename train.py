@@ -171,7 +171,6 @@ def device_batches(setup: "TrainSetup", parallel: Any, first: int, count: int) -
     from engine.setup import to_device
 
     rows = parallel.rows(setup.config)
-
     with ThreadPoolExecutor(1) as background:
         pending = background.submit(setup.train, first)
         for left in range(count - 1, -1, -1):
@@ -410,7 +409,7 @@ def parse_arguments(
     if extend:
         extend(parser)
     args = parser.parse_args()
-    args.set = parse_overrides(args.set)
+    args.set, args.stage = parse_overrides(args.set), STAGES[args.task]
     args.config = resolve_path(args.config or f"config/config_{args.task}.json")
     args.model = resolve_path(args.model)
     return args
@@ -435,10 +434,11 @@ def train_launched(args: argparse.Namespace, strategy: Callable[..., Any], local
     config, shape = load_run(args)
     from common import hardware
     from engine.setup import stage_setup
+    from formats import load_tokenizer
 
     compute = hardware.set_up_compute(config, local, loss_scaling)
     with strategy(config, compute) as parallel:
-        setup = stage_setup(STAGES[args.task], config, shape, compute, parallel, args.resume)
+        setup = stage_setup(args.stage, config, shape, compute, parallel, load_tokenizer, args.resume)
         train(setup, parallel, launcher)
 
 
@@ -454,9 +454,10 @@ def main() -> None:
     from engine import plan
     from engine.parallel import SingleProcess
     from engine.setup import stage_setup
+    from formats import load_tokenizer
 
     compute, parallel = hardware.set_up_compute(config), SingleProcess()
-    setup = stage_setup(STAGES[args.task], config, shape, compute, parallel, args.resume)
+    setup = stage_setup(args.stage, config, shape, compute, parallel, load_tokenizer, args.resume)
     if not args.plan:
         train(setup, parallel)
         return

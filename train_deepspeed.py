@@ -24,7 +24,6 @@ from common.config import display_path, load, resolve_path
 from common.errors import UserError, run_launched
 from common.packages import require
 from config.schema import DeepSpeedConfig
-from config.stages import STAGES
 from engine.launch import local_rank_and_size
 from engine.run_config import load_run
 
@@ -97,7 +96,7 @@ def convert(args: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer(resolve_path(config.tokenizer_path))
     shape = model_config.resolved(tokenizer.vocab_size)
-    path = zero.convert(resolve_path(args.convert), STAGES[args.task], config, shape, tokenizer)
+    path = zero.convert(resolve_path(args.convert), args.stage, config, shape, tokenizer)
     print(f"Written: {display_path(path)}")
     print(f"Try it: python inference.py -m {display_path(path)}")
 

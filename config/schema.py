@@ -3,7 +3,7 @@
 `ModelConfig` is config/model_config.json (other architectures define their own in models/), `TrainConfig` is
 config/config_pretrain.json and config/config_sft.json, `DeepSpeedConfig` is config/deepspeed_config.json.
 The classes validate the files (common/config.py), fill in defaults, and generate doc/configuration.md
-(config/reference.py).
+(engine/reference.py).
 """
 
 from typing import Annotated, Any, Literal, TypeVar

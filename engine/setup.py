@@ -8,6 +8,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from data import BatchSource, TokenFile
 from engine import checkpoint as checkpoints
 from engine import plan, runs, scaling_laws
 from engine.runs import StartPoint
-from formats import load_tokenizer
 from objectives import LossModule, Objective
 from tokenizer import Tokenizer
 
@@ -62,11 +62,12 @@ class TrainSetup:
 
 def stage_setup(
     stage: Stage, config: TrainConfig, shape: ArchitectureConfig, compute: ComputeConfig, parallel: Any,
-    resume: str | bool | None = None,
+    load_tokenizer: Callable[[Path], Tokenizer], resume: str | bool | None = None,
 ) -> TrainSetup:  # fmt: skip
     """The setup of a stage that trains on token files.
 
-    shape: the model's configuration. resume: the value of --resume.
+    shape: the model's configuration. load_tokenizer: reads the file of tokenizer_path, if a new model needs
+    it. resume: the value of --resume.
     Raises UserError if a file is missing or something does not fit together.
     """
     start = parallel.broadcast_from_rank0(
@@ -86,9 +87,7 @@ def stage_setup(
         raise UserError("dataset_path is empty: give at least one [train, validation] pair of token files")
     for file in (file for pair in pairs for file in pair):
         if file.documents != stage.documents:
-            raise UserError(
-                f"{display_path(file.path)} was prepared for {file.kind}, not for {stage.name}"
-            )
+            raise UserError(f"{display_path(file.path)} was prepared for {file.kind}, not for {stage.name}")
     parallel.assert_same_on_all_ranks(
         {**written, **model.config.model_dump()}
         | {display_path(file.path): file.meta for pair in pairs for file in pair}

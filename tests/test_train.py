@@ -369,7 +369,9 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(train):
     done = train("pretrain", "--resume", max_steps=8, eval_interval=2, save_interval=3, dataset_path=paths)
     assert done.returncode == 2
     assert re.search(r"\nerror: after step 6: validation loss (nan|inf); training stopped", done.stderr)
-    assert f" The last good checkpoint is checkpoint/{train.checkpoints()[5].name}: use --resume" in done.stderr
+    assert (
+        f" The last good checkpoint is checkpoint/{train.checkpoints()[5].name}: use --resume" in done.stderr
+    )
     assert list(train.checkpoints()) == [4, 5] and good.read_bytes() == content
 
 

@@ -16,8 +16,8 @@ from test_tokenizer import CHAR
 
 import common.config
 import common.log
-import config.reference
 import engine.checkpoint
+import engine.reference
 import models
 import plot_loss
 import problem
@@ -110,7 +110,7 @@ def write_world(folder, new):
 def write_reference(folder, new):
     for name in ("doc", "config"):
         (folder / name).mkdir(exist_ok=True)
-    config.reference.write_reference()
+    engine.reference.write_reference()
 
 
 def write_huggingface(folder, new):
@@ -151,9 +151,9 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda *_: "20260102_030405")
     # Replace what is slow (charts, reference, sample world) by something short: only writing matters here.
     monkeypatch.setattr(plot_loss, "draw", lambda figure, logs: figure.text(0, 0, *logs))
-    monkeypatch.setattr(config.reference, "ROOT", folder)
-    monkeypatch.setattr(config.reference, "reference_page", lambda: "the keys")
-    monkeypatch.setattr(config.reference, "editor_schemas", lambda: {"one": {}, "two": {}})
+    monkeypatch.setattr(engine.reference, "ROOT", folder)
+    monkeypatch.setattr(engine.reference, "reference_page", lambda: "the keys")
+    monkeypatch.setattr(engine.reference, "editor_schemas", lambda: {"one": {}, "two": {}})
     monkeypatch.setattr(sample_world, "build_world", functools.cache(sample_world.build_world))
     monkeypatch.setattr(sample_world, "pretraining_documents", lambda world, draw: [str(draw._random())])
     monkeypatch.setattr(sample_world, "conversations", lambda world, draw: [])

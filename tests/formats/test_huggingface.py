@@ -666,7 +666,7 @@ def panicking(content):
     ("change", "sentence"),
     [
         (splits("(a+)+$"), "could not be read (one of its patterns would take years on some texts: (a+)+"),
-        (splits(r"\p{L}" * 100_000), "could not be read (one of its patterns is too long: all of them together may have 10"),
+        (splits(r"\p{L}" * 100_000), "(one of its patterns is too long: all of them together may have 10"),
         (splits(*["a"] * 100, "("), "could not be read (one of its patterns is not a regular expression: ()"),
         (wordless, "this is not a sound Nano tokenizer: one of its merges is not a pair of known tokens"),
         (panicking, "could not be read ("),

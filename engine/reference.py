@@ -1,6 +1,6 @@
 """Write doc/configuration.md and the JSON Schemas for editors from the classes that check the JSON files.
 
-Run it with `python -m config.reference` after a change to a key.
+Run it with `python -m engine.reference` after a change to a key.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def reference_page() -> str:
     lines = [
         "# Configuration reference",
         "",
-        "Generated from the schemas in `config/schema.py` and `models/` by `python -m config.reference`;",
+        "Generated from the schemas in `config/schema.py` and `models/` by `python -m engine.reference`;",
         "do not edit by hand. Every key except those of DeepSpeed can also be given on the command line:",
         "`python train.py -t pretrain --set batch_size=8`.",
     ]
