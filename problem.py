@@ -31,7 +31,8 @@ from pydantic import ConfigDict, Field, ValidationError
 import tasks
 from common.config import ROOT, check, display_path, resolve_path
 from common.files import append_line
-from config.schema import ModelConfig, ResolvedTrainConfig, Schema
+from config.resolved import ResolvedTrainConfig
+from config.schema import ModelConfig, Schema
 from config.stages import Stage
 
 if TYPE_CHECKING:

@@ -23,7 +23,6 @@ import functools
 import math
 import shutil
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -168,6 +167,8 @@ def train_step(state: TrainState, setup: "TrainSetup", parallel: Any, batch: "De
 
 def device_batches(setup: "TrainSetup", parallel: Any, first: int, count: int) -> Generator[DeviceBatch]:
     """`count` global batches from sequence `first` on, each prepared during the step before it."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from engine.setup import to_device
 
     rows = parallel.rows(setup.config)

@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark import figures  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
-from config.schema import ModelConfig, ResolvedTrainConfig, TrainConfig  # noqa: E402
+from config.resolved import ResolvedTrainConfig  # noqa: E402
+from config.schema import ModelConfig, TrainConfig  # noqa: E402
 
 MODELS = {
     "speed table": ModelConfig(block_size=512, vocab_size=2114, n_layer=2, n_head=4, n_embd=512),

@@ -283,17 +283,6 @@ class TrainConfig(Schema):
         return self
 
 
-class ResolvedTrainConfig(TrainConfig):
-    """A `TrainConfig` in which no number is "auto" any more."""
-
-    batch_size: Sequences
-    gradient_accumulation_steps: Sequences = 1
-    max_steps: Steps
-    learning_rate: PeakRate
-    warmup_iters: Steps
-    min_lr: Rate
-
-
 class DeepSpeedConfig(Schema):
     """config/deepspeed_config.json: DeepSpeed's own file, without what TrainConfig already says."""
 

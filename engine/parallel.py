@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from common.errors import UserError
 from common.hardware import ComputeConfig
-from config.schema import ResolvedTrainConfig
+from config.resolved import ResolvedTrainConfig
 from engine.heartbeat import Heartbeat
 
 warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # its replacement is too new

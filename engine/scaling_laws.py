@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from common.config import check
 from common.errors import UserError
-from config.schema import Number, ResolvedTrainConfig, TrainConfig
+from config.resolved import ResolvedTrainConfig
+from config.schema import Number, TrainConfig
 from engine.plan import RunEstimate
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from common.config import display_path, resolve_path
 from common.errors import UserError, is_out_of_memory
 from common.hardware import ComputeConfig
 from common.log import notice
-from config.schema import ArchitectureConfig, ResolvedTrainConfig, TrainConfig
+from config.resolved import ResolvedTrainConfig
+from config.schema import ArchitectureConfig, TrainConfig
 from config.stages import Stage
 from data import BatchSource, TokenFile
 from engine import checkpoint as checkpoints

@@ -34,7 +34,8 @@ import models
 from common.config import display_path
 from common.errors import UserError
 from common.hardware import ComputeConfig
-from config.schema import LAST_STEP, ArchitectureConfig, DeepSpeedConfig, ResolvedTrainConfig, TrainConfig
+from config.resolved import ResolvedTrainConfig
+from config.schema import LAST_STEP, ArchitectureConfig, DeepSpeedConfig, TrainConfig
 from config.stages import Stage
 from engine import archive, runs
 from engine import checkpoint as checkpoints

@@ -99,6 +99,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(train, task):
         torch.testing.assert_close(weights, whole[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_compiling_without_a_compiler(tiny_project):
     settings = settings_of(compile=True)
     cache = str(tiny_project.elsewhere / "cache")

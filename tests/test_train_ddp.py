@@ -131,6 +131,7 @@ def test_processes_that_are_configured_differently_are_refused(tiny_project):
     assert "Warning" not in errors.partition("error: ")[0] and not tiny_project.checkpoints()
 
 
+@pytest.mark.slow
 def test_launches_beside_each_other_are_runs_of_their_own(tiny_project):
     settings = dict(save_interval=5, keep_checkpoints=1)
     lasting = in_training(tiny_project, *DDP, until=" | Save | ", **settings)

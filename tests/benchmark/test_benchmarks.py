@@ -64,6 +64,7 @@ def measure(implementation):
     return train_speed.measure(implementation, SHAPE, 2, 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "has_own_process"),
     [("Nano", True), ("Llama", False), pytest.param("Llama", True, marks=pytest.mark.slow)],
@@ -110,6 +111,7 @@ def test_the_validation_loss_is_over_every_token_once():
     assert recipe_race.validation_loss(model, ids[: recipe_race.BLOCK * 2 + 1]) < 2 * math.log(50)
 
 
+@pytest.mark.slow
 def test_our_side_of_the_race_trains_in_a_copy(tmp_path):
     ids = recipe_race.prepare("a small text to learn by heart\n" * 100, tmp_path)
     model, seconds = recipe_race.train_nano(2, tmp_path)

@@ -19,8 +19,8 @@ from common.config import (
     unsupported,
 )
 from common.errors import UserError, printable
-from config import reference
 from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
+from engine import reference
 from engine.run_config import load_run
 
 PAIRS = [["a.bin", "b.bin"]]

@@ -196,6 +196,7 @@ def test_ctrl_c_may_come_at_any_time():
     assert n_interrupted == 300
 
 
+@pytest.mark.slow
 def test_a_program_may_end_at_any_time():
     """While Numba loads or threads wait: no crash, and the program's own exit code."""
     code = (

@@ -56,6 +56,7 @@ def _utc(name):
     return calendar.timegm(time.strptime(name, "%Y%m%d_%H%M%S"))
 
 
+@pytest.mark.slow
 def test_no_two_processes_get_one_name(folder):
     """Five start in the same second, before any has a log or a checkpoint."""
     code = (

@@ -88,6 +88,7 @@ def test_a_process_ends_when_its_launcher_is_killed(works, output, errors):
     assert stdout == output and tuple(stderr.splitlines()) == said[:errors]
 
 
+@pytest.mark.slow
 def test_both_launchers_of_deepspeed_are_watched(tmp_path):
     """`deepspeed` starts a second launcher, and that the training processes. Killing the first stops all."""
     (tmp_path / "works.py").write_text(LAUNCHED + STARTS)
