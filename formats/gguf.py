@@ -17,7 +17,7 @@ module decides its content:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from common.config import ANY, unsupported
 from common.errors import UserError
@@ -26,6 +26,8 @@ from formats import check_supported, families, refuse_to_overwrite
 from formats.families import ROPE_SCALING, Family, Whitelist, find_family, to_hf_weights, to_interleaved
 
 if TYPE_CHECKING:
+    from io import BufferedWriter
+
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter, TokenType
     from torch import Tensor
@@ -357,6 +359,7 @@ def write(checkpoint: Checkpoint, name: str, path: Path, number_type: str | None
 
     from common.config import display_path
     from engine.checkpoint import build
+    from tokenizer import BPETokenizer
 
     model, tokenizer = build(checkpoint, name)
     config = model.config
@@ -380,16 +383,17 @@ def write(checkpoint: Checkpoint, name: str, path: Path, number_type: str | None
             writer.add_tensor_info(tensor_name, array.shape, array.dtype, array.nbytes, raw_dtype=dtype)
             arrays.append(array)
         # Not the library's own write methods: numpy's `tofile` would hide the reason of a failed write.
-        writer.fout, writer.state = [file], WriterState.EMPTY
+        output = cast("BufferedWriter", file)  # a PendingFile has the two methods the library uses
+        writer.fout, writer.state = [output], WriterState.EMPTY
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for array in arrays:
-            writer.write_padding(file, file.tell())
-            file.write(array)
-        writer.write_padding(file, file.tell())
+            writer.write_padding(output, file.tell())
+            file.write(array.data)
+        writer.write_padding(output, file.tell())
     print(f"{display_path(path)}: {architecture}, {model.n_params / 1e6:.2f} M parameters in {number_type}")
     if n_float16:
         print(f"{n_float16} matrices are in float16: their rows are not a multiple of {GROUP_SIZE} long")
-    if tokenizer.kind == "bpe" and tokenizer.rules.get("normalizer"):
+    if isinstance(tokenizer, BPETokenizer) and tokenizer.rules.get("normalizer"):
         print("llama.cpp does not normalise text to NFC: letters with separate accents get other tokens")
