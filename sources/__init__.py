@@ -1,8 +1,9 @@
 """Where text comes from: every script detects what a file is, and finds the documents in it, in the same way.
+A new kind of file is a new module here; `kinds.Kind` says what it needs.
 
-    kinds.py        what a file is: its content decides, and its name in case of doubt
     text.py         plain text: documents between delimiters
     json_lines.py   one JSON record on each line
+    kinds.py        which of these a file is: its content decides, and its name in case of doubt
     records.py      the text or the conversation in a record, in any of the shapes in common use
     reading.py      reading in blocks of lines; what was read and what was left out
 
@@ -21,13 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from sources import json_lines, text
 from sources.kinds import detect_kind
 from sources.reading import BadLine, Note, Reader, changed_error
 from sources.reading import ReadReport as ReadReport
 from sources.records import text_of, texts_in
-
-FORMATS = {"text": text, "JSON lines": json_lines}
 
 
 class Source:
@@ -50,9 +48,9 @@ class Source:
         self.path, self.of_record, self.kind = path, of_record, detect_kind(path)
         self.n_bytes = os.path.getsize(path)
         self._checksum: int | None = None
-        if needs_records and self.kind == "text":
+        if needs_records and not self.kind.HAS_RECORDS:
             raise UserError(
-                f"{path} is plain text; conversations are JSON lines, like "
+                f"{path} is plain {self.kind.NAME}; conversations are JSON lines, like "
                 '{"question": "...", "answer": "..."}'
             )
 
@@ -67,7 +65,7 @@ class Source:
                 raise changed_error(self.path)
             reader = Reader(file, self.path, on_read)
             try:
-                for documents, is_open in FORMATS[self.kind].documents(reader, self.of_record, report):
+                for documents, is_open in self.kind.documents(reader, self.of_record, report):
                     if documents:
                         is_empty = False
                         yield documents, is_open

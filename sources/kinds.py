@@ -1,38 +1,54 @@
 """What a file is. Its first bytes decide, and its name only in case of doubt.
 
-    JSON lines    at least half of its first 20 lines are JSON objects, or its name ends in .jsonl, .ndjson or
-                  .jsonlines
-    text          any other UTF-8, whatever its name
-
-A file of another kind is refused, with a command that converts it to text or JSON lines.
+A kind that is read is a module of this folder (see `Kind`). A file of another kind is refused, with a command
+that converts it to text or JSON lines.
 """
 
 from __future__ import annotations
 
 import codecs
-import json
+import functools
+import importlib
 import os
+import pkgutil
 import re
-import shlex
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 from common.errors import UserError
-from sources.reading import BYTE_ORDER_MARK
+from sources.reading import BYTE_ORDER_MARK, Note, Reader, ReadReport, unreadable
 
 HEAD = 1 << 16  # bytes of a file that are examined
-JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+
+
+class Kind(Protocol):
+    """A module of this folder that reads one kind of file.
+
+    NAME         what to call it
+    HAS_RECORDS  whether it yields records, which may be conversations
+    SIGNATURE    a regular expression for the first bytes; None for a kind of UTF-8 text, which its
+                 `recognise` tells from others
+    """
+
+    NAME: str
+    HAS_RECORDS: bool
+    SIGNATURE: bytes | None
+
+    def recognise(self, path: Path, lines: list[str], is_cut: bool) -> bool:
+        """Whether a UTF-8 file is of this kind, by its first lines; is_cut: it goes on after them."""
+        ...
+
+    def documents(
+        self, reader: Reader, of_record: Callable[[Any], tuple[Any, list[Note]]], report: ReadReport
+    ) -> Iterator[tuple[list[Any], bool]]:
+        """Read the file to its end, `reader.advance` with each block. Yields (documents, is_open), see
+        `sources.Source`; a document is what `of_record` makes of a record."""
+        ...
+
 
 # What else a file can be. In the commands, {old} is the file, and {jsonl}, {txt} and so on are the new one.
-ARRAY = (
-    "is a JSON array, which is not read; convert it to JSON lines: "
-    'python -c "import json, sys; [print(json.dumps(x)) for x in json.load(sys.stdin.buffer)]"'
-    " < {old} > {jsonl}"
-)
-OBJECT = (
-    "is a single JSON value, not one on each line; if it is one record, write it on one line: "
-    'python -c "import json, sys; print(json.dumps(json.load(sys.stdin.buffer)))" < {old} > {jsonl}'
-)
 TABLE = (
     "is a table, which is not read; convert it to JSON lines: "
     'python -c "import csv, json; csv.field_size_limit(10**9); [print(json.dumps(row)) for row in '
@@ -74,13 +90,22 @@ BY_CONTENT = {
     rb"(?i)(\xef\xbb\xbf)?\s*(<!doctype html|<html[\s>]|<\?xml\s)": MARKUP,
 }
 BY_SUFFIX = {
-    ".json": OBJECT, ".csv": TABLE, ".tsv": TABLE, ".html": MARKUP, ".htm": MARKUP, ".xhtml": MARKUP,
+    ".csv": TABLE, ".tsv": TABLE, ".html": MARKUP, ".htm": MARKUP, ".xhtml": MARKUP,
     ".xml": MARKUP, ".pkl": PICKLE, ".pickle": PICKLE,
 }  # fmt: skip
 
 
-def detect_kind(path: Path | str) -> str:
-    """What the file holds: "JSON lines" or "text". UserError, saying what to do, if it is neither."""
+@functools.cache
+def kinds() -> list[Kind]:
+    """The modules of this folder that read a kind of file; plain text, which any UTF-8 can be, is last."""
+    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    modules = [importlib.import_module(f"sources.{name}") for name in sorted(names)]
+    found = [cast(Kind, module) for module in modules if hasattr(module, "documents")]
+    return sorted(found, key=lambda kind: kind.NAME == "text")
+
+
+def detect_kind(path: Path | str) -> Kind:
+    """What the file holds. UserError, saying what to do, if it is nothing that is read."""
     path = Path(path)
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -89,6 +114,9 @@ def detect_kind(path: Path | str) -> str:
         raise UserError(f"{path} is a pipe or a device, which cannot be read twice; write its text to a file")
     with open(path, "rb") as file:
         head = file.read(HEAD)
+    for kind in kinds():
+        if kind.SIGNATURE and re.match(kind.SIGNATURE, head):
+            return kind
     for pattern, sentence in BY_CONTENT.items():
         if re.match(pattern, head):
             raise unreadable(path, sentence)
@@ -106,7 +134,11 @@ def detect_kind(path: Path | str) -> str:
     if is_cut and len(lines) > 1:
         del lines[-1]  # it may be incomplete
     lines = [line for line in lines if line.strip()]
-    return "JSON lines" if is_json_lines(path, lines, is_cut) else "text"
+    kind = next(k for k in kinds() if not k.SIGNATURE and k.recognise(path, lines, is_cut))
+    suffix = path.suffix.lower()
+    if kind.NAME == "text" and lines and suffix in BY_SUFFIX:
+        raise unreadable(path, BY_SUFFIX[suffix], delimiter="\\t" if suffix == ".tsv" else ",")
+    return kind
 
 
 def detect_encoding(head: bytes, surely_other: bool) -> str | None:
@@ -150,56 +182,3 @@ def is_gb18030(head: bytes) -> bool:
     firsts = re.findall(rb"([\xa1-\xa3\xb0-\xd7])[\xa1-\xfe]", characters.encode("gb18030"))
     n_late = sum(first > b"\xc8" for first in firsts)  # Korean has no characters there
     return 10 * len(firsts) >= 9 * len(characters) and 10 * n_late >= len(characters) > 0
-
-
-def is_json_lines(path: Path, lines: list[str], is_cut: bool) -> bool:
-    """Whether these lines of a file are records, or should be; is_cut: the file goes on after them.
-
-    UserError for JSON that is not one value on each line.
-    """
-    text, suffix = "\n".join(lines).lstrip(), path.suffix.lower()
-    n_records = sum(map(is_record, lines[:20]))
-    if n_records and 2 * n_records >= len(lines[:20]):
-        return True
-    if starts_like_json(text, is_cut):
-        if suffix not in JSON_LINES and len(lines) == 1 and text[0] == "{":
-            return True  # a record that is longer than HEAD
-        if suffix not in JSON_LINES or re.match(r'\[\s*\{\s*"', text):
-            raise unreadable(path, ARRAY if text[0] == "[" else OBJECT)
-    if lines and suffix in BY_SUFFIX:
-        raise unreadable(path, BY_SUFFIX[suffix], delimiter="\\t" if suffix == ".tsv" else ",")
-    return suffix in JSON_LINES
-
-
-def starts_like_json(text: str, is_cut: bool) -> bool:
-    """Whether the text is a JSON object or array, or the start of one if the text is cut."""
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        if not is_cut or error.pos < len(text) - len("false") and "Unterminated string" not in error.msg:
-            return False
-    except RecursionError:
-        pass
-    return text[:1] in ("{", "[")
-
-
-def is_record(line: str) -> bool:
-    """Whether a line is a JSON object or a list of messages."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "role" in value[0]
-    return isinstance(value, dict)
-
-
-def unreadable(path: Path, sentence: str, **names: str) -> UserError:
-    """The error for a file of another kind; fills in the names of files in the command of `sentence`."""
-
-    def new(suffix: str) -> str:
-        made = path.with_suffix(suffix)
-        return shlex.quote(str(made if made != path else path.with_suffix(".new" + suffix)))
-
-    names.update(txt=new(".txt"), jsonl=new(".jsonl"), unpacked=new(""), utf8=new(".utf8" + path.suffix))
-    return UserError(f"{path} {sentence.format(old=shlex.quote(str(path)), **names)}")

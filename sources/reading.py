@@ -4,6 +4,7 @@ import codecs
 import collections
 import io
 import itertools
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -140,3 +141,14 @@ def line_fault(parts: Iterable[bytes]) -> str | None:
 def changed_error(path: Path | str) -> UserError:
     """The error for a file that is not what it was when it was read first."""
     return UserError(f"{path} has changed while it was read; wait until it is complete, and start again")
+
+
+def unreadable(path: Path, sentence: str, **names: str) -> UserError:
+    """The error for a file of another kind; fills in the names of files in the command of `sentence`."""
+
+    def new(suffix: str) -> str:
+        made = path.with_suffix(suffix)
+        return shlex.quote(str(made if made != path else path.with_suffix(".new" + suffix)))
+
+    names.update(txt=new(".txt"), jsonl=new(".jsonl"), unpacked=new(""), utf8=new(".utf8" + path.suffix))
+    return UserError(f"{path} {sentence.format(old=shlex.quote(str(path)), **names)}")

@@ -10,11 +10,17 @@ from pathlib import Path
 from sources import reading
 from sources.reading import BYTE_ORDER_MARK, Reader, ReadReport, changed_error, line_fault
 
+NAME, HAS_RECORDS, SIGNATURE = "text", False, None
 # What separates documents: one or more of these marks, with any white space between them.
 _MARK = r"<\|(?:bos|eos|endoftext)\|>"
 DELIMITER = re.compile(rf"{_MARK}(?:\s*{_MARK})*")
 MAX_MARK = len("<|endoftext|>")
 LONG = 1 << 18  # characters; a document of more than twice as many is passed on in parts
+
+
+def recognise(path: Path, lines: list[str], is_cut: bool) -> bool:
+    """True: it is asked last, and any UTF-8 can be read as plain text."""
+    return True
 
 
 def documents(reader: Reader, of_record: object, report: ReadReport) -> Iterator[tuple[list[str], bool]]:

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import pickle
+import re
 import shutil
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from sources import ReadReport, Source
 from sources.kinds import detect_kind
 from sources.records import texts_in
 
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = '天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。\nPlain text, as "it" is.\n' * 4
 RECORDS = [{"text": "Anna lives in Rome.\n罗马"}, {"text": 'Bob, "in Oslo"'}]
 
@@ -118,7 +120,7 @@ def test_a_truncated_file_of_another_kind_is_refused_or_text(name, tmp_path):
         except UserError as error:
             assert str(path) in str(error)
         else:
-            assert kind in ("text", "JSON lines") and b"\0" not in content[:length]
+            assert kind.NAME in ("text", "JSON lines") and b"\0" not in content[:length]
 
 
 @given(content=st.binary(max_size=300), name=st.sampled_from(["x", "x.txt", "x.jsonl", "x.csv"]))
@@ -157,7 +159,7 @@ PROSE = {
 @pytest.mark.parametrize("name", PROSE)
 def test_text_stays_text(name, tmp_path):
     (tmp_path / name).write_text(PROSE[name], "utf-8")
-    assert detect_kind(tmp_path / name) == "text"
+    assert detect_kind(tmp_path / name).NAME == "text"
 
 
 LINE = '{"text": "one"}\n'
@@ -184,14 +186,14 @@ LINE = '{"text": "one"}\n'
 )
 def test_json_lines_are_recognised_by_their_lines(name, content, tmp_path):
     (tmp_path / name).write_text(content, "utf-8")
-    assert detect_kind(tmp_path / name) == "JSON lines"
+    assert detect_kind(tmp_path / name).NAME == "JSON lines"
 
 
 def test_some_bad_lines_do_not_make_it_another_kind(tmp_path):
     path = tmp_path / "x.txt"
     for content in (b"one\n\xff\ntwo\n" * 30, ("好\n" * 20).encode() + b"caf\xe9 au lait\n", b"sch\xf6n\n"):
         path.write_bytes(content)
-        assert detect_kind(path) == "text"
+        assert detect_kind(path).NAME == "text"
 
 
 def test_what_is_not_a_regular_file_is_refused(tmp_path):
@@ -210,3 +212,23 @@ def test_what_is_not_a_regular_file_is_refused(tmp_path):
     for name in ("loop", "nowhere"):
         with pytest.raises(OSError):  # which a script tells in a sentence
             detect_kind(tmp_path / name)
+
+
+SUBTITLES = (
+    "1\r\n00:00:01,600 --> 00:00:04,200\r\nWhere does Anna live?\r\n\r\n"
+    "2\r\n00:00:05,900 --> 00:00:07,999\r\n42\r\nIn Rome.\r\n\r\n"
+)
+
+
+def test_the_guides_kind_of_file_is_one_module(project):
+    guide = (ROOT / "doc" / "extending.md").read_text("utf-8")
+    [code] = re.findall(r"`sources/subtitles.py`:\n\n```python\n(.*?)```", guide, re.DOTALL)
+    (project.root / "film.srt").write_bytes(("\ufeff" + SUBTITLES * 40).encode())
+    (project.root / "film.txt").write_text("Where does Anna live?\n\n42\nIn Rome.\n\n" * 40, "utf-8")
+    (project.root / "sources" / "subtitles.py").write_text(code, "utf-8")
+    for name in ("srt", "txt"):
+        output = project.root / name
+        done = project.run("data.py", "--pretrain", project.root / f"film.{name}", "--out", output)
+        assert done.returncode == 0, done.stderr
+    one, two = ((project.root / name / "pretrain_train.bin").read_bytes() for name in ("srt", "txt"))
+    assert one == two
