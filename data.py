@@ -33,6 +33,7 @@ from common.errors import UserError, run  # first: it explains an import that fa
 # isort: split
 import numpy as np
 
+from common.config import resolve_path
 from preparation import DATASET, default_inputs, default_names, stages_with_files
 from preparation.token_file import TokenFile
 from tokenizer import Tokenizer
@@ -321,7 +322,6 @@ def main() -> None:
         inputs, notices = all_default_inputs()
     tokenizer = None
     if args.tokenizer:
-        from common.config import resolve_path
         from formats import load_tokenizer
 
         tokenizer = load_tokenizer(resolve_path(args.tokenizer))

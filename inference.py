@@ -33,6 +33,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from common.config import resolve_path
 from common.errors import UserError, run
 from decoding.text_generator import (
     TextGenerator,
@@ -322,8 +323,6 @@ def load_text_generator(
 def main() -> None:
     args = parse_arguments()
     check_model_file(args.model)
-    from common.config import resolve_path
-
     if sys.stdin is None and args.prompt is None and args.eval is None:
         raise UserError("standard input is closed, so nothing can be asked; use --prompt")
     task = None

@@ -21,18 +21,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, run  # first, because it explains imports that fail
 
 # isort: split
-from pydantic import ConfigDict, Field, ValidationError
-
 import tasks
-from common.config import ROOT, check, display_path, resolve_path
+from common.config import ROOT, display_path, resolve_path
 from common.files import append_line
-from config.resolved import ResolvedTrainConfig
-from config.schema import ModelConfig, Schema
 from config.stages import Stage
 
 if TYPE_CHECKING:
@@ -95,6 +91,10 @@ def main() -> None:
 
 def learn(args: argparse.Namespace) -> None:
     """Train a model on a problem, test it, and draw a chart."""
+    from config.resolved import ResolvedTrainConfig
+    from config.schema import ModelConfig
+    from config.validation import check
+
     problem = tasks.make(args.problem, vars(args))
     source = f"tasks/{problem.name}.py"
     values = {
@@ -301,35 +301,19 @@ def play(problem: tasks.Problem, model: GPT, tokenizer: Tokenizer) -> None:
             return
 
 
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Result(Schema):
-    """A line of the table of all runs: the fields that `show_results` prints."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    time: str = Field(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$")
-    problem: str = Field(pattern=r"^\w{1,40}$")
-    sizes: dict[str, Count]
-    parameters: Count
-    steps: Count
-    seconds: Annotated[float, Field(ge=0, lt=1e12)] | None
-    accuracy: Share
-    base_rate: Share = Field(alias="base rate")
-    seed: Count
-
-
 def read_results() -> list[dict[str, Any]]:
     """The table of all runs, oldest first. Damaged lines are skipped, with a notice on standard error."""
+    from pydantic import ValidationError
+
+    from config.schema import ProblemResult
+
     results, damaged = [], []
     try:
         with open(RESULTS, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     if line.strip():
-                        results.append(Result.model_validate_json(line).model_dump(by_alias=True))
+                        results.append(ProblemResult.model_validate_json(line).model_dump(by_alias=True))
                 except ValidationError:
                     damaged.append(str(number))
     except FileNotFoundError:

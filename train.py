@@ -28,9 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.config import display_path, parse_overrides, resolve_path
 from common.errors import UserError, run
-from config.schema import LAST_STEP
 from config.stages import STAGES
-from engine.run_config import load_run
 
 if TYPE_CHECKING:  # torch takes seconds to import: functions do it, after the arguments were checked
     from pathlib import Path
@@ -165,7 +163,7 @@ def train_step(state: TrainState, setup: "TrainSetup", parallel: Any, batch: "De
     return StepResult(loss, grad_norm, metrics)
 
 
-def device_batches(setup: "TrainSetup", parallel: Any, first: int, count: int) -> Generator[DeviceBatch]:
+def device_batches(setup: "TrainSetup", parallel: Any, first: int, count: float) -> Generator[DeviceBatch]:
     """`count` global batches from sequence `first` on, each prepared during the step before it."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -174,9 +172,9 @@ def device_batches(setup: "TrainSetup", parallel: Any, first: int, count: int) -
     rows = parallel.rows(setup.config)
     with ThreadPoolExecutor(1) as background:
         pending = background.submit(setup.train, first)
-        for left in range(count - 1, -1, -1):
-            batch = pending.result()
-            if left:
+        while count > 0:
+            batch, count = pending.result(), count - 1
+            if count > 0:
                 pending = background.submit(setup.train, first := first + setup.train.batch_size)
             shape, weight = batch["x"].shape, setup.objective.weight(batch)
             counts = {"sequences": shape[0], "tokens": int(weight)}
@@ -321,9 +319,8 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
             notice(f"a checkpoint takes about {needed}, and {left} are free in checkpoint/")
     run_name = parallel.broadcast_from_rank0(lambda: run.name)
     header = {**estimate.header(), "run": run_name, "resumed_from_step": state.step}
-    if start.branched_from:
-        header["branched_from"] = start.branched_from
-    n_steps = (config.max_steps or LAST_STEP) - state.step
+    header |= {"branched_from": start.branched_from} if start.branched_from else {}
+    n_steps = (config.max_steps or math.inf) - state.step
     batches = device_batches(setup, parallel, state.consumed["sequences"], n_steps)
     results, speed, on_cpu = [], Speedometer(setup.model), setup.compute.device_type == "cpu"
     first_step = last_saved = state.step
@@ -429,6 +426,7 @@ def train_launched(args: argparse.Namespace, strategy: Callable[..., Any], local
                    loss_scaling: bool = True) -> None:  # fmt: skip
     """Train in one of several processes. strategy(config, compute) makes an engine/parallel.py strategy;
     local: (local rank, local world size)."""
+    from engine.run_config import load_run
     from engine.stop import Launcher
 
     launcher = Launcher()
@@ -449,6 +447,8 @@ def main() -> None:
         raise UserError("--world is a number of machines, 1 or more, and --link a speed in Gbit/s, above 0")
     if args.world > 1 and not args.plan:
         raise UserError("--world is only for --plan; to train on several devices, use train_ddp.py")
+    from engine.run_config import load_run
+
     config, shape = load_run(args)
     # torch is imported only now: errors in the arguments come without a wait.
     from common import hardware
@@ -465,7 +465,7 @@ def main() -> None:
     estimate = plan.RunEstimate.of(setup)
     with estimate.advice_when_out_of_memory():
         state = initial_state(setup, parallel)
-        batches = device_batches(setup, parallel, state.consumed["sequences"], LAST_STEP)
+        batches = device_batches(setup, parallel, state.consumed["sequences"], math.inf)
 
         def one_step() -> tuple[int, ...]:
             batch = next(batches)

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import train
-from common.config import display_path, load, resolve_path
+from common.config import display_path, resolve_path
 from common.errors import UserError, run_launched
 from common.packages import require
 from config.schema import DeepSpeedConfig
+from config.validation import load
 from engine.launch import local_rank_and_size
 from engine.run_config import load_run
 

@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.config import check  # noqa: E402
 from common.errors import run  # noqa: E402
 from config.schema import ModelConfig, TrainConfig  # noqa: E402
+from config.validation import check  # noqa: E402
 from tasks.calculator import Calculator  # noqa: E402
 
 # name -> (loss over all positions, RoPE, Nano's expressions, loss on the value of every operation)

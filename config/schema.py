@@ -2,7 +2,7 @@
 
 `ModelConfig` is config/model_config.json (other architectures define their own in models/), `TrainConfig` is
 config/config_pretrain.json and config/config_sft.json, `DeepSpeedConfig` is config/deepspeed_config.json.
-The classes validate the files (common/config.py), fill in defaults, and generate doc/configuration.md
+The classes validate the files (config/validation.py), fill in defaults, and generate doc/configuration.md
 (engine/reference.py).
 """
 
@@ -312,3 +312,23 @@ class DeepSpeedConfig(Schema):
                 f"remove {', '.join(sorted(elsewhere))}"
             )
         return values
+
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ProblemResult(Schema):
+    """A line of checkpoint/results.jsonl, which `python problem.py --results` prints as a table."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    time: str = Field(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$")
+    problem: str = Field(pattern=r"^\w{1,40}$")
+    sizes: dict[str, Count]
+    parameters: Count
+    steps: Count
+    seconds: Annotated[float, Field(ge=0, lt=1e12)] | None
+    accuracy: Share
+    base_rate: Share = Field(alias="base rate")
+    seed: Count

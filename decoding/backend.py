@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.config import ANY, ROOT, unsupported
+from common.config import ROOT
+from config.validation import ANY, unsupported
 from decoding.compile_cache import CACHE, is_compiled
 from decoding.packed import Int8Linear, PackedLinear, TiedEmbedding
 from model import GPT, MLP, Attention, Block, RMSNorm

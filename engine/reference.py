@@ -13,10 +13,11 @@ from typing import Any
 from pydantic import TypeAdapter
 
 import models
-from common.config import ROOT, describe_type
+from common.config import ROOT
 from common.errors import run
 from common.files import AtomicFiles
 from config.schema import DeepSpeedConfig, Llama3Rope, Schema, TrainConfig, YarnRope
+from config.validation import describe_type
 
 
 def reference_page() -> str:

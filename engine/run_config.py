@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from common.config import display_path, load, read_json
+from common.config import display_path, read_json
 from common.errors import UserError
 from config.schema import ArchitectureConfig, TrainConfig
+from config.validation import load
 from models import check_config
 
 

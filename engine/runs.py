@@ -26,10 +26,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from common.config import check, display_path, resolve_path
+from common.config import display_path, resolve_path
 from common.errors import UserError
 from config.schema import ArchitectureConfig, TrainConfig
 from config.stages import STAGES
+from config.validation import check
 from engine import checkpoint as checkpoints
 from engine.checkpoint import TIME, Checkpoint, list_checkpoints, load, unmeasured
 from engine.optimizer import learning_rate_at

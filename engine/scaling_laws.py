@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from common.config import check
 from common.errors import UserError
 from config.resolved import ResolvedTrainConfig
 from config.schema import Number, TrainConfig
+from config.validation import check
 from engine.plan import RunEstimate
 
 if TYPE_CHECKING:

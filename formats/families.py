@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.config import ANY, unsupported
 from common.errors import UserError
+from config.validation import ANY, unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from config.schema import ArchitectureConfig
 
-Whitelist = dict[str, Any]  # {key: its implemented values}: see common.config.unsupported
+Whitelist = dict[str, Any]  # {key: its implemented values}: see config.validation.unsupported
 
 # ---- tensors ---------------------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ ROPE_SCALING: Whitelist = {
 
 def implemented(family: Family) -> Whitelist:
     """The keys and values of Nano's configuration that a class of Transformers implements: a whitelist for
-    `common.config.unsupported`."""
+    `config.validation.unsupported`."""
     return {
         "architecture": (family.architecture,),
         "dropout": ANY,  # only matters in training

@@ -19,9 +19,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from common.config import ANY, unsupported
 from common.errors import UserError
 from common.files import atomic_write
+from config.validation import ANY, unsupported
 from formats import check_supported, families, refuse_to_overwrite
 from formats.families import ROPE_SCALING, Family, Whitelist, find_family, to_hf_weights, to_interleaved
 

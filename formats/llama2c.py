@@ -41,9 +41,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.config import ANY, unsupported
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
+from config.validation import ANY, unsupported
 from formats import check_supported, families, refuse_to_overwrite
 from formats.families import Whitelist, find_family, to_hf_weights, to_interleaved
 from tokenizer import N_SPECIAL, Tokenizer

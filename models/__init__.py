@@ -15,9 +15,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config import check, describe_value
+from common.config import describe_value
 from common.errors import UserError
 from config.schema import ArchitectureConfig, ModelConfig
+from config.validation import check
 
 if TYPE_CHECKING:
     from model import GPT
@@ -38,7 +39,7 @@ def config_class(name: str) -> type[ArchitectureConfig]:
 def check_config(
     values: Mapping[str, Any], source: str, overrides: Collection[str] = ()
 ) -> ArchitectureConfig:
-    """Check `values` with the schema of the architecture that they name. See `common.config.check`."""
+    """Check `values` with the schema of the architecture that they name. See `config.validation.check`."""
     name = values.get("architecture", "nano")
     if name not in names():
         where = "--set" if "architecture" in overrides else source

@@ -4,9 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from preparation.corpus import conversation_of
-from sources import Source
-from sources.reading import ReadReport
 from tasks import Example, Task
 
 
@@ -20,6 +17,9 @@ class Questions(Task):
     name = "questions"
 
     def __init__(self, path: Path):
+        from preparation.corpus import conversation_of
+        from sources import ReadReport, Source
+
         def example_of(record: Any) -> tuple[Example, list[tuple[str, str]]]:
             messages, notes = conversation_of(record)
             kind = record.get("kind", "question") if isinstance(record, dict) else "question"

@@ -81,6 +81,7 @@ def test_a_full_disk_under_the_first_process_ends_all(tiny_project, script):
     assert not processes_of(tiny_project)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_launcher_brings_a_killed_run_back(tiny_project, train, script):
     settings = dict(max_steps=200, save_interval=20, learning_rate=2e-3, min_lr=2e-4, eval_interval=1000)
@@ -117,11 +118,8 @@ STOPPED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("script", "rank"),
-    [pytest.param(*one, marks=[pytest.mark.slow][:i]) for i, one in enumerate(STOPPED.values())],
-    ids=STOPPED,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "rank"), STOPPED.values(), ids=STOPPED)
 def test_a_stopped_process_is_named_and_the_run_ends_with_its_launcher(tiny_project, script, rank):
     launcher = TORCHRUN if script == "train_ddp.py" else deepspeed()
     script = with_prelude(tiny_project, SHORT_MINUTE, script)

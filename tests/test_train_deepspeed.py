@@ -250,7 +250,8 @@ Zero.state_dicts = state_dicts
 """
 
 
-@pytest.mark.parametrize("stage", [pytest.param("ZeRO-2", marks=pytest.mark.slow), "ZeRO-3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["ZeRO-2", "ZeRO-3"])
 def test_a_folder_of_deepspeed_is_converted(tiny_project, stage):
     script = with_prelude(tiny_project, SAVING, SCRIPT)
     together(tiny_project, script, "-t", "pretrain", *settings_file(tiny_project, stage))

@@ -9,17 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 import models
-from common.config import (
-    ANY,
-    ROOT,
-    display_path,
-    load,
-    parse_overrides,
-    read_json,
-    unsupported,
-)
+from common.config import ROOT, display_path, parse_overrides, read_json
 from common.errors import UserError, printable
 from config.schema import DeepSpeedConfig, ModelConfig, TrainConfig
+from config.validation import ANY, load, unsupported
 from engine import reference
 from engine.run_config import load_run
 

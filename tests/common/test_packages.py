@@ -73,14 +73,19 @@ def test_a_command_names_what_it_lacks(missing, command, shared_project, tmp_pat
 
 @pytest.mark.parametrize(
     ("missing", "command"),
-    [("numpy", "data.py"), ("numpy", "tokenizer.py"), ("pydantic", "train.py"), ("pydantic", "problem.py")],
+    [
+        ("numpy", ["data.py", "--help"]),
+        ("numpy", ["tokenizer.py", "--help"]),
+        ("pydantic", ["train.py", "-t", "pretrain"]),
+        ("pydantic", ["problem.py", "sort"]),
+    ],
 )
 def test_where_nothing_is_set_up_it_is_said_how_to(missing, command, project, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BLOCK, "utf-8")
     environment = dict(PYTHONPATH=str(tmp_path), BLOCKED=missing)
-    done = project.run(command, "--help", **environment)
+    done = project.run(*command, **environment)
     told = f"error: {missing} is not installed: python -m pip install -r requirements.txt "
     assert done.returncode == 2 and done.stderr.startswith(told), done.stderr
     (project.root / ".venv").mkdir()  # it is set up, but another Python was started
-    done = project.run(command, "--help", **environment)
+    done = project.run(*command, **environment)
     assert done.returncode == 2 and done.stderr.endswith("are in .venv: use .venv/bin/python\n"), done.stderr

@@ -376,8 +376,8 @@ def test_a_run_has_one_log(train):
 
 def test_what_a_launcher_brings_back_goes_on_under_its_name(train):
     """A new run, a branch and a resumed run; before the first checkpoint and after it."""
-    from common.config import check
     from config.schema import TrainConfig
+    from config.validation import check
     from engine.runs import starting_point
 
     settings = dict(max_steps=4, save_interval=2)

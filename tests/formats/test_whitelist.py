@@ -10,7 +10,7 @@ from test_huggingface import LLAMA3, MIXTURE, SMALL, YARN
 
 import formats
 import models
-from common.config import ANY
+from config.validation import ANY
 from formats import gguf, llama2c
 from formats.families import find_family, implemented
 
