@@ -233,7 +233,7 @@ def evaluate(text_generator: TextGenerator, task: Task) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     tokenizer, examples = text_generator.tokenizer, list(task.examples("test", seed=0))
-    prompts = [text_generator.chat_prompt(list(task.prompt(example))) for example in examples]
+    prompts = [text_generator.chat_prompt(task.messages(example)) for example in examples]
     if n_cut := sum(left_out > 0 for _, left_out in prompts):
         print_notice(f"{n_cut:,} questions are too long for the context: their oldest tokens are left out")
     # An answer that is longer than the right one is wrong already, so it may stop there.
@@ -258,13 +258,15 @@ def evaluate(text_generator: TextGenerator, task: Task) -> None:
         given.append(text if has_stopped else text + " …")
         is_right.append(has_stopped and task.score(example, text) == 1)
     console = Console(highlight=False)
-    print_samples(console, examples, given, is_right)
+    print_samples(console, task, examples, given, is_right)
     print_scores(console, [example.kind for example in examples], is_right)
     n, total = len(examples), sum(is_right)
     console.print(f"exact match: {total:,} of {n:,} = {100 * total / n:.1f} % in {seconds:.1f} s")
 
 
-def print_samples(console: Console, examples: list[Example], given: list[str], is_right: list[bool]) -> None:
+def print_samples(
+    console: Console, task: Task, examples: list[Example], given: list[str], is_right: list[bool]
+) -> None:
     """A table of ten questions, spread over all kinds, with the model's answers."""
     from rich.table import Table
     from rich.text import Text
@@ -273,7 +275,7 @@ def print_samples(console: Console, examples: list[Example], given: list[str], i
     by_kind = sorted(range(len(examples)), key=lambda i: examples[i].kind)
     n_samples = min(10, len(examples))
     for i in (by_kind[k * len(by_kind) // n_samples] for k in range(n_samples)):
-        *before, question = (message["content"] for message in examples[i].question)
+        *before, question = (message["content"] for message in task.messages(examples[i]))
         asked = Text("".join(f"({text})\n" for text in before), style="dim").append(question, "not dim")
         answer, mark = Text(given[i]), Text("✓", style="green")
         if not is_right[i]:

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 from common.errors import UserError, run  # first, because it explains imports that fail
 
 # isort: split
-import tasks
 from common.config import ROOT, display_path, resolve_path
 from common.files import append_line
 from config.stages import Stage
+from tasks import problems
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
@@ -47,8 +47,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--results", action="store_true", help="print the table of all runs")
     parsers = parser.add_subparsers(dest="problem", metavar="PROBLEM", title="problems")
-    for name in tasks.names():
-        problem = tasks.find(name)
+    for name in problems.names():
+        problem = problems.find(name)
         text = sys.modules[problem.__module__].__doc__ or ""
         one = parsers.add_parser(
             name, help=text.partition("\n")[0].replace("%", "%%"), description=text,
@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
         add("--play", action="store_true", help="answer questions that you type, at the end")
     args = parser.parse_args()
     if not args.problem and not args.results:
-        parser.error(f"name a problem ({', '.join(tasks.names())}), or give --results")
+        parser.error(f"name a problem ({', '.join(problems.names())}), or give --results")
     return args
 
 
@@ -95,7 +95,7 @@ def learn(args: argparse.Namespace) -> None:
     from config.schema import ModelConfig
     from config.validation import check
 
-    problem = tasks.make(args.problem, vars(args))
+    problem = problems.make(args.problem, vars(args))
     source = f"tasks/{problem.name}.py"
     values = {
         "log_interval": 10, "eval_interval": 100, "keep_checkpoints": 1, "min_lr": 0.0, **problem.training(),
@@ -125,8 +125,8 @@ def learn(args: argparse.Namespace) -> None:
                 "--resume, or leave --resume out"
             )
     model, tokenizer = starting_model(start, config, shape, compute, problem.tokenizer)
-    questions = tasks.TrainingQuestions(problem, tokenizer, config.batch_size, args.seed)
-    test = tasks.HeldOutQuestions(problem, tokenizer, config.batch_size, args.seed, N_TEST)
+    questions = problems.TrainingQuestions(problem, tokenizer, config.batch_size, args.seed)
+    test = problems.HeldOutQuestions(problem, tokenizer, config.batch_size, args.seed, N_TEST)
     stage, parallel = Stage(problem.name, "a toy problem", "answers", "questions"), SingleProcess()
     setup = TrainSetup(
         stage, config, compute, start, model, tokenizer, Objective(), questions, [test], problem.sizes
@@ -158,13 +158,15 @@ def retest(args: argparse.Namespace) -> None:
     problem = problem_of(state, args, display_path(path), tokenizer)
     compute = hardware.resolve_compute(hardware.detect_machine(args.device), args.device, dtype="float32")
     model = model.to(compute.device)
-    test = tasks.HeldOutQuestions(problem, tokenizer, 1, args.seed, N_TEST)
+    test = problems.HeldOutQuestions(problem, tokenizer, 1, args.seed, N_TEST)
     report(problem, model, tokenizer, test.questions, {"steps": state.step, "seed": args.seed})
     if args.play:
         play(problem, model, tokenizer)
 
 
-def problem_of(state: Checkpoint, args: argparse.Namespace, name: str, tokenizer: Tokenizer) -> tasks.Problem:
+def problem_of(
+    state: Checkpoint, args: argparse.Namespace, name: str, tokenizer: Tokenizer
+) -> problems.Problem:
     """The problem that a checkpoint has learned, with its sizes. name: the checkpoint's, for errors.
 
     Raises UserError if it is not the problem of the command line.
@@ -173,7 +175,7 @@ def problem_of(state: Checkpoint, args: argparse.Namespace, name: str, tokenizer
         raise UserError(f"{name} has learned {state.stage}, not {args.problem}")
     if not state.problem:
         raise UserError(f"{name} does not say which size of {args.problem} it has learned")
-    problem = tasks.make(args.problem, state.problem)
+    problem = problems.make(args.problem, state.problem)
     for size, value in problem.sizes.items():
         if vars(args)[size] not in (None, value):
             raise UserError(f"{name} has learned --{size} {value}, not {vars(args)[size]}")
@@ -182,7 +184,9 @@ def problem_of(state: Checkpoint, args: argparse.Namespace, name: str, tokenizer
     return problem
 
 
-def answers(model: GPT, problem: tasks.Problem, tokenizer: Tokenizer, questions: Sequence[str]) -> list[str]:
+def answers(
+    model: GPT, problem: problems.Problem, tokenizer: Tokenizer, questions: Sequence[str]
+) -> list[str]:
     """The model's answer to each question, by greedy decoding."""
     import numpy as np
     import torch
@@ -210,7 +214,7 @@ def answers(model: GPT, problem: tasks.Problem, tokenizer: Tokenizer, questions:
 
 
 def report(
-    problem: tasks.Problem,
+    problem: problems.Problem,
     model: GPT,
     tokenizer: Tokenizer,
     questions: Sequence[str],
@@ -283,7 +287,7 @@ def draw_chart(log_path: Path, path: Path) -> None:
     print(f"chart: {display_path(path)}")
 
 
-def play(problem: tasks.Problem, model: GPT, tokenizer: Tokenizer) -> None:
+def play(problem: problems.Problem, model: GPT, tokenizer: Tokenizer) -> None:
     """Answer questions from standard input until it ends."""
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:

@@ -87,10 +87,10 @@ def learn(name, steps, shape, rate, seed):
     import torch
 
     import objectives
-    import tasks
     from engine.optimizer import learning_rate_at, make_optimizer
     from model import GPT
     from problem import answers
+    from tasks import problems
 
     all_positions, rope, nano_expressions, supervised = VARIANTS[name]
     original = Original()
@@ -106,7 +106,7 @@ def learn(name, steps, shape, rate, seed):
     optimizer = make_optimizer(model, config)
     chance = random.Random(f"test/{seed}")
     questions = sorted((original.draw(chance) for _ in range(N_TEST)), key=len)  # less padding
-    examples = tasks.TrainingQuestions(problem, tokenizer, BATCH_SIZE, seed)
+    examples = problems.TrainingQuestions(problem, tokenizer, BATCH_SIZE, seed)
     objective = objectives.find("lm")
     if not nano_expressions:  # without leaving out those that are also in the test
         chance = random.Random(seed)

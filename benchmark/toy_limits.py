@@ -16,10 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import tasks  # noqa: E402
 from common.config import display_path  # noqa: E402
 from common.errors import UserError, run  # noqa: E402
 from problem import RESULTS, read_results, show_results  # noqa: E402
+from tasks import problems  # noqa: E402
 
 SIZES = {
     "q": (6, 12, 24, 48),
@@ -38,9 +38,9 @@ def result_of(problem, seed, steps):
 
 def train(name, size, seed, steps):
     """Run problem.py. Returns its line in the table of all runs."""
-    option = fields(tasks.find(name))[0].name
-    problem = tasks.make(name, {option: size})
-    steps = steps or tasks.make(name, {}).training()["max_steps"]
+    option = fields(problems.find(name))[0].name
+    problem = problems.make(name, {option: size})
+    steps = steps or problems.make(name, {}).training()["max_steps"]
     if result := result_of(problem, seed, steps):
         print(f"{name} {size}: already in {display_path(RESULTS)}")
         return result
@@ -85,8 +85,8 @@ def main():
     parser.add_argument("-o", "--out", type=Path, default=Path("toy_limits.png"), metavar="FILE")
     args = parser.parse_args()
     for name in args.problems:
-        if name not in tasks.names():
-            parser.error(f"there is no problem {name}; choose from {', '.join(tasks.names())}")
+        if name not in problems.names():
+            parser.error(f"there is no problem {name}; choose from {', '.join(problems.names())}")
 
     results = []
     for name in args.problems or SIZES:

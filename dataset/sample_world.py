@@ -712,14 +712,27 @@ def dialogue(draw: Draw, language: str, facts: Iterable[Fact]) -> Turns:
 
 # --- Files --------------------------------------------------------------------------------------------
 
-def write_world(out: str | Path, seed: int = 1337, size: float = 1.0) -> dict[str, int]:
-    """Write `pretrain.txt`, `sft.jsonl` and `eval.jsonl` into the folder `out`; returns what they contain."""
+class Texts(NamedTuple):
+    """A world and what is written about it: the documents, the conversations and the evaluation."""
+
+    world: World
+    documents: list[str]
+    taught: list[tuple[str, Turns]]
+    questions: list[tuple[Fact, str, Turns]]
+
+
+def write_texts(seed: int = 1337, size: float = 1.0) -> Texts:
+    """What `write_world` puts into the three files."""
     world = build_world(seed, size)
     draw = Draw(seed + 1)
     documents = pretraining_documents(world, draw)
-    taught = conversations(world, draw)
-    questions = held_out_questions(world, draw)
+    return Texts(world, documents, conversations(world, draw), held_out_questions(world, draw))
 
+
+def write_world(out: str | Path, seed: int = 1337, size: float = 1.0) -> dict[str, int]:
+    """Write `pretrain.txt`, `sft.jsonl` and `eval.jsonl` into the folder `out`; returns what they contain."""
+    texts = write_texts(seed, size)
+    world, documents, taught, questions = texts.world, texts.documents, texts.taught, texts.questions
     pretrain = "".join(f"<|bos|>{document}<|eos|>\n" for document in documents)
     sft = "".join(json_line(as_record(turns)) for _, turns in taught)
     evaluation = "".join(

@@ -1,13 +1,16 @@
 """Tasks: one file each, found by its name. doc/extending.md shows how to write one.
 
-A task has examples, makes a prompt from each, and scores answers. Toy problems are tasks, and so are the
-questions of `inference.py --eval`.
+A task yields examples, writes each as a conversation, and scores answers. The same file can be trained on (as
+a part of a mixture in dataset_path), evaluated (evaluate.py), and give rewards.
 
-A toy problem (`Problem`) is a dataclass. Its fields are its sizes, which become command-line options. Its
-methods draw a question, compute the answer, and give the model and the training that can learn it. Whether a
-question is held out for testing depends only on the question itself, so no run, with any seed, trains on it.
+A task that can be named on a command line is a dataclass, and its fields are its options:
+"arithmetic:digits=3,steps=true". Most tasks draw their examples at random (`DrawnTask`), without end. Whether
+an example is for training or for testing depends on the example alone, so no run, with any seed, trains on
+what another is tested on.
 """
 
+import collections
+import difflib
 import functools
 import hashlib
 import importlib
@@ -17,17 +20,17 @@ import pkgutil
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Iterator, Sequence
+from dataclasses import field, fields, is_dataclass
+from typing import Any, Literal, NamedTuple
 
 from common.errors import UserError
-from tokenizer import CharTokenizer, Tokenizer
+from tokenizer import Message
 
-HELD_OUT = 10  # one question in ten is for testing
-STEPS_DRAWN_TOGETHER = 8  # so that questions of similar length can share a batch
+HELD_OUT = 10  # one example in ten is for testing
+
+# How answers are scored. "choice" and "perplexity" generate nothing: they compare likelihoods.
+Metric = Literal["exact", "contains", "numeric", "choice", "perplexity"]
 
 
 class Example(NamedTuple):
@@ -36,326 +39,244 @@ class Example(NamedTuple):
     question  a text, or for a chat all messages before the answer
     answer    the right answer, or one of them
     kind      its group, if scores should be reported per group
+    choices   the answers to choose from, of which `answer` is one
+    key       what it is about: examples of one key are all for training or all for testing ("": the question)
     """
 
-    question: Any
+    question: str | list[Message]
     answer: str
     kind: str = ""
+    choices: tuple[str, ...] = ()
+    key: str = ""
 
 
 class Task(ABC):
-    """Something to learn, to be scored on, or to be rewarded by."""
+    """Something to learn, to be scored on, or to be rewarded by.
+
+    metric   how answers are scored
+    notes    sentences that a user must read, such as what a file holds besides
+    n_train  how many examples there are to train on; infinite if they are drawn as needed
+    """
+
+    metric: Metric = "exact"
+    notes: Sequence[str] = ()
+    n_train: float = math.inf
 
     @property
     @abstractmethod
     def name(self) -> str:
         """A short name for tables and files."""
 
+    @property
+    def spec(self) -> str:
+        """The name with all options, such as "arithmetic:digits=2,steps=false"; see `make`."""
+        options = ",".join(f"{key}={str(value).lower()}" for key, value in options_of(self).items())
+        return f"{self.name}:{options}" if options else self.name
+
     @abstractmethod
     def examples(self, split: str, seed: int) -> Iterator[Example]:
         """The examples of a split, "train" or "test", possibly endless. The seed determines them."""
 
-    def prompt(self, example: Example) -> Any:
+    def train_example(self, seed: int, number: int) -> Example:
+        """The training example of this number, from 0 to n_train - 1: a pure function."""
+        raise UserError(f"{self.name} has no examples to train on")
+
+    def prompt(self, example: Example) -> str | list[Message]:
         """What the model reads: a text, or the messages of a chat."""
         return example.question
 
+    def messages(self, example: Example) -> list[Message]:
+        """The prompt as the messages of a chat."""
+        prompt = self.prompt(example)
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+    def conversation(self, example: Example) -> list[Message]:
+        """The whole example as a chat, to be trained on."""
+        return [*self.messages(example), {"role": "assistant", "content": example.answer}]
+
+    def text(self, example: Example) -> str:
+        """The prompt for a model that only continues texts: the answer follows on a new line."""
+        return "".join(message["content"] + "\n" for message in self.messages(example))
+
     def score(self, example: Example, answer: str) -> float:
-        """How good an answer is, from 0 to 1. By default, 1 for the right answer."""
-        return float(answer.strip() == example.answer.strip())
+        """How good an answer is, from 0 to 1. By default, `metric` decides."""
+        right, given = essence(self.metric, example.answer), essence(self.metric, answer)
+        if right is None or given is None:
+            return 0.0
+        return float(right in given if self.metric == "contains" else right == given)
+
+    def base_rate(self, examples: Sequence[Example]) -> float | None:
+        """What a model that knows nothing scores: by guessing among the choices, or else by always giving the
+        most frequent answer. None for perplexity, which has no such score."""
+        if self.metric == "perplexity":
+            return None
+        if self.metric == "choice":
+            return sum(1 / len(example.choices) for example in examples) / len(examples)
+        answers = collections.Counter(essence(self.metric, example.answer) for example in examples)
+        return max(answers.values()) / len(examples)
 
 
-def option(default: int, help: str, lowest: int = 1, highest: int = 1000) -> Any:
-    """A field of a problem: a whole number that becomes a command-line option."""
-    return field(default=default, metadata={"help": help, "lowest": lowest, "highest": highest})
+NUMBER = re.compile(r"(?:(?<![0-9.])[-−])?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 
 
-class Problem(Task):
-    """The base class of toy problems. Each is a dataclass in its own file.
+def essence(metric: str, answer: str) -> str | None:
+    """What of an answer is compared; None: nothing in it can be. For "numeric", it is the last number."""
+    if metric == "contains":
+        return " ".join(answer.casefold().split())
+    if metric != "numeric":
+        return answer.strip()
+    numbers = NUMBER.findall(answer)
+    if not numbers:
+        return None
+    sign = "-" * (numbers[-1][0] in "-−")
+    whole, _, fraction = numbers[-1].lstrip("-−").replace(",", "").partition(".")
+    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
+    number = whole + f".{fraction}" * bool(fraction)
+    return number if number == "0" else sign + number
 
-    characters   the characters of questions and answers, one token each
-    is_causal    True: the answer follows the question and `mark`, token by token
-                 False: the answer is as long as the question and computed in one pass, in which every token
-                 sees all others
-    """
 
-    characters = ""
-    is_causal = True
-    mark = "="
-
-    @abstractmethod
-    def draw(self, random: random.Random) -> str:
-        """A random question, in which all randomness comes from `random`."""
-
-    @abstractmethod
-    def answer(self, question: str) -> str:
-        """The right answer."""
-
-    @abstractmethod
-    def read(self, text: str) -> str:
-        """Normalize what a user typed to a question as from `draw`. Raises UserError if it is not one."""
-
-    def check(self, question: str, answer: str) -> bool:
-        """Whether the answer is right."""
-        return answer == self.answer(question)
-
-    def subproblems(self, question: str) -> Any:
-        """[(start, end, answer), ...]: parts question[start:end] that are questions themselves.
-
-        A causal model is also trained to predict the answer of each part, a single character, at its end.
-        This is process supervision (Uesato et al. 2022): it shows in which step an answer went wrong.
-        """
-        return ()
-
-    def kind(self, question: str) -> str:
-        """The kind of a question, if accuracy should be reported per kind."""
-        return ""
-
-    @property
-    @abstractmethod
-    def longest(self) -> tuple[int, int]:
-        """The lengths of the longest question and of the longest answer, in characters."""
+class DrawnTask(Task):
+    """A task whose examples are drawn at random as they are needed."""
 
     @abstractmethod
-    def model(self) -> dict[str, Any]:
-        """Keys of config/model_config.json: a model that can learn the problem in this size."""
-
-    @abstractmethod
-    def training(self) -> dict[str, Any]:
-        """Keys of config/config_pretrain.json: training that is long enough."""
-
-    # ---- the same for all problems --------------------------------------------------------------------
+    def draw_example(self, random: random.Random) -> Example:
+        """A random example, in which all randomness comes from `random`."""
 
     @property
     def name(self) -> str:
         return type(self).__module__.rpartition(".")[2]
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """For example {"digits": 6}."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # a dataclass
+    def is_test(self, example: Example) -> bool:
+        """Whether an example is for testing only."""
+        return is_held_out(key_of(example))
 
-    @property
-    def description(self) -> str:
-        return " ".join([self.name, *(f"--{name} {value}" for name, value in self.sizes.items())])
-
-    def example(self, question: str) -> Example:
-        return Example(question, self.answer(question), self.kind(question))
+    def train_example(self, seed: int, number: int) -> Example:
+        chance = random.Random(f"{self.name}/train/{seed}/{number}")
+        for _ in range(10_000):
+            if not self.is_test(example := self.draw_example(chance)):
+                return example
+        raise UserError(f"{self.spec} is so small that all of its examples are for testing")
 
     def examples(self, split: str, seed: int) -> Iterator[Example]:
-        """Each held-out question once for "test"; an endless stream for "train"."""
-        if split == "test":
-            yield from map(self.example, held_out_questions(self, seed))
-            return
-        chance = random.Random(f"{self.name}/training/{seed}")
-        while True:
-            if not is_held_out(question := self.draw(chance)):
-                yield self.example(question)
-
-    def prompt(self, example: Example) -> str:
-        return example.question + self.mark * self.is_causal
-
-    def score(self, example: Example, answer: str) -> float:
-        return float(self.check(example.question, answer))
-
-    def tokenizer(self) -> CharTokenizer:
-        return CharTokenizer("".join(sorted({*self.characters, *(self.mark if self.is_causal else "")})))
-
-    @property
-    def block_size(self) -> int:
-        question, answer = self.longest
-        return question + len(self.mark) + answer if self.is_causal else question
-
-    def encode(
-        self, tokenizer: Tokenizer, questions: list[str], subproblems: bool = False
-    ) -> dict[str, np.ndarray]:
-        """A batch of questions with their answers: "x" and "y" [B, T] int64, "mask" [B, T] float32.
-
-        subproblems: also train on the answers of the questions' parts, except held-out ones.
-        """
-        answers = [self.answer(question) for question in questions]
-        if not self.is_causal:
-            x, y = (
-                np.stack(tokenizer.encode_batch(texts)).astype(np.int64) for texts in (questions, answers)
-            )
-            return {"x": x, "y": y, "mask": np.ones(x.shape, np.float32)}
-        texts = [question + self.mark + answer for question, answer in zip(questions, answers, strict=True)]
-        rows = tokenizer.encode_batch(texts)
-        width = max(map(len, rows))
-        ids = np.full((len(rows), width + 1), tokenizer.padding_id, np.int64)
-        mask = np.zeros((len(rows), width), np.float32)
-        for row, (tokens, answer) in enumerate(zip(rows, answers, strict=True)):
-            ids[row, : len(tokens)] = tokens
-            ids[row, len(tokens)] = tokenizer.eos_id
-            mask[row, len(tokens) - len(answer) - 1 : len(tokens)] = 1  # the answer and the end token
-        x, y = ids[:, :-1].copy(), ids[:, 1:].copy()
-        for row, question in enumerate(questions if subproblems else ()):
-            for start, end, answer in self.subproblems(question):
-                if not is_held_out(question[start:end]):
-                    y[row, end - 1], mask[row, end - 1] = tokenizer.encode(answer)[0], 1
-        return {"x": x, "y": y, "mask": mask}
+        """An endless stream for "train"; for "test", one of each key, until no new one is found."""
+        if split == "train":
+            yield from (self.train_example(seed, number) for number in itertools.count())
+        chance = random.Random(f"{self.name}/test/{seed}")
+        seen, in_vain = set(), 0
+        while in_vain < 20_000:  # a small task has few of them
+            example = self.draw_example(chance)
+            in_vain += 1
+            if self.is_test(example) and (key := key_of(example)) not in seen:
+                seen.add(key)
+                in_vain = 0
+                yield example
 
 
-@dataclass
-class DigitProblem(Problem):
-    """A problem whose questions are strings of digits."""
+class ListedTask(Task):
+    """A task with a list of examples for each split."""
 
-    digits: int = option(6, "number of digits")
-
-    characters = "0123456789"
-
-    def draw(self, random: random.Random) -> str:
-        # First draw which digits may occur: independent digits would hardly ever give 888088.
-        digits = random.sample("0123456789", random.randint(1, 10))
-        return "".join(random.choices(digits, k=self.digits))
-
-    def read(self, text: str) -> str:
-        if not re.fullmatch(f"[0-9]{{{self.digits}}}", text):
-            raise UserError(f"{text} is not a string of {self.digits} digits")
-        return text
+    @abstractmethod
+    def listed(self, split: str) -> Sequence[Example]:
+        """All examples of "train" or of "test"."""
 
     @property
-    def longest(self) -> tuple[int, int]:
-        return self.digits, self.digits
+    def n_train(self) -> float:  # type: ignore[override]
+        return len(self.listed("train"))
 
-    def model(self) -> dict[str, Any]:
-        return dict(n_layer=2, n_head=4, n_embd=64)
+    def examples(self, split: str, seed: int) -> Iterator[Example]:
+        """All examples of the split, in their own order."""
+        yield from self.listed(split)
 
-    def training(self) -> dict[str, Any]:
-        return dict(max_steps=max(600, 75 * self.digits), batch_size=256, learning_rate=3e-3)
+    def train_example(self, seed: int, number: int) -> Example:
+        return self.listed("train")[number]
 
 
-def is_held_out(question: str) -> bool:
-    """Whether a question is for testing only."""
-    digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
+def key_of(example: Example) -> str:
+    """What an example is about: its key, or else its question."""
+    if example.key or isinstance(example.question, str):
+        return example.key or str(example.question)
+    return "\n".join(message["content"] for message in example.question)
+
+
+def is_held_out(key: str) -> bool:
+    """Whether examples of this key are for testing only."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % HELD_OUT == 0
 
 
-def held_out_questions(problem: Problem, seed: int) -> Iterator[str]:
-    """Distinct held-out questions, until no new one is found."""
-    chance = random.Random(f"{problem.name}/test/{seed}")
-    seen, in_vain = set(), 0
-    while in_vain < 20_000:  # a small problem has few of them
-        question = problem.draw(chance)
-        in_vain += 1
-        if is_held_out(question) and question not in seen:
-            seen.add(question)
-            in_vain = 0
-            yield question
+# ---- options and names -------------------------------------------------------------------------------
 
 
-# ---- batches (see data.BatchSource) ------------------------------------------------------------------
+def option(default: int | bool, help: str, lowest: int = 1, highest: int = 1000) -> Any:
+    """A field of a task that a user can set: a whole number in a range, or true or false."""
+    return field(default=default, metadata={"help": help, "lowest": lowest, "highest": highest})
 
 
-class ProblemSource:
-    """The base class of the two sources of a problem's batches."""
-
-    notes: list[str] = []
-    text_size = None
-
-    def __init__(self, problem: Problem, tokenizer: Tokenizer, batch_size: int):
-        self.problem, self.tokenizer, self.batch_size = problem, tokenizer, batch_size
-
-    def position(self, first: int) -> tuple[int, int, int]:
-        return 0, 0, first
-
-    def fingerprints_of(self, size: str) -> list[dict[str, str]]:
-        return [{"fingerprint": self.problem.description, "size": size}]
+def options_of(task: Task) -> dict[str, int | bool]:
+    """For example {"digits": 6}."""
+    if not is_dataclass(task):
+        return {}
+    return {f.name: getattr(task, f.name) for f in fields(task)}
 
 
-class TrainingQuestions(ProblemSource):
-    """Training batches, drawn as they are needed.
-
-    The questions of a batch depend only on the problem, the seed, the batch size and the batch's number.
-    """
-
-    sequences_per_epoch = math.inf
-    description = "examples drawn anew for every step"
-    n_loss_tokens = math.inf
-
-    def __init__(self, problem: Problem, tokenizer: Tokenizer, batch_size: int, seed: int):
-        super().__init__(problem, tokenizer, batch_size)
-        self.seed = seed
-        self._drawn = functools.lru_cache(maxsize=1)(self._draw)
-
-    def questions(self, step: int) -> list[str]:
-        group, which = divmod(step, STEPS_DRAWN_TOGETHER)
-        return self._drawn(group)[which]
-
-    def _draw(self, group: int) -> list[list[str]]:
-        """The questions of STEPS_DRAWN_TOGETHER steps. Each step gets similar lengths, for less padding."""
-        chance = random.Random(f"{self.problem.name}/training/{self.seed}/{group}")
-        questions: list[str] = []
-        while len(questions) < STEPS_DRAWN_TOGETHER * self.batch_size:
-            question = self.problem.draw(chance)
-            if not is_held_out(question):
-                questions.append(question)
-        questions.sort(key=len)
-        steps = [questions[i : i + self.batch_size] for i in range(0, len(questions), self.batch_size)]
-        chance.shuffle(steps)
-        return steps
-
-    def __call__(self, first: int) -> dict[str, np.ndarray]:
-        """The batch that holds question number `first`."""
-        questions = self.questions(first // self.batch_size)
-        return self.problem.encode(self.tokenizer, questions, subproblems=True)
-
-    @property
-    def fingerprints(self) -> list[dict[str, str]]:
-        return self.fingerprints_of(self.description)
-
-
-class HeldOutQuestions(ProblemSource):
-    """At most `count` distinct held-out questions. Raises UserError if there are none."""
-
-    def __init__(self, problem: Problem, tokenizer: Tokenizer, batch_size: int, seed: int, count: int):
-        super().__init__(problem, tokenizer, batch_size)
-        self.questions = list(itertools.islice(held_out_questions(problem, seed), count))
-        if not self.questions:
-            raise UserError(f"{problem.name} of this size has too few questions to keep some for testing")
-        self.sequences_per_epoch = self.n_loss_tokens = len(self.questions)
-        self.description = f"{len(self.questions):,} questions"
-
-    def __call__(self, first: int) -> dict[str, np.ndarray]:
-        return self.problem.encode(self.tokenizer, self.questions[first : first + self.batch_size])
-
-    @property
-    def fingerprints(self) -> list[dict[str, str]]:
-        return self.fingerprints_of(self.description)
-
-
-# ---- finding problems --------------------------------------------------------------------------------
-
-
-def _in_file(name: str) -> type[Problem] | None:
-    """The Problem that tasks/<name>.py defines, or None."""
+@functools.cache
+def _in_file(name: str) -> type[Task] | None:
+    """The task that tasks/<name>.py defines and that can be named, or None."""
     module = importlib.import_module(f"{__name__}.{name}")
-    here = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
-    return next((v for v in here if isinstance(v, type) and issubclass(v, Problem)), None)
+    classes = [
+        value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Task)
+    ]
+    here = [c for c in classes if c.__module__ == module.__name__ and is_dataclass(c)]
+    return next((c for c in here if not getattr(c, "__abstractmethods__", None)), None)
 
 
-def names() -> list[str]:
-    """The names of all toy problems."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if _in_file(module.name))
+def names(base: type[Any] = Task) -> list[str]:
+    """The names of all tasks, or of those of a base class."""
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in modules if (task := _in_file(name)) and issubclass(task, base))
 
 
-def find(name: str) -> type[Problem]:
-    """The class of the problem of this name."""
-    problem = _in_file(name)
-    assert problem, f"tasks/{name}.py defines no problem"
-    return problem
+def find(name: str) -> type[Task]:
+    """The class of the task of this name. Raises UserError if there is none."""
+    if re.fullmatch(r"\w+", name) and importlib.util.find_spec(f"{__name__}.{name}"):
+        if task := _in_file(name):
+            return task
+    near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
+    raise UserError(f"there is no task {name}; {hint}")
 
 
-def make(name: str, values: dict[str, Any]) -> Problem:
-    """The problem of this name in the sizes of `values`. Missing sizes, and None, mean the default.
+def make(name: str, values: dict[str, Any]) -> Task:
+    """The task of this name with the options in `values`. Missing ones, and None, mean the default.
 
-    Raises UserError if a size is not a whole number in its range.
+    Raises UserError if an option is not in its range.
     """
-    sizes = {}
-    problem = find(name)
-    for size in fields(problem):  # type: ignore[arg-type]  # a dataclass
-        value = values.get(size.name)
-        sizes[size.name] = value = size.default if value is None else value
-        lowest, highest = size.metadata["lowest"], size.metadata["highest"]
-        if type(value) is not int or not lowest <= value <= highest:
-            raise UserError(f"--{size.name} must be a whole number from {lowest} to {highest}, not {value}")
-    return problem(**sizes)
+    chosen = {}
+    task = find(name)
+    for f in fields(task):  # type: ignore[arg-type]  # a dataclass
+        value = values.get(f.name)
+        chosen[f.name] = value = f.default if value is None else value
+        lowest, highest = f.metadata["lowest"], f.metadata["highest"]
+        if isinstance(f.default, bool):
+            if not isinstance(value, bool):
+                raise UserError(f"--{f.name} must be true or false, not {value}")
+        elif type(value) is not int or not lowest <= value <= highest:
+            raise UserError(f"--{f.name} must be a whole number from {lowest} to {highest}, not {value}")
+    return task(**chosen)
+
+
+def parse(spec: str) -> Task:
+    """The task of "name" or "name:option=value,option=value". Raises UserError if there is no such task."""
+    name, _, text = spec.partition(":")
+    task, values = find(name), {}
+    known = [f.name for f in fields(task)]  # type: ignore[arg-type]  # a dataclass
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        if key not in known:
+            options = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise UserError(f"{spec}: {name} has no option {key}; {options}")
+        values[key] = {"true": True, "false": False}.get(value, int(value) if value.isdecimal() else value)
+    try:
+        return make(name, values)
+    except UserError as error:
+        raise UserError(f"{spec}: {str(error).removeprefix('--')}") from None

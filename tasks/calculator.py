@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
-from tasks import Problem, option
+from tasks.problems import Problem, option
 
 OPERATION = re.compile(r"\([+*][01][01]\)")
 

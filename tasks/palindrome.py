@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tasks import DigitProblem
+from tasks.problems import DigitProblem
 
 
 class Palindrome(DigitProblem):

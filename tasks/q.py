@@ -1,6 +1,6 @@
 """Count the closed loops in the digits of a number: 0, 6 and 9 have one, 8 has two. 8096 -> 5."""
 
-from tasks import DigitProblem
+from tasks.problems import DigitProblem
 
 LOOPS = {"0": 1, "6": 1, "8": 2, "9": 1}
 

@@ -1,6 +1,6 @@
 """Sort the digits of a number: 114515 -> 111455."""
 
-from tasks import DigitProblem
+from tasks.problems import DigitProblem
 
 
 class Sort(DigitProblem):

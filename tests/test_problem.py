@@ -8,9 +8,9 @@ import pytest
 from conftest import Project
 
 import problem
-import tasks
 from common.errors import run
 from engine.checkpoint import load
+from tasks import problems
 
 
 def small(project, name="sort", *arguments, **keywords):
@@ -19,7 +19,7 @@ def small(project, name="sort", *arguments, **keywords):
 
 def test_help_names_the_problems_and_their_sizes(shared_project):
     done = shared_project.run("problem.py", "--help")
-    assert done.returncode == 0 and all(name in done.stdout for name in tasks.names())
+    assert done.returncode == 0 and all(name in done.stdout for name in problems.names())
     done = shared_project.run("problem.py", "calculator", "--help")
     assert done.returncode == 0 and "--depth" in done.stdout and "--digits" not in done.stdout
 

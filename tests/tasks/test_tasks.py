@@ -9,6 +9,7 @@ import pytest
 
 import tasks
 from common.errors import UserError
+from tasks import problems
 
 SMALL = {"q": {"digits": 3}, "sort": {"digits": 3}, "palindrome": {"digits": 3}, "calculator": {"depth": 2}}
 
@@ -19,8 +20,8 @@ def drawn(problem, count=300, seed=0):
 
 
 def test_every_file_is_found():
-    assert {"q", "sort", "palindrome", "calculator"} <= set(tasks.names())
-    assert all(tasks.make(name, {}).name == name for name in tasks.names())
+    assert {"q", "sort", "palindrome", "calculator"} <= set(problems.names())
+    assert all(problems.make(name, {}).name == name for name in problems.names())
 
 
 @pytest.mark.parametrize(
@@ -37,13 +38,13 @@ def test_every_file_is_found():
     ],
 )
 def test_answers(name, question, answer):
-    problem = tasks.make(name, {})
+    problem = problems.make(name, {})
     assert problem.answer(question) == answer and problem.check(question, answer)
     assert not problem.check(question, answer[::-1] + "0") and problem.read(question) == question
 
 
 def test_the_calculator_agrees_with_python():
-    problem = tasks.make("calculator", {"depth": 5})
+    problem = problems.make("calculator", {"depth": 5})
 
     def evaluate(tokens):
         token = tokens.pop(0)
@@ -59,7 +60,7 @@ def test_the_calculator_agrees_with_python():
 
 
 def test_the_calculator_draws_every_depth_and_both_answers():
-    problem = tasks.make("calculator", {})
+    problem = problems.make("calculator", {})
     questions = drawn(problem, 2000)
     assert {problem.kind(question) for question in questions} == {f"depth {i}" for i in (1, 2, 3, 4)}
     assert max(map(len, questions)) <= problem.longest[0] and problem.block_size <= 64
@@ -82,22 +83,22 @@ def test_the_calculator_draws_every_depth_and_both_answers():
 )
 def test_what_is_no_question(name, text):
     with pytest.raises(UserError, match=r"\w"):
-        tasks.make(name, {}).read(text)
+        problems.make(name, {}).read(text)
 
 
 def test_a_typed_expression_may_hold_spaces_and_the_mark():
-    assert tasks.make("calculator", {}).read("(+ (* 0 1) (* 1 1)) =") == "(+(*01)(*11))"
+    assert problems.make("calculator", {}).read("(+ (* 0 1) (* 1 1)) =") == "(+(*01)(*11))"
 
 
 @pytest.mark.parametrize("sizes", [{"digits": 0}, {"digits": 10**6}])
 def test_impossible_sizes(sizes):
     with pytest.raises(UserError, match="--digits must be a whole number"):
-        tasks.make("sort", sizes)
+        problems.make("sort", sizes)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_tokens_and_mask(name):
-    problem = tasks.make(name, SMALL[name])
+    problem = problems.make(name, SMALL[name])
     tokenizer, questions = problem.tokenizer(), drawn(problem, 50)
     x, y, mask = problem.encode(tokenizer, questions).values()
     assert x.shape == y.shape == mask.shape and x.shape[1] <= problem.block_size
@@ -121,7 +122,7 @@ def asked_on_the_way(problem, questions, mask):
 
 
 def test_the_calculator_is_asked_for_every_operation_while_training():
-    problem = tasks.make("calculator", {})
+    problem = problems.make("calculator", {})
     tokenizer, questions = problem.tokenizer(), drawn(problem, 200)
     x, y, mask = problem.encode(tokenizer, questions, subproblems=True).values()
     parts = set(asked_on_the_way(problem, questions, mask))
@@ -151,16 +152,16 @@ def opening(question, closing):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_no_test_question_is_ever_trained_on(name):
-    problem = tasks.make(name, SMALL[name])
+    problem = problems.make(name, SMALL[name])
     tokenizer = problem.tokenizer()
     trained = set()
     for seed in (1, 2):
-        examples = tasks.TrainingQuestions(problem, tokenizer, 64, seed)
+        examples = problems.TrainingQuestions(problem, tokenizer, 64, seed)
         for step in range(100):
             trained.update(examples.questions(step))
             trained.update(asked_on_the_way(problem, examples.questions(step), examples(64 * step)["mask"]))
     for seed in (1, 2, 3):
-        test = tasks.HeldOutQuestions(problem, tokenizer, 16, seed, 2000)
+        test = problems.HeldOutQuestions(problem, tokenizer, 16, seed, 2000)
         assert len(set(test.questions)) == len(test.questions) >= 5
         assert trained.isdisjoint(test.questions)
         assert sum(len(test(first)["x"]) for first in range(0, len(test.questions), 16)) == len(
@@ -169,36 +170,38 @@ def test_no_test_question_is_ever_trained_on(name):
 
 
 def test_at_the_default_sizes_there_are_enough_unseen_questions():
-    for name in tasks.names():
-        problem = tasks.make(name, {})
-        assert len(tasks.HeldOutQuestions(problem, problem.tokenizer(), 100, 1, 2000).questions) == 2000
+    for name in problems.names():
+        problem = problems.make(name, {})
+        assert len(problems.HeldOutQuestions(problem, problem.tokenizer(), 100, 1, 2000).questions) == 2000
 
 
 def test_the_batch_of_a_step_follows_from_problem_seed_and_step():
-    problem = tasks.make("sort", {})
-    one, other = (tasks.TrainingQuestions(problem, problem.tokenizer(), 8, 5) for _ in range(2))
+    problem = problems.make("sort", {})
+    one, other = (problems.TrainingQuestions(problem, problem.tokenizer(), 8, 5) for _ in range(2))
     one(0), one(1)
     assert all((a == b).all() for a, b in zip(one(7).values(), other(7).values(), strict=True))
-    assert one.questions(7) != one.questions(8) != tasks.TrainingQuestions(problem, None, 8, 6).questions(8)
+    assert (
+        one.questions(7) != one.questions(8) != problems.TrainingQuestions(problem, None, 8, 6).questions(8)
+    )
 
 
 def test_questions_of_a_step_are_of_like_length():
-    problem = tasks.make("calculator", {})
+    problem = problems.make("calculator", {})
     tokenizer = problem.tokenizer()
-    examples = tasks.TrainingQuestions(problem, tokenizer, 64, 5)
+    examples = problems.TrainingQuestions(problem, tokenizer, 64, 5)
     batches = [examples(64 * step)["x"] for step in range(64)]
     assert max(x.shape[1] for x in batches) > 0.9 * problem.block_size
     assert sum((x == tokenizer.padding_id).sum() for x in batches) < 0.1 * sum(x.size for x in batches)
 
 
 def test_too_few_questions_to_keep_some():
-    problem = tasks.make("sort", {"digits": 1})
+    problem = problems.make("sort", {"digits": 1})
     kept = [question for question in "0123456789" if tasks.is_held_out(question)]
     if kept:
-        assert set(tasks.HeldOutQuestions(problem, problem.tokenizer(), 8, 1, 100).questions) == set(kept)
+        assert set(problems.HeldOutQuestions(problem, problem.tokenizer(), 8, 1, 100).questions) == set(kept)
     else:
         with pytest.raises(UserError, match="too few questions"):
-            tasks.HeldOutQuestions(problem, problem.tokenizer(), 8, 1, 100)
+            problems.HeldOutQuestions(problem, problem.tokenizer(), 8, 1, 100)
 
 
 def test_the_guides_example_is_a_problem(small_problems):
