@@ -40,11 +40,7 @@ class TextGenerator:
         self.seconds_decoding = 0.0  # since the start; decides when the compiled backend is worth it
         self.context: int = model.config.block_size
         self.max_length = max_length or self.context
-        # Any special token the model writes ends its answer, except <|unknown|>, which is part of the text.
-        self.stop_tokens = (
-            tokenizer.eos_id, tokenizer.bos_id, tokenizer.padding_id,
-            tokenizer.instruct_id, tokenizer.response_id, tokenizer.system_id,
-        )  # fmt: skip
+        self.stop_tokens = stop_tokens(tokenizer)
         self.n_prompt, self.n_tokens = 0, 0
         self.first_seconds, self.seconds = 0.0, 0.0
 
@@ -195,6 +191,14 @@ class TextGenerator:
         return f"{count:,} {are} unknown to this model" if count else None
 
 
+def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer: all special ones except <|unknown|>, which is part of the text."""
+    return (
+        tokenizer.eos_id, tokenizer.bos_id, tokenizer.padding_id,
+        tokenizer.instruct_id, tokenizer.response_id, tokenizer.system_id,
+    )  # fmt: skip
+
+
 def drop_oldest_turns(messages: list[dict[str, str]], sizes: list[int], limit: int) -> int:
     """Remove the oldest turns until the messages have at most `limit` tokens; `sizes` are those of each.
 
@@ -215,7 +219,7 @@ def answer_greedily(
     prompts: Iterable[list[int]],
     max_tokens: Iterable[int],
     stop_tokens: Collection[int],
-    on_answer: Callable[[], None] = lambda: None,
+    on_answer: Callable[[], object] = lambda: None,
 ) -> list[tuple[list[int], bool]]:
     """Continue all prompts greedily. Returns [(ids, whether it ended with a stop token)].
 
@@ -231,8 +235,6 @@ def answer_greedily(
         for prompt, n in zip(prompts, max_tokens, strict=True)
     ]
     decoder = BatchedDecoder(model, n_slots=64)
-    if decoder.is_prepared:
-        decoder.compile(wait=True)
     decoder.run(requests, on_end=lambda request: on_answer())
     return [(request.tokens, request.finish_reason == "stop") for request in requests]
 
