@@ -10,6 +10,7 @@ import torch
 from test_harness import TEXT, make
 
 from common.errors import UserError
+from decoding.sampling import generate
 from evaluation import core
 
 yaml = pytest.importorskip("yaml")
@@ -37,6 +38,7 @@ TASKS = [  # label, kind, examples in the prompt, delimiter, baseline in per cen
     ("schema_2", "schema", 2, " ", "50.0"),
     ("words", "language_modeling", 0, None, "0.0"),
     ("words_1", "language_modeling", 1, "\n", "0"),
+    ("greedy", "language_modeling", 0, "", "0"),
 ]
 
 
@@ -52,7 +54,7 @@ def bundle(tmp_path):
             table.writerow([label, "made up", baseline])
             entry = {"label": label, "dataset_uri": f"part/{label}.jsonl", "num_fewshot": [n_examples],
                      "icl_task_type": kind}  # fmt: skip
-            tasks.append(entry | ({"continuation_delimiter": delimiter} if delimiter else {}))
+            tasks.append(entry | ({} if delimiter is None else {"continuation_delimiter": delimiter}))
             lines = [json.dumps(item(kind, draw)) for _ in range(14)]
             (tmp_path / "eval_data" / "part" / f"{label}.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": tasks}))
@@ -110,13 +112,21 @@ def by_hand(model, tokenizer, path, kind, n_examples, delimiter, limit=None):
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_accuracies_are_those_of_plain_loops(bundle, name, kind):
     model, tokenizer = make(name, kind, block_size=400)
+    path = bundle / "eval_data" / "part" / "greedy.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[::2]:  # these are answered right
+        ids = [tokenizer.bos_id, *tokenizer.encode(line["context"].strip()).tolist()]
+        line["continuation"] = tokenizer.decode([*generate(model, ids, 1, temperature=0)])
+    path.write_text("\n".join(map(json.dumps, lines)))
     done = []
     *results, whole = core.run(model.double(), tokenizer, bundle, on_each=lambda: done.append(1))
-    assert len(done) == 6 * 14
+    assert len(done) == 7 * 14
     centred = []
     for result, (label, kind, n_examples, delimiter, baseline) in zip(results, TASKS, strict=True):
         path = bundle / "eval_data" / "part" / f"{label}.jsonl"
-        expected = by_hand(model, tokenizer, path, kind, n_examples, delimiter or " ")
+        delimiter = " " if delimiter is None else delimiter
+        expected = by_hand(model, tokenizer, path, kind, n_examples, delimiter)
+        assert any(expected) or kind == "language_modeling" and label != "greedy"
         assert [score.value for score in result.scores] == expected
         assert (result.name, result.metric, result.base_rate) == (
             f"core/{label}",
