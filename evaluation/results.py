@@ -34,7 +34,8 @@ from pydantic import TypeAdapter, ValidationError
 from common.config import ROOT, display_path
 from common.errors import UserError
 from common.files import LineFile, atomic_write, sync_folder
-from evaluation.runner import GROUP, ExampleScore, Prepared, TaskResult, result_of, score
+from evaluation import runner
+from evaluation.runner import ExampleScore, Prepared, TaskResult
 
 if TYPE_CHECKING:
     from decoding.text_generator import LoadedModel
@@ -81,7 +82,7 @@ class Evaluation:
     @property
     def result(self) -> TaskResult:
         """Of the scores so far."""
-        return result_of(self.prepared, self.scores, self.seconds)
+        return runner.result_of(self.prepared, self.scores, self.seconds)
 
     @property
     def is_complete(self) -> bool:
@@ -118,7 +119,7 @@ class Evaluation:
             self.seconds = footer.get("seconds")
             return
         self.scores, _ = read_scores(self.part, self.identity)
-        del self.scores[len(self.scores) // GROUP * GROUP :]
+        del self.scores[len(self.scores) // runner.GROUP * runner.GROUP :]
         self.seconds = None if self.scores else 0.0
 
     def _go_on(self, on_each: Callable[[], object]) -> None:
@@ -129,7 +130,7 @@ class Evaluation:
                 start.write(to_line(line).encode("utf-8", "backslashreplace"))
         lines, began = LineFile(self.part), time.perf_counter()
         try:
-            for one in score(self.model, self.prepared, len(self.scores), on_each):
+            for one in runner.score(self.model, self.prepared, len(self.scores), on_each):
                 lines.write(to_line(self._line(one)))
                 self.scores.append(one)
                 if self.seconds is not None:

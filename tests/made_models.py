@@ -1,10 +1,14 @@
-"""Models that are made by hand: for each token they know which one comes next, and nothing else."""
+"""Models and tasks that are made by hand.
+
+Most of the models know for each token which one comes next, and nothing else: their answers are known.
+"""
 
 import torch
 
 from config.schema import ModelConfig
 from engine.checkpoint import Checkpoint
 from model import GPT
+from tasks import Example, Task
 from tokenizer import CHAT_TEMPLATE
 
 TEXT = "你好吗？Hello? 1+2=3\n"
@@ -63,3 +67,24 @@ def polite(tokenizer, **fields):
     ni, hao, ma = tokenizer.encode("你好吗").tolist()
     after = {tokenizer.response_id: hao, tokenizer.bos_id: hao, ni: hao, hao: ma}
     return checkpoint(tokenizer, *chain(tokenizer, after), **fields)
+
+
+def small_model(tokenizer, block_size=64, **fields):
+    torch.manual_seed(5)
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=block_size, **fields)
+    model = GPT(config.resolved(tokenizer.vocab_size)).eval()
+    for weights in model.parameters():  # a new model's own small weights would repeat one token
+        torch.nn.init.normal_(weights, std=0.3)
+    return model
+
+
+class Listed(Task):
+    """Examples for a test."""
+
+    name = "listed"
+
+    def __init__(self, examples, metric="exact"):
+        self.list, self.metric = [Example(*example) for example in examples], metric
+
+    def examples(self, split, seed):
+        yield from self.list

@@ -8,30 +8,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from made_models import bigram, chain
+from made_models import Listed, bigram, chain, small_model
 
 import tasks
 from common.errors import UserError
-from config.schema import ModelConfig
 from evaluation import runner
-from model import GPT
-from tasks import DrawnTask, Example, Task
+from tasks import DrawnTask, Example
 from tasks.questions import Questions
 from tokenizer import CharTokenizer
 
 LETTERS = "abcdefgh 0123456789.\n"
-
-
-class Listed(Task):
-    """Examples for a test."""
-
-    name = "listed"
-
-    def __init__(self, examples, metric="exact"):
-        self.list, self.metric = [Example(*example) for example in examples], metric
-
-    def examples(self, split, seed):
-        yield from self.list
 
 
 class Drawn(DrawnTask):
@@ -53,15 +39,6 @@ def says(tokenizer, chain_of, start, block_size=64):
     """A model that says chain_of after the token `start`, and then <|eos|>."""
     ids = [start, *tokenizer.encode(chain_of).tolist()]
     return chain(tokenizer, dict(itertools.pairwise(ids)), block_size)[1]
-
-
-def small_model(tokenizer, block_size=64, **fields):
-    torch.manual_seed(5)
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=block_size, **fields)
-    model = GPT(config.resolved(tokenizer.vocab_size)).eval()
-    for weights in model.parameters():  # a new model's own small weights would repeat one token
-        torch.nn.init.normal_(weights, std=0.3)
-    return model
 
 
 def ask(model, tokenizer, examples, metric="exact", chat=True, **options):
