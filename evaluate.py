@@ -13,6 +13,7 @@ so an evaluation that was stopped goes on with --resume.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
@@ -89,14 +90,15 @@ def main() -> None:
     prepared = prepare_all(models, tasks, args)
     console = Console(highlight=False)
     evaluations = []
+    told: set[str] = set()
     for path, loaded, own in zip(asked, models, prepared, strict=True):
         console.print(describe_model(loaded, path), markup=False)
-        print_notes(own)
+        print_notes(own, told)
         evaluations.append([Evaluation(loaded, one, args.seed, args.quantize) for one in own])
     try:
-        for loaded, own in zip(models, evaluations, strict=True):
+        for loaded, of_model in zip(models, evaluations, strict=True):
             with attention_context(loaded.compute):
-                for evaluation in own:
+                for evaluation in of_model:
                     total = len(evaluation.prepared.examples)
                     with tables.progress(evaluation.prepared.task.spec, total) as advance:
                         evaluation.run(args.resume or bool(args.compare), advance)
@@ -170,16 +172,18 @@ def learned_problem(loaded: LoadedModel) -> Problem | None:
 # ---- showing -------------------------------------------------------------------------------------------
 
 
-def print_notes(prepared: Sequence[Prepared]) -> None:
-    """How the model is asked, and what a user must know about the tasks."""
+def print_notes(prepared: Sequence[Prepared], told: set[str]) -> None:
+    """How the model is asked, and what a user must know about the tasks and was not told yet."""
     styles = {
         "chat": "asked in its chat template",
         "text": "it has no chat template: it reads each question as a text, and its answer goes on with that",
         "toy": "asked as in its training",
     }
     print(f"({styles[prepared[0].style]})")
-    for note in dict.fromkeys(note for one in prepared for note in one.notes):
-        print_notice(note)
+    for note in itertools.chain.from_iterable(one.notes for one in prepared):
+        if note not in told:
+            told.add(note)
+            print_notice(note)
 
 
 def show(evaluations: Sequence[Sequence[Evaluation]]) -> None:

@@ -4,7 +4,7 @@ Its first line says what was evaluated; then there is a line for each example, i
 the score. Lines are appended as examples are scored, to a file that is called .part until it is complete:
 
     {"format": "nano-evaluation", "version": 1, "identity": {...}, "about": {...}}
-    {"number": 0, "kind": "2 digits +", "value": 1.0, "weight": 1, "answer": "42", ...}
+    {"number": 0, "kind": "2 digits +", "value": 1.0, "weight": 1.0, "answer": "42", ...}
     ...
     {"n": 1000, "metric": "numeric", "score": 0.86, "standard_error": 0.011, "base_rate": 0.02, ...}
 

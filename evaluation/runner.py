@@ -64,7 +64,7 @@ class ExampleScore(NamedTuple):
     number: int
     kind: str
     value: float
-    weight: float = 1
+    weight: float = 1.0
     answer: str = ""
     is_cut: bool = False
     more: dict[str, float] = {}
@@ -450,7 +450,9 @@ def _read(
         nats = -math.fsum(likelihood.logprob for likelihood in likelihoods)
         n_tokens = sum(likelihood.n_tokens for likelihood in likelihoods)
         n_bytes = len(example.answer.encode())
-        scores.append(ExampleScore(number, example.kind, nats, n_tokens, more={"bytes": n_bytes}))
+        scores.append(
+            ExampleScore(number, example.kind, nats, float(n_tokens), more={"bytes": float(n_bytes)})
+        )
     return scores
 
 

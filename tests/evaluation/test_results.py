@@ -49,13 +49,13 @@ def lines(path):
     """What is in a file, but for times."""
     first, *others, last = map(json.loads, path.read_text("utf-8").splitlines())
     del first["about"]["time"], last["seconds"]
-    return [first, *others, last]
+    return list(map(json.dumps, [first, *others, last]))
 
 
 def test_a_file_says_all(loaded):
     done = evaluation(loaded)
     done.run(resume=False)
-    header, *scores, footer = lines(done.path)
+    header, *scores, footer = map(json.loads, lines(done.path))
     assert header["identity"] == done.identity and header["about"]["run"] == "20260102_030405"
     assert header["about"]["checkpoint"].endswith("sft_20260102_030405_step_7.pt")
     assert [score["question"] for score in scores] == [row[0] for row in ROWS]
@@ -118,7 +118,7 @@ def test_a_truncated_file_loses_what_is_truncated(loaded, cut):
         lambda text: text.replace('"value": ', '"value": "x', 1),
         lambda text: text.replace('"number": 3', '"number": 4', 1),
         lambda text: text.replace('{"number": 3', '["number": 3', 1),
-        lambda text: text.replace('"weight": 1', '"weight": null', 4),
+        lambda text: text.replace('"weight": 1.0', '"weight": null', 4),
         lambda text: text.replace('"version": 1', '"version": 2', 1),
         lambda text: "\n" + text,
         lambda text: "",

@@ -245,7 +245,7 @@ def test_toy_problems_are_asked_as_in_training(spec):
     for example, score in zip(examples, result.scores, strict=True):
         ids = tokenizer.encode(example.question).tolist()
         if problem.is_causal:
-            ids.append(tokenizer.encode("=")[0])
+            ids += tokenizer.encode("=").tolist()
             n_prompt = len(ids)
             while len(ids) - n_prompt <= problem.longest[1] and ids[-1] != tokenizer.eos_id:
                 ids.append(int(model(torch.tensor([ids[: problem.block_size]]))[0, -1].argmax()))
