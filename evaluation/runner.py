@@ -34,13 +34,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common.errors import UserError
 from decoding.text_generator import answer_greedily, stop_tokens
 from evaluation import statistics, toys
-from tasks import DrawnTask, Example, Task, options_of
+from tasks import DrawnTask, Example, Task, essence, options_of
 from tasks.problems import Problem
 from tokenizer import Tokenizer, render_chats
 
 if TYPE_CHECKING:
     from decoding.likelihood import Likelihood
-
     from model import GPT
 
 N_DRAWN = 1_000  # examples of a task that are drawn at random, unless a limit is given
@@ -65,7 +64,7 @@ class ExampleScore(NamedTuple):
     number: int
     kind: str
     value: float
-    weight: float = 1
+    weight: float = 1.0
     answer: str = ""
     is_cut: bool = False
     more: dict[str, float] = {}
@@ -80,7 +79,7 @@ class TaskResult:
     base_rate  the score of a model that knows nothing, if there is one
     scores     of each example
     n_all      so many examples the task has in all; infinite if they are drawn
-    seconds    it took
+    seconds    it took; None if a part of it was done earlier
     notes      sentences that a user must read
     """
 
@@ -89,7 +88,7 @@ class TaskResult:
     base_rate: float | None
     scores: list[ExampleScore]
     n_all: float = math.inf
-    seconds: float = 0.0
+    seconds: float | None = 0.0
     notes: Sequence[str] = ()
 
     @property
@@ -186,7 +185,7 @@ def examples_of(task: Task, limit: int | None = None, seed: int = 0) -> list[Exa
     return examples
 
 
-def result_of(prepared: Prepared, scores: list[ExampleScore], seconds: float) -> TaskResult:
+def result_of(prepared: Prepared, scores: list[ExampleScore], seconds: float | None) -> TaskResult:
     """The result, from all scores or those so far."""
     task, examples = prepared.task, prepared.examples
     n_all = math.inf
@@ -239,23 +238,21 @@ def prepare(
     if not config.is_causal:
         raise UserError(f"{task.spec} needs a model that writes: this one sees all tokens at once")
     prepared = Prepared(task, examples, tokenizer, "chat" if chat else "text", notes=list(task.notes))
+    for example in examples:
+        _check(task, example)
     answers = [_answers(task, example) for example in examples]
     encoded = iter(tokenizer.encode_batch([text for texts in answers for text in texts]))
     context, n_cut, n_unknown = config.block_size, 0, 0
-    for number, (example, texts, prompt) in enumerate(
-        zip(examples, answers, _prompts(prepared, chat), strict=True)
-    ):
+    for example, texts, prompt in zip(examples, answers, _prompts(prepared, chat), strict=True):
         continuations = [next(encoded).tolist() for _ in texts]
         longest = max(map(len, continuations))
-        if not min(map(len, continuations)) and task.metric in ("choice", "perplexity"):
-            raise UserError(f"{_place(task, number)} has an empty answer: its likelihood says nothing")
         n_unknown += tokenizer.unknown_id in itertools.chain(prompt, *continuations)
         if task.metric == "perplexity" and not example.question:
             prepared.requests.append(windows(continuations[0], tokenizer.bos_id, context))
             continue
         if longest >= context:
             raise UserError(
-                f"{_place(task, number)} has an answer of {longest:,} tokens, which leaves no room for the "
+                f"{_place(task, example)} has an answer of {longest:,} tokens, which leaves no room for the "
                 f"question in the context of {context:,}{_advice(task)}"
             )
         if len(prompt) + longest > context:
@@ -285,6 +282,19 @@ def prepare(
     return prepared
 
 
+def _check(task: Task, example: Example) -> None:
+    """Raise UserError if the metric does not fit the example."""
+    problem = ""
+    if task.metric == "numeric" and essence("numeric", example.answer) is None:
+        problem = "has no number in its answer"
+    elif task.metric == "choice" and (len(example.choices) < 2 or example.answer not in example.choices):
+        problem = "has no choices with the right one among them"
+    elif task.metric in ("choice", "perplexity") and not all(_answers(task, example)):
+        problem = "has no text in its answer"
+    if problem:
+        raise UserError(f"{_place(task, example)} {problem}, which the metric {task.metric} needs")
+
+
 def _answers(task: Task, example: Example) -> Sequence[str]:
     """The texts whose tokens count: the choices, a text as it is, or an answer without the space around."""
     if task.metric == "choice":
@@ -305,13 +315,16 @@ def _prompts(prepared: Prepared, chat: bool) -> list[list[int]]:
     return [next(prompts) if example.question else [tokenizer.bos_id] for example in prepared.examples]
 
 
-def _place(task: Task, number: int) -> str:
-    return f"{task.spec}, example {number + 1:,}"
+def _place(task: Task, example: Example) -> str:
+    """Which example of a task, as the beginning of a sentence."""
+    text = " ".join(str(part["content"]) for part in task.messages(example)) or example.answer
+    text = " ".join(text.split())
+    return f'{task.spec}: "{text if len(text) <= 60 else text[:57] + "..."}"'
 
 
 def _advice(task: Task) -> str:
     """What to do about examples that are too long, as the end of a sentence."""
-    sizes = [name for name, value in options_of(task).items() if type(value) is int]
+    sizes = [name for name, value in options_of(task).items() if type(value) is int and name != "seed"]
     return f"; lower {' or '.join(sizes)}" if sizes else ""
 
 
@@ -437,7 +450,9 @@ def _read(
         nats = -math.fsum(likelihood.logprob for likelihood in likelihoods)
         n_tokens = sum(likelihood.n_tokens for likelihood in likelihoods)
         n_bytes = len(example.answer.encode())
-        scores.append(ExampleScore(number, example.kind, nats, n_tokens, more={"bytes": n_bytes}))
+        scores.append(
+            ExampleScore(number, example.kind, nats, float(n_tokens), more={"bytes": float(n_bytes)})
+        )
     return scores
 
 
