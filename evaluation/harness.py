@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import difflib
 import importlib.util
 import logging
@@ -250,8 +251,8 @@ def run(
     include_path: str | None = None,
     run_generated_code: bool = False,
     on_each: Callable[[], object] = int,
-) -> list[TaskResult]:
-    """Run tasks of the harness on a model: a result for each of a task's metrics.
+) -> dict[str, list[TaskResult]]:
+    """Run tasks of the harness on a model. For each name, returns a result for each metric of its tasks.
 
     limit: examples of each task, the first ones; of a group such as mmlu, of each task in it. include_path: a
     folder with task files of one's own. run_generated_code: allow tasks that run code that the model has
@@ -280,15 +281,17 @@ def run(
             lm, {"tasks": tasks, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=0,
             apply_chat_template=chat, fewshot_as_multiturn=chat, confirm_run_unsafe_code=True,
         )  # fmt: skip
-    results = []
+    seconds, n_all = time.perf_counter() - start, sum(len(task.instances) for task in tasks.values())
+    results: dict[str, list[TaskResult]] = {}
     for name, (group, own) in found.items():
         parts = (
             [(name, own)] if group and group.has_aggregation else [(task.task_name, [task]) for task in own]
         )
+        results[name] = []
         for title, members in parts:
-            results += results_of(title, group, members, scored, lm.n_shortened)
-    for result in results:
-        result.seconds = (time.perf_counter() - start) / len(results)
+            of_part = results_of(title, group, members, scored, lm.n_shortened)
+            share = sum(len(task.instances) for task in members) / n_all
+            results[name] += (dataclasses.replace(result, seconds=seconds * share) for result in of_part)
     return results
 
 

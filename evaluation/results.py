@@ -52,21 +52,16 @@ class Evaluation:
     """
 
     def __init__(self, loaded: LoadedModel, prepared: Prepared, seed: int, quantize: str | None) -> None:
-        from engine import checkpoint
-
         task, model = prepared.task, loaded.model
         self.model, self.prepared = model, prepared
         self.identity = {
-            "weights": file_digest(loaded.path),
             "task": task.spec,
             "metric": task.metric,
             "style": prepared.style,
             "examples": len(prepared.examples),
             "content": digest([prepared.examples, prepared.prompts]),
             "seed": seed,
-            "quantize": quantize,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
+            **identity_of(loaded, quantize),
         }
         state = loaded.checkpoint
         self.about = {
@@ -74,7 +69,7 @@ class Evaluation:
             "parameters": model.n_params, "commit": commit(),
         }  # fmt: skip
         name = re.sub(r"[^\w=-]+", "_", f"{loaded.path.stem}_{task.spec}")[:80]
-        self.path = checkpoint.FOLDER / "evaluation" / f"{name}_{digest(self.identity)[:8]}.jsonl"
+        self.path = folder() / f"{name}_{digest(self.identity)[:8]}.jsonl"
         self.part = self.path.with_name(self.path.name + ".part")
         self.scores: list[ExampleScore] = []
         self.seconds: float | None = 0.0
@@ -149,6 +144,23 @@ class Evaluation:
     def _line(self, one: ExampleScore) -> dict[str, Any]:
         example = self.prepared.examples[one.number]
         return {**one._asdict(), "question": example.question, "right": example.answer}
+
+
+def folder() -> Path:
+    """Where results are kept."""
+    from engine import checkpoint
+
+    return checkpoint.FOLDER / "evaluation"
+
+
+def identity_of(loaded: LoadedModel, quantize: str | None) -> dict[str, Any]:
+    """What scores depend on in the model, and where it runs."""
+    return {
+        "weights": file_digest(loaded.path),
+        "quantize": quantize,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": loaded.model.device.type,
+    }
 
 
 def read_scores(path: Path, identity: dict[str, Any]) -> tuple[list[ExampleScore], dict[str, Any] | None]:

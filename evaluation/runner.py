@@ -110,7 +110,7 @@ class TaskResult:
         if not self.scores:
             raise UserError(f"{self.name}: no example was scored, so there is no score")
         mean, error = statistics.ratio([s.value for s in self.scores], [s.weight for s in self.scores])
-        if self.metric == "perplexity":  # the error of exp(mean), to first order
+        if self.metric.endswith("perplexity"):  # the error of exp(mean), to first order
             return math.exp(mean), error and error * math.exp(mean)
         return mean, error
 
