@@ -114,7 +114,7 @@ def main() -> None:
         )
     else:
         show(evaluations)
-        folder = display_path(evaluations[0][0].path.parent)
+        folder = display_path(evaluations[0][0].file.path.parent)
         console.print(f"all answers: {folder}", markup=False)
 
 
