@@ -104,8 +104,9 @@ def main() -> None:
     from rich.console import Console
 
     from common.hardware import attention_context
+    from engine.checkpoint import FOLDER
     from evaluation import tables
-    from evaluation.results import Evaluation, folder
+    from evaluation.results import Evaluation
 
     asked = args.compare or [args.model]
     models = [load_model(path, True, args.device, args.quantize, must_write=False) for path in asked]
@@ -144,14 +145,14 @@ def main() -> None:
             # The exponential of a mean has no bootstrap here; bits per byte says the same.
             [
                 *(one.result for one in own),
-                *(one for one in of_model if not one.metric.endswith("perplexity")),
+                *(one for one in of_model if "perplexity" not in one.metric),
             ]
             for own, of_model in zip(evaluations, benchmarks, strict=True)
         ]
         tables.print_comparison(console, names, results, args.seed)
     else:
         show(evaluations, benchmarks)
-        console.print(f"all answers: {display_path(folder())}", markup=False)
+        console.print(f"all answers: {display_path(FOLDER / 'evaluation')}", markup=False)
 
 
 # ---- which tasks --------------------------------------------------------------------------------------

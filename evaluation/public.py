@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config import display_path
 from common.errors import UserError
-from common.files import atomic_write
 from common.packages import require
-from evaluation.results import FORMAT, VERSION, digest, file_digest, folder, identity_of, to_line
+from evaluation.results import FORMAT, VERSION, ResultFile, digest, file_digest, to_line, total
 from evaluation.runner import ExampleScore, TaskResult
 
 if TYPE_CHECKING:
@@ -74,15 +71,16 @@ def run(
     CORE is for models that continue texts, so it knows no chat. on_each is called as each request ends.
     """
     results: dict[str, list[TaskResult]] = {}
-    identities = {name: _identity(loaded, name, options, chat and name != CORE, quantize) for name in names}
-    paths = {name: _path(loaded, name, identity) for name, identity in identities.items()}
+    files = {}
     for name in names:
-        if resume and (found := read(paths[name], identities[name])):
+        files[name] = ResultFile(loaded, quantize, _identity(name, options, chat and name != CORE))
+        if resume and (found := read(files[name])):
             results[name] = found
 
     def keep(name: str, of_name: list[TaskResult]) -> None:
         results[name] = of_name
-        _write(paths[name], identities[name], loaded, of_name)
+        with files[name].locked(), files[name].writing(_lines(of_name)) as file:
+            file.write(to_line({"results": [{**total(one), **_about(one)} for one in of_name]}), sync=True)
 
     if CORE in names and CORE not in results:
         from evaluation import core
@@ -103,60 +101,42 @@ def run(
 # ---- on disk -----------------------------------------------------------------------------------------
 
 
-def _identity(
-    loaded: LoadedModel, name: str, options: Options, chat: bool, quantize: str | None
-) -> dict[str, Any]:
-    """All that the scores depend on, the files of the user included."""
-    place = options.core_data if name == CORE else options.include_path
-    files = sorted(path for path in place.rglob("*") if path.is_file()) if place else []
+def _identity(name: str, options: Options, chat: bool) -> dict[str, Any]:
+    """What the scores depend on besides the model, the files of the user included."""
+    folder = options.core_data if name == CORE else options.include_path
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
     return {
         "task": name,
-        **identity_of(loaded, quantize),
         "style": "chat" if chat else "text",
         "limit": options.limit,
-        "files": digest([file_digest(path) for path in files]),
+        "files": digest([file_digest(path) for path in files if path.suffix != ".pyc"]),
         "harness": None if name == CORE else importlib.metadata.version("lm_eval"),
     }
 
 
-def _path(loaded: LoadedModel, name: str, identity: dict[str, Any]) -> Path:
-    stem = re.sub(r"[^\w=-]+", "_", f"{loaded.path.stem}_{name}")[:80]
-    return folder() / f"{stem}_{digest(identity)[:8]}.jsonl"
+def _lines(results: Sequence[TaskResult]) -> Iterator[dict[str, Any]]:
+    for result in results:
+        for one in result.scores:
+            yield {"task": result.name, "metric": result.metric, **one._asdict()}
 
 
-def _write(path: Path, identity: dict[str, Any], loaded: LoadedModel, results: Sequence[TaskResult]) -> None:
-    about = {"checkpoint": loaded.name, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-    scores = [
-        {"task": result.name, "metric": result.metric, **one._asdict()}
-        for result in results
-        for one in result.scores
-    ]
-    totals = [
-        {key: getattr(result, key) for key in (*ABOUT, "n", "score", "standard_error")} for result in results
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        for line in (
-            {"format": FORMAT, "version": VERSION, "identity": identity, "about": about},
-            *scores,
-            {"results": totals},
-        ):
-            file.write(to_line(line).encode("utf-8", "backslashreplace"))
+def _about(result: TaskResult) -> dict[str, Any]:
+    return {key: getattr(result, key) for key in ABOUT}
 
 
-def read(path: Path, identity: dict[str, Any]) -> list[TaskResult]:
-    """The results in a file of this identity; none if it is missing, damaged, or of another one."""
+def read(file: ResultFile) -> list[TaskResult]:
+    """The results in a file; none if it is missing, damaged, or of another evaluation."""
     try:
-        header, *lines, totals = map(json.loads, path.read_bytes().splitlines())
-        if [header["format"], header["version"], header["identity"]] != [FORMAT, VERSION, identity]:
+        header, *lines, last = map(json.loads, file.path.read_bytes().splitlines())
+        if [header["format"], header["version"], header["identity"]] != [FORMAT, VERSION, file.identity]:
             return []
         scores: dict[tuple[str, str], list[ExampleScore]] = {}
         for line in lines:
             key = line.pop("task"), line.pop("metric")
             scores.setdefault(key, []).append(ExampleScore(**line))
         return [
-            TaskResult(scores=scores[total["name"], total["metric"]], **{key: total[key] for key in ABOUT})
-            for total in totals["results"]
+            TaskResult(scores=scores[one["name"], one["metric"]], **{key: one[key] for key in ABOUT})
+            for one in last["results"]
         ]
     except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return []

@@ -28,14 +28,14 @@ def progress(label: str, total: int | None = None) -> Iterator[Callable[[], None
         yield lambda: bar.advance(row)
 
 
-def is_plain(metric: str) -> bool:
-    """Whether scores are no shares, and better when lower."""
-    return metric.endswith("perplexity") or metric in ("bits per byte", "bits_per_byte")
+def is_loss(metric: str) -> bool:
+    """Whether a score is no share of right answers, and better when it is lower."""
+    return "perplexity" in metric or metric.startswith("bits")
 
 
 def format_score(metric: str, score: float, error: float | None = None) -> str:
     """For example "86.4 % ± 1.1" or "3.214 ± 0.020"."""
-    digits, factor, unit = (3, 1, "") if is_plain(metric) else (1, 100, " %")
+    digits, factor, unit = (3, 1, "") if is_loss(metric) else (1, 100, " %")
     text = f"{factor * score:.{digits}f}{unit}"
     return text if error is None else f"{text} ± {factor * error:.{digits}f}"
 
@@ -118,7 +118,7 @@ def print_comparison(
         table.add_column(name, justify="right")
     table.add_column("")
     for of_task in zip(*results, strict=True):
-        shown = [result.beside() or result if result.metric == "perplexity" else result for result in of_task]
+        shown = [result.beside() or result if is_loss(result.metric) else result for result in of_task]
         for row in comparison_rows(letters, shown, seed):
             table.add_row(*row)
         table.add_section()
@@ -145,7 +145,7 @@ def comparison_rows(letters: Sequence[str], results: Sequence[TaskResult], seed:
         difference = results[j].score - results[i].score
         verdict = "level"
         if low > 0 or high < 0:
-            better = j if (low > 0) != is_plain(metric) else i
+            better = j if (low > 0) != is_loss(metric) else i
             verdict = f"{letters[better]} is better"
         text = format_score(metric, difference)
         text = text if text.startswith("-") else f"+{text}"
