@@ -37,7 +37,8 @@ from common.errors import UserError
 from decoding.engine import BatchedDecoder, Request
 from decoding.likelihood import log_likelihoods
 from decoding.text_generator import stop_tokens
-from evaluation.runner import ExampleScore, TaskResult, windows
+from evaluation.prompts import windows
+from evaluation.runner import ExampleScore, TaskResult
 from evaluation.sandbox import CodeEval
 from model import GPT
 from tokenizer import SPECIAL_TOKENS, Tokenizer

@@ -174,8 +174,8 @@ def system_call_filter() -> list[tuple[int, int, int, int]]:
         (equal, 0, 1, CLONE3[column]), (give, 0, 0, no_such_call),  # then clone is called
     ]  # fmt: skip
     for numbers in REFUSED.values():
-        if numbers[column] is not None:
-            program += [(equal, 0, 1, numbers[column]), (give, 0, 0, refuse)]
+        if (number := numbers[column]) is not None:
+            program += [(equal, 0, 1, number), (give, 0, 0, refuse)]
     thread = 0x10000  # CLONE_THREAD in the first argument
     program += [
         (equal, 0, 3, CLONE[column]),

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,3 +240,46 @@ def test_the_script_itself(shared_project, monkeypatch):
     assert "76.0 %" in done.stdout and "好吗" in done.stdout and "Traceback" not in done.stderr
     (file,) = (shared_project.root / "checkpoint" / "evaluation").iterdir()
     assert file.name.startswith("sft_20260102_030405_step_7_") and file.suffix == ".jsonl"
+
+
+# ---- public benchmarks -------------------------------------------------------------------------------------
+
+HARNESS_TASKS = Path(__file__).parent / "evaluation" / "harness_tasks"
+
+
+def test_public_benchmarks_join_the_table_and_the_results(score, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    own = ("--include_path", HARNESS_TASKS, "--limit", 8)
+    done = score("--tasks", "my.jsonl,made_up", *own)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"my\.jsonl +│ +exact ", done.stdout)
+    row = re.search(r"made_up +│ +acc +│ +(\d.*?) +│ +25\.0 % +│ +16 of 28 ", done.stdout)
+    assert row and re.search(r"made_up_letters .* 8 ", done.stdout)
+    assert len(results(tmp_path)) == 2
+
+    def never(*args, **options):
+        raise AssertionError("was run again")
+
+    monkeypatch.setattr("evaluation.harness.run", never)
+    again = score("--tasks", "my.jsonl,made_up", *own, "--resume")
+    assert again.returncode == 0 and row[0] in again.stdout
+    compared = score("--tasks", "made_up", *own, "--compare", score.path, score.path)
+    assert compared.returncode == 0 and "level" in compared.stdout
+    with pytest.raises(AssertionError, match="run again"):
+        score("--tasks", "made_up", *own[:3], "7", "--resume")
+
+
+def test_what_public_benchmarks_lack_is_told(score, tmp_path, monkeypatch):
+    def told(*args):
+        done = score("--tasks", *args)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    assert "there is no eval_bundle/core.yaml; --core_data names" in told("core")
+    assert "there is no folder nowhere" in told("made_up_letters", "--include_path", "nowhere")
+    assert "--metric is for tasks of Nano" in told("arc_easy", "--metric", "exact")
+    assert "no option x" in told("world:x=1") and "no task arc_easy" in told("arc_easy:x=1")
+    own = ("--include_path", HARNESS_TASKS)
+    assert "--run_generated_code allows it" in told("made_up_code", *own)
+    monkeypatch.setattr("common.packages.find_spec", lambda name: None)
+    assert 'lm_eval is not installed: python -m pip install "lm_eval>=0.4.13"; arc_easy' in told("arc_easy")
