@@ -7,5 +7,9 @@
     results.py     results on disk, one file each, and going on with an unfinished one
     tables.py      what is printed
 
+    public.py      public benchmarks, in the same tables and folder: through lm-evaluation-harness
+                   (harness.py), and CORE (core.py)
+    sandbox.py     runs code that a model has written
+
 evaluate.py is the command line.
 """
