@@ -253,6 +253,23 @@ def test_no_task_trains_on_a_question_that_another_tests_with():
         assert train[one].isdisjoint(test[other]), (one, other)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("arithmetic:digits=1", "arithmetic:digits=2,steps=true"),
+        ("spelling:syllables=1", "spelling"),
+        ("copying:length=4", "copying:length=6"),
+        ("choices", "choices:letters=false"),
+        ("calculator:depth=1", "calculator:depth=2"),
+    ],
+)
+def test_what_is_for_testing_is_so_with_any_options(one, other):
+    one, other = tasks.parse(one), tasks.parse(other)
+    train = {key_of(example) for example in trained(one, 1, 2000)}
+    assert train & {key_of(example) for example in trained(other, 1, 2000)}
+    assert train.isdisjoint(key_of(example) for example in tested(other, 1, 500))
+
+
 def test_sums_and_products_are_held_out_in_either_order():
     task = tasks.parse("arithmetic")
     example = Example("Calculate 25+17.", "42", key="17+25")
@@ -388,13 +405,17 @@ def test_a_size_may_be_a_whole_number():
 # ---- a task of one's own -----------------------------------------------------------------------------
 
 
-def test_the_guides_example_is_a_task(tmp_path, monkeypatch):
+def test_the_guides_example_is_a_task(tmp_path, monkeypatch, capsys):
     guide = (ROOT / "doc" / "extending.md").read_text("utf-8")
-    [code] = re.findall(r"`tasks/weekdays.py`:\n\n```python\n(.*?)```", guide, re.DOTALL)
+    [(code, use)] = re.findall(
+        r"`tasks/weekdays.py`:\n\n```python\n(.*?)```.*?```python\n(.*?)```", guide, re.DOTALL
+    )
     (tmp_path / "weekdays.py").write_text(code, "utf-8")
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     try:
         assert "weekdays" in tasks.names()
+        exec(use, {})
+        assert re.fullmatch(r"Which day is \d+ days after \w+day\? [01]\.0 0\.\d+\n", capsys.readouterr().out)
         task = tasks.parse("weekdays:days=50")
         assert isinstance(task, Task) and task.spec == "weekdays:days=50"
         examples = tested(task, 0, None)
