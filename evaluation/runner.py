@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 N_DRAWN = 1_000  # examples of a task that are drawn at random, unless a limit is given
 # Examples are scored in groups. Rounding may depend on what else is in a batch, so an evaluation that goes on
 # after a group gives the same scores, bit for bit, as one in one go.
-GROUP = 256
+GROUP = 128
 
 
 class ExampleScore(NamedTuple):
@@ -108,8 +108,9 @@ class TaskResult:
         if not self.scores:
             raise UserError(f"{self.name}: no example was scored, so there is no score")
         mean, error = statistics.ratio([s.value for s in self.scores], [s.weight for s in self.scores])
-        if "perplexity" in self.metric:  # the error of exp(mean), to first order
-            return math.exp(mean), error and error * math.exp(mean)
+        if "perplexity" in self.metric:
+            perplexity = math.exp(mean) if mean < 700 else math.inf
+            return perplexity, error and error * perplexity  # the error to first order
         return mean, error
 
     def by_kind(self) -> dict[str, TaskResult]:

@@ -174,6 +174,7 @@ def test_ctrl_c_shows_what_was_scored_and_resume_goes_on(score, tmp_path, monkey
     [
         (["--tasks", "arithmetik"], "there is no task arithmetik; did you mean arithmetic"),
         (["--tasks", "arithmetic:digit=2"], "has no option digit"),
+        (["--tasks", " ,"], "--tasks names no task"),
         (["--tasks", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--tasks", "empty.jsonl"], "empty.jsonl"),
         (["--tasks", "broken.jsonl"], "broken.jsonl, line 2"),
