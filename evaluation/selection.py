@@ -22,7 +22,7 @@ def split_specs(texts: Sequence[str]) -> list[str]:
             specs.append(text)
             continue
         for part in filter(None, (part.strip() for part in text.split(","))):
-            is_option = re.fullmatch(r"\w+=\w*", part) and specs and ":" in specs[-1]
+            is_option = re.fullmatch(r"\w+=.*(?<!\.jsonl)", part) and specs and ":" in specs[-1]
             specs[-1:] = [f"{specs[-1]},{part}"] if is_option else [*specs[-1:], part]
     if texts and not specs:
         raise UserError("--tasks names no task")
