@@ -14,13 +14,11 @@ it with WANDB_MODE or SWANLAB_MODE. Otherwise they write files, which can be sen
 from __future__ import annotations
 
 import contextlib
-import netrc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, ClassVar
 
 from common.config import display_path
 from common.errors import UserError
@@ -39,6 +37,8 @@ class Tracker:
     folder      where files may be written
     notice      tells the user something
     """
+
+    offline: ClassVar[str] = ""  # what to set for no network, if there is a choice
 
     run: str
     header: dict[str, Any]
@@ -84,6 +84,8 @@ class TensorBoard(Tracker):
 class WandB(Tracker):
     """Weights & Biases: online after `wandb login`; else in wandb/, for `wandb sync` later."""
 
+    offline = "WANDB_MODE=offline"
+
     def open(self) -> None:
         import wandb
 
@@ -102,13 +104,14 @@ class WandB(Tracker):
 
     @staticmethod
     def has_login() -> bool:
-        """Whether a key is set, or `wandb login` has put one into the user's .netrc."""
-        if {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"} & os.environ.keys():
-            return True
-        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            return host in netrc.netrc(os.environ.get("NETRC")).hosts
-        return False
+        """Whether a key is set, or `wandb login` has stored one. Without this, wandb would ask for it."""
+        import wandb
+        from wandb.sdk.lib import wbauth
+
+        host = wandb.setup().settings.base_url
+        return bool(
+            wbauth.authenticate_session(host=host, source="tracker", prompt=False, update_session=False)
+        )
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
         self.session.log(dict(values), step=step)
@@ -154,6 +157,8 @@ class Trackio(Tracker):
 
 class SwanLab(Tracker):
     """SwanLab: online after `swanlab login`; else in swanlog/, for `swanlab sync` later."""
+
+    offline = "SWANLAB_MODE=offline"
 
     def open(self) -> None:
         import swanlab
@@ -201,5 +206,8 @@ def start(
         tracker.open()
     except Exception as error:  # of the tracker's own kind: no login, no network, no space, ...
         why = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f'the tracker {name} does not start ({why}); set the key "tracker" to null') from None
+        alone = f" or run with {tracker.offline}" if tracker.offline else ""
+        raise UserError(
+            f'the tracker {name} does not start ({why}); set the key "tracker" to null{alone}'
+        ) from None
     return tracker

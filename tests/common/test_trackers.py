@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from common import trackers
 from common.log_reader import Log
 from common.metrics import field
 
@@ -158,6 +159,9 @@ def test_wandb(train, home):
         starts.append(found)
     assert len(starts) == 2 and min(starts[1]["Train/Loss"]) == 5
     check(run, starts)
+    assert not trackers.WandB.has_login()
+    (home / "netrc").write_text(f"machine api.wandb.ai\n login user\n password {'0' * 40}\n")
+    assert trackers.WandB.has_login()
 
 
 @needs("swanlab")
@@ -196,3 +200,14 @@ def test_a_package_that_is_missing_is_named(train, monkeypatch, tracker):
     done = train("pretrain", tracker=tracker)
     assert done.returncode == 2 and f"{tracker} is not installed: python -m pip install" in done.stderr
     assert 'or set the key "tracker" to null' in done.stderr and not list(train.root.glob("train_*.log"))
+
+
+@needs("swanlab")
+@pytest.mark.slow
+def test_without_a_login_where_one_is_needed(train, home, monkeypatch):
+    monkeypatch.setenv("SWANLAB_MODE", "online")
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    done = train("pretrain", tracker="swanlab")
+    assert done.returncode == 2 and "the tracker swanlab does not start (" in done.stderr
+    assert done.stderr.endswith('set the key "tracker" to null or run with SWANLAB_MODE=offline\n')
+    assert not list(train.root.glob("train_*.log"))
