@@ -344,12 +344,9 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
             logs, evaluates, saves, is_tested = (
                 step % interval == 0 or is_last
                 for interval in (
-                    config.log_interval,
-                    config.eval_interval,
-                    config.save_interval,
-                    config.eval_tasks_interval,
+                    config.log_interval, config.eval_interval, config.save_interval, tests.interval
                 )
-            )
+            )  # fmt: skip
             if logs or evaluates or saves or on_cpu:  # reading the numbers would make a GPU wait
                 numbers, results = read_results(results, state, setup, parallel, run_name), []
             if logs:
@@ -377,7 +374,7 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
                 )
             if saves:
                 path, last_saved = save_checkpoint(state, setup, parallel, run_name, log, epoch), step
-            if is_tested:
+            if is_tested:  # after a checkpoint that is due, as this may take long
                 for event, result in tests.run(state.model, parallel, lambda: stop.requested):
                     log.write(event, epoch, step, result)
             if saves or evaluates or is_tested:

@@ -7,6 +7,7 @@ cut after SAMPLE_TOKENS tokens. Neither changes the run: weights and random stat
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ class TrainingTests:
         config, model = setup.config, setup.model
         self.tokenizer, self.seed = setup.tokenizer, config.random_seed
         self.chat = setup.stage.chat_template is not None
+        wanted = config.eval_tasks or config.sample_prompts
+        self.interval = config.eval_tasks_interval if wanted else math.inf
         self.prompts = list(dict.fromkeys(config.sample_prompts))
         self.tasks = {}
         for spec in dict.fromkeys(config.eval_tasks):
@@ -41,7 +44,7 @@ class TrainingTests:
             examples = examples_of(task, config.eval_tasks_examples)
             for sentence in prepare(task, examples, self.tokenizer, model.config, self.chat).notes:
                 notice(sentence)
-            self.tasks[spec] = task, examples
+            self.tasks[spec] = task, examples, task.base_rate(examples)
         if self.prompts and not model.config.is_causal:
             raise UserError("sample_prompts need a model that writes: this one sees all tokens at once")
         if self.prompts and self.chat and not all(prompt.strip() for prompt in self.prompts):
@@ -63,7 +66,7 @@ class TrainingTests:
                 yield "sample", {"prompt": prompt, "text": text}
             if fault:
                 notice(f"sample_prompts could not be continued ({fault}); training goes on")
-        for spec, (task, examples) in self.tasks.items():
+        for spec, (task, examples, base_rate) in self.tasks.items():
             if any(parallel.all_reduce_sum(stops())):
                 return
             start = time.perf_counter()
@@ -78,11 +81,9 @@ class TrainingTests:
             if fault := next(filter(None, faults), None):
                 notice(f"{spec} could not be scored ({fault}); training goes on")
                 continue
-            result = TaskResult(
-                spec, task.metric, task.base_rate(examples), [score for part in parts for score in part],
-                seconds=time.perf_counter() - start,
-            )  # fmt: skip
-            yield "task", metrics_of(result)
+            all_scores = [score for part in parts for score in part]
+            seconds = time.perf_counter() - start
+            yield "task", metrics_of(TaskResult(spec, task.metric, base_rate, all_scores, seconds=seconds))
 
     def _write(self, model: Any) -> list[str]:
         """The texts after all prompts."""
