@@ -33,7 +33,7 @@ from common.errors import UserError
 from decoding.text_generator import answer_greedily, stop_tokens
 from evaluation import statistics, toys
 from evaluation.prompts import Prepared, prepare
-from tasks import DrawnTask, Example, Task
+from tasks import DrawnTask, Example, Task, options_of
 from tasks.problems import Problem
 from tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ class ExampleScore(NamedTuple):
 class TaskResult:
     """The scores of a model on the examples of a task.
 
-    name       the task with its options
+    name       the task, with those options that are not the default ones
     metric     of the scores: one of tasks.Metric, or of a public benchmark
     base_rate  the score of a model that knows nothing, if there is one
     scores     of each example
@@ -191,7 +191,18 @@ def result_of(prepared: Prepared, scores: list[ExampleScore], seconds: float | N
     if not isinstance(task, DrawnTask):
         n_all = max(len(examples), sum(1 for _ in task.examples("test", 0)))
     base_rate = task.base_rate([examples[score.number] for score in scores]) if scores else None
-    return TaskResult(task.spec, task.metric, base_rate, scores, n_all, seconds, prepared.notes)
+    return TaskResult(title_of(task), task.metric, base_rate, scores, n_all, seconds, prepared.notes)
+
+
+def title_of(task: Task) -> str:
+    """The name of a task for tables, with those options that are not the default ones."""
+    if not dataclasses.is_dataclass(task):
+        return task.spec
+    usual = {field.name: field.default for field in dataclasses.fields(task)}
+    changed = [
+        f"{name}={str(value).lower()}" for name, value in options_of(task).items() if value != usual[name]
+    ]
+    return f"{task.name}:{','.join(changed)}" if changed else task.name
 
 
 # ---- what the model answers --------------------------------------------------------------------------

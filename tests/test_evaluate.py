@@ -59,7 +59,7 @@ def test_metrics_and_several_tasks(score):
     done = score(
         "--tasks",
         "my.jsonl",
-        "arithmetic:digits=2,steps=false,my.jsonl",
+        "arithmetic:digits=3,steps=false,my.jsonl",
         "--metric",
         "contains",
         "--limit",
@@ -67,7 +67,7 @@ def test_metrics_and_several_tasks(score):
     )
     assert done.returncode == 0
     assert re.search(r"my\.jsonl +│ +contains +│ +100\.0 % ± 0\.0 .* 30 of 50 │", done.stdout)
-    assert re.search(r"arithmetic:digits=2,steps=false +│ +contains .* 30 drawn │", done.stdout)
+    assert re.search(r"arithmetic:digits=3 +│ +contains .* 30 drawn │", done.stdout)
     assert "characters that are unknown to this model" in done.stderr
     done = score("--tasks", "my.jsonl", "--metric", "perplexity")
     assert "bits per byte" in done.stdout and "✓" not in done.stdout
