@@ -512,7 +512,7 @@ class Log:
             if run.every > 1:
                 yield f"{run.label}: one of {run.every} of its {run.n_train_events:,} training steps is drawn"
             if run.left_out:
-                yield f"{run.label}: it logs more curves than a chart has room for; the first are drawn"
+                yield f"{run.label}: it logs more than a chart has room for; the first are drawn"
         yield from self.file.notices()
         if self.metrics:
             yield from self.metrics.notices()

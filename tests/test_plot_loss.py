@@ -848,4 +848,4 @@ def test_more_tasks_than_a_chart_has_room_for(tmp_path):
     path = scored_log(tmp_path / "train_x.metrics.jsonl", (10, 20), **{f"task{i}": 0.1 for i in range(20)})
     lines, _, _ = score_panel(path)
     (log := Log(path)).read()
-    assert len(lines) == log_reader.TASKS and any("more curves than" in notice for notice in log.notices())
+    assert len(lines) == log_reader.TASKS and any("more than a chart" in notice for notice in log.notices())
