@@ -89,15 +89,16 @@ class RunEstimate:
             f"{self.stage.name} {size:.2f} M parameters, {flops:.1f} MFLOP a token",
             f"data {self.train.description}; {steps}",
         ]
-        lines += [f"data {note}" for note in self.train.notes]
-        lines += [f"validation {note}" for source in self.val for note in source.notes]
+        n_sequences = max_steps * self.train.batch_size or math.inf
+        lines += [f"data {note}" for note in self.train.notes(n_sequences)]
+        lines += [f"validation {note}" for source in self.val for note in source.notes(n_sequences)]
         return "\n".join(lines)
 
     def bits_per_byte(self, nats_per_token: float) -> float:
         """The validation loss in a unit that does not depend on the tokenizer."""
-        sizes = [source.text_size for source in self.val if source.text_size]
-        tokens_per_byte = sum(tokens for tokens, _ in sizes) / sum(n_bytes for _, n_bytes in sizes)
-        return nats_per_token / math.log(2) * tokens_per_byte
+        sizes = [(source.loss_weight, source.text_size) for source in self.val if source.text_size]
+        n_bytes = sum(weight * n_bytes / n_tokens for weight, (n_tokens, n_bytes) in sizes)
+        return nats_per_token / math.log(2) * (sum(weight for weight, _ in sizes) / n_bytes)
 
     def memory(self, batch_size: int | None = None) -> dict[str, float]:
         """Memory on the device in training, {part: bytes}. batch_size: the run's if None.

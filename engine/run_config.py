@@ -17,6 +17,11 @@ def load_run(args: argparse.Namespace) -> tuple[TrainConfig, ArchitectureConfig]
     A key of --set that is not one of the training configuration belongs to the model. Raises UserError.
     """
     config = load(TrainConfig, args.config, args.set)
+    for part in config.mixture:
+        if part.task:
+            import tasks
+
+            tasks.parse(part.task)  # a name that does not exist is told before torch is imported
     others = {k: v for k, v in args.set.items() if k not in TrainConfig.model_fields}
     shape = read_json(args.model)
     # The model's configuration used to have this key, too.

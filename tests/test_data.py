@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import preparation.token_file
 from common.errors import UserError
 from config.stages import STAGES, Stage
 from data import TokenBatches, TokenFile, random_keys, shuffled
+from preparation import data_command
 from preparation.corpus import conversation_of, prepare
 from preparation.split import Split, cut_in_two
 from tokenizer import CharTokenizer, load
@@ -409,10 +409,10 @@ def test_disk_full_leaves_the_old_files(prepared, tmp_path, monkeypatch):
 
 def main_in(folder, monkeypatch, *arguments):
     """`python data.py` in this process, with `folder` as dataset/."""
-    monkeypatch.setattr("data.DATASET", folder)
+    monkeypatch.setattr("preparation.data_command.DATASET", folder)
     monkeypatch.setattr("preparation.DATASET", folder)
     monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
-    data.main()
+    data_command.main()
 
 
 def test_a_stage_in_the_table_gets_its_option_and_its_files(tmp_path, monkeypatch, capsys):
