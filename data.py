@@ -13,7 +13,8 @@ rests on one idea: the data are one endless row of sequences, epoch after epoch,
 with sequence number N is a pure function of (data, seed, N). There is no iterator. The state of training is a
 single number, how many sequences it has consumed, so a run that was killed continues with exactly the batch
 it would have seen, on one machine or on four, with the same batch size or another. A data loader usually
-keeps the shuffled order of an epoch in memory; here it is a formula (`shuffled`).
+keeps the shuffled order of an epoch in memory; here it is a formula (`shuffled`), and so is the order in
+which the parts of a mixture take turns (`Mixture`).
 
     files = [TokenFile("dataset/prepared/pretrain_train.bin")]
     batches = TokenBatches(files, block_size=256, batch_size=16, seed=1337)
@@ -22,6 +23,7 @@ keeps the shuffled order of an epoch in memory; here it is a formula (`shuffled`
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import math
@@ -130,7 +132,7 @@ def shuffled(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 # ---- what batches are made of ----------------------------------------------------------------------
 
 
-Row = tuple[np.ndarray, np.ndarray | int]  # ids [n + 1], and 1 where the id after each counts: [n], or all
+Row = tuple[np.ndarray, np.ndarray | int]  # ids [n + 1], and which of the last n count: a mask [n], or 1
 
 
 class Part(Protocol):
@@ -204,8 +206,10 @@ class TextPart(FilePart):
 
 
 class ChatPart(FilePart):
-    """Conversations. If one is longer than a block, its end is cut off; if nothing that counts is left then,
-    it is left out. UserError if all are."""
+    """Conversations.
+
+    If one is longer than a block, its end is cut off; if nothing that counts is left then, it is left out.
+    """
 
     def __init__(self, file: TokenFile, block_size: int) -> None:
         self.kept = np.flatnonzero(file.min_block_sizes <= block_size)
@@ -272,11 +276,12 @@ class Mixture:
         self.counts = np.array([int(min(count, ENDLESS)) for count in counts])
         self.shares = whole_shares(weights)
         self.period = sum(self.shares)
-        finite = [(i, int(count)) for i, count in enumerate(counts) if count < math.inf]
-        n = max((-(-count * self.period // self.shares[i]) for i, count in finite), default=0)
-        while any(self.among_first(np.array([n]))[i, 0] < count for i, count in finite):
-            n += 1
-        self.n_sequences: float = n or math.inf
+        ends = [
+            bisect.bisect_left(range(ENDLESS), count, key=lambda n: self.among_first(np.array([n]))[part, 0])
+            for part, count in enumerate(counts)
+            if count < math.inf
+        ]
+        self.n_sequences: float = max(ends, default=math.inf)
 
     def among_first(self, n: np.ndarray) -> np.ndarray:
         """How many of the first n sequences [m] belong to each part: int64 [parts, m]."""
@@ -353,8 +358,8 @@ class TokenBatches:
     def description(self) -> str:
         if not self.weights:
             return f"{self.tokens_per_epoch:,} tokens an epoch"
-        n = self.sequences_per_epoch
-        return f"a mixture, {n:,} sequences an epoch" if n < math.inf else "a mixture without end"
+        what, n = "a mixture" if len(self.weights) > 1 else self.parts[0].name, self.sequences_per_epoch
+        return f"{what}, {n:,} sequences an epoch" if n < math.inf else f"{what}, without end"
 
     def notes(self, n_sequences: float) -> list[str]:
         """What is cut, and what each part of a mixture is in `n_sequences` sequences."""

@@ -1,7 +1,7 @@
-"""Train a model on one device: pretraining, then supervised fine-tuning (SFT).
+"""Train a model on one device: pretraining, mid-training if wanted, then supervised fine-tuning (SFT).
 
     python train.py -t pretrain                         from config/config_pretrain.json
-    python train.py -t sft                              from config/config_sft.json
+    python train.py -t sft                              from config/config_sft.json, and so on
     python train.py -t pretrain --resume                continue the newest run
     python train.py -t pretrain --resume 20260102_030405     ... or a certain run: its name, or a checkpoint
     python train.py -t pretrain --plan                  no training: size, memory, speed, time to finish

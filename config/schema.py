@@ -182,8 +182,8 @@ class TrainConfig(Schema):
     """config/config_pretrain.json, config_mid.json, config_sft.json: one training run."""
 
     from_checkpoint: str = Field(
-        "", description='checkpoint whose weights a new run starts from; "auto": the newest pretrained '
-        'model; "": random weights'
+        "", description='checkpoint whose weights a new run starts from; "auto": the newest model of '
+        'the stages before it; "": random weights'
     )
     dataset_path: list[DataPart] = Field(
         description="[[train, validation], ...] pairs of token files; several form a curriculum, in order; "

@@ -241,7 +241,7 @@ def print_plan(
             speed.add(one_step())
         seconds = (time.perf_counter() - began) / speed.steps
         flops, tokens = speed.flops / speed.steps / seconds, speed.tokens / speed.steps / seconds
-    c, memory = model.config, estimate.memory()
+    c, memory, n_steps = model.config, estimate.memory(), estimate.steps_per_epoch
     needed = [
         f"{format_gib(size)} {part}" for part, size in {**memory, "in all": sum(memory.values())}.items()
     ]
@@ -255,12 +255,13 @@ def print_plan(
         ("FLOPs per token", f"{estimate.flops_per_token:,} (training)"),
         ("chosen", "\n".join(compute.reasons)),
         ("memory, estimated", "\n".join(needed)),
-        ("data", f"{estimate.train.description} = {estimate.steps_per_epoch:,.1f} steps"),
+        ("data", estimate.train.description + (f" = {n_steps:,.1f} steps" if n_steps < math.inf else "")),
         ("speed, measured", f"{1000 * seconds:.0f} ms a step, {tokens:,.0f} tokens/s\n"
                             f"{flops / 1e9:,.1f} GFLOP/s = {flops / peak:.0%} of a matrix product here "
                             f"({peak / 1e9:,.0f} GFLOP/s in {compute.dtype})"),
-        ("time for an epoch", duration(estimate.steps_per_epoch * seconds)),
     ]  # fmt: skip
+    if n_steps < math.inf:
+        rows.append(("time for an epoch", duration(n_steps * seconds)))
     if max_steps := number(config.max_steps):
         rows.append((f"time for {max_steps} steps", duration(max_steps * seconds)))
     if world > 1:

@@ -98,11 +98,11 @@ def test_unknown_characters_are_named():
 def test_another_option_or_tokenizer_or_rule_is_another_content(monkeypatch):
     prints = [
         TaskPart(tasks.parse(spec), tokenizer, 64, is_test).fingerprint
-        for spec in ("sort:digits=4", "sort:digits=5")
-        for tokenizer in (TOKENIZER, CharTokenizer.train(["0123456789"]))
+        for spec in ("sort:digits=6", "sort:digits=7")
+        for tokenizer in (TOKENIZER, CharTokenizer.train(["!0123456789"]))
         for is_test in (False, True)
     ]
-    again = TaskPart(tasks.parse("sort:digits=4"), TOKENIZER, 64).fingerprint
+    again = TaskPart(tasks.parse("sort:digits=6"), TOKENIZER, 64).fingerprint
     monkeypatch.setattr(type(tasks.parse("sort")), "answer", lambda self, question: question)
-    changed = TaskPart(tasks.parse("sort:digits=4"), TOKENIZER, 64).fingerprint
+    changed = TaskPart(tasks.parse("sort:digits=6"), TOKENIZER, 64).fingerprint
     assert again == prints[0] and len({*prints, changed}) == 9
