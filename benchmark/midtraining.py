@@ -3,8 +3,8 @@
     python benchmark/midtraining.py                              # an hour on two cores
     python benchmark/midtraining.py --steps 400 --seed 1 --only "pretrain, SFT"
 
-Every recipe trains the demo's model from each seed: `--steps` steps on text (or on text and conversations,
-which cost the same) and an eighth as many of fine-tuning. Then it answers the questions of dataset/eval.jsonl.
+Every recipe trains the demo's model from each seed: `--steps` steps, the last of which may be mid-training (these
+cost the same), and an eighth as many of fine-tuning. Then it answers the questions of dataset/eval.jsonl.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from common.errors import UserError, run  # noqa: E402
 
 CONSTANT = {"min_lr": 4e-3}  # pretraining's learning_rate
 # {recipe: [(stage, its share of the steps, other settings), ...]}
-RECIPES = {
+RECIPES: dict[str, list[tuple[str, float, dict[str, float]]]] = {
     "pretrain, SFT": [("pretrain", 1, {})],
     "pretrain, mid, SFT": [("pretrain", 3 / 4, {}), ("mid", 1 / 4, {})],
     "pretrain at a constant rate, mid cools down, SFT": [
