@@ -1,10 +1,10 @@
 """Does mid-training help? The same number of steps, with and without it, on the sample world.
 
-    python benchmark/midtraining.py                              # an hour on two cores
-    python benchmark/midtraining.py --steps 400 --seed 1 --only "pretrain, SFT"
+    python benchmark/midtraining.py                               # an hour on two cores
+    python benchmark/midtraining.py --size 0.25 --width 64        # a smaller world and model: 15 minutes
 
-Every recipe trains the demo's model from each seed: `--steps` steps, the last of which may be mid-training (these
-cost the same), and an eighth as many of fine-tuning. Then it answers the questions of dataset/eval.jsonl.
+Every recipe trains from each seed: `--steps` steps, some of them perhaps mid-training (they cost the same),
+and an eighth as many of fine-tuning. Then the model answers the questions of the world's eval.jsonl.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def command(folder: Path, *args: object) -> str:
     return done.stdout
 
 
-def score(data: Path, recipe: str, steps: int, seed: int) -> tuple[int, int]:
+def score(data: Path, recipe: str, steps: int, seed: int, width: int) -> tuple[int, int]:
     """Train by a recipe, in a copy of the project. Returns (right answers, questions)."""
     with tempfile.TemporaryDirectory() as place:
         folder = copy_of_project(place)
@@ -51,6 +51,7 @@ def score(data: Path, recipe: str, steps: int, seed: int) -> tuple[int, int]:
                 "max_steps": round(share * steps),
                 "random_seed": seed,
                 "eval_interval": steps,
+                "n_embd": width,
                 **others,
             }
             sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
@@ -65,6 +66,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=800, metavar="N", help="steps before fine-tuning (800)")
+    parser.add_argument("--size", type=float, default=1.0, metavar="X", help="of the world (1)")
+    parser.add_argument("--width", type=int, default=128, metavar="N", help="n_embd of the model (128)")
     parser.add_argument("--seed", type=int, action="append", metavar="N", help="may be repeated (1 and 7)")
     parser.add_argument("--only", action="append", choices=[*RECIPES], help="this recipe; may be repeated")
     args = parser.parse_args()
@@ -77,11 +80,11 @@ def main() -> None:
         table.add_column(name)
     with tempfile.TemporaryDirectory() as place:
         data = Path(place)
-        command(ROOT, "dataset/sample_world.py", "--out", data)
+        command(ROOT, "dataset/sample_world.py", "--out", data, "--size", args.size)
         command(ROOT, "data.py", "--pretrain", data / "pretrain.txt", "--sft", data / "sft.jsonl",
                 "--out", data / "prepared")  # fmt: skip
         for recipe in args.only or RECIPES:
-            scores = [score(data, recipe, args.steps, seed) for seed in seeds]
+            scores = [score(data, recipe, args.steps, seed, args.width) for seed in seeds]
             table.add_row(recipe, *(f"{right} of {questions}" for right, questions in scores))
             print(recipe, scores, flush=True)
     Console().print(table)
