@@ -106,26 +106,28 @@ def random_keys(count: int, *names: object) -> np.ndarray:
     return np.frombuffer(hashlib.shake_128(label).digest(8 * count), "<u8").astype(np.uint64)
 
 
-def shuffled(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """The elements at `indices` (int64) of a shuffled list of 0 ... n - 1, computed without making the list.
+def shuffled(indices: np.ndarray, n: int | np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The elements at `indices` [m] of a shuffled list of 0 ... n - 1, computed without making the list.
 
     On numbers of b bits, three operations can be undone: multiplying by an odd number, adding, and xor with
     one's own upper half. So any chain of them is a permutation. n is rarely 2^b; a result beyond n is put
     through the chain again until it is below n ("cycle walking"; Black & Rogaway 2002).
-    `keys`: an even number of uint64 that choose the order.
+    `keys`: an even number of uint64 that choose the order. Each index may be of a list of its own: then n is
+    int64 [m], and the keys are [.., m].
     """
-    bits = max(1, (n - 1).bit_length())
-    mask, half = np.uint64(2**bits - 1), np.uint64((bits + 1) // 2)
+    bits = np.maximum(1, np.frexp(np.asarray(n, np.float64) - 1)[1]).astype(np.uint64)
+    one = np.uint64(1)
+    mask, half = (one << bits) - one, (bits + one) >> one
 
     def permute(x: np.ndarray) -> np.ndarray:
         for multiplier, offset in zip(keys[::2], keys[1::2], strict=True):
-            x = (x * (multiplier | np.uint64(1)) + offset) & mask
+            x = (x * (multiplier | one) + offset) & mask
             x = x ^ (x >> half)
         return x
 
     x = permute(indices.astype(np.uint64))
     while (beyond := x >= n).any():
-        x[beyond] = permute(x[beyond])
+        x = np.where(beyond, permute(x), x)
     return x.astype(np.int64)
 
 
@@ -241,7 +243,7 @@ def _why_nothing_counts(file: TokenFile, block_size: int) -> str:
 
 # ---- in which order --------------------------------------------------------------------------------
 
-ENDLESS = 1 << 62  # stands for an infinite number of sequences
+ENDLESS = 1 << 53  # stands for an infinite number of sequences, and is exact as a float
 
 
 class Curriculum:
@@ -340,6 +342,7 @@ class TokenBatches:
         ]
         self.block_size, self.batch_size, self.seed, self.weights = block_size, batch_size, seed, weights
         counts = [part.n_sequences for part in self.parts]
+        self.counts = np.array([int(min(count, ENDLESS)) for count in counts])
         self.order: Curriculum | Mixture = Mixture(counts, weights) if weights else Curriculum(counts)
         self.position = self.order.position
         self.sequences_per_epoch = self.order.n_sequences
@@ -402,14 +405,17 @@ class TokenBatches:
         rows are padded with <|padding|> and mask 0. In every row at least one token counts.
         """
         passes, parts, within = self.order.locate(first, self.batch_size)
+        groups = sorted(set(zip(passes.tolist(), parts.tolist(), strict=True)))
+        places = [np.flatnonzero((passes == number) & (parts == part)) for number, part in groups]
+        keys = np.empty((9, self.batch_size), np.uint64)
+        for (number, part), here in zip(groups, places, strict=True):
+            keys[:, here] = random_keys(9, self.seed, number, part)[:, None]
+        numbers = shuffled(within, self.counts[parts], keys[:8])
         rows: list[Any] = [None] * self.batch_size
-        for number, index in sorted(set(zip(passes.tolist(), parts.tolist(), strict=True))):
-            here, part = np.flatnonzero((passes == number) & (parts == index)), self.parts[index]
-            numbers, keys = within[here], random_keys(9, self.seed, number, index)
-            if part.n_sequences < math.inf:
-                numbers = shuffled(numbers, int(part.n_sequences), keys[:8])
-            for place, sequence in zip(here.tolist(), part.rows(numbers, keys), strict=True):
-                rows[place] = sequence
+        for (_, part), here in zip(groups, places, strict=True):
+            found = self.parts[part].rows(numbers[here], keys[:, here[0]])
+            for place, row in zip(here.tolist(), found, strict=True):
+                rows[place] = row
         width = max(len(ids) for ids, _ in rows) - 1
         width = min(-(-width // 8) * 8, self.block_size)
         ids = np.full((self.batch_size, width + 1), Tokenizer.padding_id, np.int64)

@@ -533,6 +533,15 @@ def test_shuffled_is_a_permutation(n, seed):
     assert shuffled(np.array([place]), n, random_keys(8, seed))[0] == order[place]
 
 
+@given(st.lists(st.tuples(st.integers(1, 10**12), st.integers(0, 2**40)), min_size=1, max_size=9))
+def test_each_index_may_be_of_a_list_of_its_own(lists):
+    sizes, keys = np.array([n for n, _ in lists]), [random_keys(8, seed) for _, seed in lists]
+    places = np.array([seed % n for n, seed in lists])
+    alone = [shuffled(places[i : i + 1], n, keys[i])[0] for i, (n, _) in enumerate(lists)]
+    np.testing.assert_array_equal(shuffled(places, sizes, np.stack(keys, 1)), alone)
+    assert all(0 <= place < n for place, n in zip(alone, sizes, strict=True))
+
+
 def test_shuffled_looks_random():
     n = 5000
     orders = [shuffled(np.arange(n), n, random_keys(8, seed)) for seed in range(40)]
