@@ -27,7 +27,7 @@ import bisect
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -168,35 +168,41 @@ class Part(Protocol):
 
 
 class FilePart:
-    """What all files have in common."""
-
-    n_truncated, n_left_out = 0, 0
-
-    def __init__(self, file: TokenFile, block_size: int, n_sequences: int, n_tokens: int) -> None:
-        self.file, self.block_size, self.name, meta = file, block_size, display_path(file.path), file.meta
-        self.n_sequences: float = n_sequences
-        self.n_tokens: float = n_tokens
-        # What will be cut off counts here, too: for the weights of validation files that is near enough.
-        self.tokens_counted: float = meta["n_loss_tokens"] / n_sequences
-        self.text_size: tuple[int, int] | None = (meta["n_tokens"], meta["n_bytes"])
-        self.fingerprint = file.fingerprint
-        self.size = f"{meta['n_documents']:,} documents, {meta['n_tokens']:,} tokens"
-        self.notes: list[str] = []
-
-
-class TextPart(FilePart):
-    """The blocks of a stream of documents.
+    """The sequences of a token file: blocks of a stream of documents, or conversations.
 
     The stream is treated as a ring, and each pass starts cutting it at another position, so the blocks differ
-    from pass to pass; every token but one is predicted once in a pass.
+    from pass to pass; every token but one is predicted once in a pass. If a conversation is longer than a
+    block, its end is cut off; if nothing that counts is left then, it is left out.
     """
 
     def __init__(self, file: TokenFile, block_size: int) -> None:
-        n_tokens = len(file.tokens) - 1
-        super().__init__(file, block_size, -(-n_tokens // block_size), n_tokens)
+        self.file, self.block_size, self.name, meta = file, block_size, display_path(file.path), file.meta
+        self.kept: np.ndarray | None = None  # the conversations that count
+        self.n_truncated = self.n_left_out = 0
+        self.n_tokens: float = len(file.tokens) - 1
+        self.n_sequences: float = -(-self.n_tokens // block_size)
+        if file.documents == "chats":
+            self.kept = np.flatnonzero(file.min_block_sizes <= block_size)
+            if not len(self.kept):
+                raise UserError(_why_nothing_counts(file, block_size))
+            lengths = np.diff(file.starts)[self.kept] - 1
+            self.n_sequences, self.n_tokens = len(self.kept), int(np.minimum(lengths, block_size).sum())
+            self.n_truncated = int((lengths > block_size).sum())
+            self.n_left_out = len(file.starts) - 1 - len(self.kept)
+        # What will be cut off counts here, too: for the weights of validation files that is near enough.
+        self.tokens_counted: float = meta["n_loss_tokens"] / self.n_sequences
+        self.text_size: tuple[int, int] | None = (meta["n_tokens"], meta["n_bytes"])
+        self.size = f"{meta['n_documents']:,} documents, {meta['n_tokens']:,} tokens"
+        self.fingerprint, self.notes = file.fingerprint, list[str]()
 
     def rows(self, numbers: np.ndarray, keys: np.ndarray) -> Iterator[Row]:
-        tokens, size = self.file.tokens, self.block_size
+        tokens, size, mask = self.file.tokens, self.block_size, self.file.mask
+        if self.kept is not None and mask is not None:
+            for number in self.kept[numbers].tolist():
+                start, end = self.file.starts[number : number + 2].tolist()
+                end = min(end, start + size + 1)
+                yield tokens[start:end], mask[start + 1 : end]
+            return
         n, offset = len(tokens), int(keys[8]) % len(tokens)
         for number in numbers.tolist():
             length = min(size + 1, n - number * size)
@@ -205,30 +211,6 @@ class TextPart(FilePart):
             if len(ids) < length:  # past the end of the ring
                 ids = np.concatenate([ids, tokens[: length - len(ids)]])
             yield ids, 1
-
-
-class ChatPart(FilePart):
-    """Conversations.
-
-    If one is longer than a block, its end is cut off; if nothing that counts is left then, it is left out.
-    """
-
-    def __init__(self, file: TokenFile, block_size: int) -> None:
-        self.kept = np.flatnonzero(file.min_block_sizes <= block_size)
-        if not len(self.kept):
-            raise UserError(_why_nothing_counts(file, block_size))
-        lengths = np.diff(file.starts)[self.kept] - 1
-        super().__init__(file, block_size, len(self.kept), int(np.minimum(lengths, block_size).sum()))
-        self.n_truncated = int((lengths > block_size).sum())
-        self.n_left_out = len(file.starts) - 1 - len(self.kept)
-
-    def rows(self, numbers: np.ndarray, keys: np.ndarray) -> Iterator[Row]:
-        file = self.file
-        assert file.mask is not None
-        for number in self.kept[numbers].tolist():
-            start, end = file.starts[number : number + 2].tolist()
-            end = min(end, start + self.block_size + 1)
-            yield file.tokens[start:end], file.mask[start + 1 : end]
 
 
 def _why_nothing_counts(file: TokenFile, block_size: int) -> str:
@@ -336,9 +318,8 @@ class TokenBatches:
         self, files: Iterable[TokenFile | Part], block_size: int, batch_size: int, seed: int = 1337,
         weights: Sequence[float] = (),
     ) -> None:  # fmt: skip
-        kinds: dict[str, Callable[..., Part]] = {"text": TextPart, "chats": ChatPart}
         self.parts: list[Part] = [
-            kinds[file.documents](file, block_size) if isinstance(file, TokenFile) else file for file in files
+            FilePart(file, block_size) if isinstance(file, TokenFile) else file for file in files
         ]
         self.block_size, self.batch_size, self.seed, self.weights = block_size, batch_size, seed, weights
         counts = [part.n_sequences for part in self.parts]
@@ -366,24 +347,21 @@ class TokenBatches:
 
     def notes(self, n_sequences: float) -> list[str]:
         """What is cut, and what each part of a mixture is in `n_sequences` sequences."""
-        notes = self._shares(n_sequences) if len(self.weights) > 1 else []
-        if n := self.n_truncated:
-            notes.append(f"{n:,} conversations are longer than block_size and lose their end")
-        if n := self.n_left_out:
-            notes.append(f"{n:,} conversations are left out: block_size ends before their answer")
-        return notes + [note for part in self.parts for note in part.notes]
-
-    def _shares(self, n_sequences: float) -> list[str]:
-        sentences = []
-        for part, weight, counted in zip(self.parts, self.weights, self.tokens_counted, strict=True):
+        notes = []
+        parts = zip(self.parts, self.weights, self.tokens_counted, strict=True)
+        for part, weight, counted in parts if len(self.weights) > 1 else ():
             share, often = weight / self.size, "drawn anew every time"
             if part.n_sequences < math.inf:
                 often = f"seen {self.sequences_per_epoch * share / part.n_sequences:.2f} times in an epoch"
                 if n_sequences < math.inf:
                     often += f", {n_sequences * share / part.n_sequences:.2f} times in the run"
             tokens = counted / self.loss_weight
-            sentences.append(f"{share:.2%} {part.name}: {tokens:.2%} of the tokens that count; {often}")
-        return sentences
+            notes.append(f"{share:.2%} {part.name}: {tokens:.2%} of the tokens that count; {often}")
+        if n := self.n_truncated:
+            notes.append(f"{n:,} conversations are longer than block_size and lose their end")
+        if n := self.n_left_out:
+            notes.append(f"{n:,} conversations are left out: block_size ends before their answer")
+        return notes + [note for part in self.parts for note in part.notes]
 
     @property
     def fingerprints(self) -> list[dict[str, str]]:
