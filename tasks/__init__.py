@@ -10,6 +10,7 @@ what another is tested on.
 """
 
 import collections
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -36,7 +37,7 @@ Metric = Literal["exact", "contains", "numeric", "choice", "perplexity"]
 class Example(NamedTuple):
     """One example of a task.
 
-    question  a text, or for a chat all messages before the answer
+    question  a text, or for a chat all messages before the answer; "" if the answer is a text of its own
     answer    the right answer, or one of them
     kind      its group, if scores should be reported per group
     choices   the answers to choose from, of which `answer` is one
@@ -63,9 +64,9 @@ class Task(ABC):
     n_train: float = math.inf
 
     @property
-    @abstractmethod
     def name(self) -> str:
-        """A short name for tables and files."""
+        """A short name for tables and files: that of the task's own file."""
+        return type(self).__module__.rpartition(".")[2]
 
     @property
     def spec(self) -> str:
@@ -88,7 +89,9 @@ class Task(ABC):
     def messages(self, example: Example) -> list[Message]:
         """The prompt as the messages of a chat."""
         prompt = self.prompt(example)
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return [{"role": "user", "content": prompt}] if prompt else []
+        return list(prompt)
 
     def conversation(self, example: Example) -> list[Message]:
         """The whole example as a chat, to be trained on."""
@@ -142,10 +145,6 @@ class DrawnTask(Task):
     def draw_example(self, random: random.Random) -> Example:
         """A random example, in which all randomness comes from `random`."""
 
-    @property
-    def name(self) -> str:
-        return type(self).__module__.rpartition(".")[2]
-
     def is_test(self, example: Example) -> bool:
         """Whether an example is for testing only."""
         return is_held_out(key_of(example))
@@ -188,7 +187,8 @@ class ListedTask(Task):
         yield from self.listed(split)
 
     def train_example(self, seed: int, number: int) -> Example:
-        return self.listed("train")[number]
+        examples = self.listed("train")
+        return examples[number] if examples else super().train_example(seed, number)
 
 
 def key_of(example: Example) -> str:
@@ -207,12 +207,15 @@ def is_held_out(key: str) -> bool:
 # ---- options and names -------------------------------------------------------------------------------
 
 
-def option(default: int | bool, help: str, lowest: int = 1, highest: int = 1000) -> Any:
-    """A field of a task that a user can set: a whole number in a range, or true or false."""
+Option = int | float | bool
+
+
+def option(default: Option, help: str, lowest: float = 1, highest: float = 1000) -> Any:
+    """An option of a task: true or false, or a number in a range, which is whole if the default is."""
     return field(default=default, metadata={"help": help, "lowest": lowest, "highest": highest})
 
 
-def options_of(task: Task) -> dict[str, int | bool]:
+def options_of(task: Task) -> dict[str, Any]:
     """For example {"digits": 6}."""
     if not is_dataclass(task):
         return {}
@@ -255,27 +258,45 @@ def make(name: str, values: dict[str, Any]) -> Task:
     task = find(name)
     for f in fields(task):  # type: ignore[arg-type]  # a dataclass
         value = values.get(f.name)
-        chosen[f.name] = value = f.default if value is None else value
+        value = f.default if value is None else value
+        if isinstance(f.default, float) and type(value) is int:
+            value = float(value)
         lowest, highest = f.metadata["lowest"], f.metadata["highest"]
         if isinstance(f.default, bool):
             if not isinstance(value, bool):
                 raise UserError(f"--{f.name} must be true or false, not {value}")
-        elif type(value) is not int or not lowest <= value <= highest:
-            raise UserError(f"--{f.name} must be a whole number from {lowest} to {highest}, not {value}")
+        elif type(value) is not type(f.default) or not lowest <= value <= highest:
+            kind = "a whole number" if isinstance(f.default, int) else "a number"
+            raise UserError(f"--{f.name} must be {kind} from {lowest} to {highest}, not {value}")
+        chosen[f.name] = value
     return task(**chosen)
+
+
+def value_of(text: str) -> Option | str:
+    """The value that a text stands for: true or false, a number, or else the text itself."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def parse(spec: str) -> Task:
     """The task of "name" or "name:option=value,option=value". Raises UserError if there is no such task."""
     name, _, text = spec.partition(":")
     task, values = find(name), {}
-    known = [f.name for f in fields(task)]  # type: ignore[arg-type]  # a dataclass
+    known = {f.name: f.default for f in fields(task)}  # type: ignore[arg-type]  # a dataclass
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key not in known:
             options = f"its options are {', '.join(known)}" if known else "it has no options"
             raise UserError(f"{spec}: {name} has no option {key}; {options}")
-        values[key] = {"true": True, "false": False}.get(value, int(value) if value.isdecimal() else value)
+        if not value:
+            raise UserError(f"{spec}: {key} needs a value, as in {key}={str(known[key]).lower()}")
+        if key in values:
+            raise UserError(f"{spec}: {key} is given twice")
+        values[key] = value_of(value)
     try:
         return make(name, values)
     except UserError as error:
