@@ -24,6 +24,7 @@ CONSTANT = {"min_lr": 4e-3}  # pretraining's learning_rate
 # {recipe: [(stage, its share of the steps, other settings), ...]}
 RECIPES: dict[str, list[tuple[str, float, dict[str, float]]]] = {
     "pretrain, SFT": [("pretrain", 1, {})],
+    "pretrain that cools down, SFT": [("pretrain", 1, {"warmdown_ratio": 1 / 4})],
     "pretrain, mid, SFT": [("pretrain", 3 / 4, {}), ("mid", 1 / 4, {})],
     "pretrain at a constant rate, mid cools down, SFT": [
         ("pretrain", 3 / 4, CONSTANT), ("mid", 1 / 4, {"learning_rate": 4e-3}),
