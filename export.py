@@ -82,9 +82,8 @@ def main() -> None:
 
     if args.model not in NAMED_MODELS or args.output:  # fail before the model is loaded
         formats.refuse_to_overwrite(output_of(resolve_path(args.model)))
-    checkpoint, name = load_checkpoint(args.model, instruct=False)
-    path = checkpoint.path if args.model in NAMED_MODELS else resolve_path(args.model)
-    exporter.write(checkpoint, name, output_of(path), args.type)
+    checkpoint, path = load_checkpoint(args.model, instruct=False)
+    exporter.write(checkpoint, display_path(path), output_of(path), args.type)
 
 
 if __name__ == "__main__":

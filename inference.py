@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import re
 import sys
 import time
 from collections.abc import Iterable
@@ -34,10 +33,10 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from common.config import resolve_path
-from common.errors import UserError, run
+from common.errors import UserError, run, write_utf8
 from decoding.text_generator import (
     TextGenerator,
-    answer_greedily,
+    check_device,
     check_model_file,
     describe_model,
     load_model,
@@ -45,9 +44,7 @@ from decoding.text_generator import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from tasks import Example, Task
+    from tasks import Task
 
 # ---- the command line ------------------------------------------------------------------------------
 
@@ -95,12 +92,12 @@ def parse_arguments() -> argparse.Namespace:
         ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
         ("repetition_penalty", lambda r: 0.01 <= r <= 100, "between 0.01 and 100"),
         ("seed", lambda s: s is None or 0 <= s < 2**63, "0 or more and fit in 63 bits"),
-        ("device", re.compile("auto|cpu|mps|cuda(:[0-9]{1,3})?").fullmatch, "auto, cpu, mps, cuda or cuda:N"),
         ("prompt", lambda text: text is None or text.strip() or not args.instruct, "a question"),
     ):
         value = getattr(args, name)
         if not is_valid(value):
             raise UserError(f"--{name} must be {needs}, not {value!r}")
+    check_device(args.device)
     return args
 
 
@@ -228,78 +225,26 @@ def talk(text_generator: TextGenerator, instruct: bool, profile: bool) -> None:
 
 
 def evaluate(text_generator: TextGenerator, task: Task) -> None:
-    """Ask all questions of a task, greedily and without penalties; print some answers and the scores."""
+    """Ask all questions of a task; print some answers and the scores. evaluate.py can do more."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    tokenizer, examples = text_generator.tokenizer, list(task.examples("test", seed=0))
-    prompts = [text_generator.chat_prompt(task.messages(example)) for example in examples]
-    if n_cut := sum(left_out > 0 for _, left_out in prompts):
-        print_notice(f"{n_cut:,} questions are too long for the context: their oldest tokens are left out")
-    # An answer that is longer than the right one is wrong already, so it may stop there.
-    max_tokens = [len(ids) + 1 for ids in tokenizer.encode_batch([e.answer.strip() for e in examples])]
-    columns = (TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    start, stderr = time.perf_counter(), Console(stderr=True)
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        row = bar.add_task("", total=len(examples))
-        answers = answer_greedily(
-            text_generator.model,
-            [ids for ids, _ in prompts],
-            max_tokens,
-            text_generator.stop_tokens,
-            on_answer=lambda: bar.advance(row),
-        )
+    from evaluation import runner, tables
+
+    model, tokenizer = text_generator.model, text_generator.tokenizer
+    prepared = runner.prepare(task, runner.examples_of(task), tokenizer, model.config, chat=True)
+    for sentence in prepared.notes:
+        print_notice(sentence)
+    start, n = time.perf_counter(), len(prepared.examples)
+    with tables.progress("asking", n) as advance:
+        scores = list(runner.score(model, prepared, on_each=advance))
     seconds = time.perf_counter() - start
-
-    given, is_right = [], []
-    for (ids, has_stopped), example in zip(answers, examples, strict=True):
-        ids = [i if i < tokenizer.vocab_size else tokenizer.unknown_id for i in ids]
-        text = tokenizer.decode(ids).strip()
-        given.append(text if has_stopped else text + " …")
-        is_right.append(has_stopped and task.score(example, text) == 1)
+    result = runner.result_of(prepared, scores, seconds)
     console = Console(highlight=False)
-    print_samples(console, task, examples, given, is_right)
-    print_scores(console, [example.kind for example in examples], is_right)
-    n, total = len(examples), sum(is_right)
-    console.print(f"exact match: {total:,} of {n:,} = {100 * total / n:.1f} % in {seconds:.1f} s")
-
-
-def print_samples(
-    console: Console, task: Task, examples: list[Example], given: list[str], is_right: list[bool]
-) -> None:
-    """A table of ten questions, spread over all kinds, with the model's answers."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("question", "the model's answer", "", title="some of the questions")
-    by_kind = sorted(range(len(examples)), key=lambda i: examples[i].kind)
-    n_samples = min(10, len(examples))
-    for i in (by_kind[k * len(by_kind) // n_samples] for k in range(n_samples)):
-        *before, question = (message["content"] for message in task.messages(examples[i]))
-        asked = Text("".join(f"({text})\n" for text in before), style="dim").append(question, "not dim")
-        answer, mark = Text(given[i]), Text("✓", style="green")
-        if not is_right[i]:
-            answer.append(f"\nnot: {examples[i].answer.strip()}", style="dim")
-            mark = Text("✗", style="red")
-        table.add_row(asked, answer, mark)
-    console.print(table)
-
-
-def print_scores(console: Console, kinds: list[str], is_right: list[bool]) -> None:
-    """A table with the share of exact answers for each kind of question."""
-    from rich.table import Table
-    from rich.text import Text
-
-    def counts(rights: list[bool]) -> tuple[str, str, str]:
-        return f"{sum(rights):,}", f"{len(rights):,}", f"{100 * sum(rights) / len(rights):.1f}"
-
-    table = Table(title="exact answers", show_footer=True)
-    table.add_column("kind", "total")
-    for name, total in zip(("right", "of", "%"), counts(is_right), strict=True):
-        table.add_column(name, total, justify="right")
-    for kind in sorted({*kinds}):
-        table.add_row(Text(kind), *counts([is_right[i] for i, other in enumerate(kinds) if other == kind]))
-    console.print(table)
+    tables.print_samples(console, prepared, result, 10)
+    tables.print_scores(console, [result])
+    if task.metric == "exact":
+        n_right = round(result.score * n)
+        console.print(f"exact match: {n_right:,} of {n:,} = {100 * result.score:.1f} % in {seconds:.1f} s")
 
 
 # ---- the script ------------------------------------------------------------------------------------
@@ -332,12 +277,7 @@ def main() -> None:
         from tasks.questions import Questions
 
         task = Questions(resolve_path(args.eval))
-        for sentence in task.notes:
-            print_notice(sentence)
-    for stream in (sys.stdout, sys.stderr):
-        assert isinstance(stream, io.TextIOWrapper)
-        # Pipes get UTF-8; a terminal that cannot show a character gets a question mark.
-        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+    write_utf8()
 
     instruct = args.instruct or task is not None
     text_generator, about, attention = load_text_generator(args, instruct)

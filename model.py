@@ -127,8 +127,8 @@ class LayerCache(Protocol):
     def rows(self, first: int, last: int, capacity: int | None) -> "LayerCache":
         """Rows first .. last - 1, and at most `capacity` tokens of each; shares memory with this one."""
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Overwrite a row with another one, which holds `length` tokens."""
+    def copy_rows(self, source: Any, rows: list[int], length: int) -> None:
+        """Overwrite row i with row rows[i] of `source`, for all i; they hold at most `length` tokens."""
 
     def clear_row(self, row: int) -> None:
         """Prepare a row to be filled from its beginning."""
@@ -162,9 +162,9 @@ class KVCache:
         part.values = self.values[first:last, :, :capacity]
         return part
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        for tensor in (self.keys, self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
+    def copy_rows(self, source: "KVCache", rows: list[int], length: int) -> None:
+        self.keys[:, :, :length] = source.keys[rows, :, :length]
+        self.values[:, :, :length] = source.values[rows, :, :length]
 
     def clear_row(self, row: int) -> None:
         pass  # what lies beyond a row's length is never read
@@ -195,10 +195,15 @@ class Cache:
         part.lengths = self.lengths[first:last]
         return part
 
+    def copy_rows(self, source: "Cache", rows: list[int]) -> None:
+        """Overwrite row i with row rows[i] of `source`, for all i."""
+        self.lengths[:] = source.lengths[rows]
+        for layer, other in zip(self.layers, source.layers, strict=True):
+            if layer is not None:
+                layer.copy_rows(other, rows, int(self.lengths.max()))
+
     def copy_row(self, source: int, target: int) -> None:
-        self.lengths[target] = self.lengths[source]
-        for layer in filter(None, self.layers):
-            layer.copy_row(source, target, int(self.lengths[source]))
+        self.rows(target, target + 1).copy_rows(self, [source])
 
     def clear_row(self, row: int) -> None:
         self.lengths[row] = 0

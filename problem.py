@@ -29,6 +29,7 @@ from common.errors import UserError, run  # first, because it explains imports t
 from common.config import ROOT, display_path, resolve_path
 from common.files import append_line
 from config.stages import Stage
+from evaluation.toys import answers
 from tasks import problems
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def learn(args: argparse.Namespace) -> None:
     seconds = None if start.resumes else round(time.perf_counter() - began, 1)
     details = {"steps": config.max_steps, "seconds": seconds, "seed": args.seed,
                "device": compute.name, "checkpoint": path.name}  # fmt: skip
-    report(problem, model, tokenizer, test.questions, details)
+    report(problem, model.eval(), tokenizer, test.questions, details)
     draw_chart(log, path.with_suffix(".png"))
     if args.play:
         play(problem, model, tokenizer)
@@ -182,32 +183,6 @@ def problem_of(
     if tokenizer.to_dict() != problem.tokenizer().to_dict():
         raise UserError(f"{name} was trained on other characters than those of {args.problem}")
     return problem
-
-
-def answers(
-    model: GPT, problem: problems.Problem, tokenizer: Tokenizer, questions: Sequence[str]
-) -> list[str]:
-    """The model's answer to each question, by greedy decoding."""
-    import numpy as np
-    import torch
-
-    texts = [question + problem.mark * problem.is_causal for question in questions]
-    prompts = [torch.from_numpy(ids.astype(np.int64)) for ids in tokenizer.encode_batch(texts)]
-    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=tokenizer.padding_id)
-    ids = ids.to(model.device)
-    model.eval()
-    if not problem.is_causal:
-        return [tokenizer.decode(row) for row in model.transduce(ids).cpu()]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    cache, written = model.new_cache(len(prompts)), []
-    with torch.inference_mode():
-        last = model.hidden(ids, cache, lengths)[torch.arange(len(prompts), device=model.device), lengths - 1]
-        for _ in range(problem.longest[1]):
-            written.append(model.logits(last).argmax(-1, keepdim=True))
-            last = model.hidden(written[-1], cache)[:, 0]
-        written.append(model.logits(last).argmax(-1, keepdim=True))
-    rows = torch.cat(written, 1).tolist()
-    return [tokenizer.decode(row[: (row + [tokenizer.eos_id]).index(tokenizer.eos_id)]) for row in rows]
 
 
 # ---- showing -------------------------------------------------------------------------------------------

@@ -55,7 +55,6 @@ def parse_arguments() -> argparse.Namespace:
         ("slots", lambda n: 1 <= n <= 1024, "between 1 and 1024"),
         ("max_queue", lambda n: n >= 0, "0 or more"),
         ("timeout", lambda n: n >= 1, "1 or more"),
-        ("device", lambda d: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", d), "auto, cpu, mps, cuda or cuda:N"),
         ("api_key", lambda key: key is None or re.fullmatch("[!-~]+", key), "ASCII without spaces"),
     ):
         if not is_valid(getattr(args, name)):
@@ -75,7 +74,6 @@ def parse_origin(text: str) -> str:
 
 def load_service(args: argparse.Namespace) -> "tuple[Service, str]":
     """Load the model. Returns (the Service, a description of the model in two lines)."""
-    from common.config import resolve_path
     from common.hardware import attention_context
     from decoding.text_generator import TextGenerator, describe_model, load_model
     from server.scheduler import InferenceEngine
@@ -90,15 +88,15 @@ def load_service(args: argparse.Namespace) -> "tuple[Service, str]":
         if is_out_of_memory(error):
             raise UserError(f"not enough memory for {args.slots} slots; lower --slots") from None
         raise
-    path = resolve_path(loaded.name)
-    service = Service(loaded.checkpoint, path, text_generator, engine, loaded.compute.device)
+    service = Service(loaded.checkpoint, loaded.path, text_generator, engine, loaded.compute.device)
     return service, describe_model(loaded, args.model)
 
 
 def main() -> None:
     args = parse_arguments()
-    from decoding.text_generator import check_model_file
+    from decoding.text_generator import check_device, check_model_file
 
+    check_device(args.device)
     check_model_file(args.model)
     require("fastapi", "uvicorn", "prometheus_client")
     from server.connections import bind, make_server

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import signal
@@ -103,6 +104,13 @@ def _prepare_terminal() -> None:
             del os.environ[name]
     if getattr(sys.stdout, "errors", None) == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # typed as TextIO
+
+
+def write_utf8() -> None:
+    """Let pipes get UTF-8. A terminal that cannot show a character gets a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
 
 def _exit_with_error(sentence: str) -> NoReturn:

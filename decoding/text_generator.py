@@ -6,6 +6,7 @@ Nothing here imports torch before a model is loaded, so that a script can check 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,8 @@ from common.errors import UserError
 from config.stages import STAGES, Stage
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from common.hardware import ComputeConfig
     from engine.checkpoint import Checkpoint
     from model import GPT
@@ -40,11 +43,7 @@ class TextGenerator:
         self.seconds_decoding = 0.0  # since the start; decides when the compiled backend is worth it
         self.context: int = model.config.block_size
         self.max_length = max_length or self.context
-        # Any special token the model writes ends its answer, except <|unknown|>, which is part of the text.
-        self.stop_tokens = (
-            tokenizer.eos_id, tokenizer.bos_id, tokenizer.padding_id,
-            tokenizer.instruct_id, tokenizer.response_id, tokenizer.system_id,
-        )  # fmt: skip
+        self.stop_tokens = stop_tokens(tokenizer)
         self.n_prompt, self.n_tokens = 0, 0
         self.first_seconds, self.seconds = 0.0, 0.0
 
@@ -195,6 +194,14 @@ class TextGenerator:
         return f"{count:,} {are} unknown to this model" if count else None
 
 
+def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer: all special ones except <|unknown|>, which is part of the text."""
+    return (
+        tokenizer.eos_id, tokenizer.bos_id, tokenizer.padding_id,
+        tokenizer.instruct_id, tokenizer.response_id, tokenizer.system_id,
+    )  # fmt: skip
+
+
 def drop_oldest_turns(messages: list[dict[str, str]], sizes: list[int], limit: int) -> int:
     """Remove the oldest turns until the messages have at most `limit` tokens; `sizes` are those of each.
 
@@ -215,7 +222,7 @@ def answer_greedily(
     prompts: Iterable[list[int]],
     max_tokens: Iterable[int],
     stop_tokens: Collection[int],
-    on_answer: Callable[[], None] = lambda: None,
+    on_answer: Callable[[], object] = lambda: None,
 ) -> list[tuple[list[int], bool]]:
     """Continue all prompts greedily. Returns [(ids, whether it ended with a stop token)].
 
@@ -231,8 +238,6 @@ def answer_greedily(
         for prompt, n in zip(prompts, max_tokens, strict=True)
     ]
     decoder = BatchedDecoder(model, n_slots=64)
-    if decoder.is_prepared:
-        decoder.compile(wait=True)
     decoder.run(requests, on_end=lambda request: on_answer())
     return [(request.tokens, request.finish_reason == "stop") for request in requests]
 
@@ -243,9 +248,10 @@ NAMED_MODELS = ("newest", "best")  # what -m may be instead of a file
 
 
 class LoadedModel(NamedTuple):
-    """A model ready to write text. name: of its checkpoint, for messages."""
+    """A model ready to write text. name: of its checkpoint's file `path`, for messages."""
 
     checkpoint: Checkpoint
+    path: Path
     name: str
     model: GPT
     tokenizer: Tokenizer
@@ -262,18 +268,24 @@ def check_model_file(path: str) -> None:
         )
 
 
-def load_checkpoint(path: str, instruct: bool) -> tuple[Checkpoint, str]:
-    """Load a file, or the newest or best checkpoint. Returns (checkpoint, its name).
+def check_device(device: str) -> None:
+    """Raise UserError unless this is a value of --device. Does not import torch."""
+    if not re.fullmatch("auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
+        raise UserError(f"--device must be auto, cpu, mps, cuda or cuda:N, not {device!r}")
+
+
+def load_checkpoint(path: str, instruct: bool) -> tuple[Checkpoint, Path]:
+    """Load a file, or the newest or best checkpoint. Returns (checkpoint, its file).
 
     instruct: prefer a model that can chat, and among these one of a last stage, even if it is older.
     """
-    from common.config import display_path, resolve_path
+    from common.config import resolve_path
     from engine import checkpoint as checkpoints
     from engine import runs
 
     if path not in NAMED_MODELS:
         file = resolve_path(path)
-        return checkpoints.load(file), display_path(file)
+        return checkpoints.load(file), file
     choose = {"newest": runs.newest, "best": runs.best}[path]
 
     def rank(stage: Stage) -> tuple[bool, bool, list[str]]:
@@ -286,29 +298,33 @@ def load_checkpoint(path: str, instruct: bool) -> tuple[Checkpoint, str]:
             checkpoint, file, notices = found
             for text in notices:
                 print_notice(text)
-            return checkpoint, display_path(file)
+            return checkpoint, file
     raise UserError("there is no model in checkpoint/ yet; `python train.py -t pretrain` makes one")
 
 
-def load_model(path: str, instruct: bool, device: str = "auto", quantize: str | None = None) -> LoadedModel:
+def load_model(
+    path: str, instruct: bool, device: str = "auto", quantize: str | None = None, must_write: bool = True
+) -> LoadedModel:
     """Load a model, on the device it is to run on. For path and instruct see `load_checkpoint`.
 
-    Raises UserError if it cannot write text.
+    Raises UserError if it cannot write text, unless it need not (must_write).
     """
     from common import hardware
+    from common.config import display_path
     from decoding.packed import quantize as to_int8
     from engine.checkpoint import build
 
-    checkpoint, name = load_checkpoint(path, instruct)
+    checkpoint, file = load_checkpoint(path, instruct)
+    name = display_path(file)
     # Half precision does not make a small model faster when it writes one token at a time.
     compute = hardware.resolve_compute(hardware.detect_machine(device), device, dtype="float32")
     model, tokenizer = build(checkpoint, name)
-    if not model.config.is_causal:
+    if must_write and not model.config.is_causal:
         raise UserError(f"{name} sees all tokens at once (is_causal is false): it cannot continue a text")
     if not all(weights.isfinite().all() for weights in model.parameters()):
         raise UserError(f"{name} holds weights that are not finite numbers: its training had diverged")
     model = to_int8(model) if quantize == "int8" else model
-    return LoadedModel(checkpoint, name, model.to(compute.device), tokenizer, compute)
+    return LoadedModel(checkpoint, file, name, model.to(compute.device), tokenizer, compute)
 
 
 def describe_model(loaded: LoadedModel, asked: str) -> str:

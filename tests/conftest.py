@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (
     "common", "engine", "decoding", "server", "objectives", "dataset", "models", "formats", "tasks",
-    "sources", "preparation", "benchmark",
+    "sources", "preparation", "benchmark", "evaluation",
 )  # fmt: skip
 SOURCE = ("*.py", "requirements*.txt", "config/*.*", "web/*.*", *(f"{folder}/**/*.py" for folder in FOLDERS))
 

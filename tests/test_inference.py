@@ -17,61 +17,20 @@ import time
 import pexpect
 import pytest
 import torch
+from made_models import TEXT, chain, checkpoint, polite
 
 import decoding.engine
 import engine.checkpoint
 import inference
 from config.schema import ModelConfig
 from decoding.sampling import generate
-from engine.checkpoint import Checkpoint
+from decoding.text_generator import answer_greedily
 from model import GPT
 from tasks.questions import Questions
-from tokenizer import CHAT_TEMPLATE, BPETokenizer, CharTokenizer, render_chat
-
-TEXT = "你好吗？Hello? 1+2=3\n"
-ERASE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\r]")  # control sequences of a terminal
-
-
-def chain(tokenizer, after, block_size=64):
-    """The state of a model that always follows token t by after[t] (ids), others by <|eos|>."""
-    n = tokenizer.vocab_size
-    config = ModelConfig(
-        n_layer=1, n_head=1, n_embd=-(-n // 2) * 2, block_size=block_size, tie_embeddings=False
-    ).resolved(n)
-    model = GPT(config)
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.proj.weight.zero_()
-            block.mlp.down.weight.zero_()
-        model.wte.weight.copy_(torch.eye(n, config.n_embd))
-        model.lm_head.weight.zero_()
-        for token in range(n):
-            model.lm_head.weight[after.get(token, tokenizer.eos_id), token] = 100.0
-    return config, model
-
+from tokenizer import BPETokenizer, CharTokenizer, render_chat
 
 NEVER = {"loss": None, "step": None}
-
-
-def checkpoint(tokenizer, config, model, **fields):
-    loss = {"loss": 0.125, "step": 7}
-    values = {
-        "stage": "sft",
-        "run": "20260102_030405",
-        "step": 7,
-        "best": loss,
-        "validation": loss,
-        "chat_template": CHAT_TEMPLATE,
-        **fields,
-    }
-    return Checkpoint(
-        model_config=config.model_dump(),
-        train_config={},
-        tokenizer=tokenizer.to_dict(),
-        model=model.state_dict(),
-        optimizer={},
-        **values,
-    )
+ERASE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\r]")  # control sequences of a terminal
 
 
 @pytest.fixture
@@ -88,13 +47,6 @@ def save(monkeypatch):
 @pytest.fixture
 def tokenizer():
     return CharTokenizer.train([TEXT])
-
-
-def polite(tokenizer, **fields):
-    """Answers every question, and continues every 你, with 好吗."""
-    ni, hao, ma = tokenizer.encode("你好吗").tolist()
-    after = {tokenizer.response_id: hao, tokenizer.bos_id: hao, ni: hao, hao: ma}
-    return checkpoint(tokenizer, *chain(tokenizer, after), **fields)
 
 
 def endless(tokenizer):
@@ -472,7 +424,8 @@ def test_questions_with_known_answers(project, save, tokenizer, monkeypatch, cap
     inference.main()
     out, err = capsys.readouterr()
     assert "exact match: 76 of 101 = 75.2 %" in out and out.count("✓") + out.count("✗") == 10
-    assert re.search(r"chat\W+1\W+1\W+100\.0", out) and re.search(r"question\W+75\W+100\W+75\.0", out)
+    assert re.search(r"chat\W+100\.0 %\W+1\b", out)
+    assert re.search(r"question\W+75\.0 % ± 4\.4\W+100\b", out)  # sqrt(0.75 * 0.25 / 99)
     assert "✓" in out and "好吗 …" in out and "not: 好" in out
     assert "(40 questions are too long for the context: their oldest tokens are left out)" in err
 
@@ -487,7 +440,7 @@ def test_batches_answer_as_one_by_one(tokenizer):
         torch.nn.init.normal_(weights, std=0.3)
     prompts = [torch.randint(7, tokenizer.vocab_size, (1 + i % 24,)).tolist() for i in range(72)]
     stops = (tokenizer.eos_id, *tokenizer.encode("Hel").tolist())
-    answers = inference.answer_greedily(model, prompts, [8] * len(prompts), stops)
+    answers = answer_greedily(model, prompts, [8] * len(prompts), stops)
     for prompt, (ids, has_stopped) in zip(prompts, answers, strict=True):
         room = min(8, config.block_size - len(prompt) + 1)
         alone = list(generate(model, prompt, room, temperature=0, stop_tokens=stops))

@@ -52,6 +52,7 @@ HYBRID = """
 import torch
 import models
 from decoding.engine import BatchedDecoder, Request
+from decoding.likelihood import log_likelihoods
 from decoding.sampling import generate
 
 torch.manual_seed(0)
@@ -73,6 +74,13 @@ requests = [Request([2, 9 + i], 10 + 8 * i, temperature=0) for i in range(5)]
 BatchedDecoder(model, 2).run(requests)
 for request in requests:
     assert request.tokens == list(generate(model, request.context[:2], request.max_tokens, temperature=0))
+# Likelihoods, where texts begin alike.
+few, many = [[3] * 10, [3] * 10 + [4] * 8], [[1], [2, 2], [7, 8, 9, 4]]
+pairs = [(context, continuation) for context in few for continuation in many]
+for (context, continuation), found in zip(pairs, log_likelihoods(model, pairs)):
+    logprobs = model(torch.tensor([context + continuation]))[0].log_softmax(-1)
+    expected = sum(logprobs[len(context) - 1 + i, token] for i, token in enumerate(continuation))
+    assert abs(found.logprob - expected) < 1e-4
 attention, recurrence = model.blocks[1].costs(24), model.blocks[0].costs(24)
 assert recurrence.attention_flops == 0 < attention.attention_flops
 linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]

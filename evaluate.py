@@ -1,0 +1,206 @@
+"""Score models on tasks, and compare them.
+
+    python evaluate.py                                        # the newest model on all of Nano's own tasks
+    python evaluate.py --tasks world,arithmetic:digits=3      # tasks by name, with options
+    python evaluate.py --tasks my.jsonl --metric contains     # a file of questions with answers
+    python evaluate.py --tasks world --compare a.pt b.pt      # which of them is better, and is that chance?
+
+A task is a file in tasks/, which says how its answers are scored. How models are asked, and what a metric
+means exactly: evaluation/runner.py. All answers are kept in checkpoint/evaluation/ (evaluation/results.py),
+so an evaluation that was stopped goes on with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
+
+from common.errors import UserError, run, write_utf8  # first, because it explains imports that fail
+
+# isort: split
+from common.config import display_path
+from decoding.text_generator import check_device, check_model_file, describe_model, load_model, print_notice
+from evaluation.selection import find_task, own_tasks, split_specs
+from tasks import Metric, Task, problems
+from tasks.problems import Problem
+
+if TYPE_CHECKING:
+    from decoding.text_generator import LoadedModel
+    from evaluation.results import Evaluation
+    from evaluation.runner import Prepared
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Score models on tasks. Answers and scores are kept in checkpoint/evaluation/.",
+        epilog="examples:\n"
+        "  python evaluate.py                                     the newest model on all of Nano's tasks\n"
+        "  python evaluate.py --tasks world,arithmetic:digits=3   tasks by name, with options\n"
+        "  python evaluate.py --tasks my.jsonl --metric contains  questions with answers in a file\n"
+        "  python evaluate.py --tasks world --compare a.pt b.pt   is the difference real?\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--tasks", nargs="+", default=[], metavar="TASK",
+        help="names of tasks, with options after a colon, or .jsonl files, separated by commas or spaces "
+        "(Nano's own tasks; for a model of a toy problem, that problem)")  # fmt: skip
+    add("--metric", choices=get_args(Metric), help="how answers are scored (what the task says)")
+    add("--limit", type=int, metavar="N",
+        help="at most N examples of each task (1,000 of a task that draws them, else all)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="S", help="which examples are drawn (0)")
+    add("--resume", action="store_true",
+        help="go on with what was stopped; take what is finished from checkpoint/evaluation/")  # fmt: skip
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("-m", "--model", metavar="FILE", default="newest",
+                     help="a checkpoint file; newest (of SFT, if there is one); or best: the checkpoint of "
+                     "the newest run with the lowest validation loss (newest)")  # fmt: skip
+    one.add_argument("--compare", nargs="+", metavar="FILE",
+                     help="two models or more side by side; finished results are used again")  # fmt: skip
+    add("-q", "--quantize", choices=("int8",), help="weights in 8 bits")
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (auto)")
+    args = parser.parse_args()
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit must be 1 or more, not {args.limit}")
+    if not 0 <= args.seed < 1 << 63:
+        raise UserError(f"--seed must be 0 or more and fit in 63 bits, not {args.seed}")
+    if args.compare and len(args.compare) < 2:
+        raise UserError("--compare needs two models or more")
+    if args.metric and not args.tasks:
+        raise UserError("--metric needs --tasks: each of Nano's own tasks has a metric that suits it")
+    check_device(args.device)
+    for model in args.compare or [args.model]:
+        check_model_file(model)
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    tasks = [find_task(spec, args.metric) for spec in split_specs(args.tasks)]
+    write_utf8()
+    from rich.console import Console
+
+    from common.hardware import attention_context
+    from evaluation import tables
+    from evaluation.results import Evaluation
+
+    asked = args.compare or [args.model]
+    models = [load_model(path, True, args.device, args.quantize, must_write=False) for path in asked]
+    prepared = prepare_all(models, tasks, args)
+    console = Console(highlight=False)
+    evaluations = []
+    told: set[str] = set()
+    for path, loaded, own in zip(asked, models, prepared, strict=True):
+        console.print(describe_model(loaded, path), markup=False)
+        print_notes(own, told)
+        evaluations.append([Evaluation(loaded, one, args.seed, args.quantize) for one in own])
+    try:
+        for loaded, of_model in zip(models, evaluations, strict=True):
+            with attention_context(loaded.compute):
+                for evaluation in of_model:
+                    total = len(evaluation.prepared.examples)
+                    with tables.progress(evaluation.prepared.task.spec, total) as advance:
+                        evaluation.run(args.resume or bool(args.compare), advance)
+    except BaseException as error:  # whatever stops it, what was scored is shown
+        show(evaluations)
+        if isinstance(error, KeyboardInterrupt):
+            print_notice("stopped; the same command with --resume goes on")
+        raise
+    if args.compare:
+        names = [loaded.name for loaded in models]
+        tables.print_comparison(
+            console, names, [[one.result for one in own] for own in evaluations], args.seed
+        )
+    else:
+        show(evaluations)
+        folder = display_path(evaluations[0][0].file.path.parent)
+        console.print(f"all answers: {folder}", markup=False)
+
+
+# ---- which tasks --------------------------------------------------------------------------------------
+
+
+def prepare_all(
+    models: Sequence[LoadedModel], tasks: Sequence[Task], args: argparse.Namespace
+) -> list[list[Prepared]]:
+    """The tasks made ready for each model. Of Nano's own tasks, if none was asked for, those that fit all."""
+    from evaluation.runner import examples_of, prepare
+
+    chosen = choose_tasks(models, tasks, args.metric) or own_tasks()
+    ready = []
+    for task in chosen:
+        try:
+            examples = examples_of(task, args.limit, args.seed)
+            ready.append([
+                prepare(task, examples, loaded.tokenizer, loaded.model.config,
+                        chat=loaded.checkpoint.chat_template is not None)
+                for loaded in models
+            ])  # fmt: skip
+        except UserError as error:
+            if tasks:
+                raise
+            print_notice(f"left out: {error}")
+    if not ready:
+        raise UserError("none of Nano's own tasks fits; name others with --tasks")
+    return [list(own) for own in zip(*ready, strict=True)]
+
+
+def choose_tasks(
+    models: Sequence[LoadedModel], tasks: Sequence[Task], metric: Metric | None
+) -> Sequence[Task]:
+    """The tasks that were asked for or, for models of a toy problem, that problem. May be empty."""
+    learned = [learned_problem(loaded) for loaded in models]
+    if not any(learned):
+        return tasks
+    for loaded, problem in zip(models, learned, strict=True):
+        if problem is None or problem != learned[0]:
+            raise UserError(f"{models[0].name} and {loaded.name} have no task in common")
+        if others := [task.spec for task in tasks if task != problem]:
+            raise UserError(f"{loaded.name} has learned {problem.spec} and cannot be asked for {others[0]}")
+        if loaded.tokenizer.to_dict() != problem.tokenizer().to_dict():
+            raise UserError(f"{loaded.name} was trained on other characters than those of {problem.name}")
+    return [find_task(problem.spec, metric) for problem in learned[:1] if problem]
+
+
+def learned_problem(loaded: LoadedModel) -> Problem | None:
+    """The toy problem that a model has learned, or None."""
+    state = loaded.checkpoint
+    return problems.make(state.stage, state.problem) if state.problem else None
+
+
+# ---- showing -------------------------------------------------------------------------------------------
+
+
+def print_notes(prepared: Sequence[Prepared], told: set[str]) -> None:
+    """How the model is asked, and what a user must know about the tasks and was not told yet."""
+    styles = {
+        "chat": "asked in its chat template",
+        "text": "it has no chat template: it reads each question as a text, and its answer goes on with that",
+        "toy": "asked as in its training",
+    }
+    print(f"({styles[prepared[0].style]})")
+    for note in itertools.chain.from_iterable(one.notes for one in prepared):
+        if note not in told:
+            told.add(note)
+            print_notice(note)
+
+
+def show(evaluations: Sequence[Sequence[Evaluation]]) -> None:
+    """Some answers, and the scores of each model, as far as there are any."""
+    from rich.console import Console
+
+    from evaluation import tables
+
+    console = Console(highlight=False)
+    for own in evaluations:
+        scored = [evaluation for evaluation in own if evaluation.scores]
+        for evaluation in scored:
+            n_samples = max(2, 10 // len(scored))
+            tables.print_samples(console, evaluation.prepared, evaluation.result, n_samples)
+        if scored:
+            tables.print_scores(console, [evaluation.result for evaluation in scored])
+
+
+if __name__ == "__main__":
+    run(main)
