@@ -149,14 +149,10 @@ def _describe_one(spec: dict[str, Any]) -> str:
              "object": "a JSON object"}  # fmt: skip
     words = nouns.get(spec.get("type", ""), spec.get("type", "a value"))
     if spec.get("type") == "array":
-<<<<<<< HEAD
         pair = "[train, validation] pair"
         words = f"a list of {pair}s of file names, or of the parts of a mixture"
+        words = "a list of strings" if spec.get("items", {}).get("type") == "string" else words
         words = f"a {pair} of file names" if "prefixItems" in spec else words
-=======
-        words = "a list of [train, validation] pairs of file names"
-        words = "a list of strings" if spec["items"].get("type") == "string" else words
->>>>>>> core
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {spec[name]}" for name, sign in bounds.items() if name in spec]
     return f"{words} {' and '.join(limits)}".strip()
