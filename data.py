@@ -13,8 +13,8 @@ rests on one idea: the data are one endless row of sequences, epoch after epoch,
 with sequence number N is a pure function of (data, seed, N). There is no iterator. The state of training is a
 single number, how many sequences it has consumed, so a run that was killed continues with exactly the batch
 it would have seen, on one machine or on four, with the same batch size or another. A data loader usually
-keeps the shuffled order of an epoch in memory; here it is a formula (`shuffled`), and so is the order in
-which the parts of a mixture take turns (`Mixture`).
+keeps the shuffled order of an epoch in memory; here it is a formula (common/permutation.py), and so is the
+order in which the parts of a mixture take turns (`Mixture`).
 
     files = [TokenFile("dataset/prepared/pretrain_train.bin")]
     batches = TokenBatches(files, block_size=256, batch_size=16, seed=1337)
@@ -37,6 +37,7 @@ from common.errors import UserError, run  # first: it explains an import that fa
 import numpy as np
 
 from common.config import display_path
+from common.permutation import random_keys, shuffled
 from preparation.token_file import TokenFile
 from tokenizer import Tokenizer
 
@@ -95,40 +96,6 @@ class BatchSource(Protocol):
 
         A mixture counts as one file.
         """
-
-
-# ---- shuffling without a list ----------------------------------------------------------------------
-
-
-def random_keys(count: int, *names: object) -> np.ndarray:
-    """`count` uint64 that look random but follow from `names` alone, on every machine."""
-    label = "/".join(map(str, names)).encode()
-    return np.frombuffer(hashlib.shake_128(label).digest(8 * count), "<u8").astype(np.uint64)
-
-
-def shuffled(indices: np.ndarray, n: int | np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """The elements at `indices` [m] of a shuffled list of 0 ... n - 1, computed without making the list.
-
-    On numbers of b bits, three operations can be undone: multiplying by an odd number, adding, and xor with
-    one's own upper half. So any chain of them is a permutation. n is rarely 2^b; a result beyond n is put
-    through the chain again until it is below n ("cycle walking"; Black & Rogaway 2002).
-    `keys`: an even number of uint64 that choose the order. Each index may be of a list of its own: then n is
-    int64 [m], and the keys are [.., m].
-    """
-    bits = np.maximum(1, np.frexp(np.asarray(n, np.float64) - 1)[1]).astype(np.uint64)
-    one = np.uint64(1)
-    mask, half = (one << bits) - one, (bits + one) >> one
-
-    def permute(x: np.ndarray) -> np.ndarray:
-        for multiplier, offset in zip(keys[::2], keys[1::2], strict=True):
-            x = (x * (multiplier | one) + offset) & mask
-            x = x ^ (x >> half)
-        return x
-
-    x = permute(indices.astype(np.uint64))
-    while (beyond := x >= n).any():
-        x = np.where(beyond, permute(x), x)
-    return x.astype(np.int64)
 
 
 # ---- what batches are made of ----------------------------------------------------------------------

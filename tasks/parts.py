@@ -89,6 +89,6 @@ class TaskPart:
         if unknown:
             raise UserError(
                 f"task {self.task.spec} has characters that the tokenizer does not know: "
-                f"{' '.join(sorted(unknown)[:20])}; train a new model, with a tokenizer from text that has "
-                "them, or one of `python data.py --kind bpe`, which knows all"
+                f"{' '.join(sorted(unknown)[:20])}; take the task out of dataset_path, or train a new "
+                "model with a tokenizer that knows them, such as that of `python data.py --kind bpe`"
             )

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 import preparation.token_file
 from common.errors import UserError
+from common.permutation import random_keys, shuffled
 from config.stages import STAGES, Stage
-from data import TokenBatches, TokenFile, random_keys, shuffled
+from data import TokenBatches, TokenFile
 from preparation import data_command
 from preparation.corpus import conversation_of, prepare
 from preparation.split import Split, cut_in_two
