@@ -3,6 +3,7 @@
 python doc/draw_architectures.py
 """
 
+import argparse
 from pathlib import Path
 
 from matplotlib import rcParams
@@ -117,6 +118,7 @@ def draw(axes, x, name, parts):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     rcParams["font.family"] = "DejaVu Sans"
     figure = Figure(figsize=(16, 9), layout="constrained")
     axes = figure.subplots()

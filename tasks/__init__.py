@@ -215,7 +215,7 @@ def option(default: Option, help: str, lowest: float = 1, highest: float = 1000)
     return field(default=default, metadata={"help": help, "lowest": lowest, "highest": highest})
 
 
-def options_of(task: Task) -> dict[str, Option]:
+def options_of(task: Task) -> dict[str, Any]:
     """For example {"digits": 6}."""
     if not is_dataclass(task):
         return {}

@@ -2,8 +2,9 @@
 
 With steps=true, the answer is worked out as on paper, from the last digit to the first:
 
-    7+5=12, carry 1. 1+2+1=4. 17+25=42
-    2-8: 12-8=4, borrow 1 ...
+    17+25   7+5=12, carry 1. 1+2+1=4. 17+25=42
+    42-17   12-7=5, borrow 1. 4-1-1=2. 42-17=25
+    17x25   7x5=35, carry 3. 1x5+3=8. 17x5=85. (... 17x20=340, and their sum.) 17x25=425
 """
 
 import itertools

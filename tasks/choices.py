@@ -1,10 +1,10 @@
 """Multiple choice about the sample world: one true answer and three that are true of others.
 
     Where does Anna live?
-    A) Rome
-    B) Paris
-    C) Delhi
-    D) Cairo                                      -> B
+    A. Rome
+    B. Paris
+    C. Delhi
+    D. Cairo                                      -> B
 
 With letters=false, the question stands alone, and the likeliest of the whole answers counts ("Anna lives in
 Rome.", "Anna lives in Paris.", ...): a model that only continues texts can be asked what it knows, too.
@@ -68,7 +68,7 @@ class Choices(DrawnTask):
         values = [right, *random.sample(values, len(LETTERS) - 1)]
         random.shuffle(values)
         if self.letters:
-            question += "".join(f"\n{letter}) {value}" for letter, value in zip(LETTERS, values, strict=True))
+            question += "".join(f"\n{letter}. {value}" for letter, value in zip(LETTERS, values, strict=True))
             choices = list(LETTERS)
         else:
             choices = [with_value(fact, language, value) for value in values]
