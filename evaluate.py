@@ -4,6 +4,7 @@
     python evaluate.py --tasks world,arithmetic:digits=3      # tasks by name, with options
     python evaluate.py --tasks my.jsonl --metric contains     # a file of questions with answers
     python evaluate.py --tasks world --compare a.pt b.pt      # which of them is better, and is that chance?
+    python evaluate.py --report                               # a page about the newest model and its training
 
 A task is a file in tasks/, which says how its answers are scored. How models are asked, and what a metric
 means exactly: evaluation/runner.py. All answers are kept in checkpoint/evaluation/ (evaluation/results.py),
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from common.errors import UserError, run, write_utf8  # first, because it explains imports that fail
@@ -38,7 +40,8 @@ def parse_arguments() -> argparse.Namespace:
         "  python evaluate.py                                     the newest model on all of Nano's tasks\n"
         "  python evaluate.py --tasks world,arithmetic:digits=3   tasks by name, with options\n"
         "  python evaluate.py --tasks my.jsonl --metric contains  questions with answers in a file\n"
-        "  python evaluate.py --tasks world --compare a.pt b.pt   is the difference real?\n",
+        "  python evaluate.py --tasks world --compare a.pt b.pt   is the difference real?\n"
+        "  python evaluate.py --report                            a page about the newest model\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -57,6 +60,10 @@ def parse_arguments() -> argparse.Namespace:
                      "the newest run with the lowest validation loss (newest)")  # fmt: skip
     one.add_argument("--compare", nargs="+", metavar="FILE",
                      help="two models or more side by side; finished results are used again")  # fmt: skip
+    add("--report", action="store_true",
+        help="write a page, report.html and report.md: how the model was trained, and the scores of all "
+        "stages side by side; finished results are used again")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="where --report writes (checkpoint/report/<checkpoint>/)")
     add("-q", "--quantize", choices=("int8",), help="weights in 8 bits")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (auto)")
     args = parser.parse_args()
@@ -66,6 +73,12 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--seed must be 0 or more and fit in 63 bits, not {args.seed}")
     if args.compare and len(args.compare) < 2:
         raise UserError("--compare needs two models or more")
+    if args.compare and args.report:
+        raise UserError("--report is about one model and how it was trained: name it with -m, not --compare")
+    if args.out and not args.report:
+        raise UserError("--out is the folder for --report")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is not a folder")
     if args.metric and not args.tasks:
         raise UserError("--metric needs --tasks: each of Nano's own tasks has a metric that suits it")
     check_device(args.device)
@@ -81,11 +94,22 @@ def main() -> None:
     from rich.console import Console
 
     from common.hardware import attention_context
-    from evaluation import tables
+    from engine import checkpoint
+    from evaluation import report, tables
     from evaluation.results import Evaluation
 
+    def load(path: str) -> LoadedModel:
+        return load_model(path, True, args.device, args.quantize, must_write=False)
+
     asked = args.compare or [args.model]
-    models = [load_model(path, True, args.device, args.quantize, must_write=False) for path in asked]
+    if args.report:
+        stages, notes = report.lineage(args.model, load)
+        models = [stage.loaded for stage in stages if stage.loaded]
+        asked = [*(loaded.name for loaded in models[:-1]), args.model]
+        folder = args.out or checkpoint.FOLDER / "report" / models[-1].path.stem
+        folder.mkdir(parents=True, exist_ok=True)  # first, because there may be no permission
+    else:
+        models = [load(path) for path in asked]
     prepared = prepare_all(models, tasks, args)
     console = Console(highlight=False)
     evaluations = []
@@ -94,26 +118,29 @@ def main() -> None:
         print_notes(own)
         evaluations.append([Evaluation(loaded, one, args.seed, args.quantize) for one in own])
     try:
-        for loaded, own in zip(models, evaluations, strict=True):
+        for loaded, of_model in zip(models, evaluations, strict=True):
             with attention_context(loaded.compute):
-                for evaluation in own:
+                for evaluation in of_model:
                     total = len(evaluation.prepared.examples)
                     with tables.progress(evaluation.prepared.task.spec, total) as advance:
-                        evaluation.run(args.resume or bool(args.compare), advance)
+                        evaluation.run(args.resume or bool(args.compare) or args.report, advance)
     except BaseException as error:  # whatever stops it, what was scored is shown
         show(evaluations)
         if isinstance(error, KeyboardInterrupt):
             print_notice("stopped; the same command with --resume goes on")
         raise
-    if args.compare:
+    if args.report:
+        for file in report.write(folder, stages, evaluations, notes):
+            console.print(f"report: {display_path(file)}", markup=False)
+    elif args.compare:
         names = [loaded.name for loaded in models]
         tables.print_comparison(
             console, names, [[one.result for one in own] for own in evaluations], args.seed
         )
     else:
         show(evaluations)
-        folder = display_path(evaluations[0][0].path.parent)
-        console.print(f"all answers: {folder}", markup=False)
+        answers = display_path(evaluations[0][0].path.parent)
+        console.print(f"all answers: {answers}", markup=False)
 
 
 # ---- which tasks --------------------------------------------------------------------------------------
@@ -139,9 +166,9 @@ def prepare_all(
             if tasks:
                 raise
             print_notice(f"left out: {error}")
-    if not ready:
+    if not ready and not args.report:
         raise UserError("none of Nano's own tasks fits; name others with --tasks")
-    return [list(own) for own in zip(*ready, strict=True)]
+    return [[of_task[number] for of_task in ready] for number in range(len(models))]
 
 
 def choose_tasks(
@@ -177,7 +204,8 @@ def print_notes(prepared: Sequence[Prepared]) -> None:
         "text": "it has no chat template: it reads each question as a text, and its answer goes on with that",
         "toy": "asked as in its training",
     }
-    print(f"({styles[prepared[0].style]})")
+    for one in prepared[:1]:
+        print(f"({styles[one.style]})")
     for note in dict.fromkeys(note for one in prepared for note in one.notes):
         print_notice(note)
 

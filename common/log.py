@@ -1,7 +1,7 @@
 """The log files of a run, and what the user sees while it trains.
 
 A run writes two files, one line per event in each. train_<run>.log is for people: its first line is "# "
-and a JSON object (the configuration and the machine), all others are fields joined by " | ".
+and a JSON object (command, configuration and machine), all others are fields joined by " | ".
 train_<run>.metrics.jsonl holds the same events as JSON objects, with the exact numbers (common/metrics.py).
 A run that is resumed appends to both, beginning with the configuration again.
 
@@ -29,6 +29,7 @@ from common.config import ROOT
 from common.files import LineFile
 from common.metrics import METRICS_SUFFIX, Metric, field, readable, to_json
 from common.packages import require
+from common.provenance import command, commit
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -81,7 +82,7 @@ class RunLog:
 
     def __init__(self, run: str, header: Mapping[str, Any], total_steps: int, first_step: int) -> None:
         self.path = ROOT / f"train_{run}.log"
-        header = {"format": "nano-log", "version": 1, **header}
+        header = {"format": "nano-log", "version": 1, "command": command(), "commit": commit(), **header}
         self.file = self._open(self.path)
         self.file.write("# " + json.dumps(header, ensure_ascii=False) + "\n")
         self.metrics_file = self._open(self.path.with_suffix(METRICS_SUFFIX))

@@ -93,6 +93,7 @@ def stage_setup(
         {**written, **model.config.model_dump()}
         | {display_path(file.path): file.meta for pair in pairs for file in pair}
     )
+    resolved = resolved.model_copy(update={"from_checkpoint": start.origin})
     objective, block_size = objectives.find(stage.objective), model.config.block_size
     seed, global_batch = config.random_seed, resolved.batch_size * resolved.gradient_accumulation_steps
     train = objective.source([pair[0] for pair in pairs], block_size, global_batch, seed)
