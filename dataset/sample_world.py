@@ -345,7 +345,8 @@ class Fact:
 
     def answer(self, language: str) -> str:
         """The answer as a sentence: the first way to state the fact."""
-        return self.statements(language)[0]
+        first, _, _ = PHRASES[self.kind][language].statements.partition("|")
+        return self._fill([first], language, pronoun=False)[0]
 
     def statements(self, language: str, pronoun: bool = False) -> list[str]:
         """Every way to state the fact in `language`, with the subject's name or its pronoun."""

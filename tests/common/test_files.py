@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,12 +23,10 @@ from common import files
 from common.errors import UserError, run
 from common.files import AtomicFiles, atomic_folder, atomic_write
 from config.schema import ModelConfig
+from dataset import sample_world
 from engine.checkpoint import Checkpoint
 from formats import gguf, huggingface, llama2c
 from preparation.corpus import prepare
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "dataset"))
-import sample_world
 
 OPERATIONS = {
     "close", "fsync", "link", "makedirs", "mkdir", "open", "rename", "replace", "unlink", "write",

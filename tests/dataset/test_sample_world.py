@@ -11,12 +11,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from dataset.sample_world import ARBITRARY, LANGUAGES, build_world, write_world
 
 SCRIPT = Path(__file__).resolve().parents[2] / "dataset" / "sample_world.py"
-sys.path.insert(0, str(SCRIPT.parent))  # `import dataset` could mean this folder of tests
-
-from sample_world import ARBITRARY, LANGUAGES, build_world, write_world  # noqa: E402
-
 NAMES = ("pretrain.txt", "sft.jsonl", "eval.jsonl")
 
 

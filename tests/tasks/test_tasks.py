@@ -30,18 +30,18 @@ KINDS = {
 }
 
 
-def trained(task, seed, count):
+def taught(task, seed, count):
     return [task.train_example(seed, number) for number in range(int(min(count, task.n_train)))]
 
 
-def tested(task, seed, count):
+def held_out(task, seed, count):
     return list(itertools.islice(task.examples("test", seed), count))
 
 
 def some(spec, count=1500):
     """Examples of both splits."""
     task = tasks.parse(spec)
-    return trained(task, 3, count) + tested(task, 3, 100)
+    return taught(task, 3, count) + held_out(task, 3, 100)
 
 
 # ---- right answers -----------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def test_arithmetic(digits):
 @pytest.mark.parametrize("digits", [1, 2, 3, 7, 20])
 def test_worked_steps_are_right_and_end_with_the_answer(digits):
     task = tasks.parse(f"arithmetic:digits={digits},steps=true")
-    for example in trained(task, digits, 600 if digits < 20 else 60):
+    for example in taught(task, digits, 600 if digits < 20 else 60):
         a, sign, b = asked(example.question)
         right = SIGNS[sign](a, b)
         steps = example.answer.split(". ")
@@ -206,10 +206,10 @@ def test_choices(letters):
 
 def test_choices_ask_for_every_held_out_fact_in_both_languages():
     task = tasks.parse("choices")
-    examples = tested(task, 0, None)
+    examples = held_out(task, 0, None)
     assert set(collections.Counter(example.key for example in examples).values()) <= {2, 4}  # 4: 3+4 and 4+3
-    held_out = {fact.key for fact in task.facts.all if fact.key in task.facts.world.held_out}
-    assert {example.key for example in examples} == held_out and len(examples) > 150
+    kept = {fact.key for fact in task.facts.all if fact.key in task.facts.world.held_out}
+    assert {example.key for example in examples} == kept and len(examples) > 150
     letters = collections.Counter(example.answer for example in examples)
     assert min(letters.values()) > len(examples) / 8
 
@@ -220,8 +220,8 @@ def test_choices_ask_for_every_held_out_fact_in_both_languages():
 def overlap_of(spec, n_train, n_test):
     """Questions and keys that are in both splits; and how many examples there were to test with."""
     task, seeds = tasks.parse(spec), (1, 2, 3)
-    train = [example for seed in seeds[:2] for example in trained(task, seed, n_train)]
-    test = [example for seed in seeds for example in tested(task, seed, n_test)]
+    train = [example for seed in seeds[:2] for example in taught(task, seed, n_train)]
+    test = [example for seed in seeds for example in held_out(task, seed, n_test)]
     assert train and test
 
     def texts(examples):
@@ -247,8 +247,8 @@ def test_no_task_trains_on_a_question_that_another_tests_with():
     for spec in SPECS:
         task = tasks.parse(spec)
         if spec != "choices:letters=false,seed=7,size=0.5":  # another world, where other facts are held out
-            train[spec] = {task.text(example) for example in trained(task, 1, 1000)}
-            test[spec] = {task.text(example) for example in tested(task, 1, 200)}
+            train[spec] = {task.text(example) for example in taught(task, 1, 1000)}
+            test[spec] = {task.text(example) for example in held_out(task, 1, 200)}
     for one, other in itertools.permutations(test, 2):
         assert train[one].isdisjoint(test[other]), (one, other)
 
@@ -265,9 +265,9 @@ def test_no_task_trains_on_a_question_that_another_tests_with():
 )
 def test_what_is_for_testing_is_so_with_any_options(one, other):
     one, other = tasks.parse(one), tasks.parse(other)
-    train = {key_of(example) for example in trained(one, 1, 2000)}
-    assert train & {key_of(example) for example in trained(other, 1, 2000)}
-    assert train.isdisjoint(key_of(example) for example in tested(other, 1, 500))
+    train = {key_of(example) for example in taught(one, 1, 2000)}
+    assert train & {key_of(example) for example in taught(other, 1, 2000)}
+    assert train.isdisjoint(key_of(example) for example in held_out(other, 1, 500))
 
 
 def test_sums_and_products_are_held_out_in_either_order():
@@ -284,15 +284,15 @@ def test_sums_and_products_are_held_out_in_either_order():
 @pytest.mark.parametrize("spec", KINDS)
 def test_every_kind_occurs(spec):
     task = tasks.parse(spec)
-    for examples in (trained(task, 0, 500), tested(task, 0, 800)):
+    for examples in (taught(task, 0, 500), held_out(task, 0, 800)):
         counts = collections.Counter(example.kind for example in examples)
         assert counts.keys() == KINDS[spec] and min(counts.values()) > 1
 
 
 def test_the_world_is_asked_about_in_every_kind():
-    kinds = {example.kind for example in tested(tasks.parse("world"), 0, None)}
+    kinds = {example.kind for example in held_out(tasks.parse("world"), 0, None)}
     assert kinds == set(sample_world.PHRASES)
-    asked = {example.kind for example in tested(tasks.parse("choices"), 0, None)}
+    asked = {example.kind for example in held_out(tasks.parse("choices"), 0, None)}
     assert asked == kinds - {"count", "length"}  # which have too few different answers
 
 
@@ -316,7 +316,7 @@ def test_examples_follow_from_options_seed_and_number():
     assert printed[0] == printed[1][::-1] and len(set(printed[0])) == len(SPECS)
     for spec in SPECS:
         task = tasks.parse(spec)
-        assert task.train_example(5, 17) == task.train_example(5, 17) == trained(tasks.parse(spec), 5, 18)[17]
+        assert task.train_example(5, 17) == task.train_example(5, 17) == taught(tasks.parse(spec), 5, 18)[17]
         if task.n_train > 1e9:
             assert task.train_example(5, 17) != task.train_example(6, 17) != task.train_example(6, 18)
             assert next(task.examples("train", 5)) == task.train_example(5, 0)
@@ -328,7 +328,7 @@ def test_the_defaults_fit_the_sample_model():
     known = set("".join(documents))
     for spec in ("arithmetic", "spelling", "copying", "recall", "world", "choices", "choices:letters=false"):
         task = tasks.parse(spec)
-        for example in trained(task, 0, 1000) + tested(task, 0, 200):
+        for example in taught(task, 0, 1000) + held_out(task, 0, 200):
             text = "".join(message["content"] for message in task.conversation(example))
             assert len(text) < 120 and set(text) <= known, example
     assert CharTokenizer.train(documents).vocab_size > 300
@@ -343,7 +343,7 @@ def test_base_rates_by_hand():
     examples = [Example("", answer) for answer in ("7", " 7", "7.0", "8")]
     assert tasks.parse("arithmetic").base_rate(examples) == 3 / 4
     assert tasks.parse("spelling").base_rate(examples) == 2 / 4
-    spelled = tested(tasks.parse("spelling"), 0, 1000)
+    spelled = held_out(tasks.parse("spelling"), 0, 1000)
     ((_, most),) = collections.Counter(example.answer for example in spelled).most_common(1)
     assert tasks.parse("spelling").base_rate(spelled) == most / 1000 < 0.25
 
@@ -418,14 +418,14 @@ def test_the_guides_example_is_a_task(tmp_path, monkeypatch, capsys):
         assert re.fullmatch(r"Which day is \d+ days after \w+day\? [01]\.0 0\.\d+\n", capsys.readouterr().out)
         task = tasks.parse("weekdays:days=50")
         assert isinstance(task, Task) and task.spec == "weekdays:days=50"
-        examples = tested(task, 0, None)
+        examples = held_out(task, 0, None)
         assert 5 < len(examples) < 50 * 7 and {task.score(e, e.answer) for e in examples} == {1}
         always_monday = sum(task.score(example, "Monday") for example in examples) / len(examples)
         assert 0 < always_monday <= task.base_rate(examples) < 0.4
-        assert {example.question for example in trained(task, 0, 2000)}.isdisjoint(
+        assert {example.question for example in taught(task, 0, 2000)}.isdisjoint(
             e.question for e in examples
         )
-        [example] = [e for e in trained(task, 0, 3000) if e.question == "Which day is 10 days after Friday?"][
+        [example] = [e for e in taught(task, 0, 3000) if e.question == "Which day is 10 days after Friday?"][
             :1
         ]
         assert task.conversation(example)[-1] == {"role": "assistant", "content": "Monday"}
