@@ -23,7 +23,9 @@ def requirements() -> dict[str, str]:
     """Every package that Nano may import, by module: {"pycurl": "pycurl>=7.46", ...}."""
     lines = [line for path in FILES if path.exists() for line in path.read_text("utf-8").splitlines()]
     found = [match for line in lines if (match := re.match(r"([\w.-]+)[^;#\n]*", line))]
-    return {match[1].replace("-", "_"): match[0].strip() for match in found}
+    named = {match[1]: re.search(r"# import (\w+)", match.string) for match in found}  # where names differ
+    modules = {name: known[1] if known else name.replace("-", "_") for name, known in named.items()}
+    return {modules[match[1]]: match[0].strip() for match in found}
 
 
 def not_installed(*modules: str, otherwise: str = "") -> UserError:

@@ -1,6 +1,7 @@
 """How good is a model? Tasks are run on it, and scores are printed, kept and compared.
 
     runner.py      a task on a model -> a TaskResult; training calls it, too
+    prompts.py     what the model reads
     statistics.py  standard errors, and which differences are real
     selection.py   --tasks -> tasks
     results.py     results on disk, one file each, and going on with an unfinished one

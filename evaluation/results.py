@@ -4,7 +4,7 @@ Its first line says what was evaluated; then there is a line for each example, i
 the score. Lines are appended as examples are scored, to a file that is called .part until it is complete:
 
     {"format": "nano-evaluation", "version": 1, "identity": {...}, "about": {...}}
-    {"number": 0, "kind": "2 digits +", "value": 1.0, "weight": 1, "answer": "42", ...}
+    {"number": 0, "kind": "2 digits +", "value": 1.0, "weight": 1.0, "answer": "42", ...}
     ...
     {"n": 1000, "metric": "numeric", "score": 0.86, "standard_error": 0.011, "base_rate": 0.02, ...}
 
@@ -22,7 +22,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,64 @@ FORMAT, VERSION = "nano-evaluation", 1
 SCORE = TypeAdapter(ExampleScore)
 
 
+class ResultFile:
+    """The file of an evaluation. `identity` also holds the weights and how they are computed with."""
+
+    def __init__(self, loaded: LoadedModel, quantize: str | None, identity: dict[str, Any]) -> None:
+        from engine import checkpoint
+
+        state, model = loaded.checkpoint, loaded.model
+        self.identity = {
+            "weights": file_digest(loaded.path), **identity, "quantize": quantize,
+            "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type,
+        }  # fmt: skip
+        self.about = {
+            "checkpoint": loaded.name, "stage": state.stage, "run": state.run, "step": state.step,
+            "parameters": model.n_params, "commit": commit(),
+        }  # fmt: skip
+        name = re.sub(r"[^\w=-]+", "_", f"{loaded.path.stem}_{identity['task']}")[:80]
+        self.path = checkpoint.FOLDER / "evaluation" / f"{name}_{digest(self.identity)[:8]}.jsonl"
+        self.part = self.path.with_name(self.path.name + ".part")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """A context in which no other process has the file. Raises UserError if one has it already."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{self.part}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another process is writing {display_path(self.path)}") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows cannot delete an open file
+                os.unlink(lock.lock_file)
+            lock.release()
+
+    @contextlib.contextmanager
+    def writing(self, lines: Iterable[dict[str, Any]] = ()) -> Iterator[LineFile]:
+        """Begin anew with these lines, and yield the file to append to, which is complete when the block
+        ends without an exception."""
+        about = {**self.about, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+        header = {"format": FORMAT, "version": VERSION, "identity": self.identity, "about": about}
+        with atomic_write(self.part) as start:
+            for line in (header, *lines):
+                start.write(to_line(line).encode("utf-8", "backslashreplace"))
+        file = LineFile(self.part)
+        try:
+            yield file
+        finally:
+            file.close()
+        os.replace(self.part, self.path)
+        sync_folder(self.path.parent)
+
+    def keep(self, result: TaskResult, lines: Iterable[dict[str, Any]]) -> None:
+        """Write a whole result at once, with a line of each example."""
+        with self.locked(), self.writing(lines) as file:
+            file.write(to_line(total(result)), sync=True)
+
+
 class Evaluation:
     """A task on a loaded model, kept on disk.
 
@@ -51,30 +109,17 @@ class Evaluation:
     """
 
     def __init__(self, loaded: LoadedModel, prepared: Prepared, seed: int, quantize: str | None) -> None:
-        from engine import checkpoint
-
-        task, model = prepared.task, loaded.model
-        self.model, self.prepared = model, prepared
-        self.identity = {
-            "weights": file_digest(loaded.path),
+        task = prepared.task
+        self.model, self.prepared = loaded.model, prepared
+        identity = {
             "task": task.spec,
             "metric": task.metric,
             "style": prepared.style,
             "examples": len(prepared.examples),
             "content": digest([prepared.examples, prepared.prompts]),
             "seed": seed,
-            "quantize": quantize,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
         }
-        state = loaded.checkpoint
-        self.about = {
-            "checkpoint": loaded.name, "stage": state.stage, "run": state.run, "step": state.step,
-            "parameters": model.n_params, "commit": commit(),
-        }  # fmt: skip
-        name = re.sub(r"[^\w=-]+", "_", f"{loaded.path.stem}_{task.spec}")[:80]
-        self.path = checkpoint.FOLDER / "evaluation" / f"{name}_{digest(self.identity)[:8]}.jsonl"
-        self.part = self.path.with_name(self.path.name + ".part")
+        self.file = ResultFile(loaded, quantize, identity)
         self.scores: list[ExampleScore] = []
         self.seconds: float | None = 0.0
 
@@ -93,61 +138,43 @@ class Evaluation:
         on_each is called as each example ends, also for those on disk. Raises UserError if another process
         does the same.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{self.part}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"another process is writing {display_path(self.path)}") from None
-        try:
+        with self.file.locked():
             if resume:
-                self._take_up()
+                self.take_up()
             for _ in self.scores:
                 on_each()
             if not self.is_complete:
                 self._go_on(on_each)
-        finally:
-            with contextlib.suppress(OSError):  # Windows cannot delete an open file
-                os.unlink(lock.lock_file)
-            lock.release()
 
-    def _take_up(self) -> None:
+    def take_up(self) -> None:
         """Read the scores on disk: all, or of whole groups."""
-        self.scores, footer = read_scores(self.path, self.identity)
+        self.scores, footer = read_scores(self.file.path, self.file.identity)
         if self.is_complete and footer:
             self.seconds = footer.get("seconds")
             return
-        self.scores, _ = read_scores(self.part, self.identity)
+        self.scores, _ = read_scores(self.file.part, self.file.identity)
         del self.scores[len(self.scores) // runner.GROUP * runner.GROUP :]
         self.seconds = None if self.scores else 0.0
 
     def _go_on(self, on_each: Callable[[], object]) -> None:
-        about = {**self.about, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-        header = {"format": FORMAT, "version": VERSION, "identity": self.identity, "about": about}
-        with atomic_write(self.part) as start:
-            for line in (header, *map(self._line, self.scores)):
-                start.write(to_line(line).encode("utf-8", "backslashreplace"))
-        lines, began = LineFile(self.part), time.perf_counter()
-        try:
+        began = time.perf_counter()
+        with self.file.writing(map(self._line, self.scores)) as file:
             for one in runner.score(self.model, self.prepared, len(self.scores), on_each):
-                lines.write(to_line(self._line(one)))
+                file.write(to_line(self._line(one)))
                 self.scores.append(one)
                 if self.seconds is not None:
                     self.seconds = time.perf_counter() - began
-            result = self.result
-            values = {"n": result.n} | {
-                key: getattr(result, key)
-                for key in ("metric", "score", "standard_error", "base_rate", "seconds")
-            }
-            lines.write(to_line(values), sync=True)
-        finally:
-            lines.close()
-        os.replace(self.part, self.path)
-        sync_folder(self.path.parent)
+            file.write(to_line(total(self.result)), sync=True)
 
     def _line(self, one: ExampleScore) -> dict[str, Any]:
         example = self.prepared.examples[one.number]
         return {**one._asdict(), "question": example.question, "right": example.answer}
+
+
+def total(result: TaskResult) -> dict[str, Any]:
+    """The last line of a file."""
+    names = ("n", "metric", "score", "standard_error", "base_rate", "seconds")
+    return {name: getattr(result, name) for name in names}
 
 
 def read_scores(path: Path, identity: dict[str, Any]) -> tuple[list[ExampleScore], dict[str, Any] | None]:

@@ -27,6 +27,11 @@ def split_specs(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(specs))
 
 
+def is_own(spec: str) -> bool:
+    """Whether a task comes with Nano or is a file; others are public benchmarks (evaluation/public.py)."""
+    return spec.endswith(FILE) or spec.partition(":")[0] in tasks.names() or ":" in spec
+
+
 def find_task(spec: str, metric: Metric | None = None) -> Task:
     """The task of a name with options, or of a file of questions; `metric` instead of its own.
 

@@ -19,7 +19,7 @@ from tasks import Task
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+def progress(label: str, total: int | None = None) -> Iterator[Callable[[], None]]:
     """A progress bar on standard error, if that is a terminal. Yields a function that is one more done."""
     columns = (TextColumn(label, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     stderr = Console(stderr=True)
@@ -28,12 +28,14 @@ def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(row)
 
 
-PLAIN = ("perplexity", "bits per byte")  # scores that are no shares, and better when lower
+def is_loss(metric: str) -> bool:
+    """Whether a score is no share of right answers, and better when it is lower."""
+    return "perplexity" in metric or metric.startswith("bits")
 
 
 def format_score(metric: str, score: float, error: float | None = None) -> str:
     """For example "86.4 % ± 1.1" or "3.214 ± 0.020"."""
-    digits, factor, unit = (3, 1, "") if metric in PLAIN else (1, 100, " %")
+    digits, factor, unit = (3, 1, "") if is_loss(metric) else (1, 100, " %")
     text = f"{factor * score:.{digits}f}{unit}"
     return text if error is None else f"{text} ± {factor * error:.{digits}f}"
 
@@ -121,7 +123,7 @@ def print_comparison(
         table.add_column(name, justify="right")
     table.add_column("")
     for of_task in zip(*results, strict=True):
-        shown = [result.beside() or result if result.metric == "perplexity" else result for result in of_task]
+        shown = [result.beside() or result if is_loss(result.metric) else result for result in of_task]
         for row in comparison_rows(letters, shown, seed):
             table.add_row(*row)
         table.add_section()
@@ -148,7 +150,7 @@ def comparison_rows(letters: Sequence[str], results: Sequence[TaskResult], seed:
         difference = results[j].score - results[i].score
         verdict = "level"
         if low > 0 or high < 0:
-            better = j if (low > 0) != (metric in PLAIN) else i
+            better = j if (low > 0) != is_loss(metric) else i
             verdict = f"{letters[better]} is better"
         text = format_score(metric, difference)
         text = text if text.startswith("-") else f"+{text}"

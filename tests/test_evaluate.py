@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tasks import problems
 from tokenizer import CharTokenizer
 
 QUESTIONS = [
-    {"question": "你" * n, "answer": "好吗" if n % 4 else "好", "kind": f"kind {n % 2}"} for n in range(1, 41)
+    {"question": "你" * n, "answer": "好吗" if n % 4 else "好", "kind": f"kind {n % 2}"} for n in range(1, 51)
 ]
 
 
@@ -44,30 +45,30 @@ def results(folder):
 
 def test_a_table_of_scores(score, tmp_path):
     done = score("--tasks", "my.jsonl")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "(my.jsonl: 50 conversations of question and answer)\n")
     assert "sft step 7" in done.stdout and "asked in its chat template" in done.stdout
-    assert re.search(r"my\.jsonl +│ +exact +│ +75\.0 % ± 6\.9 +│ +75\.0 % +│ +40 │", done.stdout)
-    assert re.search(r"kind 0 .* 50\.0 % ± 11\.5 ", done.stdout) and re.search(
+    assert re.search(r"my\.jsonl +│ +exact +│ +76\.0 % ± 6\.1 +│ +76\.0 % +│ +50 │", done.stdout)
+    assert re.search(r"kind 0 .* 52\.0 % ± 10\.2 ", done.stdout) and re.search(
         r"kind 1 .* 100\.0 % ± 0\.0 ", done.stdout
     )
     assert done.stdout.count("✓") + done.stdout.count("✗") == 10 and "not: 好" in done.stdout
     (file,) = results(tmp_path)
-    assert len(file.read_text("utf-8").splitlines()) == 42
+    assert len(file.read_text("utf-8").splitlines()) == 52
 
 
 def test_metrics_and_several_tasks(score):
     done = score(
         "--tasks",
         "my.jsonl",
-        "arithmetic:digits=1,steps=false,my.jsonl",
+        "arithmetic:digits=2,steps=false,my.jsonl",
         "--metric",
         "contains",
         "--limit",
         "30",
     )
     assert done.returncode == 0
-    assert re.search(r"my\.jsonl +│ +contains +│ +100\.0 % ± 0\.0 .* 30 of 40 │", done.stdout)
-    assert re.search(r"arithmetic:digits=1,steps=false +│ +contains .* 30 drawn │", done.stdout)
+    assert re.search(r"my\.jsonl +│ +contains +│ +100\.0 % ± 0\.0 .* 30 of 50 │", done.stdout)
+    assert re.search(r"arithmetic:digits=2,steps=false +│ +contains .* 30 drawn │", done.stdout)
     assert "characters that are unknown to this model" in done.stderr
     done = score("--tasks", "my.jsonl", "--metric", "perplexity")
     assert "bits per byte" in done.stdout and "✓" not in done.stdout
@@ -120,11 +121,11 @@ def test_models_side_by_side(score, tmp_path):
     worse.model["lm_head.weight"][tokenizer.eos_id, hao] = 100
     other = worse.save()
     done = score("--compare", score.path, other, score.path, "--tasks", "my.jsonl")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"│ a +│ 75\.0 % +│ \[6\d\.\d, 8\d\.\d\]", done.stdout)
-    assert re.search(r"│ b +│ 25\.0 % ", done.stdout)
-    assert re.search(r"│ b - a │ -50\.0 % +│ \[-7\d\.\d, -2\d\.\d\] .* a is better", done.stdout)
-    assert re.search(r"│ c - a │ \+0\.0 % +│ \[0\.0, 0\.0\] .* level", done.stdout)
+    assert (done.returncode, done.stderr) == (0, "(my.jsonl: 50 conversations of question and answer)\n")
+    assert re.search(r"│ a +│ +76\.0 % │ +\[6\d\.\d, 8\d\.\d\]", done.stdout)
+    assert re.search(r"│ b +│ +24\.0 % ", done.stdout)
+    assert re.search(r"│ b - a +│ +-52\.0 % │ +\[-7\d\.\d, -2\d\.\d\] .* a is better", done.stdout)
+    assert re.search(r"│ c - a +│ +\+0\.0 % │ +\[0\.0, 0\.0\] .* level", done.stdout)
     assert len(results(tmp_path)) == 2
     before = [path.stat().st_mtime_ns for path in results(tmp_path)]
     again = score("--compare", score.path, other, score.path, "--tasks", "my.jsonl")
@@ -139,7 +140,8 @@ def test_models_side_by_side(score, tmp_path):
 
 def test_ctrl_c_shows_what_was_scored_and_resume_goes_on(score, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "GROUP", 8)
-    whole = score("--tasks", "my.jsonl,arithmetic")
+    args = "--tasks", "my.jsonl,arithmetic", "--limit", "39"
+    whole = score(*args)
     files = {path.name: path.read_text("utf-8") for path in results(tmp_path)}
     for path in results(tmp_path):
         path.unlink()
@@ -152,17 +154,17 @@ def test_ctrl_c_shows_what_was_scored_and_resume_goes_on(score, tmp_path, monkey
         return usual(*args, **options)
 
     monkeypatch.setattr(runner, "answer_greedily", stops)
-    done = score("--tasks", "my.jsonl,arithmetic")
+    done = score(*args)
     assert done.returncode == 130 and "--resume goes on" in done.stderr
-    assert re.search(r"my\.jsonl .* 24 of 40 │", done.stdout) and "arithmetic" not in done.stdout
-    done = score("--tasks", "my.jsonl,arithmetic", "--resume")
+    assert re.search(r"my\.jsonl .* 24 of 50 │", done.stdout) and "arithmetic" not in done.stdout
+    done = score(*args, "--resume")
     assert done.returncode == 0
     scores = re.compile(r"[0-9.]+ % ± [0-9.]+")
     assert scores.findall(done.stdout) == scores.findall(whole.stdout)
     times = re.compile(r'"(time|seconds)": [^,}]*')
-    assert {path.name: times.sub("", path.read_text("utf-8")) for path in results(tmp_path)} == {
-        name: times.sub("", text) for name, text in files.items()
-    }
+    assert files.keys() == {path.name for path in results(tmp_path)}
+    for path in results(tmp_path):
+        assert times.sub("", path.read_text("utf-8")) == times.sub("", files[path.name])
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
@@ -188,7 +190,10 @@ def test_ctrl_c_shows_what_was_scored_and_resume_goes_on(score, tmp_path, monkey
         (["--compare", "my.jsonl"], "--compare needs two models"),
         (["--compare", "my.jsonl", "nowhere.pt"], "there is no file nowhere.pt"),
         (["--compare", "a", "b", "-m", "c"], "not allowed with"),
-        (["--tasks", "recall:length=4000"], "do not fit in the context of 64 tokens; lower length"),
+        (
+            ["--tasks", "recall:length=800", "--limit", "9"],
+            "do not fit in the context of 64 tokens; lower length",
+        ),
         (["--tasks", "long.jsonl"], 'long.jsonl: "why" has an answer of 100 tokens'),
     ],
 )
@@ -232,6 +237,49 @@ def test_the_script_itself(shared_project, monkeypatch):
     questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), "utf-8")
     done = shared_project.run("evaluate.py", "--tasks", questions.name, "-m", path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
-    assert "75.0 %" in done.stdout and "好吗" in done.stdout and "Traceback" not in done.stderr
+    assert "76.0 %" in done.stdout and "好吗" in done.stdout and "Traceback" not in done.stderr
     (file,) = (shared_project.root / "checkpoint" / "evaluation").iterdir()
     assert file.name.startswith("sft_20260102_030405_step_7_") and file.suffix == ".jsonl"
+
+
+# ---- public benchmarks -------------------------------------------------------------------------------------
+
+HARNESS_TASKS = Path(__file__).parent / "evaluation" / "harness_tasks"
+
+
+def test_public_benchmarks_join_the_table_and_the_results(score, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    own = ("--include_path", HARNESS_TASKS, "--limit", 8)
+    done = score("--tasks", "my.jsonl,made_up", *own)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"my\.jsonl +│ +exact ", done.stdout)
+    row = re.search(r"made_up +│ +acc +│ +(\d.*?) +│ +25\.0 % +│ +16 of 28 ", done.stdout)
+    assert row and re.search(r"made_up_letters .* 8 ", done.stdout)
+    assert len(results(tmp_path)) == 2
+
+    def never(*args, **options):
+        raise AssertionError("was run again")
+
+    monkeypatch.setattr("evaluation.harness.run", never)
+    again = score("--tasks", "my.jsonl,made_up", *own, "--resume")
+    assert again.returncode == 0 and row[0] in again.stdout
+    compared = score("--tasks", "made_up", *own, "--compare", score.path, score.path)
+    assert compared.returncode == 0 and "level" in compared.stdout
+    with pytest.raises(AssertionError, match="run again"):
+        score("--tasks", "made_up", *own[:3], "7", "--resume")
+
+
+def test_what_public_benchmarks_lack_is_told(score, tmp_path, monkeypatch):
+    def told(*args):
+        done = score("--tasks", *args)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    assert "there is no eval_bundle/core.yaml; --core_data names" in told("core")
+    assert "there is no folder nowhere" in told("made_up_letters", "--include_path", "nowhere")
+    assert "--metric is for tasks of Nano" in told("arc_easy", "--metric", "exact")
+    assert "no option x" in told("world:x=1") and "no task arc_easy" in told("arc_easy:x=1")
+    own = ("--include_path", HARNESS_TASKS)
+    assert "--run_generated_code allows it" in told("made_up_code", *own)
+    monkeypatch.setattr("common.packages.find_spec", lambda name: None)
+    assert 'lm_eval is not installed: python -m pip install "lm_eval>=0.4.13"; arc_easy' in told("arc_easy")

@@ -24,6 +24,7 @@ import engine.checkpoint
 import inference
 from config.schema import ModelConfig
 from decoding.sampling import generate
+from decoding.text_generator import answer_greedily
 from model import GPT
 from tasks.questions import Questions
 from tokenizer import BPETokenizer, CharTokenizer, render_chat
@@ -430,7 +431,7 @@ def test_batches_answer_as_one_by_one(tokenizer):
         torch.nn.init.normal_(weights, std=0.3)
     prompts = [torch.randint(7, tokenizer.vocab_size, (1 + i % 24,)).tolist() for i in range(72)]
     stops = (tokenizer.eos_id, *tokenizer.encode("Hel").tolist())
-    answers = inference.answer_greedily(model, prompts, [8] * len(prompts), stops)
+    answers = answer_greedily(model, prompts, [8] * len(prompts), stops)
     for prompt, (ids, has_stopped) in zip(prompts, answers, strict=True):
         room = min(8, config.block_size - len(prompt) + 1)
         alone = list(generate(model, prompt, room, temperature=0, stop_tokens=stops))

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from pathlib import Path
 
 import prometheus_client.parser
 import pytest
@@ -373,6 +374,43 @@ def test_likelihoods_as_lm_eval_reads_them(random):
         assert sum(values) == pytest.approx(right.sum().item(), abs=1e-3)
         is_greedy = all(value == max(top.values()) for value, top in zip(values, tops, strict=True))
         assert is_greedy == (rows.argmax(-1).tolist() == continuation)
+
+
+@pytest.mark.slow
+def test_lm_eval_itself_gets_the_numbers_of_evaluate(random, tmp_path):
+    """The real client, from its command line; beside evaluation/harness.py on the model without a server."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from evaluation.harness import NanoLM
+    from formats import huggingface
+
+    generator = random.service.text_generator
+    state = checkpoint(generator.tokenizer, generator.model.config, generator.model)
+    huggingface.write(state, "the test", tmp_path / "exported")
+    tasks = ["made_up_letters", "made_up_cloze", "made_up_generation"]
+    model = f"base_url={random.url}/v1/completions,model=nano,tokenizer={tmp_path / 'exported'},max_length=96"
+    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--tasks", ",".join(tasks)]
+    command += ["--include_path", str(Path(__file__).parent / "evaluation" / "harness_tasks")]
+    command += ["--model_args", f"{model},add_bos_token=True", "--log_samples", "--batch_size", "4"]
+    done = subprocess.run(
+        [*command, "--output_path", str(tmp_path / "out")], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    lm = NanoLM(generator.model, generator.tokenizer)
+    for task in tasks:
+        (file,) = (tmp_path / "out").rglob(f"samples_{task}_*.jsonl")
+        samples = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        assert len(samples) >= 10
+        for sample in samples:
+            asked = [(*values.values(),) for values in sample["arguments"].values()]
+            requests = [Instance("loglikelihood", {}, values, 0, (task, 0, 1)) for values in asked]
+            if task == "made_up_generation":
+                assert [reply for (reply,) in sample["resps"]] == lm.generate_until(requests)
+                continue
+            for ((logprob, is_greedy),), own in zip(sample["resps"], lm.loglikelihood(requests), strict=True):
+                assert float(logprob) == pytest.approx(own[0], abs=1e-3)
+                assert str(is_greedy) == str(own[1])
 
 
 def test_the_end_of_a_text_is_scored_with_it(simple):

@@ -49,19 +49,21 @@ def lines(path):
     """What is in a file, but for times."""
     first, *others, last = map(json.loads, path.read_text("utf-8").splitlines())
     del first["about"]["time"], last["seconds"]
-    return [first, *others, last]
+    return list(map(json.dumps, [first, *others, last]))
 
 
 def test_a_file_says_all(loaded):
     done = evaluation(loaded)
     done.run(resume=False)
-    header, *scores, footer = lines(done.path)
-    assert header["identity"] == done.identity and header["about"]["run"] == "20260102_030405"
+    header, *scores, footer = map(json.loads, lines(done.file.path))
+    assert header["identity"] == done.file.identity and header["about"]["run"] == "20260102_030405"
     assert header["about"]["checkpoint"].endswith("sft_20260102_030405_step_7.pt")
     assert [score["question"] for score in scores] == [row[0] for row in ROWS]
     assert [score["right"] for score in scores] == [row[1] for row in ROWS]
     assert footer["score"] == done.result.score and footer["n"] == 40
-    assert [path.name for path in done.path.parent.iterdir()] == [done.path.name]  # no .part, no .lock
+    assert [path.name for path in done.file.path.parent.iterdir()] == [
+        done.file.path.name
+    ]  # no .part, no .lock
 
 
 @pytest.mark.parametrize("metric", ["exact", "perplexity"])
@@ -69,15 +71,15 @@ def test_a_file_says_all(loaded):
 def test_stopped_and_resumed_is_as_in_one_go(loaded, metric, n):
     whole = evaluation(loaded, metric=metric)
     whole.run(resume=False)
-    expected = lines(whole.path)
-    whole.path.unlink()
+    expected = lines(whole.file.path)
+    whole.file.path.unlink()
     part = evaluation(loaded, metric=metric)
     with pytest.raises(KeyboardInterrupt):
         part.run(False, stop_after(n))
-    assert len(part.scores) == n // 8 * 8 - 8 * (n % 8 == 0) and not part.path.exists()
+    assert len(part.scores) == n // 8 * 8 - 8 * (n % 8 == 0) and not part.file.path.exists()
     again, calls = evaluation(loaded, metric=metric), []
     again.run(True, lambda: calls.append(1))
-    assert lines(again.path) == expected and len(calls) == 40
+    assert lines(again.file.path) == expected and len(calls) == 40
     assert again.result.scores == whole.result.scores
     assert (again.seconds is None) == (n > 8)
 
@@ -98,7 +100,7 @@ def half_done(loaded):
     part = evaluation(loaded)
     with pytest.raises(KeyboardInterrupt):
         part.run(False, stop_after(20))
-    return part.part, part.part.read_bytes()
+    return part.file.part, part.file.part.read_bytes()
 
 
 @pytest.mark.parametrize("cut", [1, 30, 300])
@@ -106,10 +108,10 @@ def test_a_truncated_file_loses_what_is_truncated(loaded, cut):
     path, content = half_done(loaded)
     path.write_bytes(content[:-cut])
     again = evaluation(loaded)
-    again._take_up()
+    again.take_up()
     assert len(again.scores) == 8
     again.run(resume=True)
-    assert len(lines(again.path)) == 42
+    assert len(lines(again.file.path)) == 42
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_a_truncated_file_loses_what_is_truncated(loaded, cut):
         lambda text: text.replace('"value": ', '"value": "x', 1),
         lambda text: text.replace('"number": 3', '"number": 4', 1),
         lambda text: text.replace('{"number": 3', '["number": 3', 1),
-        lambda text: text.replace('"weight": 1', '"weight": null', 4),
+        lambda text: text.replace('"weight": 1.0', '"weight": null', 4),
         lambda text: text.replace('"version": 1', '"version": 2', 1),
         lambda text: "\n" + text,
         lambda text: "",
@@ -131,7 +133,7 @@ def test_what_is_damaged_is_scored_anew(loaded, damage):
     path.write_text(damage(content.decode()), "utf-8")
     again = evaluation(loaded)
     again.run(resume=True)
-    assert [json.loads(line)["number"] for line in again.path.read_text("utf-8").splitlines()[1:-1]] == [
+    assert [json.loads(line)["number"] for line in again.file.path.read_text("utf-8").splitlines()[1:-1]] == [
         *range(40)
     ]
     fresh = evaluation(loaded)
@@ -150,9 +152,9 @@ def test_another_model_task_or_seed_is_never_mixed_in(loaded, monkeypatch):
     state = polite(CharTokenizer.train([TEXT]), run="20260102_030406")
     others.append(evaluation(load_model(str(state.save()), True)))
     for other in others:
-        assert other.part != path
-        other.part.write_bytes(content)  # even under the very name
-        other._take_up()
+        assert other.file.part != path
+        other.file.part.write_bytes(content)  # even under the very name
+        other.take_up()
         assert other.scores == []
 
 
@@ -165,12 +167,12 @@ def test_two_processes_do_not_write_one_file(loaded):
 def test_a_full_disk_loses_nothing(loaded, monkeypatch):
     done = evaluation(loaded)
     done.run(resume=False)
-    kept = done.path.read_bytes()
+    kept = done.file.path.read_bytes()
 
     def fails(self, line, sync=False):
-        raise OSError(28, "No space left on device", str(done.part))
+        raise OSError(28, "No space left on device", str(done.file.part))
 
     monkeypatch.setattr("common.files.LineFile.write", fails)
     with pytest.raises(OSError):
         evaluation(loaded).run(resume=False)
-    assert done.path.read_bytes() == kept
+    assert done.file.path.read_bytes() == kept

@@ -12,7 +12,7 @@ from made_models import Listed, bigram, chain, small_model
 
 import tasks
 from common.errors import UserError
-from evaluation import runner
+from evaluation import prompts, runner
 from tasks import DrawnTask, Example
 from tasks.questions import Questions
 from tokenizer import CharTokenizer
@@ -72,7 +72,7 @@ def test_an_answer_without_an_end_is_cut(tokenizer):
         result = ask(model, tokenizer, [("b", "a11")], metric)
         (score,) = result.scores
         assert (score.value, score.is_cut, result.standard_error) == (value, True, None)
-        room = 4 if metric == "exact" else 4 + runner.ANSWER_ROOM
+        room = 4 if metric == "exact" else 4 + prompts.ANSWER_ROOM
         assert score.answer == "a" + (room - 1) * "1"
 
 
@@ -175,7 +175,7 @@ def test_bits_per_byte_count_bytes():
 def test_windows_predict_every_token_once(n):
     """As lm-evaluation-harness cuts texts."""
     ids, context = list(range(100, 100 + n)), 8
-    cut = runner.windows(ids, 1, context)
+    cut = prompts.windows(ids, 1, context)
     assert [token for _, part in cut for token in part] == ids
     assert all(len(before) + len(part) <= context + 1 for before, part in cut)
     everything = [1, *ids]
@@ -245,7 +245,7 @@ def test_toy_problems_are_asked_as_in_training(spec):
     for example, score in zip(examples, result.scores, strict=True):
         ids = tokenizer.encode(example.question).tolist()
         if problem.is_causal:
-            ids.append(tokenizer.encode("=")[0])
+            ids += tokenizer.encode("=").tolist()
             n_prompt = len(ids)
             while len(ids) - n_prompt <= problem.longest[1] and ids[-1] != tokenizer.eos_id:
                 ids.append(int(model(torch.tensor([ids[: problem.block_size]]))[0, -1].argmax()))
