@@ -44,7 +44,7 @@ UNITS = {
 MODEL_METRIC = re.compile(r"train/([a-z][a-z0-9_]{0,40})(?:/([0-9]{1,5}))?")  # "expert_load/2": of layer 2
 PART = re.compile(r"val/loss/([0-9]{1,5})")  # the loss on one of several validation files
 RATES = ("train/flops_per_second", "train/tokens_per_second", "train/step_seconds")
-STANDARD = ("train/loss", "val/loss", "val/accuracy", "train/lr", *RATES)
+STANDARD = ("train/loss", "val/loss", "val/bpb", "val/accuracy", "train/lr", *RATES)
 SAVED = re.compile(r"(?:.*[/\\])?([a-z]+)_(.{1,200})_step_[0-9]+\.pt")  # <task>_<run>_step_<N>.pt
 NAME = re.compile(r"\S.{0,199}")
 
@@ -222,7 +222,9 @@ class Run:
         if isinstance(command := header.get("command"), str) and len(self.commands) < COMMANDS:
             self.commands.append(command)
         self.joules.append(None)
-        self.seconds, self.first_time = self.seconds + self.span, ""
+        began = header.get("time")
+        self.seconds += self.span
+        self.first_time = self.last_time = began if isinstance(began, str) and len(began) < 40 else ""
         self.cut(step)
 
     def cut(self, step: int) -> None:
@@ -283,7 +285,9 @@ class Run:
         run.curves = collections.defaultdict(list, self.curves)
         for name, points in exact.curves.items():
             run.curves[name] = sorted({**dict(self.curves.get(name, ())), **dict(points)}.items())
-        run.joules = exact.joules if len(exact.joules) == len(self.joules) else self.joules
+        if len(exact.starts) == len(self.starts):  # only the metrics file says when they began
+            run.joules, run.seconds, run.first_time = exact.joules, exact.seconds, exact.first_time
+            run.last_time = exact.last_time
         run.left_out = self.left_out or exact.left_out
         return run
 

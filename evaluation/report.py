@@ -11,11 +11,12 @@ strangers' checkpoints, or from a model that has read anything, so both escape t
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +24,18 @@ from common import provenance
 from common.config import read_json, resolve_path
 from common.errors import UserError
 from common.files import AtomicFiles
-from common.log_reader import Log, Run, merge_runs
+from common.log_reader import Log, Points, Run, merge_runs
 from common.metrics import METRICS_SUFFIX, duration
 from evaluation.tables import count, format_score, spread
 
 if TYPE_CHECKING:
     from decoding.text_generator import LoadedModel
     from evaluation.results import Evaluation
+    from evaluation.runner import TaskResult
 
 UNKNOWN = "not recorded"
 N_DIALOGUES = 12
+ANSWER_ROOM = 32  # tokens that a wrong answer may be longer than the right one
 LONGEST = 400  # characters of a question or an answer
 
 
@@ -136,6 +139,7 @@ def _with_log(stage: TrainedStage) -> TrainedStage:
 @dataclass
 class Text:
     text: str
+    is_note: bool = False  # of what is missing
 
 
 @dataclass
@@ -147,11 +151,12 @@ class Facts:
 
 @dataclass
 class Table:
-    """The first cell of each row is its heading. is_text: its cells are sentences, not numbers."""
+    """The first cell of each row is its heading. is_text: its cells are texts, not numbers."""
 
-    caption: str
+    name: str
     columns: list[str]
     rows: list[list[str]]
+    note: str = ""
     is_text: bool = False
     is_folded: bool = False
 
@@ -184,14 +189,15 @@ class Section:
 
 def write(
     folder: Path, stages: Sequence[TrainedStage], evaluations: Sequence[Sequence[Evaluation]],
-    notes: Sequence[str],
+    benchmarks: Sequence[Sequence[TaskResult]], notes: Sequence[str],
 ) -> tuple[Path, Path]:  # fmt: skip
     """Write the page into a folder. Returns the paths of report.html and report.md.
 
-    evaluations[i]: of the i-th of the stages that have a model. notes: sentences about what is missing.
+    evaluations[i], benchmarks[i]: of the i-th of the stages that have a model. notes: sentences about what is
+    missing.
     """
     title = f"{stages[-1].title}, step {stages[-1].step:,}"
-    sections = page(stages, evaluations, notes)
+    sections = page(stages, evaluations, benchmarks, notes)
     charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
     contents = {chart.name: chart.svg for chart in charts}
     contents |= {"report.md": to_markdown(title, sections).encode()}
@@ -203,8 +209,9 @@ def write(
 
 
 def page(
-    stages: Sequence[TrainedStage], evaluations: Sequence[Sequence[Evaluation]], notes: Sequence[str]
-) -> list[Section]:
+    stages: Sequence[TrainedStage], evaluations: Sequence[Sequence[Evaluation]],
+    benchmarks: Sequence[Sequence[TaskResult]], notes: Sequence[str],
+) -> list[Section]:  # fmt: skip
     names = column_names(stages)
     loaded = [name for name, stage in zip(names, stages, strict=True) if stage.loaded]
     machine = {
@@ -224,14 +231,20 @@ def page(
     ]
     settings = [stage.config for stage in stages]
     return [
-        Section("Summary", [Facts(facts(stages)), *map(Text, notes)]),
-        Section("Scores", scores(loaded, evaluations)),
+        Section("Summary", [
+            Text(f"The stages of its training: {' → '.join(names)}."),
+            Facts(facts(stages)), *(Text(note, True) for note in notes),
+        ]),
+        Section("Scores", scores(loaded, [
+            [*(evaluation.result for evaluation in own), *public]
+            for own, public in zip(evaluations, benchmarks, strict=True)
+        ])),
         Section("Questions and answers", dialogues(loaded, evaluations)),
         Section("Training", [costs(names, stages)]),
         Section("Loss", charts(stages)),
         Section("Model", [
-            by_stage("size", names, {key: [read(s) for s in stages] for key, read in model.items()}),
-            by_stage("shape", names, _keys(shapes)),
+            by_stage("model", names, {key: [read(s) for s in stages] for key, read in model.items()}
+                     | _keys(shapes)),
         ]),
         Section("Data and tokenizer", [
             by_stage("tokenizer", names, tokenizers(stages)), data(names, stages),
@@ -240,7 +253,7 @@ def page(
             by_stage("machine", names, {key: [read(s) for s in stages] for key, read in machine.items()})
         ]),
         Section("Commands", commands(stages)),
-        Section("Settings", [by_stage("all keys of the runs", names, _keys(settings), is_folded=True)]),
+        Section("Settings", [by_stage("all keys of the configurations", names, _keys(settings), True)]),
     ]  # fmt: skip
 
 
@@ -260,23 +273,25 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def by_stage(
-    caption: str, names: Sequence[str], rows: dict[str, list[Any]], is_folded: bool = False
-) -> Table:
+def by_stage(name: str, names: Sequence[str], rows: dict[str, list[Any]], is_folded: bool = False) -> Table:
     """A column for each stage; a single one if all stages have the same values."""
     cells = [[shown(value) for value in values] for values in rows.values()]
     columns, n = list(names), len(names)
     if all(len(set(row)) == 1 for row in cells):
         columns, n = ["all stages" if n > 1 else names[0]], 1
     table = [[key, *row[:n]] for key, row in zip(rows, cells, strict=True)]
-    return Table(caption, ["", *columns], table, is_folded=is_folded)
+    return Table(name, ["", *columns], table, is_text=True, is_folded=is_folded)
 
 
 def _keys(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """{key: its value in each configuration}; a key of others is "-", null is JSON's."""
+    """{key: its value in each configuration, as JSON}; "-" if that one has no such key."""
+
+    def read(config: dict[str, Any], key: str) -> str | None:
+        value = config.get(key, "-")
+        return (value if value and isinstance(value, str) else json.dumps(value)) if config else None
+
     keys = dict.fromkeys(key for config in configs for key in config)
-    return {key: ["null" if config.get(key, "") is None else config.get(key, "-") if config else None
-                  for config in configs] for key in keys}  # fmt: skip
+    return {key: [read(config, key) for config in configs] for key in keys}
 
 
 # ---- costs -------------------------------------------------------------------------------------------
@@ -298,7 +313,7 @@ def totals(stages: Sequence[TrainedStage]) -> dict[str, list[float | None]]:
 UNITS: dict[str, Callable[[float], str]] = {
     "steps": "{:,.0f}".format,
     "tokens": "{:,.0f}".format,
-    "training FLOPs": "{:.3e}".format,
+    "training FLOPs": lambda flops: f"{flops:.3e}".replace("e+", "e"),
     "time in training steps": duration,
     "time in all": duration,
     "energy": lambda joules: f"{joules / 3600:.4g} Wh",
@@ -314,19 +329,22 @@ def total(values: Sequence[float | None], unit: Callable[[float], str]) -> str:
 
 
 def costs(names: Sequence[str], stages: Sequence[TrainedStage]) -> Table:
-    def origin(stage: TrainedStage) -> str:
-        value = stage.config.get("from_checkpoint", UNKNOWN)
-        return {"": "a new model", "auto": UNKNOWN}.get(value, str(value))
+    first = str(stages[0].config.get("from_checkpoint", UNKNOWN))
+    first = {"": "a new model", "auto": UNKNOWN}.get(first, Path(first).stem)
+    before = [f"{name}, step {stage.step:,}" for name, stage in zip(names[:-1], stages[:-1], strict=True)]
 
-    def loss(points: list[tuple[int, float]], which: Callable[..., tuple[int, float]]) -> str:
+    def lowest(points: Points) -> str:
         if not points:
             return UNKNOWN
-        step, value = which(points, key=lambda point: (point[1], point[0]))
+        step, value = min(points, key=lambda point: point[1])
         return f"{value:.4f} (step {step:,})"
+
+    def curves(name: str) -> list[Points]:
+        return [stage.run.curves[name] if stage.run else [] for stage in stages]
 
     rows = [
         ["run", *(stage.run_name for stage in stages)],
-        ["started from", *map(origin, stages)],
+        ["started from", first, *before],
         ["step of the checkpoint", *(f"{stage.step:,}" for stage in stages)],
     ]
     sums = [""] * len(rows)
@@ -334,26 +352,28 @@ def costs(names: Sequence[str], stages: Sequence[TrainedStage]) -> Table:
         unit = UNITS[name]
         rows.append([name, *(UNKNOWN if value is None else unit(value) for value in values)])
         sums.append(total(values, unit))
-    vals = [stage.run.val if stage.run else [] for stage in stages]
+    if any(sensors := [stage.header("energy_of") for stage in stages]):
+        rows.append(["energy of", *(", ".join(map(str, of)) if isinstance(of, list) else UNKNOWN
+                                    for of in sensors)])  # fmt: skip
     rows += [
-        ["energy of", *(", ".join(map(str, stage.header("energy_of") or [UNKNOWN])) for stage in stages)],
-        ["validation loss, last", *(loss(points[-1:], min) for points in vals)],
-        ["validation loss, lowest", *(loss(points, min) for points in vals)],
+        ["validation loss, last", *(lowest(points[-1:]) for points in curves("val/loss"))],
+        ["validation loss, lowest", *map(lowest, curves("val/loss"))],
+        ["bits per byte, last", *(lowest(points[-1:]) for points in curves("val/bpb"))],
     ]
     columns = ["", *names]
     if len(stages) > 1:
         columns.append("sum")
-        rows = [[*row, end] for row, end in zip(rows, [*sums, "", "", ""], strict=True)]
-    return Table(
-        "Tokens are all that were read, with padding. Time in all includes validation and saving, and steps "
-        "that were trained again after an interruption.", columns, rows,
-    )  # fmt: skip
+        rows = [[*row, end] for row, end in itertools.zip_longest(rows, sums, fillvalue="")]
+    note = (
+        "Tokens: all that were read, with padding. Time in all: with validation and saving, and with steps "
+        "that were trained again after an interruption."
+    )
+    return Table("training", columns, rows, note)
 
 
 def facts(stages: Sequence[TrainedStage]) -> list[tuple[str, str]]:
     values, last = totals(stages), stages[-1]
     found = [("parameters", f"{last.loaded.model.n_params:,}")] if last.loaded else []
-    found.append(("stages", " → ".join(column_names(stages))))
     found += [
         (name, total(values[name], UNITS[name])) for name in ("tokens", "training FLOPs", "time in all")
     ]
@@ -386,9 +406,9 @@ def charts(stages: Sequence[TrainedStage]) -> list[Block]:
 def tokenizers(stages: Sequence[TrainedStage]) -> dict[str, list[Any]]:
     known = [stage.loaded.tokenizer if stage.loaded else None for stage in stages]
     return {
-        "kind": [t and type(t).__name__.removesuffix("Tokenizer") for t in known],
+        "kind": [t and {"char": "characters", "bpe": "byte-level BPE"}.get(t.kind, t.kind) for t in known],
         "tokens in the vocabulary": [t and t.vocab_size for t in known],
-        "fingerprint": [t and t.fingerprint for t in known],
+        "fingerprint": [t and t.fingerprint[:16] for t in known],
     }
 
 
@@ -396,7 +416,8 @@ def data(names: Sequence[str], stages: Sequence[TrainedStage]) -> Table:
     """A row for each file, as the checkpoint records it; bytes and unknown tokens if it is still the same."""
     rows = []
     for name, stage in zip(names, stages, strict=True):
-        pairs = [_pair(part) for part in stage.config.get("dataset_path") or []]
+        parts = stage.config.get("dataset_path")
+        pairs = [_pair(part) for part in parts] if isinstance(parts, list) else []
         recorded = stage.loaded.checkpoint.data if stage.loaded else {}
         for i, kind in enumerate(("train", "validation")):
             paths, files = [pair[i] for pair in pairs], recorded.get(kind, [])
@@ -405,14 +426,16 @@ def data(names: Sequence[str], stages: Sequence[TrainedStage]) -> Table:
             for number, path in enumerate(paths):
                 file = files[number] if number < len(files) else {}
                 rows.append([path, f"{name}, {kind}", file.get("size", UNKNOWN), *_details(path, file)])
-    return Table(
-        f"A token file that has changed since has no bytes here. How the text was prepared is {UNKNOWN}.",
-        ["file or task", "for", "size", "bytes a token", "unknown tokens"], rows,
-    )  # fmt: skip
+    columns = ["file or task", "for", "size", "bytes a token", "unknown tokens"]
+    note = (
+        "Bytes of UTF-8 text and unknown tokens are those of the token file, if it is still there and has "
+        "not changed since. The commands that prepared it are not recorded."
+    )
+    return Table("data", columns, rows, note, is_text=True)
 
 
 def _pair(part: Any) -> tuple[str, str]:
-    """[what is trained on, what is validated with] of a part of dataset_path."""
+    """(what is trained on, what is validated with) of a part of dataset_path."""
     value = part.get("path") or part.get("task") if isinstance(part, dict) else part
     pair = [value, value] if isinstance(value, str) else value
     return (str(pair[0]), str(pair[1])) if isinstance(pair, list) and len(pair) == 2 else (UNKNOWN, UNKNOWN)
@@ -442,52 +465,74 @@ def commands(stages: Sequence[TrainedStage]) -> list[Block]:
     when = time.strftime("%Y-%m-%d %H:%M")
     return [
         Commands([*lines, "# this page", provenance.command()]),
-        Text(f"Written on {when}, with commit {provenance.commit() or UNKNOWN} of Nano."),
+        Text(f"Written on {when}. Commit of Nano: {provenance.commit() or UNKNOWN}."),
     ]
 
 
 # ---- scores ------------------------------------------------------------------------------------------
 
 
-def scores(names: Sequence[str], evaluations: Sequence[Sequence[Evaluation]]) -> list[Block]:
+def scores(names: Sequence[str], results: Sequence[Sequence[TaskResult]]) -> list[Block]:
+    """A row for each task and metric. results[i]: of the i-th stage."""
+    found: dict[tuple[str, str], dict[int, TaskResult]] = {}
+    for number, own in enumerate(results):
+        for result in filter(None, itertools.chain.from_iterable((one, one.beside()) for one in own)):
+            found.setdefault((result.name, result.metric), {})[number] = result
     rows = []
-    for results in zip(*([evaluation.result for evaluation in own] for own in evaluations), strict=True):
-        besides = [result.beside() for result in results]
-        for row in (results, besides):
-            known = [result for result in row if result]
-            if not known:
-                continue
-            first = known[0]
-            base = "-" if first.base_rate is None else format_score(first.metric, first.base_rate)
-            values = [format_score(r.metric, r.score, r.standard_error) for r in known]
-            rows.append([first.name, *values, base, first.metric, count(first)])
+    for (task, metric), stages in found.items():
+        first = next(iter(stages.values()))
+        base = "-" if first.base_rate is None else format_score(metric, first.base_rate)
+        values = [format_score(metric, one.score, one.standard_error) if (one := stages.get(i)) else "-"
+                  for i in range(len(names))]  # fmt: skip
+        rows.append([task, *values, base, metric, count(first)])
     if not rows:
-        return [Text("The model has no scores: none of the tasks fits it.")]
-    return [
-        Table(
-            "±: standard error. Base rate: the score of knowing nothing. All stages were asked the same "
-            "questions.", ["task", *names, "base rate", "metric", "examples"], rows,
-        ),
-        Text("How the models are asked, and what a metric means: doc/evaluation.md of Nano."),
-    ]  # fmt: skip
+        return [Text("There are no scores: none of the tasks fits the model.")]
+    note = (
+        "±: standard error. Base rate: the score of knowing nothing. All stages were asked the same "
+        "questions. What a metric means: doc/evaluation.md of Nano."
+    )
+    return [Table("scores", ["task", *names, "base rate", "metric", "examples"], rows, note)]
 
 
 def dialogues(names: Sequence[str], evaluations: Sequence[Sequence[Evaluation]]) -> list[Block]:
-    """The same questions to all stages, spread over the tasks and the kinds of their examples."""
+    """The same questions to all stages, spread over the tasks and the kinds of their examples.
+
+    A wrong answer says more when it is not cut off where its score is certain, so they are written anew.
+    """
     answered = [own for own in zip(*evaluations, strict=True) if own[0].result.metric != "perplexity"]
     rows = []
     for own in answered:
-        prepared, scored = own[-1].prepared, [evaluation.scores for evaluation in own]
-        for score in spread(scored[-1], max(2, N_DIALOGUES // len(answered))):
-            example = prepared.examples[score.number]
+        prepared = own[-1].prepared
+        chosen = spread(own[-1].scores, max(2, N_DIALOGUES // len(answered)))
+        numbers = [score.number for score in chosen]
+        for number, *answers in zip(numbers, *(_at_length(one, numbers) for one in own), strict=True):
+            example = prepared.examples[number]
             question = "\n".join(message["content"] for message in prepared.task.messages(example))
-            answers = [f"{_mark(s.value)} {_cut(s.answer)}{' …' * s.is_cut}"
-                       for s in (of_stage[score.number] for of_stage in scored)]  # fmt: skip
-            rows.append([_cut(question), *answers, _cut(example.answer)])
+            marks = [_mark(evaluation.scores[number].value) for evaluation in own]
+            texts = [f"{mark} {answer}" for mark, answer in zip(marks, answers, strict=True)]
+            rows.append([_cut(question), *texts, _cut(example.answer)])
     if not rows:
         return [Text("Nothing was asked that is answered in words.")]
-    caption = "Greedy answers. ✓ right, ✗ wrong, … cut off because it became too long."
-    return [Table(caption, ["question", *names, "right answer"], rows, is_text=True)]
+    note = "Greedy answers: ✓ right, ✗ wrong, … and so on."
+    return [Table("questions and answers", ["question", *names, "right answer"], rows, note, is_text=True)]
+
+
+def _at_length(evaluation: Evaluation, numbers: Sequence[int]) -> list[str]:
+    """A model's answers to these examples."""
+    from evaluation.runner import score
+
+    prepared = evaluation.prepared
+    scores = [evaluation.scores[number] for number in numbers]
+    if prepared.task.metric != "choice" and prepared.style != "toy":
+        n_tokens = [prepared.max_tokens[number] + ANSWER_ROOM for number in numbers]
+        part = replace(
+            prepared,
+            examples=[prepared.examples[number] for number in numbers],
+            prompts=[prepared.prompts[number] for number in numbers],
+            max_tokens=n_tokens,
+        )
+        scores = list(score(evaluation.model, part))
+    return [_cut(one.answer) + " …" * one.is_cut for one in scores]
 
 
 def _mark(value: float) -> str:
@@ -547,7 +592,9 @@ def _block_lines(block: Block) -> Iterable[str]:
         yield from (f"{fence}sh", text, fence)
     else:
         right = "---" if block.is_text else "---:"
+        yield from (f"<details><summary>{escaped(block.name)}</summary>", "") if block.is_folded else ()
         rows = [block.columns, ["---", *[right] * (len(block.columns) - 1)], *block.rows]
         for number, row in enumerate(rows):
             yield f"| {' | '.join(row if number == 1 else map(escaped, row))} |"
-        yield from ("", escaped(block.caption))
+        yield from ("", escaped(block.note)) if block.note else ()
+        yield from ("", "</details>") if block.is_folded else ()

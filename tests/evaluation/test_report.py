@@ -51,7 +51,7 @@ def report(project, *args):
 
 
 class Page(html.parser.HTMLParser):
-    """texts: all words; tables: {caption: [[text of each cell] of each row]}; attributes: of all elements."""
+    """texts: all words; tables: {name: [[text of each cell] of each row]}; attributes: of all elements."""
 
     def __init__(self, text):
         super().__init__()
@@ -82,8 +82,8 @@ class Page(html.parser.HTMLParser):
             self.headings.append(text)
 
     def table(self, start):
-        """{first cell: the others} of the table whose caption starts like this."""
-        [rows] = [rows for caption, rows in self.tables.items() if caption.startswith(start)]
+        """{first cell: the others} of the table whose name starts like this."""
+        [rows] = [rows for name, rows in self.tables.items() if name.startswith(start)]
         return {row[0]: row[1:] for row in rows}
 
 
@@ -124,13 +124,12 @@ def test_all_parts_are_there_in_both_files(made):
 
 
 def test_costs_are_those_of_the_logs(made):
-    costs = page_of(made).table("Tokens are all")
+    costs = page_of(made).table("training")
     assert costs[""] == ["pretrain 1", "pretrain 2", "sft", "sum"]
     logs = [[json.loads(line) for line in path.read_text("utf-8").splitlines()]
             for path in sorted(made.root.glob("train_2*.metrics.jsonl"))]  # fmt: skip
     assert costs["run"][:3] == [events[0]["run"] for events in logs]
-    first, second, _ = (file.name for file in engine_files(made))
-    assert costs["started from"][:3] == ["a new model", f"checkpoint/{first}", f"checkpoint/{second}"]
+    assert costs["started from"] == ["a new model", "pretrain 1, step 6", "pretrain 2, step 5", ""]
     assert costs["steps"] == ["6", "5", "6", "17"]
     per_step = RUN["batch_size"] * MODEL["block_size"]
     assert costs["tokens"][:2] == [f"{6 * per_step:,}", f"{5 * per_step:,}"]
@@ -157,7 +156,7 @@ def test_scores_are_those_on_disk(made):
         first, *_, last = map(json.loads, path.read_text("utf-8").splitlines())
         footers[first["about"]["run"]] = last
     assert len(footers) == 3
-    [(_, cells)] = [row for row in page_of(made).table("±").items() if row[0].endswith("my.jsonl")]
+    [(_, cells)] = [row for row in page_of(made).table("scores").items() if row[0].endswith("my.jsonl")]
     expected = [f"{100 * footers[run]['score']:.1f} % ± {100 * footers[run]['standard_error']:.1f}"
                 for run in sorted(footers)]  # fmt: skip
     assert cells[:3] == expected and cells[4:] == ["exact", "9"]
@@ -166,10 +165,10 @@ def test_scores_are_those_on_disk(made):
 def test_data_model_machine_and_commands(made):
     page = page_of(made)
     meta = json.loads((made.root / "dataset" / "prepared" / "sft_train.json").read_text("utf-8"))
-    size, bytes_a_token = page.table("A token file")["dataset/prepared/sft_train.bin"][1:3]
+    size, bytes_a_token = page.table("data")["dataset/prepared/sft_train.bin"][1:3]
     assert size == f"{meta['n_documents']:,} documents, {meta['n_tokens']:,} tokens"
     assert bytes_a_token == f"{meta['n_bytes'] / meta['n_tokens']:.3f}"
-    assert page.table("shape")["block_size"] == ["32"] and page.table("machine")["device"] == ["cpu"]
+    assert page.table("model")["block_size"] == ["32"] and page.table("machine")["device"] == ["cpu"]
     assert page.table("all keys")["max_steps"] == ["6", "5", "6"]
     typed = "python train.py -t sft --set eval_interval=3 --set log_interval=2"
     assert f"{typed} --set max_steps=3\n{typed} --resume\n" in page.texts
@@ -191,7 +190,7 @@ def test_energy_is_the_sum_over_all_starts(made, tmp_path):
             line["energy_of"] = ["package-0"]
     sft.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     assert report(project).returncode == 0
-    costs = page_of(project).table("Tokens are all")
+    costs = page_of(project).table("training")
     spent = f"{total / 3600:g} Wh"
     assert costs["energy"] == ["not recorded", "not recorded", spent, f"more than {spent}"]
 
@@ -206,7 +205,7 @@ def test_nothing_is_run_or_loaded_and_texts_are_only_texts(made):
     assert len(links) == 3 and all(link.startswith("data:image/svg+xml;base64,") for link in links)
     [policy] = [v for n, v in page.attributes if n == "content" and "default-src" in v]
     assert policy.startswith("default-src 'none'; img-src data:;") and "script-src" not in policy
-    assert HOSTILE in page.table("Greedy")
+    assert HOSTILE in page.table("questions")
     markdown = next((made.root / "checkpoint" / "report").iterdir()).joinpath("report.md").read_text("utf-8")
     assert "<script" not in re.sub(r"\\<", "", markdown)
     rows = [line for line in markdown.splitlines() if line.startswith("| \\<script")]
@@ -242,9 +241,9 @@ def test_what_is_gone_is_named(made, tmp_path):
     page = page_of(project)
     assert f"started from checkpoint/{second.name}, which cannot be scored" in page.texts
     assert f"There is no log of pretrain {first.stem[9:24]}" in page.texts
-    costs = page.table("Tokens are all")
+    costs = page.table("training")
     assert costs["steps"] == ["not recorded", "5", "6", "more than 11"]
-    assert page.table("±")["task"] == ["pretrain 1", "sft", "base rate", "metric", "examples"]
+    assert page.table("scores")["task"] == ["pretrain 1", "sft", "base rate", "metric", "examples"]
 
 
 def test_an_unrecorded_origin_is_not_guessed(made, tmp_path, monkeypatch):
@@ -257,7 +256,7 @@ def test_an_unrecorded_origin_is_not_guessed(made, tmp_path, monkeypatch):
     assert report(project).returncode == 0
     page = page_of(project)
     assert "an earlier version of Nano began it" in page.texts
-    assert page.table("Tokens are all")[""] == ["sft"]
+    assert page.table("training")[""] == ["sft"]
 
 
 def test_a_run_that_branches_off_started_from_a_checkpoint(train):
