@@ -6,7 +6,7 @@
     selection.py   --tasks -> tasks
     results.py     results on disk, one file each, and going on with an unfinished one
     tables.py      what is printed
-    report.py      a page about a model (report.html is its template)
+    report.py      a page about a model (page.py and report.html write it down)
 
 evaluate.py is the command line.
 """

@@ -175,26 +175,6 @@ def test_data_model_machine_and_commands(made):
     assert f"python evaluate.py --report --tasks '{made.questions}' --device cpu" in page.texts
 
 
-def test_energy_is_the_sum_over_all_starts(made, tmp_path):
-    project = copy(made, tmp_path)
-    *_, sft = sorted(project.root.glob("train_2*.metrics.jsonl"))
-    lines = [json.loads(line) for line in sft.read_text("utf-8").splitlines()]
-    joules, total = 0.0, 0.0
-    for line in lines:
-        joules = 0.0 if line["event"] == "start" else joules
-        if line["event"] == "train":
-            joules += 1800.0
-            line["energy_joules"] = joules
-            total += 1800.0
-        elif line["event"] == "start":
-            line["energy_of"] = ["package-0"]
-    sft.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    assert report(project).returncode == 0
-    costs = page_of(project).table("training")
-    spent = f"{total / 3600:g} Wh"
-    assert costs["energy"] == ["not recorded", "not recorded", spent, f"more than {spent}"]
-
-
 # ---- safe to open ------------------------------------------------------------------------------------------
 
 
@@ -212,11 +192,11 @@ def test_nothing_is_run_or_loaded_and_texts_are_only_texts(made):
     assert rows and all(len(re.findall(r"(?<!\\)\|", row)) == 6 for row in rows)
 
 
-def test_what_a_model_wrote_is_escaped(command, tmp_path, monkeypatch):
+def test_a_model_without_a_log_whose_answers_are_escaped(command, tmp_path, monkeypatch):
     words = "<b>&\x1b[0m"
     (tmp_path / "my.jsonl").write_text(json.dumps({"question": "你", "answer": words}) + "\n", "utf-8")
     tokenizer = CharTokenizer.train([TEXT + words])
-    polite(tokenizer).save()
+    dataclasses.replace(polite(tokenizer), train_config={"from_checkpoint": "auto"}).save()
     monkeypatch.setattr(
         "evaluation.runner.answer_greedily",
         lambda model, prompts, *_, **__: [(tokenizer.encode(words).tolist(), True) for _ in prompts],
@@ -224,18 +204,30 @@ def test_what_a_model_wrote_is_escaped(command, tmp_path, monkeypatch):
     done = command("--report", "--tasks", "my.jsonl", "--out", "页 page", main=evaluate.main)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "页 page" / "report.html").read_text("utf-8")
+    assert "sft 20260102_030405 started from is not recorded" in text  # and not guessed
+    assert "There is no log of sft 20260102_030405" in text
     assert "&lt;b&gt;&amp;\ufffd[0m" in text and "<b>" not in text and "\x1b" not in text
 
 
 # ---- what is missing ---------------------------------------------------------------------------------------
 
 
-def test_what_is_gone_is_named(made, tmp_path):
+def test_what_is_gone_is_named_and_what_was_measured_is_added_up(made, tmp_path):
     project = copy(made, tmp_path)
     first, second, _ = engine_files(project)
     second.unlink()
     for path in project.root.glob(f"train_{first.stem[9:24]}*"):
         path.unlink()
+    *_, sft = sorted(project.root.glob("train_2*.metrics.jsonl"))
+    joules, total, lines = 0.0, 0.0, [json.loads(line) for line in sft.read_text("utf-8").splitlines()]
+    for line in lines:  # as a machine that tells would have written them: each start counts anew
+        if line["event"] == "start":
+            joules, line["energy_of"] = 0.0, ["package-0", "GPU"]
+        if line["event"] == "train":
+            joules, total = joules + 1800.0, total + 1800.0
+            line["energy_joules"] = joules
+    assert sum(line["event"] == "start" for line in lines) == 2
+    sft.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     done = report(project)
     assert done.returncode == 0, done.stderr
     page = page_of(project)
@@ -243,20 +235,9 @@ def test_what_is_gone_is_named(made, tmp_path):
     assert f"There is no log of pretrain {first.stem[9:24]}" in page.texts
     costs = page.table("training")
     assert costs["steps"] == ["not recorded", "5", "6", "more than 11"]
+    spent = f"{total / 3600:g} Wh"
+    assert costs["energy"] == ["not recorded", "not recorded", spent, f"more than {spent}"]
     assert page.table("scores")["task"] == ["pretrain 1", "sft", "base rate", "metric", "examples"]
-
-
-def test_an_unrecorded_origin_is_not_guessed(made, tmp_path, monkeypatch):
-    project = copy(made, tmp_path)
-    monkeypatch.setattr(engine.checkpoint, "FOLDER", project.root / "checkpoint")
-    path = engine_files(project)[-1]
-    state = engine.checkpoint.load(path)
-    old = {**state.train_config, "from_checkpoint": "auto"}
-    dataclasses.replace(state, train_config=old).save()
-    assert report(project).returncode == 0
-    page = page_of(project)
-    assert "an earlier version of Nano began it" in page.texts
-    assert page.table("training")[""] == ["sft"]
 
 
 def test_a_run_that_branches_off_started_from_a_checkpoint(train):
