@@ -65,8 +65,11 @@ class Section:
 
 
 def clean(text: object) -> str:
-    """The text without control characters and other invisible ones, except for line ends."""
-    return "".join(c if c.isprintable() or c in "\n\u3000\xa0" else "\ufffd" for c in str(text))
+    """The text without control characters and other invisible ones, such as those that reverse a line.
+
+    Line ends, wide spaces, and what joins the parts of an emoji stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\u3000\xa0\u200c\u200d" else "\ufffd" for c in str(text))
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
@@ -76,6 +79,7 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
         autoescape=True, finalize=lambda value: clean(value) if type(value) is str else value,
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
     )  # fmt: skip
+    environment.filters["clean"] = clean  # for texts that `finalize` does not see any more
     template = Path(__file__).with_name("report.html").read_text("utf-8")
     named = [(s.title, [(type(block).__name__, block) for block in s.blocks]) for s in sections]
     return str(environment.from_string(template).render(title=title, sections=named))

@@ -60,6 +60,12 @@ class TrainedStage:
         """The run's configuration, as the checkpoint or else the log records it. May be empty."""
         return self.loaded.checkpoint.train_config if self.loaded else self.header("train_config") or {}
 
+    @property
+    def origin(self) -> str | None:
+        """The checkpoint that it started from; "" for a new model, None if that is unknown."""
+        value = self.config.get("from_checkpoint")
+        return value if isinstance(value, str) and value != "auto" else None
+
     def header(self, *keys: str) -> Any:
         """What the log's header says under these nested keys, or None."""
         value: Any = self.run.header if self.run else None
@@ -80,12 +86,12 @@ def lineage(model: str, load: Callable[[str], LoadedModel]) -> tuple[list[Traine
     """
     stages = [_stage(load(model))]
     notes: list[str] = []
-    while origin := stages[0].config.get("from_checkpoint"):
+    while (origin := stages[0].origin) != "":
         first = stages[0]
-        if not isinstance(origin, str) or origin == "auto":
+        if origin is None:
             notes.append(
-                f"Which checkpoint {first.title} started from is {UNKNOWN}: an earlier version of Nano began "
-                "it."
+                f"What {first.title} started from is {UNKNOWN}: an earlier version of Nano began it, or "
+                "another program."
             )
             break
         path = resolve_path(origin)
@@ -266,17 +272,17 @@ UNITS: dict[str, Callable[[float], str]] = {
 }
 
 
-def total(values: Sequence[float | None], unit: Callable[[float], str]) -> str:
-    """The sum, and whether some of its parts are unknown."""
+def total(stages: Sequence[TrainedStage], name: str) -> str:
+    """The sum of a cost over all stages, and whether some of its parts are unknown."""
+    values = totals(stages)[name] + ([] if stages[0].origin == "" else [None])
     known = [value for value in values if value is not None]
     if not known:
         return UNKNOWN
-    return "more than " * (len(known) < len(values)) + unit(sum(known))
+    return "more than " * (len(known) < len(values)) + UNITS[name](sum(known))
 
 
 def costs(names: Sequence[str], stages: Sequence[TrainedStage]) -> Table:
-    first = str(stages[0].config.get("from_checkpoint", UNKNOWN))
-    first = {"": "a new model", "auto": UNKNOWN}.get(first, Path(first).stem)
+    first = {"": "a new model", None: UNKNOWN}.get(stages[0].origin) or Path(str(stages[0].origin)).stem
     before = [f"{name}, step {stage.step:,}" for name, stage in zip(names[:-1], stages[:-1], strict=True)]
 
     def lowest(points: Points) -> str:
@@ -297,7 +303,7 @@ def costs(names: Sequence[str], stages: Sequence[TrainedStage]) -> Table:
     for name, values in totals(stages).items():
         unit = UNITS[name]
         rows.append([name, *(UNKNOWN if value is None else unit(value) for value in values)])
-        sums.append(total(values, unit))
+        sums.append(total(stages, name))
     if any(sensors := [stage.header("energy_of") for stage in stages]):
         rows.append(["energy of", *(", ".join(map(str, of)) if isinstance(of, list) else UNKNOWN
                                     for of in sensors)])  # fmt: skip
@@ -318,14 +324,10 @@ def costs(names: Sequence[str], stages: Sequence[TrainedStage]) -> Table:
 
 
 def facts(stages: Sequence[TrainedStage]) -> list[tuple[str, str]]:
-    values, last = totals(stages), stages[-1]
+    last = stages[-1]
     found = [("parameters", f"{last.loaded.model.n_params:,}")] if last.loaded else []
-    found += [
-        (name, total(values[name], UNITS[name])) for name in ("tokens", "training FLOPs", "time in all")
-    ]
-    if total(values["energy"], str) != UNKNOWN:
-        found.append(("energy", total(values["energy"], UNITS["energy"])))
-    return found
+    found += [(name, total(stages, name)) for name in ("tokens", "training FLOPs", "time in all", "energy")]
+    return [(name, value) for name, value in found if value != UNKNOWN]
 
 
 def charts(stages: Sequence[TrainedStage]) -> list[Block]:

@@ -16,8 +16,8 @@ from tokenizer import CharTokenizer
 
 HOSTILE = "<script>alert(1)</script> | `x` **b** [a](http://b.c)"
 QUESTIONS = [
+    {"question": HOSTILE + "\u202e\x07", "answer": "</td><img src=x>"},
     *({"question": f"{n} + 1?", "answer": f"{n + 1}。"} for n in range(8)),
-    {"question": HOSTILE, "answer": "</td><img src=x>"},
 ]
 SECTIONS = [
     "Summary", "Scores", "Questions and answers", "Training", "Loss", "Model", "Data and tokenizer",
@@ -185,7 +185,7 @@ def test_nothing_is_run_or_loaded_and_texts_are_only_texts(made):
     assert len(links) == 3 and all(link.startswith("data:image/svg+xml;base64,") for link in links)
     [policy] = [v for n, v in page.attributes if n == "content" and "default-src" in v]
     assert policy.startswith("default-src 'none'; img-src data:;") and "script-src" not in policy
-    assert HOSTILE in page.table("questions")
+    assert page.table("questions")[HOSTILE + "\ufffd\ufffd"][-1] == "</td><img src=x>"
     markdown = next((made.root / "checkpoint" / "report").iterdir()).joinpath("report.md").read_text("utf-8")
     assert "<script" not in re.sub(r"\\<", "", markdown)
     rows = [line for line in markdown.splitlines() if line.startswith("| \\<script")]
@@ -204,7 +204,7 @@ def test_a_model_without_a_log_whose_answers_are_escaped(command, tmp_path, monk
     done = command("--report", "--tasks", "my.jsonl", "--out", "页 page", main=evaluate.main)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "页 page" / "report.html").read_text("utf-8")
-    assert "sft 20260102_030405 started from is not recorded" in text  # and not guessed
+    assert "What sft 20260102_030405 started from is not recorded" in text  # and not guessed
     assert "There is no log of sft 20260102_030405" in text
     assert "&lt;b&gt;&amp;\ufffd[0m" in text and "<b>" not in text and "\x1b" not in text
 
