@@ -43,8 +43,10 @@ UNITS = {
 }  # fmt: skip
 MODEL_METRIC = re.compile(r"train/([a-z][a-z0-9_]{0,40})(?:/([0-9]{1,5}))?")  # "expert_load/2": of layer 2
 PART = re.compile(r"val/loss/([0-9]{1,5})")  # the loss on one of several validation files
-RATES = ("train/flops_per_second", "train/tokens_per_second", "train/step_seconds")
-STANDARD = ("train/loss", "val/loss", "val/bpb", "val/accuracy", "train/lr", *RATES)
+STANDARD = (
+    "train/loss", "val/loss", "val/accuracy", "train/lr", "train/flops_per_second",
+    "train/tokens_per_second", "train/step_seconds", "val/bpb",
+)  # fmt: skip
 SAVED = re.compile(r"(?:.*[/\\])?([a-z]+)_(.{1,200})_step_[0-9]+\.pt")  # <task>_<run>_step_<N>.pt
 NAME = re.compile(r"\S.{0,199}")
 
