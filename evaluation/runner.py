@@ -33,7 +33,7 @@ from common.errors import UserError
 from decoding.text_generator import answer_greedily, stop_tokens
 from evaluation import statistics, toys
 from evaluation.prompts import Prepared, prepare
-from tasks import DrawnTask, Example, Task
+from tasks import DrawnTask, Example, Task, options_of
 from tasks.problems import Problem
 from tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 N_DRAWN = 1_000  # examples of a task that are drawn at random, unless a limit is given
 # Examples are scored in groups. Rounding may depend on what else is in a batch, so an evaluation that goes on
 # after a group gives the same scores, bit for bit, as one in one go.
-GROUP = 256
+GROUP = 128
 
 
 class ExampleScore(NamedTuple):
@@ -72,7 +72,7 @@ class ExampleScore(NamedTuple):
 class TaskResult:
     """The scores of a model on the examples of a task.
 
-    name       the task with its options
+    name       the task, with those options that are not the default ones
     metric     of the scores: one of tasks.Metric, or of a public benchmark
     base_rate  the score of a model that knows nothing, if there is one
     scores     of each example
@@ -108,8 +108,9 @@ class TaskResult:
         if not self.scores:
             raise UserError(f"{self.name}: no example was scored, so there is no score")
         mean, error = statistics.ratio([s.value for s in self.scores], [s.weight for s in self.scores])
-        if "perplexity" in self.metric:  # the error of exp(mean), to first order
-            return math.exp(mean), error and error * math.exp(mean)
+        if "perplexity" in self.metric:
+            perplexity = math.exp(mean) if mean < 700 else math.inf
+            return perplexity, error and error * perplexity  # the error to first order
         return mean, error
 
     def by_kind(self) -> dict[str, TaskResult]:
@@ -190,7 +191,18 @@ def result_of(prepared: Prepared, scores: list[ExampleScore], seconds: float | N
     if not isinstance(task, DrawnTask):
         n_all = max(len(examples), sum(1 for _ in task.examples("test", 0)))
     base_rate = task.base_rate([examples[score.number] for score in scores]) if scores else None
-    return TaskResult(task.spec, task.metric, base_rate, scores, n_all, seconds, prepared.notes)
+    return TaskResult(title_of(task), task.metric, base_rate, scores, n_all, seconds, prepared.notes)
+
+
+def title_of(task: Task) -> str:
+    """The name of a task for tables, with those options that are not the default ones."""
+    if not dataclasses.is_dataclass(task):
+        return task.spec
+    usual = {field.name: field.default for field in dataclasses.fields(task)}
+    changed = [
+        f"{name}={str(value).lower()}" for name, value in options_of(task).items() if value != usual[name]
+    ]
+    return f"{task.name}:{','.join(changed)}" if changed else task.name
 
 
 # ---- what the model answers --------------------------------------------------------------------------

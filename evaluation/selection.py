@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import tasks
 from common.config import resolve_path
@@ -14,7 +14,7 @@ from tasks.problems import Problem
 FILE = ".jsonl"
 
 
-def split_specs(texts: Iterable[str]) -> list[str]:
+def split_specs(texts: Sequence[str]) -> list[str]:
     """["arithmetic:digits=3,steps=true,my.jsonl"] -> ["arithmetic:digits=3,steps=true", "my.jsonl"]"""
     specs: list[str] = []
     for text in texts:
@@ -22,8 +22,10 @@ def split_specs(texts: Iterable[str]) -> list[str]:
             specs.append(text)
             continue
         for part in filter(None, (part.strip() for part in text.split(","))):
-            is_option = re.fullmatch(r"\w+=\w*", part) and specs and ":" in specs[-1]
+            is_option = re.fullmatch(r"\w+=.*(?<!\.jsonl)", part) and specs and ":" in specs[-1]
             specs[-1:] = [f"{specs[-1]},{part}"] if is_option else [*specs[-1:], part]
+    if texts and not specs:
+        raise UserError("--tasks names no task")
     return list(dict.fromkeys(specs))
 
 

@@ -60,7 +60,7 @@ def test_metrics_and_several_tasks(score):
     done = score(
         "--tasks",
         "my.jsonl",
-        "arithmetic:digits=2,steps=false,my.jsonl",
+        "arithmetic:digits=3,steps=false,my.jsonl",
         "--metric",
         "contains",
         "--limit",
@@ -68,7 +68,7 @@ def test_metrics_and_several_tasks(score):
     )
     assert done.returncode == 0
     assert re.search(r"my\.jsonl +│ +contains +│ +100\.0 % ± 0\.0 .* 30 of 50 │", done.stdout)
-    assert re.search(r"arithmetic:digits=2,steps=false +│ +contains .* 30 drawn │", done.stdout)
+    assert re.search(r"arithmetic:digits=3 +│ +contains .* 30 drawn │", done.stdout)
     assert "characters that are unknown to this model" in done.stderr
     done = score("--tasks", "my.jsonl", "--metric", "perplexity")
     assert "bits per byte" in done.stdout and "✓" not in done.stdout
@@ -175,6 +175,7 @@ def test_ctrl_c_shows_what_was_scored_and_resume_goes_on(score, tmp_path, monkey
     [
         (["--tasks", "arithmetik"], "there is no task arithmetik; did you mean arithmetic"),
         (["--tasks", "arithmetic:digit=2"], "has no option digit"),
+        (["--tasks", " ,"], "--tasks names no task"),
         (["--tasks", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--tasks", "empty.jsonl"], "empty.jsonl"),
         (["--tasks", "broken.jsonl"], "broken.jsonl, line 2"),

@@ -161,6 +161,14 @@ def test_perplexity_is_pooled_over_all_tokens(tokenizer, table):
     assert (one.value, one.weight) == (pytest.approx(expected, rel=1e-5), 2)
 
 
+def test_a_perplexity_beyond_all_numbers_is_infinite(tokenizer):
+    model = chain(tokenizer, {})[1]
+    with torch.no_grad():
+        model.lm_head.weight *= 10
+    result = ask(model, tokenizer, [("", "abc"), ("", "ab")], "perplexity")
+    assert result.score == math.inf and math.isfinite(result.beside().score)
+
+
 def test_bits_per_byte_count_bytes():
     text = "你好，世界"
     tokenizer = CharTokenizer(text)
