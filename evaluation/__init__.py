@@ -8,5 +8,9 @@
     tables.py      what is printed
     report.py      a page about a model (page.py and report.html write it down)
 
+    public.py      public benchmarks, in the same tables and folder: through lm-evaluation-harness
+                   (harness.py), and CORE (core.py)
+    sandbox.py     runs code that a model has written
+
 evaluate.py is the command line.
 """

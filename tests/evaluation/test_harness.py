@@ -1,13 +1,16 @@
 """evaluation/harness.py against the Hugging Face backend of lm-evaluation-harness, on the exported model."""
 
 import contextlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import models
+from common.errors import UserError
 from engine.checkpoint import Checkpoint
+from evaluation import sandbox
 from formats import huggingface
 from tokenizer import BPETokenizer, CharTokenizer
 
@@ -154,3 +157,35 @@ def test_numbers_without_bos_and_in_the_chat_template(tmp_path, request, name, k
 @pytest.mark.slow
 def test_long_prompts_are_shortened_as_there(tmp_path):
     check(both(tmp_path, *make("nano", "char", block_size=64), kinds=["choices", "cloze", "generation"]))
+
+
+def test_humaneval_runs_programs_in_the_sandbox_without_a_download(tmp_path, monkeypatch):
+    """The harness's own files for it, with problems of ours."""
+    problem = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(g):\n    assert g(2) == 4\n"}
+    lines = [json.dumps({**problem, "task_id": str(number)}) for number in range(3)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(lines), "utf-8")
+    theirs = Path(lm_eval.__file__).parent / "tasks" / "humaneval" / "humaneval.yaml"
+    (tmp_path / "mine.yaml").write_text(
+        f"include: {theirs}\ntask: my_humaneval\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'problems.jsonl'}\n", "utf-8"
+    )  # fmt: skip
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    written = ["    return x * x", "    return x * 3", "    while True: pass"]
+    monkeypatch.setattr(harness.NanoLM, "generate_until", lambda self, requests: written)
+    monkeypatch.setattr(sandbox.run_code, "__defaults__", (1, sandbox.MEMORY))
+    options = dict(include_path=tmp_path, run_generated_code=True)
+    [result] = harness.run(*make(), ["my_humaneval"], **options)["my_humaneval"]
+    assert [score.value for score in result.scores] == [1, 0, 0] and result.metric.startswith("pass@1")
+    assert result.scores[1].answer == "def f(x):\n    return x * 3"
+
+
+@pytest.mark.slow
+def test_names_that_the_harness_does_not_know_are_told_near_ones():
+    """It reads all its files for that."""
+    with pytest.raises(UserError, match="did you mean .*made_up_choices"):
+        harness.run(*make(), ["made_up_choice"], include_path=TASKS)
+    with pytest.raises(UserError, match="arc_easy could not be loaded .* downloads the data"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_HOME", "/nowhere")
+            patch.setattr(harness, "is_online", lambda: False)
+            harness.run(*make(), ["arc_easy"])
