@@ -1,4 +1,4 @@
-"""Charts from training logs: loss, validation loss, learning rate, speed, and the model's own numbers.
+"""Charts from training logs: loss, scores, learning rate, speed, and the model's own numbers.
 
 It draws what common/log_reader.py reads: the logs of train.py, and those of the original Nano. A chart has
 one column per task, since a pretraining step and an SFT step are not comparable; runs of the same task share
@@ -42,6 +42,8 @@ EXAMPLES = """examples:
   python plot_loss.py -n train_20260102_030405.log --follow
 """
 KEYS = 30  # lines of a legend
+SCORES = ("score", "perplexity")  # of tasks, each a row of panels
+MARKERS = "os^Dvph*<>XP"
 BLUE, ORANGE, INK, GREY = "#2563eb", "#e8590c", "#1f2933", "#7b8794"
 PALETTE = (BLUE, ORANGE, "#0f9d72", "#9333ea", "#d6336c", "#8a6d3b", "#0891b2", "#64748b")
 CHINESE = {
@@ -90,8 +92,10 @@ def draw(figure: Figure, logs: Sequence[Log]) -> None:
     columns: dict[str, list[Run]] = {}
     for run in runs:
         columns.setdefault(run.task or (named[0] if named else "Training"), []).append(run)
-    heights = {"train/loss": 4.2, "val/accuracy": 2.2, "train/lr": 1.1, "train/flops_per_second": 1.1}
-    heights = {name: height for name, height in heights.items() if any(run.curves[name] for run in runs)}
+    heights = {"train/loss": 4.2, "score": 2.4, "perplexity": 2.0}
+    heights |= {"train/lr": 1.1, "train/flops_per_second": 1.1}
+    heights = {name: height for name, height in heights.items()
+               if any(run.scores(name) if name in SCORES else run.curves[name] for run in runs)}  # fmt: skip
     model_metrics = dict.fromkeys(name for run in runs for name in run.model_metrics)
     heights |= dict.fromkeys(model_metrics, 1.6)
     figure.set_size_inches(9 if len(columns) == 1 else 7 * len(columns), 1.5 + sum(heights.values()))
@@ -111,6 +115,8 @@ def draw(figure: Figure, logs: Sequence[Log]) -> None:
         for name, panel in zip(heights, panels, strict=True):
             if name == "train/loss":
                 below = max(below, draw_loss(panel, group))
+            elif name in SCORES:
+                draw_scores(panel, group, name)
             elif name in model_metrics:
                 draw_model_metric(panel, group, name)
             else:
@@ -224,18 +230,45 @@ def lighten(color: Any, share: float) -> list[float]:
     return [c + (1 - c) * share for c in to_rgb(color)]
 
 
-def draw_accuracy(panel: Axes, group: Sequence[Run]) -> None:
-    """The share of exact answers at each validation, in percent."""
+def draw_scores(panel: Axes, group: Sequence[Run], metric: str) -> None:
+    """The score on each task, with a dashed line for its base rate; or its perplexity.
+
+    Of one run, each task has a colour; of several, each run has one, and tasks differ in markers.
+    """
+    alone = len(group) == 1
+    names = list(dict.fromkeys(name for run in group for name in run.scores(metric)))
+    scale, unit = (100, " %") if metric == "score" else (1, "")
     for i, run in enumerate(group):
-        color = ORANGE if len(group) == 1 else color_of(i, group)
-        steps, shares = finite(run.curves["val/accuracy"])
-        values = 100 * shares
-        panel.plot(*downsample(steps, values), color=color, linewidth=1.4, marker="o", markersize=3.5)
-        if len(group) == 1 and len(values):
-            place: dict[str, Any] = {"xytext": (-4, -14), "textcoords": "offset points", "ha": "right"}
-            panel.annotate(f"{values[-1]:.2f} %", (steps[-1], values[-1]), color=INK, fontsize=9, **place)
-    panel.set_ylabel("accuracy (%)")
-    panel.set_ylim(0, 104)
+        for name, points in run.scores(metric).items():
+            k = names.index(name)
+            color = PALETTE[(k + 1) % len(PALETTE)] if alone else color_of(i, group)
+            steps, values = finite(points)
+            if not len(values):
+                continue
+            shown = name.lstrip("_")  # a leading underscore would keep it out of the legend
+            label = f"{shown}: {scale * values[-1]:.2f}{unit}" if alone else "_"
+            style: dict[str, Any] = {"marker": MARKERS[0 if alone else k % len(MARKERS)], "markersize": 3.5}
+            panel.plot(*downsample(steps, scale * values), color=color, linewidth=1.4, label=label, **style)
+    rates = {name: rate for run in group for name, rate in run.base_rates.items() if name in names}
+    for name, rate in rates.items():
+        k = names.index(name)
+        color = PALETTE[(k + 1) % len(PALETTE)] if alone else GREY
+        panel.axhline(100 * rate, color=color, linewidth=0.9, linestyle="--", zorder=1)
+        if not alone:  # the marker at its end says which task it is of
+            end: dict[str, Any] = {"marker": MARKERS[k % len(MARKERS)], "markersize": 3.5, "clip_on": False}
+            panel.plot([1], [100 * rate], color=color, transform=panel.get_yaxis_transform(), **end)
+    if not alone and names != ["validation"]:
+        for k, name in enumerate(names):
+            panel.plot(
+                [], [], color=GREY, marker=MARKERS[k % len(MARKERS)], markersize=3.5, label=name.lstrip("_")
+            )
+    if rates:
+        panel.plot([], [], color=GREY, linewidth=0.9, linestyle="--", label="base rate")
+    if panel.get_legend_handles_labels()[1]:
+        panel.legend(fontsize=8, frameon=False, ncols=2, loc="best")
+    if metric == "score":
+        panel.set_ylim(-3, 104)
+    panel.set_ylabel("accuracy (%)" if names == ["validation"] else "score (%)" if unit else metric)
 
 
 def draw_rate(panel: Axes, group: Sequence[Run]) -> None:
@@ -281,7 +314,7 @@ def draw_model_metric(panel: Axes, group: Sequence[Run], name: str) -> None:
     panel.locator_params(axis="y", nbins=4)
 
 
-DRAW = {"val/accuracy": draw_accuracy, "train/lr": draw_rate, "train/flops_per_second": draw_speed}
+DRAW = {"train/lr": draw_rate, "train/flops_per_second": draw_speed}
 
 
 def style_axes(panel: Axes) -> None:

@@ -293,17 +293,19 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
 
     parallel: how the run is distributed over processes (engine/parallel.py). launcher: see engine/stop.py.
     """
+    from common.energy import EnergyMeter
     from common.log import RunLog, notice
     from engine import checkpoint, plan, runs
     from engine.optimizer import learning_rate_at
     from engine.speed import Speedometer
     from engine.stop import StopRequest
+    from evaluation.in_training import TrainingTests
 
     config, start = setup.config, setup.start
     if start.resumes and start.checkpoint and 0 < config.max_steps <= start.checkpoint.step:
         print(f"Nothing to do: {start.name} has all of its {config.max_steps} steps.")
         return None
-    estimate = plan.RunEstimate.of(setup)
+    tests, estimate = TrainingTests(setup), plan.RunEstimate.of(setup)
     with estimate.advice_when_out_of_memory():
         state = initial_state(setup, parallel)
     print(estimate.summary())
@@ -320,12 +322,14 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
     run_name = parallel.broadcast_from_rank0(lambda: run.name)
     header = {**estimate.header(), "run": run_name, "resumed_from_step": state.step}
     header |= {"branched_from": start.branched_from} if start.branched_from else {}
+    meter = EnergyMeter.of(setup.compute.device)
+    header |= {"energy_of": meter.sources} if meter.sources else {}
     n_steps = (config.max_steps or math.inf) - state.step
     batches = device_batches(setup, parallel, state.consumed["sequences"], n_steps)
-    results, speed, on_cpu = [], Speedometer(setup.model), setup.compute.device_type == "cpu"
+    results, on_cpu = [], setup.compute.device_type == "cpu"
     first_step = last_saved = state.step
     stopping, path = False, None
-    log = RunLog(run_name, header, config.max_steps, state.step)
+    log, speed = RunLog(run_name, header, config.max_steps, state.step), Speedometer(setup.model)
 
     with run, log, contextlib.closing(batches), estimate.advice_when_out_of_memory():
         while state.step < config.max_steps or not config.max_steps:
@@ -337,10 +341,12 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
             results.append(train_step(state, setup, parallel, batch))
 
             step, is_last = state.step, state.step == config.max_steps
-            logs, evaluates, saves = (
+            logs, evaluates, saves, is_tested = (
                 step % interval == 0 or is_last
-                for interval in (config.log_interval, config.eval_interval, config.save_interval)
-            )
+                for interval in (
+                    config.log_interval, config.eval_interval, config.save_interval, tests.interval
+                )
+            )  # fmt: skip
             if logs or evaluates or saves or on_cpu:  # reading the numbers would make a GPU wait
                 numbers, results = read_results(results, state, setup, parallel, run_name), []
             if logs:
@@ -351,6 +357,9 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
                     "lr": learning_rate_at(step - 1, config), "grad_norm": numbers[-1]["grad_norm"],
                 }  # fmt: skip
                 rates |= remaining if config.max_steps else {}
+                joules = meter.joules()
+                energy, n_unknown = parallel.all_reduce_sum(joules or 0.0, joules is None)
+                rates |= {} if n_unknown else {"energy_joules": energy}
                 log.write("train", epoch, step, {**own, **numbers[-1]["metrics"], **own, **rates})
             if evaluates:
                 loss, losses, metrics = evaluate(state, setup, parallel)
@@ -365,8 +374,11 @@ def train(setup: "TrainSetup", parallel: Any, launcher: Any = None) -> "tuple[Pa
                 )
             if saves:
                 path, last_saved = save_checkpoint(state, setup, parallel, run_name, log, epoch), step
-            if saves or evaluates:
-                speed.restart()  # saving and evaluating do not count as training time
+            if is_tested:  # after a checkpoint that is due, as this may take long
+                for event, result in tests.run(state.model, parallel, lambda: stop.requested):
+                    log.write(event, epoch, step, result)
+            if saves or evaluates or is_tested:
+                speed.restart()  # what is not training does not count as training time
 
         stop.loop_ended()
         if stopping and last_saved < state.step:

@@ -6,7 +6,7 @@ train_<run>.metrics.jsonl holds the same events as JSON objects, with the exact 
 A run that is resumed appends to both, beginning with the configuration again.
 
 In a terminal a progress bar replaces the Train lines; anywhere else (a pipe, nohup, systemd) they are
-printed. With the key "tensorboard" the numbers also go to runs/train_<run>.
+printed. With the key "tracker" the numbers also go to a tracker (common/trackers.py).
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common import errors
 from common.config import ROOT
 from common.files import LineFile
-from common.metrics import METRICS_SUFFIX, Metric, field, readable, to_json
-from common.packages import require
+from common.metrics import METRICS_SUFFIX, Metric, readable, to_json, tracked
 from common.provenance import command, commit
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from common.trackers import Tracker
 
 muted = False  # see `mute`
 
@@ -82,15 +81,18 @@ class RunLog:
 
     def __init__(self, run: str, header: Mapping[str, Any], total_steps: int, first_step: int) -> None:
         self.path = ROOT / f"train_{run}.log"
+        self.tracker_name = header.get("train_config", {}).get("tracker")
+        self.tracker: Tracker | None = None
+        if self.tracker_name and not muted:  # first, because it may fail: no package, no login
+            from common import trackers
+
+            self.tracker = trackers.start(self.tracker_name, run, header, first_step, ROOT, notice)
         header = {"format": "nano-log", "version": 1, "command": command(), "commit": commit(), **header}
         self.file = self._open(self.path)
         self.file.write("# " + json.dumps(header, ensure_ascii=False) + "\n")
         self.metrics_file = self._open(self.path.with_suffix(METRICS_SUFFIX))
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         self.metrics_file.write(to_json({"event": "start", "time": time, **header}) + "\n")
-        self.tensorboard: SummaryWriter | None = None
-        if header.get("train_config", {}).get("tensorboard") and not muted:
-            self.tensorboard = self._summary_writer(first_step)
         self.console = Console(highlight=False)
         self.progress: Progress | None = None
         if self.console.is_terminal:
@@ -103,12 +105,15 @@ class RunLog:
     def _open(self, path: Path) -> LineFile | TextIO:
         return open(os.devnull, "w", encoding="utf-8") if muted else LineFile(path)
 
-    def _summary_writer(self, first_step: int) -> SummaryWriter:
-        require("tensorboard", otherwise=', or set the key "tensorboard" to false')
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Drop what a killed process wrote about later steps: they are trained again.
-        return SummaryWriter(ROOT / "runs" / self.path.stem, purge_step=first_step + 1)
+    def _track(self, action: Callable[[Tracker], None]) -> None:
+        """Use the tracker, if there is one. When it fails, the run goes on without it."""
+        if self.tracker:
+            try:
+                action(self.tracker)
+            except Exception as error:  # of the tracker's own kind: no network, no space, ...
+                self.tracker = None
+                why = f"{type(error).__name__}: {error}"
+                notice(f"the tracker {self.tracker_name} failed ({why}): the run goes on without it")
 
     def __enter__(self) -> RunLog:
         self.streams = sys.stdout, sys.stderr
@@ -123,11 +128,10 @@ class RunLog:
         sys.stdout, sys.stderr = self.streams
         self.file.close()
         self.metrics_file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
+        self._track(lambda tracker: tracker.close())
 
     def write(self, event: str, epoch: int, step: int, metrics: Mapping[str, Metric]) -> None:
-        """Log one event: "train", "val" or "save".
+        """Log one event: "train", "val", "save", "task" or "sample".
 
         metrics: {name: value} in the order in which the readable log shows them, with numbers in SI units.
         The names in common.metrics.FIELDS are shown as it says there, others under their own names.
@@ -139,11 +143,8 @@ class RunLog:
         line = " | ".join(parts + [f"{title}: {text}" if title else text for title, text in fields.items()])
         self.file.write(line + "\n")
         self.metrics_file.write(to_json({**head, **metrics, **head}) + "\n")  # no metric replaces the head
-        if self.tensorboard:
-            for name, value in metrics.items():
-                if isinstance(value, int | float) and name != "remaining_seconds":
-                    title, _, scale = field(event, name)
-                    self.tensorboard.add_scalar(f"{event.capitalize()}/{title}", scale * value, step)
+        if values := tracked(event, metrics):
+            self._track(lambda tracker: tracker.log(step, values))
         if event == "train" and self.progress:
             titles = ("Loss", "LR", "Speed", "Tokens/s", "Remaining")
             facts = "  ".join(f"{title.lower()} {fields[title]}" for title in titles if title in fields)

@@ -34,12 +34,13 @@ POINTS = 1_000_000  # per run; beyond it, every second training step is dropped
 RUNS = 16  # per file
 COMMANDS = 100  # per run
 NAMES, CURVES = 12, 256  # of the model's own numbers: names, and curves including all layers
+TASKS = 12
 
 # Readable logs.
 DECIMAL = r"[-+]?(?:[0-9]{1,30}(?:\.[0-9]{0,30})?(?:[eE][-+]?[0-9]{1,3})?|(?i:nan|inf))"
 VALUE = re.compile(rf"({DECIMAL})(?![^ %]) ?(\S*)")
 UNITS = {
-    "": 1, "%": 0.01, "ms": 1e-3, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "GFLOPS": 1e9, "TFLOPS": 1e12,
+    "": 1, "%": 0.01, "ms": 1e-3, "kJ": 1e3, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "GFLOPS": 1e9, "TFLOPS": 1e12,
 }  # fmt: skip
 MODEL_METRIC = re.compile(r"train/([a-z][a-z0-9_]{0,40})(?:/([0-9]{1,5}))?")  # "expert_load/2": of layer 2
 PART = re.compile(r"val/loss/([0-9]{1,5})")  # the loss on one of several validation files
@@ -74,7 +75,8 @@ def parse_line(line: str) -> dict[str, Any] | None:
     except (ValueError, TypeError, RecursionError):
         return None
     time, *fields = line.rstrip().split(" | ")
-    if len(fields) > 2 and fields[0] in ("Train", "Val", "Save") and fields[1].startswith("Epoch-Step: "):
+    kinds = ("Train", "Val", "Save", "Task")
+    if len(fields) > 2 and fields[0] in kinds and fields[1].startswith("Epoch-Step: "):
         return parse_readable(time[-19:], *fields)
     return parse_original(line) if len(line) < 1000 else None
 
@@ -86,7 +88,7 @@ def parse_readable(time: str, event: str, position: str, *fields: str) -> dict[s
     head = {"event": event, "time": time, "step": number}
     if event == "save":
         return {**head, "path": fields[0]}
-    metrics = {}
+    metrics: dict[str, Any] = {"task": fields[0]} if event == "task" else {}
     for title, text in dict(field.partition(": ")[::2] for field in fields).items():
         if (found := VALUE.match(text)) and found[2] in UNITS:
             metrics[name_of(event, title)] = float(found[1]) * UNITS[found[2]]
@@ -145,8 +147,9 @@ class Run:
     """The curves of one run, which may have been started several times and logged in several files.
 
     curves: {name: list of (step, value)}, where a name is an event and a metric of it, as in "train/loss",
-    "val/accuracy", "val/loss/0" (of the first of several validation files), or "train/expert_load/2" (one of
-    the model's own numbers, of layer 2).
+    "val/accuracy", "val/loss/0" (of the first of several validation files), "train/expert_load/2" (one of
+    the model's own numbers, of layer 2), or "task/score/arithmetic" (the score on a task).
+    base_rates: {task: the score of a model that knows nothing}
     """
 
     def __init__(self, path: Path, label: str) -> None:
@@ -157,6 +160,7 @@ class Run:
         self.curves: collections.defaultdict[str, Points] = collections.defaultdict(list)
         self.n_points, self.n_train_events, self.every = 0, 0, 1
         self.saved: set[tuple[str, ...]] = set()  # (task, run) in the names of its checkpoints
+        self.base_rates: dict[str, float] = {}
         self.names: set[str] = set()  # of the model's own numbers
         self.left_out = False  # whether it has more of them than a chart has room for
         self.began = self.first_time = self.last_time = ""  # first_time: of the last start
@@ -180,6 +184,15 @@ class Run:
             if points and curve not in STANDARD and (match := MODEL_METRIC.fullmatch(curve)):
                 found.setdefault(match[1], {})[int(match[2]) if match[2] else None] = points
         return found
+
+    def scores(self, metric: str = "score") -> dict[str, Points]:
+        """{task: its scores, or its perplexities}; "validation" is the accuracy of a toy problem."""
+        start = f"task/{metric}/"
+        curves = {name.removeprefix(start): p for name, p in self.curves.items() if name.startswith(start)}
+        accuracy = self.curves.get("val/accuracy")
+        if metric == "score" and accuracy:
+            curves = {"validation": accuracy, **curves}
+        return {name: points for name, points in curves.items() if points}
 
     @property
     def parts(self) -> dict[int, Points]:
@@ -241,18 +254,21 @@ class Run:
         kind, step = event.get("event"), event.get("step")
         if kind == "save" and len(self.saved) < 2 and (saved := SAVED.fullmatch(str(event.get("path")))):
             self.saved.add(saved.groups())
-        if kind not in ("train", "val") or type(step) is not int or not 0 <= step < 10**12:
+        if kind not in ("train", "val", "task") or type(step) is not int or not 0 <= step < 10**12:
             return
         if isinstance(when := event.get("time"), str) and len(when) < 40:
             self.began = self.began or when
             self.first_time, self.last_time = self.first_time or when, when
+        if kind == "task":
+            self.take_score(event, step)
+            return
         numbers = {f"{kind}/{name}": to_float(value) for name, value in event.items()
                    if name not in ("event", "time", "epoch", "step")}  # fmt: skip
         if numbers.get(f"{kind}/loss") is None:
             return
         if kind == "train":
-            if self.joules and (joules := numbers.get("train/energy_joules")) is not None:
-                self.joules[-1] = joules
+            if self.joules:  # the machine may stop to tell
+                self.joules[-1] = numbers.get("train/energy_joules")
             self.n_train_events += 1
             if (self.n_train_events - 1) % self.every:
                 return
@@ -265,6 +281,21 @@ class Run:
             for points in self.curves.values():
                 del points[1::2]
             self.n_points = sum(map(len, self.curves.values()))
+
+    def take_score(self, event: dict[str, Any], step: int) -> None:
+        """Take in the score on a task."""
+        task, base_rate = str(event.get("task"))[:200], to_float(event.get("base_rate"))
+        for metric in ("score", "perplexity"):
+            number, curve = to_float(event.get(metric)), f"task/{metric}/{task}"
+            if metric not in event or number is None:
+                continue
+            if not self.curves.get(curve) and len(self.scores(metric)) >= TASKS:
+                self.left_out = True
+                return
+            self.curves[curve].append((step, number))
+            self.n_points += 1
+            if base_rate is not None and is_finite(base_rate):
+                self.base_rates[task] = base_rate
 
     def has_room(self, curve: str) -> bool:
         """Whether to draw this curve: a standard one, or one of the model's own unless there are too many."""
@@ -287,6 +318,7 @@ class Run:
         run.curves = collections.defaultdict(list, self.curves)
         for name, points in exact.curves.items():
             run.curves[name] = sorted({**dict(self.curves.get(name, ())), **dict(points)}.items())
+        run.base_rates = {**self.base_rates, **exact.base_rates}
         if len(exact.starts) == len(self.starts):  # only the metrics file says when they began
             run.joules, run.seconds, run.first_time = exact.joules, exact.seconds, exact.first_time
             run.last_time = exact.last_time
@@ -362,6 +394,7 @@ def merge_pieces(pieces: list[Run]) -> Run:
         merged.cut(piece.since)
         for name, points in piece.curves.items():
             merged.curves[name] += points
+        merged.base_rates |= piece.base_rates
         merged.starts += piece.starts
         merged.joules += piece.joules
         merged.commands += piece.commands
@@ -516,7 +549,7 @@ class Log:
             if run.every > 1:
                 yield f"{run.label}: one of {run.every} of its {run.n_train_events:,} training steps is drawn"
             if run.left_out:
-                yield f"{run.label}: its model logs more than a chart has room for; the first are drawn"
+                yield f"{run.label}: it logs more than a chart has room for; the first are drawn"
         yield from self.file.notices()
         if self.metrics:
             yield from self.metrics.notices()

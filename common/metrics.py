@@ -4,7 +4,7 @@ An event of a run is a JSON object, one a line of train_<run>.metrics.jsonl:
 
     {"event": "train", "time": "2026-01-02T03:04:05.678+00:00", "epoch": 0, "step": 10, "loss": 3.21415, ...}
 
-Numbers have their full precision and SI units: seconds, FLOP/s, and shares from 0 to 1 instead of percent.
+Numbers have their full precision and SI units: seconds, joules, and shares from 0 to 1 instead of percent.
 JSON has neither NaN nor infinity, so both are written as null. The readable log, train_<run>.log, shows the
 same numbers rounded, under the titles of the table below.
 """
@@ -29,12 +29,26 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60:02d} min" if days < 1 else f"{days} d {hours % 24} h"
 
 
+def plain(value: float | str) -> str:
+    """A number with four digits, or a text as it is."""
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def quoted(text: str) -> str:
+    """The text in quotation marks, on one line, without control characters."""
+    line = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 class Field(NamedTuple):
     """How the readable log shows a metric: its title, and the text for its value times `scale`."""
 
     title: str
-    text: Callable[[Any], str] = "{:.4g}".format
+    text: Callable[[Any], str] = plain
     scale: float = 1
+
+    def show(self, value: Metric) -> str:
+        return self.text(self.scale * value if isinstance(value, int | float) else value)
 
 
 FIELDS: dict[str, dict[str, Field]] = {
@@ -46,6 +60,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "step_seconds": Field("Time", "{:.0f} ms".format, 1e3),
         "flops_per_second": Field("Speed", "{:.2f} GFLOP/s".format, 1e-9),
         "tokens_per_second": Field("Tokens/s", "{:.0f}".format),
+        "energy_joules": Field("Energy", "{:.3f} kJ".format, 1e-3),  # since this process began to train
         "remaining_seconds": Field("Remaining", duration),
     },
     "val": {
@@ -56,6 +71,18 @@ FIELDS: dict[str, dict[str, Field]] = {
         "bpb": Field("BPB", "{:.4f}".format),  # bits per byte of text
     },
     "save": {"path": Field("")},
+    "task": {
+        "task": Field(""),  # as in the key eval_tasks
+        "score": Field("Score", "{:.2f}%".format, 100),
+        "perplexity": Field("Perplexity"),
+        "bits_per_byte": Field("BPB", "{:.4f}".format),
+        "standard_error": Field("Error", "{:.2f}%".format, 100),  # of the score
+        "base_rate": Field("Base", "{:.2f}%".format, 100),  # the score of a model that knows nothing
+        "metric": Field("Metric"),
+        "n": Field("Examples", "{:.0f}".format),
+        "seconds": Field("Time", duration),
+    },
+    "sample": {"prompt": Field("", quoted), "text": Field("Text", quoted)},
 }
 
 
@@ -70,14 +97,20 @@ def field(event: str, name: str) -> Field:
 
 def readable(event: str, metrics: Mapping[str, Metric]) -> dict[str, str]:
     """{title: text} of each metric, in the same order."""
-    texts = {}
-    for name, value in metrics.items():
-        title, text, scale = field(event, name)
-        if isinstance(value, str):
-            texts[title] = value
-        else:
-            texts[title] = text(scale * value) if isinstance(value, int | float) else text(value)
-    return texts
+    fields = {name: field(event, name) for name in metrics}
+    return {shown.title: shown.show(metrics[name]) for name, shown in fields.items()}
+
+
+def tracked(event: str, metrics: Mapping[str, Metric]) -> dict[str, float | str]:
+    """{name: number or text} of an event for a tracker (common/trackers.py)."""
+    if event == "task":
+        return {f"Task/{metrics['task']}": value for name in ("score", "perplexity")
+                if isinstance(value := metrics.get(name), int | float)}  # fmt: skip
+    if event == "sample":
+        return {f"Sample/{str(metrics['prompt'])[:60]}": str(metrics["text"])}
+    fields = {name: field(event, name) for name in metrics if name != "remaining_seconds"}
+    return {f"{event.capitalize()}/{shown.title}": shown.scale * value for name, shown in fields.items()
+            if isinstance(value := metrics[name], int | float)}  # fmt: skip
 
 
 def to_json(record: Mapping[str, Any]) -> str:

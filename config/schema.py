@@ -6,6 +6,7 @@ The classes validate the files (config/validation.py), fill in defaults, and gen
 (engine/reference.py).
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -30,6 +31,11 @@ class Schema(BaseModel):
     """A JSON object with known keys only, strict types (nothing is converted silently) and ranges."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @classmethod
+    def renamed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values with the keys of earlier versions under today's names. Raises ValueError."""
+        return dict(values)
 
 
 class Llama3Rope(Schema):
@@ -220,6 +226,20 @@ class TrainConfig(Schema):
         5, ge=1, description="batches per validation, shared among several files by their size (each gets at "
         "least one)"
     )
+    eval_tasks: list[str] = Field(
+        [], description='tasks to test the model on while it trains: names in tasks/ with options, as in '
+        '"arithmetic:digits=2", or .jsonl files of questions'
+    )
+    eval_tasks_interval: int = Field(
+        1000, ge=1, description="steps between tests on eval_tasks, and between texts for sample_prompts"
+    )
+    eval_tasks_examples: int = Field(
+        200, ge=1, le=1 << 20, description="at most so many test examples of each of eval_tasks"
+    )
+    sample_prompts: list[str] = Field(
+        [], description="texts that the model continues (in SFT: answers) every eval_tasks_interval steps, "
+        "for the log"
+    )
     log_interval: int = Field(1, ge=1, description="steps between log lines")
     save_interval: int = Field(1000, ge=1, description="steps between regular checkpoints")
     keep_checkpoints: int = Field(
@@ -244,7 +264,23 @@ class TrainConfig(Schema):
     compile: bool = Field(
         False, description="use torch.compile: about a minute at the start, then faster; needs a C++ compiler"
     )
-    tensorboard: bool = Field(False, description="also write runs/train_<run> for TensorBoard")
+    tracker: Literal["tensorboard", "wandb", "trackio", "swanlab"] | None = Field(
+        None, description="where the numbers also go: TensorBoard (runs/train_<run>), Weights & Biases, "
+        "trackio or SwanLab; null: only into the log"
+    )
+
+    @classmethod
+    def renamed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """TensorBoard used to be the only tracker, and had a key of its own."""
+        values = dict(values)
+        used = values.pop("tensorboard", None)
+        if used not in (None, True, False):
+            raise ValueError(f'key "tensorboard": found {used!r}; it is "tracker" now: "tensorboard" or null')
+        if used:
+            if values.get("tracker") not in (None, "tensorboard"):
+                raise ValueError('key "tensorboard" is an older name of "tracker": "tensorboard"; remove it')
+            values["tracker"] = "tensorboard"
+        return values
 
     @property
     def automatic(self) -> list[str]:

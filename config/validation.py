@@ -24,7 +24,7 @@ S = TypeVar("S", bound=Schema)
 
 def load(schema: type[S], path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> S:
     """Read the file as a `schema`. Overrides that are keys of the schema replace what the file says."""
-    values = read_json(path)
+    values = renamed(schema, read_json(path), display_path(path))
     overrides = {k: v for k, v in (overrides or {}).items() if k in schema.model_fields}
     return check(schema, {**values, **overrides}, display_path(path), overrides)
 
@@ -34,6 +34,7 @@ def check(schema: type[S], values: Mapping[str, Any], source: str, overrides: Co
 
     overrides: keys that came from --set; a mistake in one of them is reported as one of --set.
     """
+    values = renamed(schema, values, source)
     values = {key: value for key, value in values.items() if key not in EDITOR_KEYS}
     try:
         # Through JSON, because pydantic's strict mode accepts a list as a tuple only there.
@@ -49,6 +50,14 @@ def check(schema: type[S], values: Mapping[str, Any], source: str, overrides: Co
         where = "--set" if key in overrides else source
         known = {*schema.model_fields, *(TrainConfig.model_fields if key in overrides else ())}
         raise UserError(f"{where}: {_explain(schema, key, first, known)}") from None
+
+
+def renamed(schema: type[Schema], values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values with the keys of earlier versions under today's names. Raises UserError naming `source`."""
+    try:
+        return schema.renamed(values)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 class Anything:
@@ -136,6 +145,7 @@ def _describe_one(spec: dict[str, Any]) -> str:
     words = nouns.get(spec.get("type", ""), spec.get("type", "a value"))
     if spec.get("type") == "array":
         words = "a list of [train, validation] pairs of file names"
+        words = "a list of strings" if spec["items"].get("type") == "string" else words
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {spec[name]}" for name, sign in bounds.items() if name in spec]
     return f"{words} {' and '.join(limits)}".strip()

@@ -109,6 +109,13 @@ class SingleProcess:
         """Clip the gradients in place, unless max_norm is 0. Returns their norm before clipping."""
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 
+    def whole_model(self, model: Any) -> Any:
+        """The model with all of its weights, for this process to call on its own; None if it has only a part.
+
+        Rank 0 always has one. All processes must call it.
+        """
+        return model
+
     # ---- checkpoints
 
     def load_optimizer(self, optimizer: Any, state: dict[int, dict[str, torch.Tensor]]) -> None:

@@ -7,7 +7,7 @@ import argparse
 from common.config import display_path, read_json
 from common.errors import UserError
 from config.schema import ArchitectureConfig, TrainConfig
-from config.validation import load
+from config.validation import load, renamed
 from models import check_config
 
 
@@ -16,8 +16,9 @@ def load_run(args: argparse.Namespace) -> tuple[TrainConfig, ArchitectureConfig]
 
     A key of --set that is not one of the training configuration belongs to the model. Raises UserError.
     """
-    config = load(TrainConfig, args.config, args.set)
-    others = {k: v for k, v in args.set.items() if k not in TrainConfig.model_fields}
+    overrides = renamed(TrainConfig, args.set, "--set")
+    config = load(TrainConfig, args.config, overrides)
+    others = {k: v for k, v in overrides.items() if k not in TrainConfig.model_fields}
     shape = read_json(args.model)
     # The model's configuration used to have this key, too.
     if shape.pop("dropout", config.dropout) != config.dropout:

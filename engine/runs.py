@@ -332,7 +332,7 @@ def _resume_from(
     checkpoint: Checkpoint, path: Path, notices: list[str], run: Run | None, config: TrainConfig
 ) -> StartPoint:
     """Continue from a checkpoint, with a notice of what has changed in the configuration since then."""
-    before, now = checkpoint.train_config, config.model_dump(mode="json")
+    before, now = _in_todays_keys(checkpoint.train_config), config.model_dump(mode="json")
     # Data is compared by content, in `initial_progress`.
     changes = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items()
                if key not in ("from_checkpoint", "dataset_path") and value not in ("auto", before.get(key))
@@ -342,6 +342,14 @@ def _resume_from(
         notices.append("changed since then: " + ", ".join(changes))
     branched_from = None if run else {"run": checkpoint.run, "step": checkpoint.step}
     return StartPoint(checkpoint, display_path(path), run, True, branched_from, notices)
+
+
+def _in_todays_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's train_config, with the defaults of keys that came later."""
+    defaults = {key: field.default for key, field in TrainConfig.model_fields.items()}
+    with contextlib.suppress(ValueError):
+        config = TrainConfig.renamed(config)
+    return {**defaults, **config}
 
 
 # ---- how far it has come -------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from pydantic import ValidationError
 
 import models
 from common.config import display_path
-from common.errors import UserError
+from common.errors import UserError, is_out_of_memory
 from common.hardware import ComputeConfig
 from config.resolved import ResolvedTrainConfig
 from config.schema import LAST_STEP, ArchitectureConfig, DeepSpeedConfig, TrainConfig
@@ -201,11 +201,36 @@ class Zero(DataParallel):
                 state[key] = full.cpu()
             if not self.rank:
                 weights[parameter], states[number] = weight.cpu(), state
+        return self._by_name(model, weights), {"state": states, "param_groups": self.groups}
+
+    def _by_name(self, model: Any, weights: dict[Any, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state_dict on rank 0, from the weights of the parameters; elsewhere only the buffers."""
         names = model.named_parameters(remove_duplicate=False) if not self.rank else ()
         persistent = model.state_dict().keys()
         buffers = {n: buffer.cpu().clone() for n, buffer in model.named_buffers() if n in persistent}
-        weights_by_name = {name: weights[parameter] for name, parameter in names}
-        return weights_by_name | buffers, {"state": states, "param_groups": self.groups}
+        return {name: weights[parameter] for name, parameter in names} | buffers
+
+    def whole_model(self, model: Any) -> Any:
+        """With ZeRO-3, rank 0 gets a copy, gathered as for a checkpoint; on the CPU if it does not fit."""
+        if self.stage < 3:
+            return model
+        weights = {}
+        for parameter in self.parameters:
+            weight = safe_get_full_fp32_param(parameter)
+            if not self.rank:
+                weights[parameter] = weight.cpu()
+        state = self._by_name(model, weights)
+        if self.rank:
+            return None
+        with checkpoints.SkipInitialization():
+            copy = models.build(model.config)
+        copy.load_state_dict(state)
+        try:
+            return copy.to(self.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return copy.to("cpu")
 
 
 class EngineOptimizer:

@@ -797,3 +797,58 @@ def test_logs_of_one_name_are_told_apart(tmp_path):
 def test_counts_on_the_axis():
     counts = {0: "0", 9_999: "9,999", 10_000: "10k", 12_500: "12.5k", 1_250_000: "1.25M", 3 * 10**9: "3G"}
     assert {steps: plot_loss.short_count(steps) for steps in counts} == counts
+
+
+# ---- scores of tasks ---------------------------------------------------------------------------------------
+
+
+def scored_log(path, steps, resumed_from=0, **scores):
+    """A metrics file with a score for each task at each of these steps; base rates are 0.25."""
+    with open(path, "a", encoding="utf-8") as file:
+        events = [HEADER | {"event": "start", "run": path.name[6:21], "resumed_from_step": resumed_from}]
+        for step in steps:
+            events.append({"event": "train", "step": step, "loss": 3.0})
+            for task, score in scores.items():
+                values = {"task": task, "score": score + step / 100, "base_rate": 0.25, "n": 9}
+                events.append({"event": "task", "step": step, **values})
+        file.writelines(json.dumps(event) + "\n" for event in events)
+    return path
+
+
+def score_panel(*paths):
+    logs = [Log(path) for path in paths]
+    for log in logs:
+        log.read()
+    draw(figure := Figure(), logs)
+    [panel] = [axes for axes in figure.axes if axes.get_ylabel() == "score (%)"]
+    lines = [line for line in panel.lines if len(line.get_xdata()) > 1 and line.get_linestyle() == "-"]
+    rates = [
+        line.get_ydata()[0] for line in panel.lines if line.get_linestyle() == "--" and len(line.get_xdata())
+    ]
+    return lines, rates, [text.get_text() for text in panel.get_legend().get_texts()]
+
+
+def test_scores_of_a_run_that_was_resumed(tmp_path):
+    path = tmp_path / "train_20260102_030405.metrics.jsonl"
+    scored_log(path, (10, 20, 30), spelling=0.1, _own=0.2)
+    scored_log(path, (30, 40), resumed_from=20, spelling=0.2, _own=0.3)
+    lines, rates, keys = score_panel(path)
+    assert [line.get_ydata().round(6).tolist() for line in lines] == [[20, 30, 50, 60], [30, 40, 60, 70]]
+    assert [line.get_xdata().tolist() for line in lines] == [[10, 20, 30, 40]] * 2
+    assert rates == [25, 25] and keys == ["spelling: 60.00 %", "own: 70.00 %", "base rate"]
+
+
+def test_scores_of_several_runs(tmp_path):
+    one = scored_log(tmp_path / "train_20260102_030405.metrics.jsonl", (10, 20), spelling=0.1, world=0.2)
+    two = scored_log(tmp_path / "train_20260102_040405.metrics.jsonl", (10, 20), world=0.3)
+    lines, rates, keys = score_panel(one, two)
+    assert [line.get_marker() for line in lines] == ["o", "s", "s"]  # a marker for each task
+    assert lines[0].get_color() == lines[1].get_color() != lines[2].get_color()  # a colour for each run
+    assert rates == [25, 25] and keys == ["spelling", "world", "base rate"]
+
+
+def test_more_tasks_than_a_chart_has_room_for(tmp_path):
+    path = scored_log(tmp_path / "train_x.metrics.jsonl", (10, 20), **{f"task{i}": 0.1 for i in range(20)})
+    lines, _, _ = score_panel(path)
+    (log := Log(path)).read()
+    assert len(lines) == log_reader.TASKS and any("more than a chart" in notice for notice in log.notices())

@@ -143,3 +143,16 @@ def test_launches_beside_each_other_are_runs_of_their_own(tiny_project):
     runs = {(checkpoint.run, checkpoint.train_config["random_seed"]) for checkpoint in checkpoints}
     assert sorted(seed for _, seed in runs) == [7, 1337] and len({name for name, _ in runs}) == 2
     assert len(list(tiny_project.root.glob("train_*.log"))) == 2
+
+
+def test_two_processes_share_the_examples_of_eval_tasks(tiny_project, train):
+    """With the scores and texts of one process. There are fewer examples than fit evenly."""
+    tests = {"eval_tasks": '["arithmetic:digits=1"]', "eval_tasks_examples": 5, "eval_tasks_interval": 3}
+    tests |= {"sample_prompts": '["1 + 1"]'}
+    output = together(tiny_project, "train_ddp.py", "-t", "pretrain", **tests)
+    done = tiny_project.run("train.py", "-t", "pretrain", *settings_of(tests))
+    assert done.returncode == 0, done.stderr
+    for kind, names in (("Task", ("Score", "Base", "Examples")), ("Sample", ("Text",))):
+        logged = tiny_project.logged(kind, *names)
+        assert len(logged) == 4 and logged[:2] == logged[2:], kind
+    assert output.count("| Task |") == 2  # only one of them prints

@@ -234,6 +234,20 @@ def test_odd_hostfiles(text, says, tmp_path, monkeypatch):
     assert says in str(error.value) and len(str(error.value)) < 500
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["ZeRO-2", "ZeRO-3", "ZeRO-3, offload"])
+def test_scores_of_eval_tasks_are_those_of_one_process(tiny_project, train, stage):
+    tests = {"eval_tasks": ["arithmetic:digits=1"], "eval_tasks_examples": 5, "eval_tasks_interval": 5}
+    settings = {"max_steps": 8, "sample_prompts": ["1 + 1"], **tests}
+    assert train("pretrain", **settings).returncode == 0
+    as_text = {key: json.dumps(value) for key, value in settings.items()}
+    together(tiny_project, SCRIPT, "-t", "pretrain", *settings_file(tiny_project, stage), **as_text)
+    for kind, names in (("Task", ("Score", "Base", "Examples")), ("Sample", ("Text",))):
+        assert len(train.logged(kind, *names)) == 2
+        assert train.logged(kind, *names) == tiny_project.logged(kind, *names), kind
+    assert largest_difference(losses(train), losses(tiny_project)) <= 1e-4
+
+
 # ---- folders that DeepSpeed writes -----------------------------------------------------------------------
 
 SAVING = """

@@ -136,6 +136,8 @@ def test_what_a_run_logs(train):
     losses = [event["loss"] for event in logged if event["event"] == "train"]
     assert any(loss != round(loss, 6) for loss in losses)
     train_event = next(event for event in logged if event["event"] == "train")
-    assert list(train_event) == ["event", "time", "epoch", "step", *FIELDS["train"]]
+    train_event.pop("energy_joules", None)  # only some machines tell
+    told = [name for name in FIELDS["train"] if name != "energy_joules"]
+    assert list(train_event) == ["event", "time", "epoch", "step", *told]
     assert train_event["curriculum"] == [0, 4] and 0 < train_event["step_seconds"] < 60
     assert train_event["flops_per_second"] > 1e3 and train_event["remaining_seconds"] > 0
