@@ -13,7 +13,8 @@ rests on one idea: the data are one endless row of sequences, epoch after epoch,
 with sequence number N is a pure function of (data, seed, N). There is no iterator. The state of training is a
 single number, how many sequences it has consumed, so a run that was killed continues with exactly the batch
 it would have seen, on one machine or on four, with the same batch size or another. A data loader usually
-keeps the shuffled order of an epoch in memory; here it is a formula (`shuffled`).
+keeps the shuffled order of an epoch in memory; here it is a formula (common/permutation.py), and so is the
+order in which the parts of a mixture take turns (`Mixture`).
 
     files = [TokenFile("dataset/prepared/pretrain_train.bin")]
     batches = TokenBatches(files, block_size=256, batch_size=16, seed=1337)
@@ -22,19 +23,21 @@ keeps the shuffled order of an epoch in memory; here it is a formula (`shuffled`
 
 from __future__ import annotations
 
-import argparse
+import bisect
 import hashlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Protocol
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any, Protocol
 
 from common.errors import UserError, run  # first: it explains an import that fails
 
 # isort: split
 import numpy as np
 
-from common.config import resolve_path
-from preparation import DATASET, default_inputs, default_names, stages_with_files
+from common.config import display_path
+from common.permutation import random_keys, shuffled
 from preparation.token_file import TokenFile
 from tokenizer import Tokenizer
 
@@ -63,8 +66,12 @@ class BatchSource(Protocol):
         """How many sequences there are until they repeat; infinite if they are made up as needed."""
 
     @property
-    def n_loss_tokens(self) -> float:
-        """About how many tokens of an epoch count in the loss: the weight of a source among several."""
+    def size(self) -> float:
+        """How much of the data it stands for: the number of its sequences, or its weight in a mixture."""
+
+    @property
+    def loss_weight(self) -> float:
+        """How much its loss counts among several: about the tokens that count in `size` sequences."""
 
     @property
     def text_size(self) -> tuple[int, int] | None:
@@ -74,9 +81,8 @@ class BatchSource(Protocol):
     def description(self) -> str:
         """How much data there is, in a few words."""
 
-    @property
-    def notes(self) -> list[str]:
-        """Sentences that a user must read before training starts, such as how much is left out."""
+    def notes(self, n_sequences: float) -> list[str]:
+        """Sentences that a user must read before a run of so many sequences, such as how much is left out."""
 
     @property
     def fingerprints(self) -> list[dict[str, str]]:
@@ -86,42 +92,92 @@ class BatchSource(Protocol):
         """The batch of the sequences from number `first` on."""
 
     def position(self, first: int) -> tuple[int, int, int]:
-        """Where this sequence is: (epoch, index of the file in the curriculum, number in that file)."""
+        """Where this sequence is: (epoch, index of the file in the curriculum, number in that file).
+
+        A mixture counts as one file.
+        """
 
 
-# ---- shuffling without a list ----------------------------------------------------------------------
+# ---- what batches are made of ----------------------------------------------------------------------
 
 
-def random_keys(count: int, *names: object) -> np.ndarray:
-    """`count` uint64 that look random but follow from `names` alone, on every machine."""
-    label = "/".join(map(str, names)).encode()
-    return np.frombuffer(hashlib.shake_128(label).digest(8 * count), "<u8").astype(np.uint64)
+Row = tuple[np.ndarray, np.ndarray | int]  # ids [n + 1], and which of the last n count: a mask [n], or 1
 
 
-def shuffled(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """The elements at `indices` (int64) of a shuffled list of 0 ... n - 1, computed without making the list.
+class Part(Protocol):
+    """A list of sequences to learn from: those of a file of text, of a file of chats, or of a task.
 
-    On numbers of b bits, three operations can be undone: multiplying by an odd number, adding, and xor with
-    one's own upper half. So any chain of them is a permutation. n is rarely 2^b; a result beyond n is put
-    through the chain again until it is below n ("cycle walking"; Black & Rogaway 2002).
-    `keys`: an even number of uint64 that choose the order.
+    name             the path of the file, or the task as dataset_path calls it
+    n_sequences      how many there are; infinite if they are drawn as needed
+    n_tokens         how many tokens a pass through all of them predicts
+    tokens_counted   about how many tokens of one sequence count in the loss
+    text_size        (tokens, bytes) of its text, for the loss in bits per byte; None: it has no text
+    fingerprint      identifies the content
+    size             how much it is, in words
+    n_truncated      conversations that are longer than block_size and lose their end
+    n_left_out       those that are left out, as nothing that counts would be left
+    notes            further sentences that a user must read
     """
-    bits = max(1, (n - 1).bit_length())
-    mask, half = np.uint64(2**bits - 1), np.uint64((bits + 1) // 2)
 
-    def permute(x: np.ndarray) -> np.ndarray:
-        for multiplier, offset in zip(keys[::2], keys[1::2], strict=True):
-            x = (x * (multiplier | np.uint64(1)) + offset) & mask
-            x = x ^ (x >> half)
-        return x
+    name: str
+    n_sequences: float
+    n_tokens: float
+    tokens_counted: float
+    text_size: tuple[int, int] | None
+    fingerprint: str
+    size: str
+    n_truncated: int
+    n_left_out: int
+    notes: list[str]
 
-    x = permute(indices.astype(np.uint64))
-    while (beyond := x >= n).any():
-        x[beyond] = permute(x[beyond])
-    return x.astype(np.int64)
+    def rows(self, numbers: np.ndarray, keys: np.ndarray) -> Iterator[Row]:
+        """The sequences of these numbers [n]. What else is random in them follows from the keys [9]."""
 
 
-# ---- batches of token files ------------------------------------------------------------------------
+class FilePart:
+    """The sequences of a token file: blocks of a stream of documents, or conversations.
+
+    The stream is treated as a ring, and each pass starts cutting it at another position, so the blocks differ
+    from pass to pass; every token but one is predicted once in a pass. If a conversation is longer than a
+    block, its end is cut off; if nothing that counts is left then, it is left out.
+    """
+
+    def __init__(self, file: TokenFile, block_size: int) -> None:
+        self.file, self.block_size, self.name, meta = file, block_size, display_path(file.path), file.meta
+        self.kept: np.ndarray | None = None  # the conversations that count
+        self.n_truncated = self.n_left_out = 0
+        self.n_tokens: float = len(file.tokens) - 1
+        self.n_sequences: float = -(-self.n_tokens // block_size)
+        if file.documents == "chats":
+            self.kept = np.flatnonzero(file.min_block_sizes <= block_size)
+            if not len(self.kept):
+                raise UserError(_why_nothing_counts(file, block_size))
+            lengths = np.diff(file.starts)[self.kept] - 1
+            self.n_sequences, self.n_tokens = len(self.kept), int(np.minimum(lengths, block_size).sum())
+            self.n_truncated = int((lengths > block_size).sum())
+            self.n_left_out = len(file.starts) - 1 - len(self.kept)
+        # What will be cut off counts here, too: for the weights of validation files that is near enough.
+        self.tokens_counted: float = meta["n_loss_tokens"] / self.n_sequences
+        self.text_size: tuple[int, int] | None = (meta["n_tokens"], meta["n_bytes"])
+        self.size = f"{meta['n_documents']:,} documents, {meta['n_tokens']:,} tokens"
+        self.fingerprint, self.notes = file.fingerprint, list[str]()
+
+    def rows(self, numbers: np.ndarray, keys: np.ndarray) -> Iterator[Row]:
+        tokens, size, mask = self.file.tokens, self.block_size, self.file.mask
+        if self.kept is not None and mask is not None:
+            for number in self.kept[numbers].tolist():
+                start, end = self.file.starts[number : number + 2].tolist()
+                end = min(end, start + size + 1)
+                yield tokens[start:end], mask[start + 1 : end]
+            return
+        n, offset = len(tokens), int(keys[8]) % len(tokens)
+        for number in numbers.tolist():
+            length = min(size + 1, n - number * size)
+            start = (offset + number * size) % n
+            ids = tokens[start : start + length]
+            if len(ids) < length:  # past the end of the ring
+                ids = np.concatenate([ids, tokens[: length - len(ids)]])
+            yield ids, 1
 
 
 def _why_nothing_counts(file: TokenFile, block_size: int) -> str:
@@ -134,77 +190,158 @@ def _why_nothing_counts(file: TokenFile, block_size: int) -> str:
     )
 
 
+# ---- in which order --------------------------------------------------------------------------------
+
+ENDLESS = 1 << 53  # stands for an infinite number of sequences, and is exact as a float
+
+
+class Curriculum:
+    """The parts one after another; a pass through each of them is an epoch. counts: their sequences."""
+
+    def __init__(self, counts: Sequence[float]) -> None:
+        self.bounds = np.cumsum([0, *counts])
+        self.n_sequences: float = int(self.bounds[-1])
+
+    def locate(self, first: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the n sequences from `first` on are: (pass through the part, part, number in the pass)."""
+        passes, within = np.divmod(first + np.arange(n), self.n_sequences)
+        parts = np.searchsorted(self.bounds, within, side="right") - 1
+        return passes, parts, within - self.bounds[parts]
+
+    def position(self, first: int) -> tuple[int, int, int]:
+        """See BatchSource."""
+        epoch, part, number = (int(array[0]) for array in self.locate(first, 1))
+        return epoch, part, number
+
+
+class Mixture:
+    """The parts in turns, each with its share of the sequences; an epoch has shown all of every finite part.
+
+    Of the first n sequences, the first part has n times its share, rounded; the second has its share of the
+    rest, and so on. So at any time each part has had its share, to within two sequences or so, and where a
+    sequence belongs follows from its number alone. The shares are whole numbers: after as many sequences as
+    their sum the pattern repeats, and nothing is lost to rounding.
+    """
+
+    def __init__(self, counts: Sequence[float], weights: Sequence[float]) -> None:
+        self.counts = np.array([int(min(count, ENDLESS)) for count in counts])
+        self.shares = whole_shares(weights)
+        self.period = sum(self.shares)
+        ends = [
+            bisect.bisect_left(range(ENDLESS), count, key=lambda n: self.among_first(np.array([n]))[part, 0])
+            for part, count in enumerate(counts)
+            if count < math.inf
+        ]
+        self.n_sequences: float = max(ends, default=math.inf)
+
+    def among_first(self, n: np.ndarray) -> np.ndarray:
+        """How many of the first n sequences [m] belong to each part: int64 [parts, m]."""
+        turns, rest = np.divmod(n, self.period)
+        left, found = self.period, []
+        for share in self.shares:
+            mine = (2 * share * rest + left) // (2 * left)  # share / left of the rest, rounded
+            found.append(turns * share + mine)
+            rest, left = rest - mine, left - share
+        return np.stack(found)
+
+    def locate(self, first: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the n sequences from `first` on are: (pass through the part, part, number in the pass)."""
+        among_first = self.among_first(first + np.arange(n + 1))
+        parts = np.diff(among_first).argmax(0)  # the one that has one more after this sequence
+        passes, within = np.divmod(among_first[parts, np.arange(n)], self.counts[parts])
+        return passes, parts, within
+
+    def position(self, first: int) -> tuple[int, int, int]:
+        """See BatchSource."""
+        epoch, number = divmod(first, self.n_sequences) if self.n_sequences < math.inf else (0, first)
+        return int(epoch), 0, int(number)
+
+
+def whole_shares(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in the same proportions, exactly if their sum is below 2^30, else to within 1 / 2^30."""
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.1 means a tenth, not the nearest float
+    unit = Fraction(math.gcd(*(f.numerator for f in exact)), math.lcm(*(f.denominator for f in exact)))
+    unit = max(unit, sum(exact, Fraction()) / (1 << 30))  # so that products of two of them fit in 64 bits
+    return [max(1, round(weight / unit)) for weight in exact]
+
+
+# ---- batches of sequences --------------------------------------------------------------------------
+
+
 class TokenBatches:
-    """A BatchSource of token files.
+    """A BatchSource of token files and tasks.
 
     Args:
-        files: a curriculum. They are trained on in this order, one pass each, which together are an epoch.
+        files: a curriculum, trained on in this order; or, with weights, the parts of a mixture. A task is in
+            it as the `TaskPart` of tasks/parts.py.
         block_size: the largest number of tokens in a row.
         batch_size: rows of a batch; for training, of the global batch.
-
-    A sequence of a file of text is a block of the stream of its documents. The stream is treated as a ring,
-    and each epoch starts cutting it at another position, so the blocks differ from epoch to epoch; every
-    token but one is predicted once an epoch. A sequence of a file of chats is one conversation. If it is
-    longer than a block, its end is cut off (`n_truncated`); if nothing that counts is left then, it is left
-    out altogether (`n_left_out`).
+        weights: of the parts of a mixture: their shares of the sequences, relative to each other.
 
     UserError if a file has no sequence that counts.
     """
 
     def __init__(
-        self, files: Iterable[TokenFile], block_size: int, batch_size: int, seed: int = 1337
-    ) -> None:
-        self.files, self.block_size, self.batch_size, self.seed = list(files), block_size, batch_size, seed
-        self.tokens_per_epoch = self.n_truncated = self.n_left_out = 0
-        counts: list[int] = []  # sequences of each file
-        self._kept: list[np.ndarray | None] = []  # the conversations of each file that count
-        for file in self.files:
-            if file.documents == "text":
-                n_targets, kept = len(file.tokens) - 1, None
-                counts.append(-(-n_targets // block_size))
-                self.tokens_per_epoch += n_targets
-            else:
-                kept = np.flatnonzero(file.min_block_sizes <= block_size)
-                if not len(kept):
-                    raise UserError(_why_nothing_counts(file, block_size))
-                lengths = np.diff(file.starts)[kept] - 1
-                counts.append(len(kept))
-                self.tokens_per_epoch += int(np.minimum(lengths, block_size).sum())
-                self.n_truncated += int((lengths > block_size).sum())
-                self.n_left_out += len(file.starts) - 1 - len(kept)
-            self._kept.append(kept)
-        self._bounds = np.cumsum([0, *counts])  # of the files, among the sequences of an epoch
-        self.sequences_per_epoch = int(self._bounds[-1])
-        # What will be cut off counts here, too: for the weights of validation files that is near enough.
-        metas = [file.meta for file in self.files]
-        self.n_loss_tokens = sum(meta["n_loss_tokens"] for meta in metas)
-        self.text_size = sum(meta["n_tokens"] for meta in metas), sum(meta["n_bytes"] for meta in metas)
+        self, files: Iterable[TokenFile | Part], block_size: int, batch_size: int, seed: int = 1337,
+        weights: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        self.parts: list[Part] = [
+            FilePart(file, block_size) if isinstance(file, TokenFile) else file for file in files
+        ]
+        self.block_size, self.batch_size, self.seed, self.weights = block_size, batch_size, seed, weights
+        counts = [part.n_sequences for part in self.parts]
+        self.counts = np.array([int(min(count, ENDLESS)) for count in counts])
+        self.order: Curriculum | Mixture = Mixture(counts, weights) if weights else Curriculum(counts)
+        self.position = self.order.position
+        self.sequences_per_epoch = self.order.n_sequences
+        self.size = sum(weights) or self.sequences_per_epoch
+        self.tokens_per_epoch = sum(part.n_tokens for part in self.parts)
+        self.n_truncated = sum(part.n_truncated for part in self.parts)
+        self.n_left_out = sum(part.n_left_out for part in self.parts)
+        # About how many tokens of each part count in `size` sequences.
+        sizes = zip(weights or counts, self.parts, strict=True)
+        self.tokens_counted = [size * part.tokens_counted for size, part in sizes]
+        self.loss_weight = sum(self.tokens_counted)
+        texts = [part.text_size for part in self.parts if part.text_size]
+        self.text_size = (sum(n for n, _ in texts), sum(n for _, n in texts)) if texts else None
 
     @property
     def description(self) -> str:
-        return f"{self.tokens_per_epoch:,} tokens an epoch"
+        if not self.weights:
+            return f"{self.tokens_per_epoch:,} tokens an epoch"
+        what, n = "a mixture" if len(self.weights) > 1 else self.parts[0].name, self.sequences_per_epoch
+        return f"{what}, {n:,} sequences an epoch" if n < math.inf else f"{what}, without end"
 
-    @property
-    def notes(self) -> list[str]:
+    def notes(self, n_sequences: float) -> list[str]:
+        """What is cut, and what each part of a mixture is in `n_sequences` sequences."""
         notes = []
+        parts = zip(self.parts, self.weights, self.tokens_counted, strict=True)
+        for part, weight, counted in parts if len(self.weights) > 1 else ():
+            share, often = weight / self.size, "drawn anew every time"
+            if part.n_sequences < math.inf:
+                often = f"seen {self.sequences_per_epoch * share / part.n_sequences:.2f} times in an epoch"
+                if n_sequences < math.inf:
+                    often += f", {n_sequences * share / part.n_sequences:.2f} times in the run"
+            tokens = counted / self.loss_weight
+            notes.append(f"{share:.2%} {part.name}: {tokens:.2%} of the tokens that count; {often}")
         if n := self.n_truncated:
             notes.append(f"{n:,} conversations are longer than block_size and lose their end")
         if n := self.n_left_out:
             notes.append(f"{n:,} conversations are left out: block_size ends before their answer")
-        return notes
+        return notes + [note for part in self.parts for note in part.notes]
 
     @property
     def fingerprints(self) -> list[dict[str, str]]:
-        sizes = [f"{f.meta['n_documents']:,} documents, {f.meta['n_tokens']:,} tokens" for f in self.files]
-        return [
-            {"fingerprint": file.fingerprint, "size": size}
-            for file, size in zip(self.files, sizes, strict=True)
-        ]
-
-    def position(self, first: int) -> tuple[int, int, int]:
-        epoch, within_epoch = divmod(first, self.sequences_per_epoch)
-        file = int(np.searchsorted(self._bounds, within_epoch, side="right")) - 1
-        return epoch, file, int(within_epoch - self._bounds[file])
+        found = [{"fingerprint": part.fingerprint, "size": part.size} for part in self.parts]
+        if len(self.weights) < 2:
+            return found
+        # A mixture is one whole: with another part or weight, every sequence is another one.
+        content = [whole_shares(self.weights), [part["fingerprint"] for part in found]]
+        sizes = zip(self.weights, found, strict=True)
+        return [{
+            "fingerprint": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+            "size": " + ".join(f"{weight / self.size:.2%} of {part['size']}" for weight, part in sizes),
+        }]  # fmt: skip
 
     def __call__(self, first: int) -> Batch:
         """The batch that begins with sequence `first`: "x", "y" [B, T] int64 and "mask" [B, T] float32.
@@ -212,12 +349,18 @@ class TokenBatches:
         T is the length of the longest row, rounded up to a multiple of 8, and at most block_size. Shorter
         rows are padded with <|padding|> and mask 0. In every row at least one token counts.
         """
-        epochs, within = np.divmod(first + np.arange(self.batch_size), self.sequences_per_epoch)
-        indices = np.searchsorted(self._bounds, within, side="right") - 1  # of the files
-        rows: list[tuple[np.ndarray, np.ndarray | int]] = []
-        for epoch, index in sorted(set(zip(epochs.tolist(), indices.tolist(), strict=True))):
-            here = (epochs == epoch) & (indices == index)
-            rows += self._sequences(epoch, index, within[here] - self._bounds[index])
+        passes, parts, within = self.order.locate(first, self.batch_size)
+        groups = sorted(set(zip(passes.tolist(), parts.tolist(), strict=True)))
+        places = [np.flatnonzero((passes == number) & (parts == part)) for number, part in groups]
+        keys = np.empty((9, self.batch_size), np.uint64)
+        for (number, part), here in zip(groups, places, strict=True):
+            keys[:, here] = random_keys(9, self.seed, number, part)[:, None]
+        numbers = shuffled(within, self.counts[parts], keys[:8])
+        rows: list[Any] = [None] * self.batch_size
+        for (_, part), here in zip(groups, places, strict=True):
+            found = self.parts[part].rows(numbers[here], keys[:, here[0]])
+            for place, row in zip(here.tolist(), found, strict=True):
+                rows[place] = row
         width = max(len(ids) for ids, _ in rows) - 1
         width = min(-(-width // 8) * 8, self.block_size)
         ids = np.full((self.batch_size, width + 1), Tokenizer.padding_id, np.int64)
@@ -227,119 +370,8 @@ class TokenBatches:
             mask[row, : len(row_ids) - 1] = row_mask
         return {"x": ids[:, :-1].copy(), "y": ids[:, 1:].copy(), "mask": mask}
 
-    def _sequences(
-        self, epoch: int, index: int, within_file: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, np.ndarray | int]]:
-        """(ids [n + 1], mask [n] or 1) of sequences of a file, by their numbers in the shuffled order."""
-        file, size, kept = self.files[index], self.block_size, self._kept[index]
-        keys = random_keys(9, self.seed, epoch, index)
-        count = int(self._bounds[index + 1] - self._bounds[index])
-        numbers = shuffled(within_file, count, keys[:8])
-        if kept is None:
-            n = len(file.tokens)
-            offset = int(keys[8]) % n
-            for number in numbers.tolist():
-                length = min(size + 1, n - number * size)
-                start = (offset + number * size) % n
-                ids = file.tokens[start : start + length]
-                if len(ids) < length:  # past the end of the ring
-                    ids = np.concatenate([ids, file.tokens[: length - len(ids)]])
-                yield ids, 1
-        else:
-            assert file.mask is not None
-            for number in kept[numbers].tolist():
-                start, end = file.starts[number : number + 2].tolist()
-                end = min(end, start + size + 1)
-                yield file.tokens[start:end], file.mask[start + 1 : end]
-
-
-# ---- the command line ------------------------------------------------------------------------------
-
-
-def parse_arguments() -> argparse.Namespace:
-    stages = stages_with_files()
-    names = " and ".join(f"dataset/{' or '.join(default_names(stage))}" for stage in stages)
-    parser = argparse.ArgumentParser(
-        description=f"Text files to token files: {names} to dataset/prepared/.",
-        epilog="examples:\n"
-        "  python data.py\n"
-        "  python data.py --pretrain books/*.txt --out dataset/books --kind bpe --vocab_size 8192\n"
-        "  python data.py --sft chats.jsonl --tokenizer checkpoint/x.pt --skip-bad-lines",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    shapes = {
-        "text": 'text in UTF-8, or JSON lines with {"text": ...}',
-        "chats": "JSON lines of conversations; doc/data.md has their shapes",
-    }
-    for stage in stages:
-        add(f"--{stage.name}", dest=stage.name, nargs="+", metavar="FILE", help=shapes[stage.documents])
-    add("--out", metavar="DIR", help="default: dataset/prepared")
-    add("--val_fraction", type=float, default=0.05, help="share of documents to hold out (0.05)")
-    add("--seed", type=int, default=1337, help="decides which documents these are (1337)")
-    add("--kind", choices=("char", "bpe"), help="tokenizer to train (char)")
-    add("--vocab_size", type=int, help="tokens of bpe, special ones included (32000)")
-    add("--tokenizer", metavar="FILE",
-        help="use this tokenizer.json, or that of a checkpoint or model folder; train none")  # fmt: skip
-    add("--skip-bad-lines", action="store_true", help="leave bad lines out and say how many")
-    args = parser.parse_args()
-    if not 0 < args.val_fraction < 1:
-        raise UserError(f"--val_fraction must lie between 0 and 1, not {args.val_fraction}")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed must be 0 or more and fit in 63 bits, not {args.seed}")
-    if args.tokenizer and (args.kind or args.vocab_size):
-        raise UserError("--tokenizer names a finished tokenizer; leave --kind and --vocab_size out")
-    if args.vocab_size is not None and args.kind != "bpe":
-        raise UserError("--vocab_size is for --kind bpe; char has one token for every character")
-    return args
-
-
-def all_default_inputs() -> tuple[dict[str, list[Path]], list[str]]:
-    """The input files in dataset/ for each stage, and notices about stages without any.
-
-    Only the first stage for text and the first for chats get a notice: these two are what everyone expects.
-    """
-    stages = stages_with_files()
-    inputs = {stage.name: default_inputs(stage) for stage in stages}
-    if not any(inputs.values()):
-        names = [name for stage in stages for name in default_names(stage)]
-        raise UserError(
-            f"there is no {', '.join(names[:-1])} or {names[-1]} in {DATASET}; put your text there,"
-            " or let `python dataset/sample_world.py` write a sample"
-        )
-    first = {stage.documents: stage for stage in reversed(stages)}
-    absent = [stage for stage in stages if stage is first[stage.documents] and not inputs[stage.name]]
-    return inputs, [
-        f"no {DATASET / default_names(stage)[0]}: nothing is prepared for {stage.title}" for stage in absent
-    ]
-
-
-def main() -> None:
-    args = parse_arguments()
-    inputs = {stage.name: getattr(args, stage.name) or [] for stage in stages_with_files()}
-    notices: list[str] = []
-    if not any(inputs.values()):
-        inputs, notices = all_default_inputs()
-    tokenizer = None
-    if args.tokenizer:
-        from formats import load_tokenizer
-
-        tokenizer = load_tokenizer(resolve_path(args.tokenizer))
-    from preparation.display import prepare_and_show
-
-    prepare_and_show(
-        inputs,
-        Path(args.out) if args.out else DATASET / "prepared",
-        notices,
-        tokenizer_path=args.tokenizer,
-        tokenizer=tokenizer,
-        kind=args.kind or "char",
-        vocab_size=args.vocab_size or 32000,
-        val_fraction=args.val_fraction,
-        seed=args.seed,
-        skip_bad_lines=args.skip_bad_lines,
-    )
-
 
 if __name__ == "__main__":
+    from preparation.data_command import main
+
     run(main)

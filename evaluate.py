@@ -81,8 +81,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--core_data", type=resolve_path, default="eval_bundle", metavar="DIR",
         help="the data of core: the folder eval_bundle that nanochat downloads (eval_bundle)")  # fmt: skip
     add("--run_generated_code", action="store_true",
-        help="allow benchmarks such as humaneval to run programs that the model has written; they run in a "
-        "process that cannot write files, open connections or start others")  # fmt: skip
+        help="let benchmarks such as humaneval run programs that the model has written, in a process that "
+        "writes to a temporary folder only, opens no connections and starts no other processes")  # fmt: skip
     args = parser.parse_args()
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be 1 or more, not {args.limit}")

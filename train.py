@@ -1,7 +1,7 @@
-"""Train a model on one device: pretraining, then supervised fine-tuning (SFT).
+"""Train a model on one device: pretraining, mid-training if wanted, then supervised fine-tuning (SFT).
 
     python train.py -t pretrain                         from config/config_pretrain.json
-    python train.py -t sft                              from config/config_sft.json
+    python train.py -t sft                              from config/config_sft.json, and so on
     python train.py -t pretrain --resume                continue the newest run
     python train.py -t pretrain --resume 20260102_030405     ... or a certain run: its name, or a checkpoint
     python train.py -t pretrain --plan                  no training: size, memory, speed, time to finish
@@ -224,9 +224,10 @@ def read_results(results: list[StepResult], state: TrainState, setup: "TrainSetu
 def evaluate(
     state: TrainState, setup: "TrainSetup", parallel: Any
 ) -> tuple[float, list[float], dict[str, float]]:
-    """Validate. Returns (loss over all files, loss of each file, metrics); losses are in nats per token.
+    """Validate. Returns (loss over all parts, loss of each part, metrics); losses are in nats per token.
 
-    Every validation takes the same sequences, more of them from longer files.
+    A part is a file, or a task of a mixture. Every validation takes the same sequences, more of them from
+    longer files, or from parts with larger weights.
     """
     import torch
 
@@ -234,14 +235,14 @@ def evaluate(
     from engine.setup import to_device
 
     config, sources = setup.config, setup.val
-    sizes = [int(source.sequences_per_epoch) for source in sources]
-    shares = [config.eval_iters * size / sum(sizes) for size in sizes]
+    whole_size = sum(source.size for source in sources)
+    shares = [config.eval_iters * source.size / whole_size for source in sources]
     batches = [
         (number, i * config.batch_size)
-        for number, (size, share) in enumerate(zip(sizes, shares, strict=True))
-        for i in range(min(max(1, round(share)), -(-size // config.batch_size)))
+        for number, (source, share) in enumerate(zip(sources, shares, strict=True))
+        for i in range(min(max(1, round(share)), -int(-source.sequences_per_epoch // config.batch_size)))
     ]
-    totals, weights, metrics = [0.0] * len(sizes), [0.0] * len(sizes), {"rows": 0.0}
+    totals, weights, metrics = [0.0] * len(sources), [0.0] * len(sources), {"rows": 0.0}
     state.model.eval()
     for index in range(parallel.rank, parallel.rank + len(batches), parallel.world_size):
         # A rank without a batch of its own repeats the last one, so that all ranks make the same calls.
@@ -258,10 +259,10 @@ def evaluate(
             metrics[name] = metrics.get(name, 0.0) + value.item() * len(batch["x"]) * counts
     state.model.train()
     sums = parallel.all_reduce_sum(*totals, *weights, *metrics.values())
-    losses = [sums[i] / sums[i + len(sizes)] for i in range(len(sizes))]
-    parts = [source.n_loss_tokens for source in sources]
+    losses = [sums[i] / sums[i + len(sources)] for i in range(len(sources))]
+    parts = [source.loss_weight for source in sources]
     whole = sum(loss * (part / sum(parts)) for loss, part in zip(losses, parts, strict=True))
-    n_rows, *values = sums[2 * len(sizes) :]
+    n_rows, *values = sums[2 * len(sources) :]
     return whole, losses, dict(zip([*metrics][1:], (value / n_rows for value in values), strict=True))
 
 

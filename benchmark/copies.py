@@ -17,9 +17,9 @@ def copy_of_project(folder):
     """Copy everything that train.py needs to a new folder inside `folder`. Returns its path."""
     copy = Path(tempfile.mkdtemp(dir=folder))
     rooms = "", "common/", "config/", "decoding/", "engine/", "formats/", "models/", "objectives/"
-    rooms += "preparation/", "sources/"
+    rooms += "preparation/", "sources/", "tasks/"
     rooms = (ROOT.glob(f"{room}*.py") for room in rooms)
-    for source in itertools.chain.from_iterable(rooms):
+    for source in itertools.chain(ROOT.glob("config/*.json"), *rooms):
         target = copy / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)

@@ -145,15 +145,19 @@ def loader_table(folder: Path, repeat: int) -> Table:
 
     from data import TokenBatches, TokenFile
 
-    file = TokenFile(folder / "out" / "pretrain_train.bin")
+    file, other = (TokenFile(folder / "out" / f"pretrain_{name}.bin") for name in ("train", "val"))
     table = Table(title=f"TokenBatches: {len(file.tokens):,} tokens")
-    for name in ("batch", "milliseconds per batch", "million tokens/s"):
+    for name in ("batch", "milliseconds per batch", "million tokens/s", "ms as a mixture 3:1"):
         table.add_column(name, justify="right")
     for batch_size, block_size in ((16, 256), (32, 256), (64, 512), (256, 1024)):
-        batches = TokenBatches([file], block_size, batch_size)
-        seconds = best(lambda: [batches(step) for step in range(100)], repeat) / 100  # noqa: B023
-        speed = batch_size * block_size / seconds / 1e6
-        table.add_row(f"{batch_size} x {block_size}", f"{seconds * 1e3:.3f}", f"{speed:,.0f}")
+        sources = [
+            TokenBatches([file, other], block_size, batch_size, weights=weights) for weights in ((), (3, 1))
+        ]
+        # In turns, so that whatever else the machine does slows down both.
+        times = [[best(lambda: [s(i) for i in range(100)], 1) / 100 for s in sources] for _ in range(repeat)]  # noqa: B023
+        plain, mixed = map(min, zip(*times, strict=True))
+        speed = f"{batch_size * block_size / plain / 1e6:,.0f}"
+        table.add_row(f"{batch_size} x {block_size}", f"{plain * 1e3:.3f}", speed, f"{mixed * 1e3:.3f}")
     return table
 
 

@@ -266,7 +266,7 @@ class RandomBatches:
         self.x, self.y = np.random.default_rng(0).integers(workload.shape["vocab_size"], size=(2, *size))
         self.mask = np.ones(size[1:], np.float32)
         self.batch_size, self.sequences_per_epoch = size[1], 8 * size[1]
-        self.fingerprints, self.notes, self.n_loss_tokens = [], [], self.x.size
+        self.fingerprints, self.size, self.loss_weight = [], self.sequences_per_epoch, self.x.size
         self.description, self.text_size = "random tokens", None
 
     def __call__(self, first):
@@ -275,6 +275,9 @@ class RandomBatches:
 
     def position(self, first):
         return 0, 0, first
+
+    def notes(self, n_sequences):
+        return []
 
 
 def sized(setting, workload):

@@ -202,10 +202,13 @@ class Run:
 
     @property
     def part_names(self) -> dict[int, str]:
-        """{i: name of the i-th validation file}, from the header if it has them."""
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            pairs = self.header["train_config"]["dataset_path"]
-            files = dict.fromkeys(re.split(r"[/\\]", path)[-1] for _, path in pairs)
+        """{i: name of the i-th validation file or task}, from the header if it has them."""
+        with contextlib.suppress(KeyError, IndexError, TypeError, ValueError):
+            parts = self.header["train_config"]["dataset_path"]
+            # A part is a pair of paths, or in a mixture {"path": such a pair or null, "task": ...}.
+            pairs = [part["path"] if isinstance(part, dict) else part for part in parts]
+            last = [pair[1] if pair else part["task"] for pair, part in zip(pairs, parts, strict=True)]
+            files = dict.fromkeys(re.split(r"[/\\]", path)[-1] for path in last)
             names = (file.removesuffix(".bin")[:40] for file in files)
             return dict(zip(sorted(self.parts), names, strict=True))
         return {i: f"file {i}" for i in self.parts}

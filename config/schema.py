@@ -1,7 +1,7 @@
 """Every key of the JSON files: type, range, default and meaning.
 
 `ModelConfig` is config/model_config.json (other architectures define their own in models/), `TrainConfig` is
-config/config_pretrain.json and config/config_sft.json, `DeepSpeedConfig` is config/deepspeed_config.json.
+config/config_pretrain.json and those of the other stages, `DeepSpeedConfig` is config/deepspeed_config.json.
 The classes validate the files (config/validation.py), fill in defaults, and generate doc/configuration.md
 (engine/reference.py).
 """
@@ -9,10 +9,11 @@ The classes validate the files (config/validation.py), fill in defaults, and gen
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 LAST_STEP = 1 << 40  # so that step numbers times batch sizes fit in 64 bits
+LEAST_SHARE = 1e-6  # of a part of a mixture
 Auto = Literal["auto"]
 Sequences = Annotated[int, Field(ge=1, le=1 << 20)]
 Steps = Annotated[int, Field(ge=0, le=LAST_STEP)]
@@ -156,15 +157,43 @@ class ModelConfig(ArchitectureConfig):
         }
 
 
+class MixturePart(Schema):
+    """One part of a dataset_path that is a mixture."""
+
+    path: tuple[str, str] | None = Field(None, description="[train, validation]: a pair of token files")
+    task: str | None = Field(
+        None, description='or instead a task and its options: a name in tasks/, as in "arithmetic:digits=2"'
+    )
+    weight: float = Field(1.0, gt=0, le=1e9, description="its share of the sequences, relative to the others")
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What is trained on and what is validated with: the paths, or twice the task."""
+        return self.path or (self.task or "", self.task or "")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.path is None) == (self.task is None):
+            raise ValueError("a part of a mixture has either a path or a task")
+        return self
+
+
+DataPart = Annotated[
+    Annotated[tuple[str, str], Tag("pair")] | Annotated[MixturePart, Tag("part")],
+    Discriminator(lambda value: "part" if isinstance(value, dict | MixturePart) else "pair"),
+]
+
+
 class TrainConfig(Schema):
-    """config/config_pretrain.json and config/config_sft.json: one training run."""
+    """config/config_pretrain.json, config_mid.json, config_sft.json: one training run."""
 
     from_checkpoint: str = Field(
-        "", description='checkpoint whose weights a new run starts from; "auto": the newest pretrained '
-        'model; "": random weights'
+        "", description='checkpoint whose weights a new run starts from; "auto": the newest model of '
+        'the stages before it; "": random weights'
     )
-    dataset_path: list[tuple[str, str]] = Field(
-        description="[[train, validation], ...] pairs of token files; several form a curriculum, in order",
+    dataset_path: list[DataPart] = Field(
+        description="[[train, validation], ...] pairs of token files; several form a curriculum, in order; "
+        'or a mixture: [{"path": [train, validation], "weight": 3}, {"task": "NAME", "weight": 1}, ...]',
     )
     tokenizer_path: str = Field(
         "dataset/prepared/tokenizer.json",
@@ -287,6 +316,32 @@ class TrainConfig(Schema):
         """The keys set to "auto" that engine/scaling_laws.py turns into numbers."""
         keys = ("batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate", "min_lr")
         return [key for key in (*keys, "warmup_iters") if getattr(self, key) == "auto"]
+
+    @property
+    def mixture(self) -> list[MixturePart]:
+        """The parts of the mixture; none if the data are a curriculum."""
+        return [part for part in self.dataset_path if isinstance(part, MixturePart)]
+
+    @property
+    def data_names(self) -> list[tuple[str, str]]:
+        """(training, validation) of each part of dataset_path: the paths, or twice the task."""
+        return [part.names if isinstance(part, MixturePart) else part for part in self.dataset_path]
+
+    @model_validator(mode="after")
+    def _check_mixture(self) -> Self:
+        if self.mixture and len(self.mixture) < len(self.dataset_path):
+            raise ValueError(
+                "dataset_path holds both [train, validation] pairs and parts of a mixture; write each pair "
+                'as {"path": [train, validation], "weight": 1}'
+            )
+        total = sum(part.weight for part in self.mixture)
+        least = min((part.weight for part in self.mixture), default=total)
+        if least < LEAST_SHARE * total:
+            raise ValueError(
+                f"dataset_path: weight {least:g} is less than a millionth of all weights together; "
+                f"give it {2 * LEAST_SHARE * total:.1g} or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:

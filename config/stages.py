@@ -14,8 +14,10 @@ class Stage:
     name           the value of `-t`; part of the names of configuration, checkpoints and token files
     title          the name in words
     objective      the file in objectives/ that defines the loss
-    documents      what its token files hold: "text" (a stream of documents) or "chats" (with a loss mask)
-    follows        the stage before it: `"from_checkpoint": "auto"` starts from its newest model
+    documents      what its token files hold: "text" (a stream of documents), "chats" (with a loss mask), or
+                   "any": those that were prepared for other stages, of both kinds
+    follows        the stages that may come before it: `"from_checkpoint": "auto"` starts from their newest
+                   model; empty for a stage that starts from nothing
     chat_template  the template in which its models answer; None: they only continue text
     """
 
@@ -23,7 +25,7 @@ class Stage:
     title: str
     objective: str = "lm"
     documents: str = "text"
-    follows: str | None = None
+    follows: tuple[str, ...] = ()
     chat_template: str | None = None
 
 
@@ -31,6 +33,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("pretrain", "pretraining"),
-        Stage("sft", "fine-tuning", documents="chats", follows="pretrain", chat_template="nano"),
+        Stage("mid", "mid-training", documents="any", follows=("pretrain",), chat_template="nano"),
+        Stage("sft", "fine-tuning", documents="chats", follows=("pretrain", "mid"), chat_template="nano"),
     )
 }

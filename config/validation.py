@@ -116,10 +116,15 @@ def _explain(schema: type[Schema], key: str | None, error: Any, known: Iterable[
     if error["type"] == "missing" and len(error["loc"]) == 1:
         needs = describe_type(schema.model_json_schema(), key)
         return f'key "{key}" is missing: {schema.model_fields[key].description} ({needs})'
-    needs = describe_type(schema.model_json_schema(), key)
-    if len(error["loc"]) > 2 and isinstance(error["loc"][2], str):  # inside one of a union of objects
-        found = "" if error["type"] == "missing" else f", found {describe_value(error['input'])}"
-        return f'key "{key}": its key "{error["loc"][2]}": {error["msg"].lower()}{found}'
+    needs, names = describe_type(schema.model_json_schema(), key), [n for n in error["loc"] if type(n) is str]
+    if len(names) > 2:  # inside one of a union of objects
+        in_list = isinstance(error["loc"][-1], int)
+        wrong = "needs two file names, [train, validation]" if in_list else error["msg"].lower()
+        is_missing = error["type"] == "missing" and not in_list
+        found = "" if is_missing else f", found {describe_value(error['input'])}"
+        return f'key "{key}": its key "{names[2]}": {wrong}{found}'
+    if error["type"] == "value_error":
+        return f'key "{key}": found {describe_value(error["input"])}; {error["ctx"]["error"]}'
     return f'key "{key}": found {describe_value(error["input"])}; needs {needs}'
 
 
@@ -144,8 +149,10 @@ def _describe_one(spec: dict[str, Any]) -> str:
              "object": "a JSON object"}  # fmt: skip
     words = nouns.get(spec.get("type", ""), spec.get("type", "a value"))
     if spec.get("type") == "array":
-        words = "a list of [train, validation] pairs of file names"
-        words = "a list of strings" if spec["items"].get("type") == "string" else words
+        pair = "[train, validation] pair"
+        words = f"a list of {pair}s of file names, or of the parts of a mixture"
+        words = "a list of strings" if spec.get("items", {}).get("type") == "string" else words
+        words = f"a {pair} of file names" if "prefixItems" in spec else words
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {spec[name]}" for name, sign in bounds.items() if name in spec]
     return f"{words} {' and '.join(limits)}".strip()

@@ -277,7 +277,7 @@ def check_device(device: str) -> None:
 def load_checkpoint(path: str, instruct: bool) -> tuple[Checkpoint, Path]:
     """Load a file, or the newest or best checkpoint. Returns (checkpoint, its file).
 
-    instruct: prefer a fine-tuned model to a pretrained one, even an older one.
+    instruct: prefer a model that can chat, and among these one of a last stage, even if it is older.
     """
     from common.config import resolve_path
     from engine import checkpoint as checkpoints
@@ -288,9 +288,10 @@ def load_checkpoint(path: str, instruct: bool) -> tuple[Checkpoint, Path]:
         return checkpoints.load(file), file
     choose = {"newest": runs.newest, "best": runs.best}[path]
 
-    def rank(stage: Stage) -> tuple[bool, list[str]]:
+    def rank(stage: Stage) -> tuple[bool, bool, list[str]]:
         newest_run = [file.run for file in runs.list_checkpoints(stage.name)[-1:]]
-        return instruct and stage.chat_template is not None, newest_run
+        is_last = not any(stage.name in other.follows for other in STAGES.values())
+        return instruct and stage.chat_template is not None, instruct and is_last, newest_run
 
     for stage in sorted(STAGES.values(), key=rank, reverse=True):
         if found := choose(stage.name):

@@ -89,15 +89,16 @@ class RunEstimate:
             f"{self.stage.name} {size:.2f} M parameters, {flops:.1f} MFLOP a token",
             f"data {self.train.description}; {steps}",
         ]
-        lines += [f"data {note}" for note in self.train.notes]
-        lines += [f"validation {note}" for source in self.val for note in source.notes]
+        n_sequences = max_steps * self.train.batch_size or math.inf
+        lines += [f"data {note}" for note in self.train.notes(n_sequences)]
+        lines += [f"validation {note}" for source in self.val for note in source.notes(n_sequences)]
         return "\n".join(lines)
 
     def bits_per_byte(self, nats_per_token: float) -> float:
         """The validation loss in a unit that does not depend on the tokenizer."""
-        sizes = [source.text_size for source in self.val if source.text_size]
-        tokens_per_byte = sum(tokens for tokens, _ in sizes) / sum(n_bytes for _, n_bytes in sizes)
-        return nats_per_token / math.log(2) * tokens_per_byte
+        sizes = [(source.loss_weight, source.text_size) for source in self.val if source.text_size]
+        n_bytes = sum(weight * n_bytes / n_tokens for weight, (n_tokens, n_bytes) in sizes)
+        return nats_per_token / math.log(2) * (sum(weight for weight, _ in sizes) / n_bytes)
 
     def memory(self, batch_size: int | None = None) -> dict[str, float]:
         """Memory on the device in training, {part: bytes}. batch_size: the run's if None.
@@ -240,7 +241,7 @@ def print_plan(
             speed.add(one_step())
         seconds = (time.perf_counter() - began) / speed.steps
         flops, tokens = speed.flops / speed.steps / seconds, speed.tokens / speed.steps / seconds
-    c, memory = model.config, estimate.memory()
+    c, memory, n_steps = model.config, estimate.memory(), estimate.steps_per_epoch
     needed = [
         f"{format_gib(size)} {part}" for part, size in {**memory, "in all": sum(memory.values())}.items()
     ]
@@ -254,12 +255,13 @@ def print_plan(
         ("FLOPs per token", f"{estimate.flops_per_token:,} (training)"),
         ("chosen", "\n".join(compute.reasons)),
         ("memory, estimated", "\n".join(needed)),
-        ("data", f"{estimate.train.description} = {estimate.steps_per_epoch:,.1f} steps"),
+        ("data", estimate.train.description + (f" = {n_steps:,.1f} steps" if n_steps < math.inf else "")),
         ("speed, measured", f"{1000 * seconds:.0f} ms a step, {tokens:,.0f} tokens/s\n"
                             f"{flops / 1e9:,.1f} GFLOP/s = {flops / peak:.0%} of a matrix product here "
                             f"({peak / 1e9:,.0f} GFLOP/s in {compute.dtype})"),
-        ("time for an epoch", duration(estimate.steps_per_epoch * seconds)),
     ]  # fmt: skip
+    if n_steps < math.inf:
+        rows.append(("time for an epoch", duration(n_steps * seconds)))
     if max_steps := number(config.max_steps):
         rows.append((f"time for {max_steps} steps", duration(max_steps * seconds)))
     if world > 1:

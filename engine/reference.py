@@ -16,7 +16,7 @@ import models
 from common.config import ROOT
 from common.errors import run
 from common.files import AtomicFiles
-from config.schema import DeepSpeedConfig, Llama3Rope, Schema, TrainConfig, YarnRope
+from config.schema import DeepSpeedConfig, Llama3Rope, MixturePart, Schema, TrainConfig, YarnRope
 from config.validation import describe_type
 
 
@@ -30,7 +30,8 @@ def reference_page() -> str:
         "`python train.py -t pretrain --set batch_size=8`.",
     ]
     sections: dict[str, type[Schema]] = {
-        "config/config_pretrain.json, config/config_sft.json": TrainConfig,
+        "config/config_pretrain.json, config/config_mid.json, config/config_sft.json": TrainConfig,
+        "dataset_path, a part of a mixture": MixturePart,
         **{f"config/model_config.json, architecture {name}": models.config_class(name)
            for name in models.names()},
         "rope_scaling, llama3": Llama3Rope,

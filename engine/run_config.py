@@ -18,6 +18,11 @@ def load_run(args: argparse.Namespace) -> tuple[TrainConfig, ArchitectureConfig]
     """
     overrides = renamed(TrainConfig, args.set, "--set")
     config = load(TrainConfig, args.config, overrides)
+    for part in config.mixture:
+        if part.task:
+            import tasks
+
+            tasks.parse(part.task)  # a name that does not exist is told before torch is imported
     others = {k: v for k, v in overrides.items() if k not in TrainConfig.model_fields}
     shape = read_json(args.model)
     # The model's configuration used to have this key, too.

@@ -263,12 +263,15 @@ def _new_run(stage: str, config: TrainConfig) -> StartPoint:
         return StartPoint()
     notices: list[str] = []
     if config.from_checkpoint == "auto":
-        before = stage in STAGES and STAGES[stage].follows or stage
-        if not (found := newest(before)):
+        before = stage in STAGES and STAGES[stage].follows or (stage,)
+        files = [files[-1] for name in before if (files := list_checkpoints(name))]
+        if not files:
             raise UserError(
-                f'from_checkpoint is "auto", but checkpoint/ holds no model of stage {before}; run '
-                f'`python train.py -t {before}` first, or set from_checkpoint to "" to start from nothing'
+                f'from_checkpoint is "auto", but checkpoint/ holds no model of {" or ".join(before)}; run '
+                f'`python train.py -t {before[0]}` first, or set from_checkpoint to "" to start from nothing'
             )
+        found = newest(max(files).stage)
+        assert found, "a checkpoint disappeared"
         checkpoint, path, notices = found
     else:
         path = resolve_path(config.from_checkpoint)
@@ -387,11 +390,10 @@ def initial_progress(
     if not saved.data:
         notices.append(f"{start.name} does not record its data: they are assumed to be unchanged")
         saved.data = data
-    paths = {
-        kind: [pair[i] for pair in config.dataset_path] for i, kind in enumerate(("train", "validation"))
-    }
-    for kind, files in paths.items():
-        notices += _changed_files(files, saved.data[kind], data[kind])
+    train, validation = ([pair[i] for pair in config.data_names] for i in (0, 1))
+    train = ["the mixture"] if len(config.mixture) > 1 else train  # it is one whole
+    for kind, names in {"train": train, "validation": validation}.items():
+        notices += _changed_files(names, saved.data[kind], data[kind])
     # If a curriculum has only grown, or changed further on, what was consumed so far is still the same.
     same_seed = before.get("random_seed") == config.random_seed
     epoch, file, sequence = position(progress.consumed["sequences"])

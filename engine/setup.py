@@ -15,19 +15,21 @@ import torch
 
 import models
 import objectives
+import tasks
 from common import hardware
 from common.config import display_path, resolve_path
 from common.errors import UserError, is_out_of_memory
 from common.hardware import ComputeConfig
 from common.log import notice
 from config.resolved import ResolvedTrainConfig
-from config.schema import ArchitectureConfig, TrainConfig
-from config.stages import Stage
-from data import BatchSource, TokenFile
+from config.schema import ArchitectureConfig, MixturePart, TrainConfig
+from config.stages import STAGES, Stage
+from data import BatchSource, Part, TokenFile
 from engine import checkpoint as checkpoints
 from engine import plan, runs, scaling_laws
 from engine.runs import StartPoint
 from objectives import LossModule, Objective
+from tasks.parts import TaskPart
 from tokenizer import Tokenizer
 
 
@@ -39,7 +41,7 @@ class TrainSetup:
     compute     device, precision and attention kernel
     start       where it starts: with a new model, from a checkpoint's weights, or where a run ended
     model       the model, on the device
-    train, val  where batches come from: for training, global batches; for validation, one source per file
+    train, val  where batches come from: for training, global batches; for validation, one source per part
     problem     the sizes of a toy problem (tasks/)
     """
 
@@ -65,7 +67,7 @@ def stage_setup(
     stage: Stage, config: TrainConfig, shape: ArchitectureConfig, compute: ComputeConfig, parallel: Any,
     load_tokenizer: Callable[[Path], Tokenizer], resume: str | bool | None = None,
 ) -> TrainSetup:  # fmt: skip
-    """The setup of a stage that trains on token files.
+    """The setup of a stage that trains on token files and tasks.
 
     shape: the model's configuration. load_tokenizer: reads the file of tokenizer_path, if a new model needs
     it. resume: the value of --resume.
@@ -80,26 +82,52 @@ def stage_setup(
     resolved = parallel.broadcast_from_rank0(
         lambda: scaling_laws.resolved(config, model, compute, stage, start)
     )
-    pairs = [
-        [TokenFile(resolve_path(path), tokenizer.fingerprint) for path in pair]
-        for pair in config.dataset_path
-    ]
-    if not pairs:
-        raise UserError("dataset_path is empty: give at least one [train, validation] pair of token files")
-    for file in (file for pair in pairs for file in pair):
-        if file.documents != stage.documents:
-            raise UserError(f"{display_path(file.path)} was prepared for {file.kind}, not for {stage.name}")
-    parallel.assert_same_on_all_ranks(
-        {**written, **model.config.model_dump()}
-        | {display_path(file.path): file.meta for pair in pairs for file in pair}
-    )
     resolved = resolved.model_copy(update={"from_checkpoint": start.origin})
     objective, block_size = objectives.find(stage.objective), model.config.block_size
+    train_parts, val_parts = data_parts(stage, config, tokenizer, block_size)
     seed, global_batch = config.random_seed, resolved.batch_size * resolved.gradient_accumulation_steps
-    train = objective.source([pair[0] for pair in pairs], block_size, global_batch, seed)
-    val = [objective.source([pair[1]], block_size, resolved.batch_size, seed) for pair in pairs]
+    weights = [part.weight for part in config.mixture]
+    train = objective.source(train_parts, block_size, global_batch, seed, weights)
+    val = [
+        objective.source([part], block_size, resolved.batch_size, seed, weights[i : i + 1])
+        for i, part in enumerate(val_parts)
+    ]
     setup = TrainSetup(stage, resolved, compute, start, model, tokenizer, objective, train, val)
+    data = {f"dataset_path ({kind})": content for kind, content in setup.data.items()}
+    parallel.assert_same_on_all_ranks({**written, **model.config.model_dump(), **data})
     return on_device(setup, parallel)
+
+
+def data_parts(
+    stage: Stage, config: TrainConfig, tokenizer: Tokenizer, block_size: int
+) -> tuple[list[TokenFile | Part], list[TokenFile | Part]]:
+    """What is trained on and what is validated with: the files and tasks of dataset_path, in its order."""
+    if not config.dataset_path:
+        raise UserError("dataset_path is empty: give at least one [train, validation] pair of token files")
+    train: list[TokenFile | Part] = []
+    val: list[TokenFile | Part] = []
+    for part in config.dataset_path:
+        if isinstance(part, MixturePart) and part.task:
+            if stage.documents == "text":
+                raise UserError(
+                    f"task {part.task} is made of questions and answers, but {stage.name} learns from text; "
+                    f"use one of {', '.join(s.name for s in STAGES.values() if s.documents != 'text')}"
+                )
+            task = tasks.parse(part.task)
+            train.append(TaskPart(task, tokenizer, block_size))
+            val.append(TaskPart(task, tokenizer, block_size, is_test=True))
+            continue
+        pair = part.path if isinstance(part, MixturePart) else part
+        assert pair, "a part is a pair of files or a task"
+        files = [TokenFile(resolve_path(path), tokenizer.fingerprint) for path in pair]
+        for file in files:
+            if stage.documents not in (file.documents, "any"):
+                raise UserError(
+                    f"{display_path(file.path)} was prepared for {file.kind}, not for {stage.name}"
+                )
+        train.append(files[0])
+        val.append(files[1])
+    return train, val
 
 
 def starting_model(

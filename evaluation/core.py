@@ -58,7 +58,8 @@ def run(
         if task["label"] not in baselines:
             raise UserError(f"{display_path(folder / 'eval_meta_data.csv')} has no row for {task['label']}")
     data = [read_data(folder, task, limit) for task in tasks]
-    results, centred = [], []
+    results: list[TaskResult] = []
+    centred: list[ExampleScore] = []
     for task, items in zip(tasks, data, strict=True):
         start, baseline, label = time.perf_counter(), baselines[task["label"]], task["label"]
         are_right, n_cut = run_task(model, tokenizer, task, items, on_each)

@@ -59,7 +59,11 @@ class NanoLM(TemplateLM):
     """
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, chat: bool = False, on_each: Callable[[], object] = int
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        chat: bool = False,
+        on_each: Callable[[], object] = lambda: None,
     ) -> None:
         super().__init__()
         self.model, self.nano_tokenizer, self.chat, self.on_each = model, tokenizer, chat, on_each
@@ -194,7 +198,7 @@ def code_eval() -> Iterator[None]:
             sys.modules["evaluate"] = before
 
 
-def find(names: Sequence[str], include_path: str | None = None) -> dict[str, tuple[Any, list[Any]]]:
+def find(names: Sequence[str], include_path: Path | None = None) -> dict[str, tuple[Any, list[Any]]]:
     """{name: (its group or None, its tasks)}, with the data of the tasks.
 
     Raises UserError for names that the harness does not know, and for tasks whose data is not there.
@@ -249,9 +253,9 @@ def run(
     *,
     chat: bool = False,
     limit: int | None = None,
-    include_path: str | None = None,
+    include_path: Path | None = None,
     run_generated_code: bool = False,
-    on_each: Callable[[], object] = int,
+    on_each: Callable[[], object] = lambda: None,
 ) -> dict[str, list[TaskResult]]:
     """Run tasks of the harness on a model. For each name, returns a result for each metric of its tasks.
 

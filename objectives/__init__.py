@@ -5,11 +5,12 @@ An objective defines what a batch is, what the loss is, and which metrics are lo
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from data import BatchSource, TokenBatches, TokenFile
+from data import BatchSource, Part, TokenBatches, TokenFile
 
 
 class Objective:
@@ -19,9 +20,12 @@ class Objective:
     number: the sum of `loss` over all micro-batches and processes, divided by the sum of `weight`.
     """
 
-    def source(self, files: list[TokenFile], block_size: int, batch_size: int, seed: int) -> BatchSource:
-        """Where batches come from in a stage that trains on token files."""
-        return TokenBatches(files, block_size, batch_size, seed)
+    def source(
+        self, files: Sequence[TokenFile | Part], block_size: int, batch_size: int, seed: int,
+        weights: Sequence[float] = (),
+    ) -> BatchSource:  # fmt: skip
+        """Where batches come from in a stage that trains on files and tasks; see `TokenBatches`."""
+        return TokenBatches(files, block_size, batch_size, seed, weights)
 
     def weight(self, batch: dict[str, Any]) -> float:
         """How much a batch counts: usually the number of tokens that the loss is summed over."""

@@ -4,6 +4,7 @@
     corpus.py        the two passes over the input: find the vocabulary and the mistakes, then write ids
     token_file.py    the format of a token file: writing it, and opening it with all checks
     display.py       the progress bar and the summary in the terminal
+    data_command.py         `python data.py`
     tokenizer_commands.py   `python tokenizer.py train|stats`
 
 It depends on sources/ and tokenizer.py; data.py reads what it has written.

@@ -173,11 +173,13 @@ class DigitProblem(Problem):
 class ProblemSource:
     """The base class of the two sources of a problem's batches."""
 
-    notes: list[str] = []
     text_size = None
 
     def __init__(self, problem: Problem, tokenizer: Tokenizer, batch_size: int):
         self.problem, self.tokenizer, self.batch_size = problem, tokenizer, batch_size
+
+    def notes(self, n_sequences: float) -> list[str]:
+        return []
 
     def position(self, first: int) -> tuple[int, int, int]:
         return 0, 0, first
@@ -192,9 +194,8 @@ class TrainingQuestions(ProblemSource):
     The questions of a batch depend only on the problem, the seed, the batch size and the batch's number.
     """
 
-    sequences_per_epoch = math.inf
+    sequences_per_epoch = size = loss_weight = math.inf
     description = "examples drawn anew for every step"
-    n_loss_tokens = math.inf
 
     def __init__(self, problem: Problem, tokenizer: Tokenizer, batch_size: int, seed: int):
         super().__init__(problem, tokenizer, batch_size)
@@ -238,7 +239,7 @@ class HeldOutQuestions(ProblemSource):
         ]
         if not self.questions:
             raise UserError(f"{problem.name} of this size has too few questions to keep some for testing")
-        self.sequences_per_epoch = self.n_loss_tokens = len(self.questions)
+        self.sequences_per_epoch = self.size = self.loss_weight = len(self.questions)
         self.description = f"{len(self.questions):,} questions"
 
     def __call__(self, first: int) -> dict[str, np.ndarray]:

@@ -58,7 +58,10 @@ class Workplace:
         for task in ("pretrain", "sft"):
             paths = [f"dataset/prepared/{task}_{split}.bin" for split in ("train", "val")]
             contents[f"config_{task}"] = {**RUN, "dataset_path": [paths]}
-        contents["config_sft"]["from_checkpoint"] = "auto"
+        parts = [{"path": contents[f"config_{task}"]["dataset_path"][0]} for task in ("pretrain", "sft")]
+        contents["config_mid"] = {**RUN, "dataset_path": parts}
+        for task in ("mid", "sft"):
+            contents[f"config_{task}"]["from_checkpoint"] = "auto"
         for name, content in contents.items():
             (self.root / "config" / f"{name}.json").write_text(json.dumps(content), "utf-8")
 

@@ -13,10 +13,10 @@ import zipfile
 import pytest
 import torch
 
-import data
 import train as script
 from common.errors import run
 from engine.checkpoint import load
+from preparation import data_command
 from preparation.corpus import prepare
 from tokenizer import CharTokenizer
 
@@ -142,7 +142,7 @@ def test_what_is_said_about_another_tokenizer_helps(train, tmp_path, monkeypatch
                 "dataset_path": [["new/sft_train.bin", "new/sft_val.bin"]]}  # fmt: skip
     for advised, returncode in (([], 2), (["--tokenizer", str(checkpoint)], 0)):
         monkeypatch.setattr(sys, "argv", ["data.py", "--sft", str(path), "--out", str(out), *advised])
-        data.main()
+        data_command.main()
         done = train("sft", **settings)
         assert done.returncode == returncode
         if returncode:

@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import preparation.token_file
 from common.errors import UserError
+from common.permutation import random_keys, shuffled
 from config.stages import STAGES, Stage
-from data import TokenBatches, TokenFile, random_keys, shuffled
+from data import TokenBatches, TokenFile
+from preparation import data_command
 from preparation.corpus import conversation_of, prepare
 from preparation.split import Split, cut_in_two
 from tokenizer import CharTokenizer, load
@@ -409,10 +410,10 @@ def test_disk_full_leaves_the_old_files(prepared, tmp_path, monkeypatch):
 
 def main_in(folder, monkeypatch, *arguments):
     """`python data.py` in this process, with `folder` as dataset/."""
-    monkeypatch.setattr("data.DATASET", folder)
+    monkeypatch.setattr("preparation.data_command.DATASET", folder)
     monkeypatch.setattr("preparation.DATASET", folder)
     monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
-    data.main()
+    data_command.main()
 
 
 def test_a_stage_in_the_table_gets_its_option_and_its_files(tmp_path, monkeypatch, capsys):
@@ -531,6 +532,15 @@ def test_shuffled_is_a_permutation(n, seed):
     np.testing.assert_array_equal(np.sort(order), np.arange(n))
     place = seed % n
     assert shuffled(np.array([place]), n, random_keys(8, seed))[0] == order[place]
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**12), st.integers(0, 2**40)), min_size=1, max_size=9))
+def test_each_index_may_be_of_a_list_of_its_own(lists):
+    sizes, keys = np.array([n for n, _ in lists]), [random_keys(8, seed) for _, seed in lists]
+    places = np.array([seed % n for n, seed in lists])
+    alone = [shuffled(places[i : i + 1], n, keys[i])[0] for i, (n, _) in enumerate(lists)]
+    np.testing.assert_array_equal(shuffled(places, sizes, np.stack(keys, 1)), alone)
+    assert all(0 <= place < n for place, n in zip(alone, sizes, strict=True))
 
 
 def test_shuffled_looks_random():

@@ -144,6 +144,15 @@ def test_the_newest_checkpoint_is_taken(project, save, tokenizer, monkeypatch, c
     assert "use -i" in capsys.readouterr().err
 
 
+def test_of_those_that_can_chat_the_last_stage_is_preferred(project, save, tokenizer, monkeypatch):
+    save(project, polite(tokenizer, stage="pretrain", chat_template=None, run="20260104_000000"))
+    save(project, polite(tokenizer, stage="mid", run="20260103_000000"))
+    assert "mid step 7" in load_in(project, monkeypatch, "-i")[1]
+    save(project, polite(tokenizer, run="20260101_000000"))
+    assert "sft step 7" in load_in(project, monkeypatch, "-i")[1]  # although it is older
+    assert "pretrain step 7" in load_in(project, monkeypatch)[1]
+
+
 def test_best_and_newest(project, save, tokenizer, monkeypatch):
     """Each shows the loss of its own weights, and the default says which one it is."""
     best = {"loss": 0.125, "step": 7}

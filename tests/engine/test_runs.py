@@ -296,7 +296,7 @@ def test_an_epoch_is_seen_once_whatever_the_batch_size(train, task, monkeypatch)
     seen, original = [], TokenBatches.__call__
 
     def spied(self, first):
-        if self.files[0].path.stem.endswith("_train"):
+        if self.parts[0].file.path.stem.endswith("_train"):
             seen.append((first, self.batch_size))
         return original(self, first)
 

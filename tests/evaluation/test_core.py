@@ -4,9 +4,11 @@ import csv
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
+from made_models import checkpoint
 from test_harness import TEXT, make
 
 from common.errors import UserError
@@ -180,3 +182,17 @@ def test_damaged_bundles_are_named(bundle):
     assert "core.yaml is not the list" in told()
     (bundle / "core.yaml").unlink()
     assert "--core_data" in told()
+
+
+def test_from_the_command_line(bundle, command, monkeypatch):
+    import evaluate
+
+    monkeypatch.setenv("COLUMNS", "120")
+    model, tokenizer = make("nano", "char", block_size=400)
+    path = checkpoint(tokenizer, model.config, model).save()
+    done = command("--tasks", "core", "--core_data", bundle, "-m", path, "--limit", 5, main=evaluate.main)
+    assert done.returncode == 0, done.stderr
+    *results, whole = core.run(model, tokenizer, bundle, limit=5)
+    assert re.search(rf"core +│ +centred acc +│ +{100 * whole.score:.1f} %", done.stdout)
+    for result in results:
+        assert re.search(rf"{result.name} +│ +acc +│ +{100 * result.score:.1f} %", done.stdout)

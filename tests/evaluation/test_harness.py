@@ -68,7 +68,7 @@ def both(tmp_path, model, tokenizer, chat=False, kinds=KINDS, **options):
     results = []
     for lm in (ours, theirs):
         with harness.code_eval():
-            found = harness.find([f"made_up_{kind}" for kind in kinds], str(TASKS))
+            found = harness.find([f"made_up_{kind}" for kind in kinds], TASKS)
             tasks = {task.task_name: task for _, own in found.values() for task in own}
             for task in tasks.values():
                 task.set_fewshot_seed(seed=1234)

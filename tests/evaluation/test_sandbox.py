@@ -53,7 +53,7 @@ def test_programs_that_pass():
 @pytest.mark.parametrize("name", ENDS)
 def test_programs_that_fail(name):
     program, outcome = ENDS[name]
-    assert run_code(program, seconds=1) == outcome
+    assert run_code(program, seconds=1, memory=1 << 28) == outcome
 
 
 ATTACKS = """

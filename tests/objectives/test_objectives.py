@@ -20,7 +20,7 @@ def test_every_stage_has_an_objective_and_a_configuration():
     for name, stage in STAGES.items():
         assert stage.name == name and (ROOT / "config" / f"config_{name}.json").is_file()
         assert isinstance(objectives.find(stage.objective), objectives.Objective)
-        assert stage.follows is None or stage.follows in STAGES
+        assert set(stage.follows) <= set(STAGES) - {name}
 
 
 def test_the_guides_stage_trains_resumes_is_charted_and_talks(tiny_project):
