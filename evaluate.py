@@ -5,6 +5,7 @@
     python evaluate.py --tasks my.jsonl --metric contains     # a file of questions with answers
     python evaluate.py --tasks world --compare a.pt b.pt      # which of them is better, and is that chance?
     python evaluate.py --tasks world,arc_easy,gsm8k           # public benchmarks, too
+    python evaluate.py --report                               # a page about the newest model and its training
 
 A task is a file in tasks/, which says how its answers are scored. How models are asked, and what a metric
 means exactly: evaluation/runner.py. All answers are kept in checkpoint/evaluation/ (evaluation/results.py),
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from common.errors import UserError, run, write_utf8  # first, because it explains imports that fail
@@ -44,7 +46,8 @@ def parse_arguments() -> argparse.Namespace:
         "  python evaluate.py --tasks my.jsonl --metric contains  questions with answers in a file\n"
         "  python evaluate.py --tasks world --compare a.pt b.pt   is the difference real?\n"
         "  python evaluate.py --tasks arc_easy,hellaswag,gsm8k    tasks of lm-evaluation-harness\n"
-        "  python evaluate.py --tasks core --core_data DIR        the 22 tasks of CORE\n",
+        "  python evaluate.py --tasks core --core_data DIR        the 22 tasks of CORE\n"
+        "  python evaluate.py --report                            a page about the newest model\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -64,6 +67,10 @@ def parse_arguments() -> argparse.Namespace:
                      "the newest run with the lowest validation loss (newest)")  # fmt: skip
     one.add_argument("--compare", nargs="+", metavar="FILE",
                      help="two models or more side by side; finished results are used again")  # fmt: skip
+    add("--report", action="store_true",
+        help="write a page, report.html and report.md: how the model was trained, and the scores of all "
+        "stages side by side; finished results are used again")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="where --report writes (checkpoint/report/<checkpoint>/)")
     add("-q", "--quantize", choices=("int8",), help="weights in 8 bits")
     add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (auto)")
     add("--no_chat_template", action="store_true", help="ask chat models as if they only continued texts")
@@ -83,11 +90,18 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--seed must be 0 or more and fit in 63 bits, not {args.seed}")
     if args.compare and len(args.compare) < 2:
         raise UserError("--compare needs two models or more")
+    if args.compare and args.report:
+        raise UserError("--report is about one model and how it was trained: name it with -m, not --compare")
+    if args.out and not args.report:
+        raise UserError("--out is the folder for --report")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is not a folder")
     if args.metric and not args.tasks:
         raise UserError("--metric needs --tasks: each of Nano's own tasks has a metric that suits it")
     check_device(args.device)
     for model in args.compare or [args.model]:
         check_model_file(model)
+    args.resume = args.resume or bool(args.compare) or args.report
     args.tasks = split_specs(args.tasks)
     args.public = [spec for spec in args.tasks if not is_own(spec)]
     args.options = public.Options(args.limit, args.include_path, args.core_data, args.run_generated_code)
@@ -105,11 +119,21 @@ def main() -> None:
 
     from common.hardware import attention_context
     from engine.checkpoint import FOLDER
-    from evaluation import tables
+    from evaluation import report, tables
     from evaluation.results import Evaluation
 
+    def load(path: str) -> LoadedModel:
+        return load_model(path, True, args.device, args.quantize, must_write=False)
+
     asked = args.compare or [args.model]
-    models = [load_model(path, True, args.device, args.quantize, must_write=False) for path in asked]
+    if args.report:
+        stages, notes = report.lineage(args.model, load)
+        models = [stage.loaded for stage in stages if stage.loaded]
+        asked = [*(loaded.name for loaded in models[:-1]), args.model]
+        folder = args.out or FOLDER / "report" / models[-1].path.stem
+        folder.mkdir(parents=True, exist_ok=True)  # first, because there may be no permission
+    else:
+        models = [load(path) for path in asked]
     prepared = prepare_all(models, tasks, args) if tasks or not args.public else [[] for _ in models]
     console = Console(highlight=False)
     evaluations = []
@@ -125,12 +149,12 @@ def main() -> None:
                 for evaluation in of_model:
                     total = len(evaluation.prepared.examples)
                     with tables.progress(evaluation.prepared.task.spec, total) as advance:
-                        evaluation.run(args.resume or bool(args.compare), advance)
+                        evaluation.run(args.resume, advance)
         for number, loaded in enumerate(models if args.public else []):
             with attention_context(loaded.compute), tables.progress(", ".join(args.public)) as advance:
                 benchmarks[number] = public.run(
                     loaded, args.public, args.options, chat=is_asked_as_chat(loaded, args),
-                    quantize=args.quantize, resume=args.resume or bool(args.compare), on_each=advance,
+                    quantize=args.quantize, resume=args.resume, on_each=advance,
                 )  # fmt: skip
             for note in itertools.chain.from_iterable(result.notes for result in benchmarks[number]):
                 print_note(note, told)
@@ -139,7 +163,10 @@ def main() -> None:
         if isinstance(error, KeyboardInterrupt):
             print_notice("stopped; the same command with --resume goes on")
         raise
-    if args.compare:
+    if args.report:
+        for file in report.write(folder, stages, evaluations, benchmarks, notes):
+            console.print(f"report: {display_path(file)}", markup=False)
+    elif args.compare:
         names = [loaded.name for loaded in models]
         results = [
             # The exponential of a mean has no bootstrap here; bits per byte says the same.
@@ -178,9 +205,9 @@ def prepare_all(
             if tasks:
                 raise
             print_notice(f"left out: {error}")
-    if not ready:
+    if not ready and not args.report:
         raise UserError("none of Nano's own tasks fits; name others with --tasks")
-    return [list(own) for own in zip(*ready, strict=True)]
+    return [[of_task[number] for of_task in ready] for number in range(len(models))]
 
 
 def is_asked_as_chat(loaded: LoadedModel, args: argparse.Namespace) -> bool:

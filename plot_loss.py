@@ -378,16 +378,21 @@ def prepare_matplotlib() -> bool:
     return bool(chinese)
 
 
-def save(logs: Sequence[Log], path: Path) -> None:
-    """Draw the logs into the file `path`, which is replaced only once the picture is complete."""
+def picture(logs: Sequence[Log], format: str) -> bytes:
+    """The chart of the logs as the content of a file. format: one of FORMATS."""
     from matplotlib.figure import Figure
 
-    figure = Figure()
+    figure, content = Figure(), io.BytesIO()
     draw(figure, logs)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format=path.suffix[1:].lower())
+    figure.savefig(content, dpi=150, format=format)
+    return content.getvalue()
+
+
+def save(logs: Sequence[Log], path: Path) -> None:
+    """Draw the logs into the file `path`, which is replaced only once the picture is complete."""
+    content = picture(logs, path.suffix[1:].lower())
     with atomic_write(path) as file:
-        file.write(picture.getbuffer())
+        file.write(content)
 
 
 def find_logs(names: Sequence[str] | None) -> list[Path]:

@@ -1,7 +1,7 @@
 """The log files of a run, and what the user sees while it trains.
 
 A run writes two files, one line per event in each. train_<run>.log is for people: its first line is "# "
-and a JSON object (the configuration and the machine), all others are fields joined by " | ".
+and a JSON object (command, configuration and machine), all others are fields joined by " | ".
 train_<run>.metrics.jsonl holds the same events as JSON objects, with the exact numbers (common/metrics.py).
 A run that is resumed appends to both, beginning with the configuration again.
 
@@ -28,6 +28,7 @@ from common import errors
 from common.config import ROOT
 from common.files import LineFile
 from common.metrics import METRICS_SUFFIX, Metric, readable, to_json, tracked
+from common.provenance import command, commit
 
 if TYPE_CHECKING:
     from common.trackers import Tracker
@@ -86,7 +87,7 @@ class RunLog:
             from common import trackers
 
             self.tracker = trackers.start(self.tracker_name, run, header, first_step, ROOT, notice)
-        header = {"format": "nano-log", "version": 1, **header}
+        header = {"format": "nano-log", "version": 1, "command": command(), "commit": commit(), **header}
         self.file = self._open(self.path)
         self.file.write("# " + json.dumps(header, ensure_ascii=False) + "\n")
         self.metrics_file = self._open(self.path.with_suffix(METRICS_SUFFIX))

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import copy
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ LINE = 1 << 20  # bytes; a longer line is skipped
 LARGE = 100 << 20  # bytes; a file that takes some seconds to read
 POINTS = 1_000_000  # per run; beyond it, every second training step is dropped
 RUNS = 16  # per file
+COMMANDS = 100  # per run
 NAMES, CURVES = 12, 256  # of the model's own numbers: names, and curves including all layers
 TASKS = 12
 
@@ -42,7 +44,10 @@ UNITS = {
 }  # fmt: skip
 MODEL_METRIC = re.compile(r"train/([a-z][a-z0-9_]{0,40})(?:/([0-9]{1,5}))?")  # "expert_load/2": of layer 2
 PART = re.compile(r"val/loss/([0-9]{1,5})")  # the loss on one of several validation files
-STANDARD = ("train/loss", "val/loss", "val/accuracy", "train/lr", "train/flops_per_second")
+STANDARD = (
+    "train/loss", "val/loss", "val/accuracy", "train/lr", "train/flops_per_second",
+    "train/tokens_per_second", "train/step_seconds", "val/bpb",
+)  # fmt: skip
 SAVED = re.compile(r"(?:.*[/\\])?([a-z]+)_(.{1,200})_step_[0-9]+\.pt")  # <task>_<run>_step_<N>.pt
 NAME = re.compile(r"\S.{0,199}")
 
@@ -160,6 +165,8 @@ class Run:
         self.left_out = False  # whether it has more of them than a chart has room for
         self.began = self.first_time = self.last_time = ""  # first_time: of the last start
         self.seconds = 0.0  # of the starts before the last one
+        self.joules: list[float | None] = []  # of each start
+        self.commands: list[str] = []  # the commands of the starts
 
     @property
     def train(self) -> Points:
@@ -230,7 +237,12 @@ class Run:
         self.starts.append(step)
         if isinstance(origin := header.get("branched_from"), dict):
             self.origin = origin
-        self.seconds, self.first_time = self.seconds + self.span, ""
+        if isinstance(command := header.get("command"), str) and len(self.commands) < COMMANDS:
+            self.commands.append(command)
+        self.joules.append(None)
+        began = header.get("time")
+        self.seconds += self.span
+        self.first_time = self.last_time = began if isinstance(began, str) and len(began) < 40 else ""
         self.cut(step)
 
     def cut(self, step: int) -> None:
@@ -258,6 +270,8 @@ class Run:
         if numbers.get(f"{kind}/loss") is None:
             return
         if kind == "train":
+            if self.joules:  # the machine may stop to tell
+                self.joules[-1] = numbers.get("train/energy_joules")
             self.n_train_events += 1
             if (self.n_train_events - 1) % self.every:
                 return
@@ -308,6 +322,9 @@ class Run:
         for name, points in exact.curves.items():
             run.curves[name] = sorted({**dict(self.curves.get(name, ())), **dict(points)}.items())
         run.base_rates = {**self.base_rates, **exact.base_rates}
+        if len(exact.starts) == len(self.starts):  # only the metrics file says when they began
+            run.joules, run.seconds, run.first_time = exact.joules, exact.seconds, exact.first_time
+            run.last_time = exact.last_time
         run.left_out = self.left_out or exact.left_out
         return run
 
@@ -316,6 +333,24 @@ class Run:
         """Seconds from the first to the last event of the last start."""
         first, last = timestamp(self.first_time), timestamp(self.last_time)
         return max(0.0, last - first) if first is not None and last is not None else 0.0
+
+    @property
+    def energy(self) -> float | None:
+        """Joules of all starts; None if one of them does not tell."""
+        known = [joules for joules in self.joules if joules is not None]
+        return sum(known) if known and len(known) == len(self.joules) else None
+
+    def total(self, rate: str | None = None) -> float | None:
+        """Seconds of training or, with a rate such as "flops_per_second", how much that was in all.
+
+        Counts each step once, and neither validations nor saving. None if it was not logged.
+        """
+        rates = dict(self.curves[f"train/{rate}"]) if rate else {}
+        total, last = 0.0, self.since
+        for step, seconds in self.curves["train/step_seconds"]:
+            total += (step - last) * seconds * (rates.get(step, math.nan) if rate else 1)
+            last = step
+        return total if last > self.since and math.isfinite(total) else None
 
     @property
     def is_drawable(self) -> bool:
@@ -364,6 +399,8 @@ def merge_pieces(pieces: list[Run]) -> Run:
             merged.curves[name] += points
         merged.base_rates |= piece.base_rates
         merged.starts += piece.starts
+        merged.joules += piece.joules
+        merged.commands += piece.commands
         merged.seconds += piece.seconds + piece.span
     merged.header = pieces[-1].header
     merged.origin = next((piece.origin for piece in pieces if piece.origin), {})

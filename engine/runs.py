@@ -217,6 +217,13 @@ class StartPoint:
     branched_from: dict[str, Any] | None = None
     notices: list[str] = field(default_factory=list)
 
+    @property
+    def origin(self) -> str:
+        """The checkpoint in which the run began, as a value of from_checkpoint; "" for a new model."""
+        if self.checkpoint and self.resumes and not self.branched_from:
+            return str(self.checkpoint.train_config.get("from_checkpoint", ""))
+        return self.name
+
 
 def starting_point(
     stage: str, config: TrainConfig, resume: str | bool | None = None, restarted: str | None = None

@@ -82,6 +82,7 @@ def stage_setup(
     resolved = parallel.broadcast_from_rank0(
         lambda: scaling_laws.resolved(config, model, compute, stage, start)
     )
+    resolved = resolved.model_copy(update={"from_checkpoint": start.origin})
     objective, block_size = objectives.find(stage.objective), model.config.block_size
     train_parts, val_parts = data_parts(stage, config, tokenizer, block_size)
     seed, global_batch = config.random_seed, resolved.batch_size * resolved.gradient_accumulation_steps

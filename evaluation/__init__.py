@@ -6,6 +6,7 @@
     selection.py   --tasks -> tasks
     results.py     results on disk, one file each, and going on with an unfinished one
     tables.py      what is printed
+    report.py      a page about a model (page.py and report.html write it down)
 
     public.py      public benchmarks, in the same tables and folder: through lm-evaluation-harness
                    (harness.py), and CORE (core.py)

@@ -17,12 +17,10 @@ about      for people: the checkpoint's name, stage, run and step; when, and wit
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,9 +29,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
-from common.config import ROOT, display_path
+from common.config import display_path
 from common.errors import UserError
 from common.files import LineFile, atomic_write, sync_folder
+from common.provenance import commit
 from evaluation import runner
 from evaluation.runner import ExampleScore, Prepared, TaskResult
 
@@ -225,13 +224,3 @@ def file_digest(path: Path) -> str:
         for part in iter(lambda: file.read(1 << 20), b""):
             content.update(part)
     return content.hexdigest()
-
-
-@functools.cache
-def commit() -> str | None:
-    """The commit of Nano, with "-dirty" if files were changed since; None outside a clone."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evaluation import statistics
-from evaluation.runner import Prepared, TaskResult
+from evaluation.runner import ExampleScore, Prepared, TaskResult
 from tasks import Task
 
 
@@ -49,7 +49,7 @@ def print_scores(console: Console, results: Sequence[TaskResult]) -> None:
     for result in results:
         base = "" if result.base_rate is None else format_score(result.metric, result.base_rate)
         table.add_row(
-            Text(result.name), result.metric, _score_of(result), base, _count(result), _seconds(result)
+            Text(result.name), result.metric, _score_of(result), base, count(result), _seconds(result)
         )
         if beside := result.beside():
             table.add_row("", beside.metric, _score_of(beside))
@@ -62,7 +62,7 @@ def _score_of(result: TaskResult) -> str:
     return format_score(result.metric, result.score, result.standard_error)
 
 
-def _count(result: TaskResult) -> str:
+def count(result: TaskResult) -> str:
     """How many examples there were, and of how many if those were not all."""
     if result.n_all == math.inf:
         return f"{result.n:,} drawn"
@@ -73,14 +73,19 @@ def _seconds(result: TaskResult) -> str:
     return "resumed" if result.seconds is None else f"{result.seconds:.1f}"
 
 
+def spread(scores: Sequence[ExampleScore], number: int) -> list[ExampleScore]:
+    """At most so many of the scores, spread over all kinds of examples."""
+    by_kind, number = sorted(scores, key=lambda score: score.kind), min(number, len(scores))
+    return [by_kind[k * len(by_kind) // number] for k in range(number)]
+
+
 def print_samples(console: Console, prepared: Prepared, result: TaskResult, number: int) -> None:
     """A table of so many examples, spread over all kinds, with the model's answers."""
     if result.metric == "perplexity":  # nothing was answered
         return
-    task, scores = prepared.task, sorted(result.scores, key=lambda score: score.kind)
+    task = prepared.task
     table = Table("question", "the model's answer", "", title=f"some answers: {result.name}")
-    number = min(number, len(scores))
-    for score in (scores[k * len(scores) // number] for k in range(number)):
+    for score in spread(result.scores, number):
         example = prepared.examples[score.number]
         answer, mark = Text(score.answer + " …" * score.is_cut), Text("✓", style="green")
         if score.value < 1:
@@ -136,7 +141,7 @@ def comparison_rows(letters: Sequence[str], results: Sequence[TaskResult], seed:
     rows = []
     for i, (letter, result) in enumerate(zip(letters, results, strict=True)):
         base = "" if result.base_rate is None else format_score(metric, result.base_rate)
-        about = [base, _count(result)] if i == 0 else ["", ""]
+        about = [base, count(result)] if i == 0 else ["", ""]
         start = [result.name, metric] if i == 0 else ["", ""]
         span = _interval(metric, statistics.interval(samples[:, i]))
         rows.append([*start, letter, format_score(metric, result.score), span, *about, ""])

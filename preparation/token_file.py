@@ -46,6 +46,11 @@ def meta_checksum(meta: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(meta, sort_keys=True, separators=(",", ":")).encode())
 
 
+def fingerprint_of(meta: dict[str, Any]) -> str:
+    """Identifies a token file by its .json, without the checksum of that one: it has those of all parts."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class TokenWriter:
     """Writes one token file, a batch of documents at a time.
 
@@ -151,7 +156,7 @@ class TokenFile:
     @property
     def fingerprint(self) -> str:
         """Identifies a file by its content, wherever it is: a digest of all its counts and checksums."""
-        return hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode()).hexdigest()[:16]
+        return fingerprint_of(self.meta)
 
     @functools.cached_property
     def min_block_sizes(self) -> np.ndarray:

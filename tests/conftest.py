@@ -24,7 +24,10 @@ FOLDERS = (
     "common", "engine", "decoding", "server", "objectives", "dataset", "models", "formats", "tasks",
     "sources", "preparation", "benchmark", "evaluation",
 )  # fmt: skip
-SOURCE = ("*.py", "requirements*.txt", "config/*.*", "web/*.*", *(f"{folder}/**/*.py" for folder in FOLDERS))
+SOURCE = (
+    "*.py", "requirements*.txt", "config/*.*", "web/*.*", "evaluation/*.html",
+    *(f"{folder}/**/*.py" for folder in FOLDERS),
+)  # fmt: skip
 
 # A model and a run that take no longer than they must.
 MODEL = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 32}
@@ -233,6 +236,18 @@ def other_project(tmp_path_factory, tiny_data):
     other = Project(tmp_path_factory.mktemp("other"))
     other.furnish(tiny_data)
     return other
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("there is no chromium here")
+    with playwright.sync_playwright() as opened:
+        chromium = opened.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import gc
 import json
 import re
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -1343,18 +1342,6 @@ def test_responses_match_the_openapi_description(random, n_examples):
 
 
 # ---- a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("there is no chromium here")
-    with playwright.sync_playwright() as opened:
-        chromium = opened.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ VAL = {"loss": 3.1, "best": 3.0, "loss/0": 2.5, "loss/1": 3.5, "accuracy": 0.987
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(common.log, "ROOT", tmp_path)
+    monkeypatch.setattr(common.log, "command", lambda: "python train.py -t pretrain")
+    monkeypatch.setattr(common.log, "commit", lambda: "9ff64db")
     return tmp_path
 
 
@@ -41,7 +43,8 @@ def test_readable_lines(folder, capsys):
     write(("train", 10, TRAIN), ("val", 10, VAL), ("save", 10, {"path": "checkpoint/盘 x.pt"}))
     text = (folder / "train_x.log").read_text("utf-8")
     assert re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", text).splitlines() == [
-        '# {"format": "nano-log", "version": 1, "task": "pretrain", "train_config": {"max_steps": 100}, '
+        '# {"format": "nano-log", "version": 1, "command": "python train.py -t pretrain", '
+        '"commit": "9ff64db", "task": "pretrain", "train_config": {"max_steps": 100}, '
         '"run": "20260102_030405"}',
         "TIME | Train | Epoch-Step: 0-10 | Curriculum: 0-2560 | Loss: 3.214000 | LR: 4.00e-04 | "
         "Grad-Norm: 1.234 | mtp_loss: 2.718 | expert_load/3: 1.5 | Time: 52 ms | Speed: 91.20 GFLOP/s | "

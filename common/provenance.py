@@ -1,0 +1,26 @@
+"""With which command and which version of Nano something was made."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import subprocess
+import sys
+
+from common.config import ROOT, display_path, resolve_path
+
+
+def command() -> str:
+    """The command, for a shell, that started this process, without what launched it, such as torchrun."""
+    script, *arguments = sys.argv
+    return shlex.join(["python", display_path(resolve_path(script).absolute()), *arguments])
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of Nano, with "-dirty" if files were changed since; None outside a clone."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
