@@ -42,15 +42,19 @@ def format_score(metric: str, score: float, error: float | None = None) -> str:
 
 def print_scores(console: Console, results: Sequence[TaskResult]) -> None:
     """The scores of a model: a row for each task, and one for each kind of its examples."""
-    table = Table(title="scores", caption="±: standard error · base: the score of knowing nothing")
+    took = [result.seconds for result in results if result.seconds is not None]
+    table = Table(
+        title="scores",
+        caption="±: standard error · base: the score of knowing nothing"
+        + f" · {sum(took):.1f} s" * (len(took) == len(results)),
+    )
     table.add_column("task", overflow="fold")
-    for name in ("metric", "score", "base", "n", "seconds"):
-        table.add_column(name, justify="left" if name == "metric" else "right")
+    table.add_column("metric", max_width=10)
+    for name in ("score", "base", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         base = "" if result.base_rate is None else format_score(result.metric, result.base_rate)
-        table.add_row(
-            Text(result.name), result.metric, _score_of(result), base, count(result), _seconds(result)
-        )
+        table.add_row(Text(result.name), result.metric, _score_of(result), base, count(result))
         if beside := result.beside():
             table.add_row("", beside.metric, _score_of(beside))
         for kind, part in result.by_kind().items():
@@ -67,10 +71,6 @@ def count(result: TaskResult) -> str:
     if result.n_all == math.inf:
         return f"{result.n:,} drawn"
     return f"{result.n:,}" + f" of {result.n_all:,}" * (result.n_all > result.n)
-
-
-def _seconds(result: TaskResult) -> str:
-    return "resumed" if result.seconds is None else f"{result.seconds:.1f}"
 
 
 def spread(scores: Sequence[ExampleScore], number: int) -> list[ExampleScore]:
