@@ -11,7 +11,7 @@ def commit():
     """The commit of this code, with a + if files have changed since; "unknown" if git cannot tell."""
 
     def git(*arguments):
-        command = ["git", *arguments]
+        command = ["git", "--no-optional-locks", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     try:

@@ -19,7 +19,8 @@ def command() -> str:
 @functools.cache
 def commit() -> str | None:
     """The commit of Nano, with "-dirty" if files were changed since; None outside a clone."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    # Without locks: a process that is killed meanwhile must not leave one in the user's repository.
+    git = ["git", "--no-optional-locks", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):

@@ -173,7 +173,7 @@ def test_ctrl_c_shows_what_was_scored_and_resume_goes_on(score, tmp_path, monkey
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--tasks", "arithmetik"], "did you mean arithmetic"),
+        pytest.param(["--tasks", "arithmetik"], "did you mean arithmetic", marks=pytest.mark.slow),
         (["--tasks", "arithmetic:digit=2"], "has no option digit"),
         (["--tasks", " ,"], "--tasks names no task"),
         (["--tasks", "nowhere.jsonl"], "nowhere.jsonl"),

@@ -122,6 +122,7 @@ def test_a_causal_problem_with_answers_of_several_lengths(small_problems):
     assert done.returncode == 0 and "base rate" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(project, tmp_path_factory):
     whole = Project(tmp_path_factory.mktemp("whole"))
     arguments = ("problem.py", "sort", "--digits", 3, "--steps", 60, "--seed", 7)

@@ -180,10 +180,11 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("owner", ["first process", pytest.param("launcher", marks=pytest.mark.slow)])
-def test_a_process_that_is_stopped_and_goes_on(shared_project, owner):
+def test_a_process_that_is_stopped_and_goes_on(shared_project, owner, request):
     """Rank 0 is stopped: the others' calls to its store block. A busy process is not reported."""
     script = shared_project.root / "beats.py"
     script.write_text(BEATS, "utf-8")
+    request.addfinalizer(script.unlink)
     port = int(free_port())
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "VICTIM": "0"}
     if owner == "launcher":
