@@ -1,24 +1,13 @@
 """How benchmarks report figures: the commit, the spread of the measurements, and who is ahead."""
 
 import statistics
-import subprocess
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import provenance
 
 
 def commit():
-    """The commit of this code, with a + if files have changed since; "unknown" if git cannot tell."""
-
-    def git(*arguments):
-        command = ["git", "--no-optional-locks", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-    try:
-        head = git("rev-parse", "--short", "HEAD").strip()
-        return head + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    """The commit of this code; "unknown" if git cannot tell."""
+    return provenance.commit() or "unknown"
 
 
 def spread(values, spec=""):

@@ -19,9 +19,14 @@ def command() -> str:
 @functools.cache
 def commit() -> str | None:
     """The commit of Nano, with "-dirty" if files were changed since; None outside a clone."""
-    # Without locks: a process that is killed meanwhile must not leave one in the user's repository.
-    git = ["git", "--no-optional-locks", "-C", str(ROOT), "describe", "--always", "--dirty"]
+
+    def git(*arguments: str) -> str:
+        # Without locks: a process that is killed meanwhile must not leave one in the user's repository.
+        command = ["git", "--no-optional-locks", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip() or None
+        head = git("rev-parse", "--short", "HEAD")
+        return head + "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmark import ablation, calculator_plateau, figures, recipe_race, train_speed
+from benchmark import ablation, calculator_plateau, recipe_race, train_speed
 from config.schema import ModelConfig
 from data import TokenFile
 from model import GPT
@@ -157,23 +157,6 @@ def test_the_table_of_speeds_has_the_spread_and_says_who_is_level():
     assert re.search(r"share +│ 80% \(70%–90%\) +│ 70% \(70%–91%\) +│ 40%", table)
     assert re.search(r"params +│ 5 ", table) and "125.0 (111.1–142.9)" in table
     assert re.search(r"share, Nano / this +│ +│ level \(0.99–1.14\) +│ 2.00 \(1.80–2.00\)", table)
-
-
-def test_figures_say_of_which_code_they_are(tmp_path, monkeypatch):
-    def git(*arguments):
-        me = ("-c", "user.name=me", "-c", "user.email=me@example.com")
-        subprocess.run(["git", *me, *arguments], cwd=tmp_path, check=True, capture_output=True)
-
-    monkeypatch.setattr(figures, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert figures.commit() == "unknown"
-    git("init")
-    (tmp_path / "file").write_text("1")
-    git("add", ".")
-    git("commit", "-m", "first")
-    assert re.fullmatch("[0-9a-f]{7,}", figures.commit())
-    (tmp_path / "file").write_text("2")
-    assert re.fullmatch(r"[0-9a-f]{7,}\+", figures.commit())
 
 
 def test_ablation_measures_with_and_without(monkeypatch):

@@ -36,3 +36,6 @@ def test_the_commit_is_that_of_the_clone(monkeypatch, tmp_path):
     assert find() == git("rev-parse", "--short", "HEAD")
     (tmp_path / "file").write_text("22")
     assert find() == git("rev-parse", "--short", "HEAD") + "-dirty"
+    lock = tmp_path / ".git" / "index.lock"
+    lock.write_text("")  # of another process
+    assert find() == git("rev-parse", "--short", "HEAD") + "-dirty" and lock.exists()
