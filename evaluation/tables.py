@@ -48,8 +48,9 @@ def print_scores(console: Console, results: Sequence[TaskResult]) -> None:
         caption="±: standard error · base: the score of knowing nothing"
         + f" · {sum(took):.1f} s" * (len(took) == len(results)),
     )
-    table.add_column("task", overflow="fold")
-    table.add_column("metric", max_width=10)
+    names = [result.name for result in results] + [f"  {kind}" for one in results for kind in one.by_kind()]
+    table.add_column("task", overflow="fold", min_width=min(24, max(map(len, names))))
+    table.add_column("metric")
     for name in ("score", "base", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
