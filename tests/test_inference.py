@@ -490,6 +490,7 @@ def test_a_conversation_in_a_terminal(project, save, tokenizer):
     screen.sees("a new conversation")
     screen.child.sendline("Hello")
     screen.sees("prompt 7 tokens.*>")
+    time.sleep(0.5)  # Python misses a Ctrl-C between showing the prompt and waiting for input
     screen.child.sendcontrol("c")
     screen.sees("Ctrl-D leaves.*>")
     screen.child.send("\x1b[A")  # the key that brings back the line before
