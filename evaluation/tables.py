@@ -46,7 +46,7 @@ def print_scores(console: Console, results: Sequence[TaskResult]) -> None:
     table = Table(
         title="scores",
         caption="±: standard error · base: the score of knowing nothing"
-        + f" · {sum(took):.1f} s" * (len(took) == len(results)),
+        + f"\n{sum(took):.1f} s" * (len(took) == len(results)),
     )
     names = [result.name for result in results] + [f"  {kind}" for one in results for kind in one.by_kind()]
     table.add_column("task", overflow="fold", min_width=min(24, max(map(len, names))))
